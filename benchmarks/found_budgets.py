@@ -1,4 +1,4 @@
-"""What `light.blocks: auto` finds, beside what every budget costs: the verdict on one grid after another.
+"""What `light: auto` finds, beside what every budget costs: the verdict on one grid after another.
 
     python benchmarks/found_budgets.py configs/glue/budgets.results.json configs/movie_reviews/auto.results.json
 

@@ -26,7 +26,7 @@ from synthetic import SUBJECTS, Case, Shape, measure
 from lightpeft.app.cli.command import quiet
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.workers import Worker
-from lightpeft.config import RunConfig, load_config, preset_light
+from lightpeft.config import RunConfig, changed, derived, light_config, load_config
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json
 from lightpeft.profiling.surroundings import hardware
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--length", type=int, default=512, help="tokens a row")
     parser.add_argument("--rounds", type=int, default=5, help="alternations of the subjects")
     parser.add_argument("--steps", type=int, default=10, help="batches a round")
-    parser.add_argument("--preset", default="default", help="lightpeft preset that sets the budget")
+    parser.add_argument("--light", type=float, default=0.6, help="part of the blocks to cut")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     add_option(parser)
     return parser
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
     say(f"measuring {name}")
-    light = preset_light(given.preset, length=2)
+    light = changed(derived(light_config(given.light)), {"estimate": {"length": 2}})
     case = Case(SHAPES[name], given.batch, given.length, given.steps, light, given.device, bf16=True)
     return measure(case, SUBJECTS, given.rounds)
 

@@ -27,7 +27,7 @@ from lightpeft.app.runs.pipeline import Workspace
 from lightpeft.app.runs.reproduce import Arm, Call
 from lightpeft.app.runs.reproduce.arms import Settings
 from lightpeft.app.tasks import task_facts
-from lightpeft.config import PRESETS, overlaid
+from lightpeft.config import overlaid
 from lightpeft.config.validation import load_yaml
 from lightpeft.errors import require
 from lightpeft.models.families.registry import block_specs
@@ -149,6 +149,17 @@ LORA = {**PLAIN, "peft": {"type": "lora", "slots": None, "target_modules": None}
 """LoRA on q and v."""
 BASELINE = "lora"
 """What all others are compared with."""
+_ALL_RANKS = {"preset": "accurate", "remove": {"blocks": 0.6}}
+_FOUR_RANKS = {"remove": {"blocks": 0.4}, "modules": {"remove_ranks": 0.5}, "rates": {"scale": 1.0}}
+LIGHT: dict[str, Any] = {
+    "paper": "paper",
+    "default": 0.6,
+    "thorough": _ALL_RANKS,
+    "uniform": {"remove": {"blocks": 0.5, "scope": "layerwise"}},
+    "fast": _FOUR_RANKS,
+    "auto": "auto",
+}
+"""Settings of light runs, by the names that their results have."""
 PEERS: dict[str, Peer] = {
     BASELINE: Peer("LoRA on q, v", "plain", LORA),
     # light runs gain from widths that are multiples of 8 tokens; this is what they cost plain LoRA
@@ -175,16 +186,16 @@ PEERS: dict[str, Peer] = {
     "slimformers": one_shot("slimformers, LoRA", "slimformers", by_slimformers),
     "depth": Peer("fewer layers, LoRA", "pruned", LORA, fewer_layers),
     **{
-        f"light_{preset}": Peer(f"lightpeft {preset}", "light", {"method": "light", "preset": preset})
-        for preset in PRESETS
+        f"light_{name}": Peer(f"lightpeft {name}", "light", {"method": "light", "light": light})
+        for name, light in LIGHT.items()
     },
 }
-"""By name, lightpeft with every preset at the end."""
+"""By name, lightpeft with several settings at the end."""
 
 
 def shared_settings(path: Path) -> dict[str, Any]:
     """What all peers take of a config."""
-    return {name: value for name, value in load_yaml(path).items() if name not in ("light", "preset", *_OF_A_RUN)}
+    return {name: value for name, value in load_yaml(path).items() if name not in ("light", *_OF_A_RUN)}
 
 
 _OF_A_RUN = ("method", "output", "seed")
@@ -192,9 +203,7 @@ _OF_A_RUN = ("method", "output", "seed")
 
 
 def own_settings(path: Path, name: str, own: Path | None = None) -> dict[str, Any]:
-    """What a peer takes of a config beside that: lightpeft with the file's own preset, the file's `light` section.
-
-    What a file sets under `light` was chosen for its own preset and would make all presets alike.
+    """What a peer takes of a config beside that: `light_default` the file's `light`, which would make all others alike.
 
     Args:
         own: another file to take for this peer, all of it.
@@ -202,4 +211,4 @@ def own_settings(path: Path, name: str, own: Path | None = None) -> dict[str, An
     if own is not None:
         return {key: value for key, value in load_yaml(own).items() if key not in _OF_A_RUN}
     data = load_yaml(path)
-    return {"light": data.get("light") or {}} if name == f"light_{data.get('preset', 'default')}" else {}
+    return {"light": data["light"]} if name == "light_default" and "light" in data else {}

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightpeft.app.runs.bench import sample_batches
 from lightpeft.app.runs.pipeline import Workspace
-from lightpeft.config import Budget
+from lightpeft.config import LightConfig, changed
 from lightpeft.errors import require
 from lightpeft.models.arguments import change_arguments
 from lightpeft.models.families.registry import block_specs
@@ -50,7 +50,7 @@ Decider = Callable[[Workspace, PreTrainedModel, "Goal"], tuple[BlockPlan, ...]]
 class Goal:
     """How much every pruned peer removes: what the light run removes."""
 
-    budget: Budget
+    light: LightConfig
     """The light run's."""
     removed: int
     """Base parameters that the light run's plan removes."""
@@ -69,17 +69,18 @@ class Goal:
         return max(0, round((self.removed - by_heads) / sum(spec.neuron_parameters for spec in specs)))
 
 
-def goal_of(loaded: LoadedModel, budget: Budget) -> Goal:
-    """What a plan of this budget removes; which units those are hardly changes how many parameters go.
+def goal_of(loaded: LoadedModel, light: LightConfig) -> Goal:
+    """What a plan of these settings removes; which units those are hardly changes how many parameters go.
 
     Raises:
-        LightPeftError: the budget has a depth and no total, which the peers could take for theirs.
+        LightPeftError: they have a depth and no total, which the peers could take for theirs.
     """
-    require(not budget.depth or budget.blocks is not None, "with light.depth, say in light.blocks how much goes in all")
-    plan = _plan(loaded.model, budget, "random", seed=0)
+    said = "with light.remove.depth, say in light.remove.blocks how much goes in all"
+    require(not light.remove.depth or light.remove.blocks is not None, said)
+    plan = _plan(loaded.model, light, "random", seed=0)
     heads = sum(spec.heads - len(kept.heads) for spec, kept in plan.parts)
     return Goal(
-        budget=Budget(**{f.name: getattr(budget, f.name) for f in fields(Budget)}),
+        light=light,
         removed=plan.removed_parameters,
         heads=round(heads / len(plan.blocks)),
         base=plan.base_parameters,
@@ -112,20 +113,19 @@ def apply_to_peft(model: PeftModel, blocks: tuple[BlockPlan, ...], by: str) -> P
 
 def by_random(work: Workspace, model: PreTrainedModel, goal: Goal) -> tuple[BlockPlan, ...]:
     """Heads and neurons at random."""
-    return _plan(model, goal.budget, "random", work.config.seed).blocks
+    return _plan(model, goal.light, "random", work.config.seed).blocks
 
 
 def by_magnitude(work: Workspace, model: PreTrainedModel, goal: Goal) -> tuple[BlockPlan, ...]:
     """The heads and neurons with the largest weight norms."""
-    return _plan(model, goal.budget, "magnitude", work.config.seed).blocks
+    return _plan(model, goal.light, "magnitude", work.config.seed).blocks
 
 
-def _plan(model: PreTrainedModel, budget: Budget, criterion: str, seed: int) -> PrunePlan:
-    """A plan of the budget's counts and scopes; it knows one PEFT module that stays whatever happens."""
-    own: dict[str, Any] = {f"{kind}_criterion": "random" for kind in ("module", "rank")}
-    own |= {f"{kind}_criterion": criterion for kind in ("head", "neuron")}
-    plain = Budget(**{f.name: getattr(budget, f.name) for f in fields(Budget)})
-    return make_plan(_record(model, seed), replace(plain, modules=0.0, ranks=0.0, depth=0.0, **own))
+def _plan(model: PreTrainedModel, light: LightConfig, criterion: str, seed: int) -> PrunePlan:
+    """A plan of the run's counts and scopes; it knows one PEFT module that stays whatever happens."""
+    estimate = {"criterion": criterion, "module_criterion": "random", "rank_criterion": "random"}
+    plain = changed(light.with_whole_modules().with_depth(0.0), {"estimate": estimate, "modules": {"blocks": 1.0}})
+    return make_plan(_record(model, seed), plain)
 
 
 @torch.no_grad()

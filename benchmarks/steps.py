@@ -30,8 +30,8 @@ LIGHT = BUILDS["light"]
 AS_IT_IS = "as it is"
 SETTINGS: dict[str, Mapping[str, Any]] = {
     "LoRA and attention as PEFT and PyTorch have them": {"training.fast_steps": False},
-    "with the base's dropout": {"light.dropout": None},
-    "without both": {"training.fast_steps": False, "light.dropout": None},
+    "with the base's dropout": {"light.rates.dropout": "keep"},
+    "without both": {"training.fast_steps": False, "light.rates.dropout": "keep"},
     "without prefix cache": {"training.prefix_cache": "off"},
     "in float32": {"training.precision": "float32"},
 }
@@ -71,7 +71,7 @@ def subjects_of(config: RunConfig) -> subjects.Subjects:
     folder = Path("runs") / "steps" / Path(config.output).name
     run = subjects.pruned(config, folder / AS_IT_IS)
     found = {name: ("light", changed(run, settings, folder / name)) for name, settings in SETTINGS.items()}
-    unrounded = subjects.with_settings(config, {"light.multiple_of": 1})
+    unrounded = subjects.with_settings(config, {"light.remove.multiple_of": 1})
     return {
         AS_IT_IS: ("light", run),
         **found,

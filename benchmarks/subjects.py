@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -41,10 +41,14 @@ def pruned(config: RunConfig, folder: Path) -> RunConfig:
 def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     """The config with some settings, by dotted name, replaced."""
     for path, value in settings.items():
-        section, _, key = path.rpartition(".")
-        change = {section: replace(getattr(config, section), **{key: value})} if section else {key: value}
-        config = replace(config, **change)
+        config = _with(config, path.split("."), value)
     return config
+
+
+def _with(section: Any, path: Sequence[str], value: Any) -> Any:
+    """A section of settings with one of them replaced, which may lie in a section of its own."""
+    name, *inner = path
+    return replace(section, **{name: _with(getattr(section, name), inner, value) if inner else value})
 
 
 def measure(subjects: Subjects, rounds: int, steps: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -143,7 +143,7 @@ class Synthetic:
 
     def _pruned(self) -> PeftModel:
         """The model after two steps of estimation: enough for a plan of the right size."""
-        pruner = EarlyPruner(self.model, replace(self.case.light, least_examples=0))
+        pruner = EarlyPruner(self.model, self.case.light)
         pruner.start()
         with autocasting(torch.device(self.case.device), self.case.autocast):
             while not pruner.finished:
@@ -154,7 +154,7 @@ class Synthetic:
         return pruner.prune()
 
     def _estimating(self) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-        pruner = EarlyPruner(self.model, LightConfig(length=10**9))
+        pruner = EarlyPruner(self.model, {"preset": "paper", "estimate": {"length": 10**9}})
         pruner.start()
 
         def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -2,7 +2,7 @@ r"""A merged light model in vLLM: does it write what PyTorch writes, and how fas
 
     make test-vllm  # makes the environment with vLLM and the plug-in
     lightpeft run --config configs/socialiqa/smollm2_writer.yaml --output runs/socialiqa/smollm2_vllm \
-        --light.blocks 0.4 --light.length 0.5 --light.least_examples 64 \
+        --light 0.4 --light.estimate.length 0.5 \
         --data.limit_train 256 --data.limit_test 64 --training.epochs 1
     LIGHTPEFT_VLLM=.venv-vllm/bin/python python benchmarks/vllm_speed.py runs/socialiqa/smollm2_vllm
 

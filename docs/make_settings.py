@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lightpeft.app.cli.options import shown_default, type_name
-from lightpeft.app.cli.settings import Section, section, sections
+from lightpeft.app.cli.settings import Section, sections, sections_of
 from lightpeft.config import TaskEntry
 
 PAGE = Path(__file__).parent / "settings.md"
 HEAD = """# Settings
 
-Every setting of a run, with its type, its default and what it is. In YAML `light.blocks` is `blocks` below `light`, on
-the command line `--light.blocks`; keys of a mapping are set in the same way (`--data.columns.text review`,
-`--peft.r 16`, `--trainer.optim sgd`). The [guide](guide.md) says what settings are good for.
+Every setting of a run, with its type, its default and what it is. In YAML `training.epochs` is `epochs` below
+`training`, on the command line `--training.epochs`; keys of a mapping are set in the same way
+(`--data.columns.text review`, `--peft.r 16`, `--trainer.optim sgd`). The [guide](guide.md) says what settings are good for.
 
 This page is made from the classes by `docs/make_settings.py`.
 """
@@ -28,7 +28,7 @@ This page is made from the classes by `docs/make_settings.py`.
 
 def page() -> str:
     """The whole page."""
-    own = section("tasks.NAME", TaskEntry)
+    (own,) = sections_of("tasks.NAME", TaskEntry())
     tables = (line for part in (*sections(), own) for line in _table(part))
     return "\n".join([HEAD, *tables])
 

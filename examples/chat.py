@@ -11,7 +11,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from lightpeft import light_trainer, preset_light
+from lightpeft import light_trainer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -39,7 +39,7 @@ trainer = light_trainer(SFTTrainer)(
     train_dataset=load_dataset(options.data, split="train"),
     processing_class=tokenizer,
     peft_config=LoraConfig(task_type="CAUSAL_LM"),
-    light=preset_light("writer", blocks=options.blocks),  # for decoders that write
+    light=options.blocks,
 )
 trainer.train()
 trainer.save_model(f"{options.output}/adapter")

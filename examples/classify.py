@@ -43,7 +43,7 @@ trainer = LightTrainer(
     processing_class=tokenizer,
     peft_config=LoraConfig(task_type="SEQ_CLS", lora_dropout=0.1),
     compute_metrics=lambda found: {"accuracy": (found.predictions.argmax(-1) == found.label_ids).mean()},
-    light="default",  # 60% of the blocks' parameters go
+    light=0.4,  # of the blocks' parameters go; without it, what is measured to cost no more than a point of accuracy
 )
 trainer.train()
 print(trainer.light_plan)

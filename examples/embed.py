@@ -22,7 +22,7 @@ parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
 parser.add_argument(
     "--data", default="sentence-transformers/natural-questions", help="two columns that belong together"
 )
-parser.add_argument("--light", default="fast", help="a preset; fast: 40%% of the blocks' parameters go, default: 60%%")
+parser.add_argument("--light", type=float, default=0.4, help="part of the blocks' parameters that goes")
 parser.add_argument("--plain", action="store_true", help="plain LoRA in the library's own trainer, to compare with")
 parser.add_argument("--epochs", type=float, default=1)
 parser.add_argument("--learning_rate", type=float, default=5e-4)
@@ -57,8 +57,9 @@ if options.plain:
     model[0].model = get_peft_model(model[0].model, peft_config)
     trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs, loss=loss)
 else:
+    cut = {"remove": {"blocks": options.light}, "modules": {"remove_ranks": 0.5}, "rates": {"scale": 1.0}}
     trainer = light_trainer(SentenceTransformerTrainer)(
-        model=model, args=args, train_dataset=pairs, loss=loss, peft_config=peft_config, light=options.light
+        model=model, args=args, train_dataset=pairs, loss=loss, peft_config=peft_config, light=cut
     )
 trainer.train()
 print(f"found for {len(test)} texts: {before:.1%} before, {found(model, test):.1%} after")

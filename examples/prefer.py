@@ -10,13 +10,13 @@ from datasets import load_dataset
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
-from lightpeft import light_trainer, preset_light
+from lightpeft import light_trainer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
 parser.add_argument("--data", default="trl-lib/ultrafeedback_binarized", help="columns chosen and rejected")
 parser.add_argument("--blocks", type=float, default=0.2, help="part of the blocks' parameters that goes; 0: nothing")
-parser.add_argument("--least_examples", type=int, default=256, help="what is cut is chosen by so many at least")
+parser.add_argument("--estimation", type=int, help="steps before the cut; as many as it takes if not given")
 parser.add_argument("--plain", action="store_true", help="plain LoRA in TRL's own trainer, to compare with")
 parser.add_argument("--epochs", type=float, default=1)
 parser.add_argument("--learning_rate", type=float, default=1e-4)
@@ -25,7 +25,7 @@ options = parser.parse_args()
 
 on_gpu = torch.cuda.is_available()
 rows = load_dataset(options.data)
-cut = preset_light("writer", blocks=options.blocks, least_examples=options.least_examples)
+cut = {"remove": {"blocks": options.blocks}, "estimate": {"length": options.estimation}}
 trainer = (DPOTrainer if options.plain else light_trainer(DPOTrainer))(
     model=options.model,
     args=DPOConfig(

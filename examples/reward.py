@@ -10,7 +10,7 @@ from datasets import load_dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from lightpeft import light_trainer, preset_light
+from lightpeft import light_trainer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -20,7 +20,7 @@ parser.add_argument(
 )
 parser.add_argument("--longest", type=int, default=1000, help="characters of a text; longer ones are left out")
 parser.add_argument("--blocks", type=float, default=0.1, help="part of the blocks' parameters that goes; 0: nothing")
-parser.add_argument("--least_examples", type=int, default=256, help="what is cut is chosen by so many at least")
+parser.add_argument("--estimation", type=int, help="steps before the cut; as many as it takes if not given")
 parser.add_argument("--plain", action="store_true", help="plain LoRA in TRL's own trainer, to compare with")
 parser.add_argument("--steps", type=int, default=200)
 parser.add_argument("--batch_size", type=int, default=16, help="answers a step, four to each text")
@@ -55,7 +55,7 @@ on_gpu = torch.cuda.is_available()
 rows = load_dataset(options.data).filter(lambda row: len(row["text"]) <= options.longest)
 rows = rows.map(asked, remove_columns=["text"])
 test = rows["test"].shuffle(seed=0).select(range(min(200, len(rows["test"]))))
-cut = preset_light("writer", blocks=options.blocks, least_examples=options.least_examples)
+cut = {"remove": {"blocks": options.blocks}, "estimate": {"length": options.estimation}}
 trainer = (GRPOTrainer if options.plain else light_trainer(GRPOTrainer))(
     model=options.model,
     reward_funcs=right,

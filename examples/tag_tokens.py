@@ -53,7 +53,7 @@ trainer = LightTrainer(
     data_collator=DataCollatorForTokenClassification(tokenizer),
     peft_config=LoraConfig(task_type="TOKEN_CLS"),
     compute_metrics=accuracy,
-    light="fast",  # 40% of the blocks' parameters go
+    light=0.4,  # of the blocks' parameters go
 )
 trainer.train()
 print("accuracy of tags:", trainer.evaluate()["eval_accuracy"])

@@ -25,8 +25,8 @@ import transformers
 from lanes import FULL
 from transformers import set_seed
 
-from lightpeft.config import light
 from lightpeft.models.families.registry import FAMILIES
+from lightpeft.prune import length
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("any machine", deadline=None, max_examples=100 if FULL else 25)
@@ -106,9 +106,9 @@ def fetched(name: str, option: str = "") -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def few_examples_are_enough() -> Iterator[None]:
-    """Tiny models are estimated on a handful of rows; tests of `light.least_examples` give it."""
+    """Tiny models are estimated on a handful of rows; tests of the floor set it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(light, "LEAST_EXAMPLES", 0)
+        patch.setattr(length, "LEAST_EXAMPLES", 0)
         yield
 
 

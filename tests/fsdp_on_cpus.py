@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from accelerate import Accelerator, DistributedType, PartialState
@@ -16,7 +17,8 @@ def shard_on_cpus() -> None:
 
     def init(self: Accelerator, *args: Any, **options: Any) -> None:
         state = PartialState._shared_state
-        on_cpus = state.get("distributed_type") is DistributedType.MULTI_CPU
+        asked = options.get("fsdp_plugin") is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        on_cpus = asked and state.get("distributed_type") is DistributedType.MULTI_CPU
         if on_cpus:  # what it takes for the sign that FSDP will do
             state["distributed_type"] = DistributedType.MULTI_GPU
         usual(self, *args, **options)

@@ -10,9 +10,11 @@ import signal
 import sys
 
 from fsdp_on_cpus import shard_on_cpus
+from lights import few_examples_are_enough
 from workbench import at_step, lightpeft, signalling
 
 if __name__ == "__main__":
+    few_examples_are_enough()
     if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
         at_step(int(sys.argv[1]), signalling(signal.SIGKILL))()
     shard_on_cpus()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fsdp_on_cpus import shard_on_cpus
+from lights import few_examples_are_enough
 from sharded_trainings import MODELS, found, training
 from tiny import make
 from torch.distributed.tensor import DTensor
@@ -74,6 +75,7 @@ def _held(parameter: Any) -> int:
 
 
 if __name__ == "__main__":
+    few_examples_are_enough()
     shard_on_cpus()
     trainings(Path(sys.argv[1]))
     dist.destroy_process_group()

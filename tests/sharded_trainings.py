@@ -8,13 +8,13 @@ from typing import Any
 
 from datasets import Dataset
 from lanes import FULL
+from lights import light_of
 from peft import PeftModel
 from support import with_bottleneck
 from tiny import make, with_lora, without_dropout
 from training import dataset, trained_weights
 from transformers import TrainingArguments
 
-from lightpeft.config import LightConfig
 from lightpeft.recipe.trainer import LightTrainer
 
 FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}}
@@ -54,11 +54,11 @@ def training(name: str, folder: Path, processes: int = 1, light: dict[str, Any] 
         **(FSDP if processes > 1 else {}),
         **settings,
     }
-    budget = {"length": 4, "least_examples": 0, "heads": 0.5, "neurons": 0.5, "modules": 0.5, "dropout": 0.0}
+    budget = {"length": 4, "heads": 0.5, "neurons": 0.5, "modules": 0.5, "dropout": 0.0}
     rows: Dataset = dataset(causal=not name.startswith("bert"))
     arguments = TrainingArguments(str(folder), **values)
     return LightTrainer(
-        model, arguments, light=LightConfig(**{**budget, **LIGHT.get(name, {}), **(light or {})}), train_dataset=rows
+        model, arguments, light=light_of(**{**budget, **LIGHT.get(name, {}), **(light or {})}), train_dataset=rows
     )
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from lights import light_of
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from tiny import LAYOUTS, inputs_for
 from torch import Tensor, nn
 
-from lightpeft import EarlyPruner, LightConfig
+from lightpeft import EarlyPruner
 
 LINEAR = [name for name in LAYOUTS if name not in ("gpt2", "falcon")]
 """Layouts whose projections are plain `nn.Linear`; those of GPT-2 (`Conv1D`) and Falcon are left to PEFT."""
@@ -87,7 +88,7 @@ HALF = {"heads": 0.5, "neurons": 0.5, "modules": 0.5, "ranks": 0.5}
 
 def stage(model: PeftModel, total_steps: int = 4, **config: float | str | bool) -> EarlyPruner:
     """The loop of `EarlyPruner`'s docstring."""
-    pruner = EarlyPruner(model, LightConfig(**{"length": 4, **HALF, **config}))
+    pruner = EarlyPruner(model, light_of(**{"length": 4, **HALF, **config}))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     pruner.start(total_steps)
     while not pruner.finished:

@@ -234,7 +234,7 @@ class TestRuns:
             def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 seen[state.global_step] = max(probabilities(kwargs["model"]).values())
 
-        changes = {"light.dropout": 0.0, "peft.lora_dropout": 0.0}
+        changes = {"light.rates.dropout": 0.0, "peft.lora_dropout": 0.0}
         pipeline.run(bench.config(f"dropout-{method}", method=method, **changes), callbacks=[Look()])
         assert len(seen) == 24 and {value == 0.0 for value in seen.values()} == {method == "light"}
 

@@ -60,8 +60,8 @@ def refused(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> Refused:
 
 def test_unknown_keys_name_the_nearest(bench: Workbench, refused: Refused) -> None:
     for key, nearest in [
-        ("light.haeds", "light.heads"),
-        ("lihgt.heads", "light.heads"),
+        ("light.remove.haeds", "light.remove.heads"),
+        ("lihgt.remove.heads", "light.remove.heads"),
         ("ouptut", "output"),
     ]:
         assert f"did you mean --{nearest}?" in refused("run", "--config", bench.yaml("plain"), f"--{key}", "0.5")
@@ -71,7 +71,7 @@ def test_unknown_keys_name_the_nearest(bench: Workbench, refused: Refused) -> No
 
 
 VALUES = {
-    "light.heads": ("1.5", "[0, 1)"),
+    "light.remove.heads": ("1.5", "[0, 1)"),
     "method": ("lite", "light, plain"),
     "training.epochs": ("1e999", "training.epochs"),
     "peft.r": ("10000000", "peft.r is"),
@@ -280,17 +280,16 @@ def test_output_that_is_not_a_run(bench: Workbench, refused: Refused) -> None:
     assert "is not a run" in run_with(bench, refused, output=str(other))
 
 
-def test_budget_that_empties_the_model(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
-    """What can be kept is kept: the estimation stays, and `plan` with a smaller budget goes on from it."""
-    budget = {"light.heads": 0.99, "light.neurons": 0.999, "light.min_heads": 0, "light.min_neurons": 0}
-    assert lightpeft("run", "--config", bench.yaml("emptied", **budget)) == 2
-    assert "the budget would empty the model" in capsys.readouterr().err
+def test_amounts_that_cannot_go(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    """What can be kept is kept: the estimation stays, and `plan` with a smaller amount goes on from it."""
+    assert lightpeft("run", "--config", bench.yaml("emptied", **{"light.remove.blocks": 0.999})) == 2
+    assert "blocks 0.999 cannot be reached" in capsys.readouterr().err
     folder = bench.folder / "emptied"
     assert not (folder / "plan.json").exists()
-    assert lightpeft("plan", "--run", folder, "--light.target", "0.95") == 2
-    assert "target 0.95 cannot be reached" in capsys.readouterr().err
+    assert lightpeft("plan", "--run", folder, "--light", "0.998") == 2
+    assert "blocks 0.998 cannot be reached" in capsys.readouterr().err
     assert read_budget(folder) is None
-    assert lightpeft("plan", "--run", folder, "--light.heads", "0.25", "--light.neurons", "0.25") == 0
+    assert lightpeft("plan", "--run", folder, "--light.remove.heads", "0.25", "--light.remove.neurons", "0.25") == 0
     assert read_budget(folder) == 0.25
     assert lightpeft("run", "--run", folder) == 0
 
@@ -365,7 +364,7 @@ def test_deepspeed_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = Workbench(tmp_path, "llama", "causal-lm")
-    config = bench.yaml("deepspeed", **{"light.least_examples": 0})
+    config = bench.yaml("deepspeed", **{})
     capsys.readouterr()
     for asked in (["--trainer.deepspeed", "zero2.json"], []):
         assert lightpeft("run", "--config", config, *asked) == 2

@@ -30,7 +30,7 @@ from lightpeft.errors import LightPeftError
 from lightpeft.profiling.flops import count_flops
 
 ROUNDS, STEPS = 2, 2
-UPPER = {"light.module_blocks": 0.5, "light.modules": 0.5}
+UPPER = {"light.modules.blocks": 0.5, "light.modules.remove": 0.5}
 """Modules stay in the upper block, so that there is a frozen prefix."""
 
 

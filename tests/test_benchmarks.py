@@ -51,7 +51,7 @@ from workbench import (
 from lightpeft.adapters.merging import load_merged
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.reproduce import Results, Row, read_results
-from lightpeft.config import PRESETS, RunConfig, load_config, run_config_from_dict
+from lightpeft.config import RunConfig, load_config, run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import read_json
 from lightpeft.models.families.registry import block_specs
@@ -78,7 +78,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
 @pytest.fixture(scope="module")
 def config(bench: Workbench) -> Path:
     """Eight steps, two of them estimation."""
-    return bench.yaml("tiny", **{"training.epochs": 1, "preset": "paper"})
+    return bench.yaml("tiny", **{"training.epochs": 1, "light.preset": "paper"})
 
 
 def compare(config: Path, out: Path, *more: object) -> int:
@@ -188,7 +188,7 @@ def test_costs_of_a_tolerance_in_nats_are_those_of_the_loss(tmp_path: Path) -> N
 
 def test_every_method_has_a_result(results: dict[str, Any], compared: Path) -> None:
     assert set(results["methods"]) == set(METHODS)
-    assert {f"light_{preset}" for preset in PRESETS} <= {*METHODS, "light_auto"} == set(peer_methods.PEERS)
+    assert {f"light_{name}" for name in peer_methods.LIGHT} <= {*METHODS, "light_auto"} == set(peer_methods.PEERS)
     assert results["failures"] == {}
     for name, method in results["methods"].items():
         assert 0 <= method["quality"]["mean"] <= 1
@@ -349,15 +349,15 @@ def configs_of(config: Path, out: Path, *more: str) -> dict[str, RunConfig]:
     return {cell.method: cell.config for cell in peers.grid_of(options, peers.goal_of_config(options)).cells(out)}
 
 
-def test_presets_take_the_files_own_section_only_for_its_preset(config: Path, tmp_path: Path) -> None:
+def test_one_light_run_alone_takes_the_files_own_section(config: Path, tmp_path: Path) -> None:
     configs = configs_of(config, tmp_path)
-    own, other = configs["light_paper"], configs["light_default"]
+    own, other = configs["light_default"], configs["light_paper"]
     assert own.light == load_config(config).light
-    assert (own.light.length, other.light.length) == (0.25, run_config_from_dict({}).light.length)
+    assert (own.light.estimate.length, other.light.estimate.length) == (0.25, 0.1)
     assert (own.data, own.training, own.model) == (other.data, other.training, other.model)
-    given = configs_of(config, tmp_path, "--light-config", f"default={config}")
-    assert given["light_default"].light == own.light
-    assert given["light_paper"] == own
+    given = configs_of(config, tmp_path, "--light-config", f"paper={config}")
+    assert given["light_paper"].light == own.light
+    assert given["light_default"] == own
 
 
 @pytest.mark.parametrize(("quality", "seconds"), [(0.5, 1.0), (0.6, 2.0), (0.75, 2.0), (0.9, None)])
@@ -398,7 +398,7 @@ def test_curve_does_not_count_its_own_time(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.fixture(scope="module")
 def prepared(bench: Workbench) -> tuple[pipeline.Workspace, LoadedModel, peer_pruning.Goal]:
-    work = pipeline.prepare(bench.config("peer", method="plain", **{"light.heads": 0.5}))
+    work = pipeline.prepare(bench.config("peer", method="plain", **{"light.remove.heads": 0.5}))
     loaded = work.dense_model()
     loaded.model.eval()
     return work, loaded, peer_pruning.goal_of(loaded, work.config.light)
@@ -670,7 +670,7 @@ def test_needs(
 def test_inference(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Workbench(tmp_path / "bench", family)
     monkeypatch.chdir(tmp_path)
-    config = bench.yaml("tiny", **{"training.epochs": 1, "preset": "paper"})
+    config = bench.yaml("tiny", **{"training.epochs": 1, "light.preset": "paper"})
     assert inference.main([str(config), "--rounds", "2", "--steps", "1", "--out", str(tmp_path / "out.json")]) == 0
     results = read(tmp_path / "out.json")
     for size in ("1", "32"):
@@ -691,7 +691,7 @@ def test_gguf_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     texts = bench.train.read_text(encoding="utf-8").splitlines()
     save_base(bench.base, "llama", tokenizer=tokenizer_of_bytes(texts=texts))
     light, plain = (
-        bench.config(name, **{"method": name, "data.max_length": 128, "light.heads": 0.5})
+        bench.config(name, **{"method": name, "data.max_length": 128, "light.remove.heads": 0.5})
         for name in ("light", "plain")
     )
     pipeline.run(light)
@@ -733,7 +733,7 @@ class Asked:
 
 def test_vllm_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Workbench(tmp_path, "llama", "causal-lm")
-    light, plain = (bench.config(name, **{"method": name, "light.heads": 0.5}) for name in ("light", "plain"))
+    light, plain = (bench.config(name, **{"method": name, "light.remove.heads": 0.5}) for name in ("light", "plain"))
     for config in (light, plain):
         pipeline.run(config)
     monkeypatch.setattr(vllm_speed, "Vllm", Asked)
@@ -794,7 +794,7 @@ def test_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 def test_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Workbench(tmp_path / "bench", "llama", "causal-lm")
     monkeypatch.chdir(tmp_path)
-    config = bench.yaml("tiny", **{"preset": "fast", "light.least_examples": 0, "light.keep": "full"})
+    config = bench.yaml("tiny", **{"light.after.keep": "full"})
     assert writers.main([str(config), "--rounds", "2", "--steps", "1", "--out", str(tmp_path / "out.json")]) == 0
     results = read(tmp_path / "out.json")
     weights = list(results["weights_bytes"].values())

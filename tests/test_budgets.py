@@ -16,6 +16,7 @@ import yaml
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lights import but, light_of, preset
 from tiny import inputs_for, make, random_record, refusal, with_lora
 from torch import Tensor
 from transformers import TrainingArguments
@@ -30,13 +31,14 @@ from lightpeft.app.runs.trainers import LightRun
 from lightpeft.app.tasks import Answers, ClassificationTask, points_a_nat
 from lightpeft.app.tasks.metrics import METRICS
 from lightpeft.budget import finding
+from lightpeft.budget import room as searching_room
 from lightpeft.budget.finding import find_budget
 from lightpeft.budget.found import SHORT, FoundBudget
 from lightpeft.budget.probes import Probe
 from lightpeft.budget.room import PARTS, SearchRoom, sizes_of, why_unmeasured
 from lightpeft.budget.search import BudgetSearch
 from lightpeft.budget.tolerance import cost_in_words, tolerance_in_words
-from lightpeft.config import Tolerance, preset_light
+from lightpeft.config import Tolerance
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import PrunePlan
@@ -45,17 +47,29 @@ from lightpeft.prune.learning import LEAST_LEARNED
 from lightpeft.prune.surgery import cut_copy
 from lightpeft.training.rows import rows_of_steps
 
-FISHER = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}
-AUTO = {**FISHER, "light.blocks": "auto", "light.search_fraction": 100.0}
-LIGHT = LightConfig(
+FISHER = {"light.estimate.criterion": "fisher"}
+AUTO = {**FISHER, "light.remove.blocks": "auto"}
+LIGHT = light_of(
     blocks="auto",
     length=30,
-    least_examples=0,
-    head_criterion="fisher",
-    neuron_criterion="fisher",
-    learning_rate_scale=1.0,
-    search_fraction=100.0,  # of trainings that are hardly longer than a probe
+    criterion="fisher",
+    scale=1.0,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free() -> Iterator[None]:
+    """A search may take as long as it likes, of trainings that are hardly longer than a probe."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(searching_room, "SEARCH_FRACTION", 100.0)
+        yield
+
+
+@pytest.fixture
+def not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search may take as long as usual."""
+    monkeypatch.setattr(searching_room, "SEARCH_FRACTION", 0.15)
+
 
 HALF = Tolerance(0.5, "nats")
 
@@ -240,17 +254,17 @@ def test_tolerances(text: str, amount: float, unit: str) -> None:
     "text", ["-1 points", "nan nats", "inf nats", "0 nats", "one point", "1 percent", "", 0.5, "1point"]
 )
 def test_no_tolerances(text: str | float) -> None:
-    line = refusal(lambda: LightConfig(tolerance=text))
-    assert "light.tolerance" in line and "for example" in line and "\n" not in line
+    line = refusal(lambda: light_of(tolerance=text))
+    assert "light.remove.tolerance" in line and "\n" not in line and ("for example" in line or text == 0.5)
 
 
 def test_no_word_but_auto() -> None:
-    assert "or auto" in refusal(lambda: LightConfig(blocks="some"))  # type: ignore[arg-type]
+    assert "auto" in refusal(lambda: light_of(blocks="some"))  # type: ignore[arg-type]
 
 
 def test_a_plan_needs_a_number() -> None:
     record = random_record(with_lora(make("bert")))
-    assert "light.blocks is auto" in refusal(lambda: make_plan(record, LIGHT))
+    assert "light.remove.blocks is auto" in refusal(lambda: make_plan(record, LIGHT))
 
 
 # -- what points are worth -----------------------------------------------------------------------------------------
@@ -313,7 +327,7 @@ def probe_of(model: Any, light: LightConfig = LIGHT, **changes: Any) -> Probe:
 @pytest.mark.parametrize("name", ["bert", "llama-gqa", "gpt2"])
 def test_a_probe_leaves_the_model_and_random_numbers_alone(name: str) -> None:
     model = with_lora(make(name))
-    plan = make_plan(random_record(model), replace(LIGHT, blocks=0.5, ranks=0.0, modules=0.0))
+    plan = make_plan(random_record(model), but(LIGHT, blocks=0.5, ranks=0.0, modules=0.0))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     random, modes = torch.get_rng_state(), [module.training for module in model.modules()]
     probe = probe_of(model)
@@ -385,7 +399,7 @@ def test_costs_are_told_in_the_unit_of_the_tolerance(
 
 
 def test_a_trainer_finds_its_budget(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, replace(LIGHT, tolerance="2 nats"))
+    trainer = trainer_of(tmp_path, but(LIGHT, tolerance="2 nats"))
     trainer.train()
     found = trainer.light_budget
     assert found is not None and found.blocks > 0 and found.tolerance == 2.0
@@ -412,8 +426,7 @@ def test_a_trainer_within_nothing_cuts_nothing(tmp_path: Path) -> None:
     assert trainer.light_plan is not None and trainer.light_plan.removed_of_blocks == 0
 
 
-def test_what_trainers_cannot_do(tmp_path: Path) -> None:
-    assert "give nats" in refusal(lambda: trainer_of(tmp_path, replace(LIGHT, tolerance="1 point")))
+def test_what_loops_cannot_do() -> None:
     pruner = EarlyPruner(with_lora(make("bert")), LIGHT)
     assert "which LightTrainer has" in refusal(lambda: pruner.start(20))
 
@@ -471,7 +484,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
 
 
 def short(bench: Workbench, name: str, **changes: Any) -> Any:
-    return bench.config(name, **AUTO, **{"training.epochs": 0.5, "light.tolerance": "30 points", **changes})
+    return bench.config(name, **AUTO, **{"training.epochs": 0.5, "light.remove.tolerance": "30 points", **changes})
 
 
 @pytest.fixture(scope="module")
@@ -488,7 +501,7 @@ def test_a_run_finds_its_budget(whole: Path) -> None:
     assert found["tolerance"] == pytest.approx(30 / found["points_a_nat"])
     entries = [entry for entry in RunFolder.at(whole).log_entries() if entry.get("stage") == "budget"]
     *copies, summary = [entry["note"] for entry in entries if "note" in entry]
-    assert copies[0] == f"light.blocks: auto, copy 1 of 3 at most: nothing cut, {found['steps']} steps"
+    assert copies[0] == f"light: auto, copy 1 of 3 at most: nothing cut, {found['steps']} steps"
     probed = [f"{each['blocks']:.0%} of the blocks cut" for each in found["probed"]]
     assert sorted(line.split(": ")[2].split(",")[0] for line in copies[1:]) == sorted(probed)
     numbers = range(1, len(copies) + 1)
@@ -535,10 +548,10 @@ def test_stage_by_stage_it_is_the_same_run(bench: Workbench, whole: Path) -> Non
 
 @pytest.mark.usefixtures("costly")
 def test_another_tolerance_is_another_search(bench: Workbench) -> None:
-    config = short(bench, "again", **{"light.tolerance": "50 nats"})
+    config = short(bench, "again", **{"light.remove.tolerance": "50 nats"})
     pipeline.estimate(pipeline.prepare(config))
     assert pipeline.plan(pipeline.prepare(config)).removed_of_blocks > 0.5
-    strict = pipeline.prepare(short(bench, "again", **{"light.tolerance": "0.1 nats"}), replan=True)
+    strict = pipeline.prepare(short(bench, "again", **{"light.remove.tolerance": "0.1 nats"}), replan=True)
     assert pipeline.plan(strict).removed_of_blocks == 0
     assert read(bench.folder / "again" / "budget.json")["blocks"] == 0
 
@@ -546,12 +559,13 @@ def test_another_tolerance_is_another_search(bench: Workbench) -> None:
 def test_a_task_without_classes_has_no_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench = Workbench(tmp_path, "llama", "causal-lm")
     write_rows(bench.train, completions(600))
-    file = bench.yaml("run", **AUTO, **{"training.epochs": 0.5, "light.tolerance": "1 point"})
+    file = bench.yaml("run", **AUTO, **{"training.epochs": 0.5, "light.remove.tolerance": "1 point"})
     assert lightpeft("run", "--config", file) == 2
     assert "no metric of classes; give nats" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("not_free")
 @pytest.mark.parametrize(
     ("room", "why"),
     [
@@ -563,7 +577,7 @@ def test_a_task_without_classes_has_no_points(tmp_path: Path, capsys: pytest.Cap
     ],
 )
 def test_why_a_budget_cannot_be_measured(room: dict[str, Any], why: str | None) -> None:
-    found = why_unmeasured(replace(room_of(600), **room), preset_light("auto"), 1000)
+    found = why_unmeasured(replace(room_of(600), **room), preset("fast"), 1000)
     assert found is None if why is None else why in str(found)
 
 
@@ -575,6 +589,7 @@ def room_of(rows: int, unit: str = "points", batch: int = 16, accumulation: int 
     return SearchRoom(rows, batch, batch * accumulation, 1, unit == "points")
 
 
+@pytest.mark.usefixtures("not_free")
 @pytest.mark.parametrize(
     ("rows", "epochs", "unit", "light", "probes"),
     [
@@ -584,7 +599,6 @@ def room_of(rows: int, unit: str = "points", batch: int = 16, accumulation: int 
         (1_000, 1, "points", {}, 0),
         (1_000, 1, "nats", {}, 0),
         (1_800, 2, "points", {"module_blocks": 1.0}, 0),
-        (1_000, 1, "points", {"search_fraction": 1.0}, 2),
         (20_000, 3, "nats", {}, 2),
     ],
 )
@@ -592,20 +606,20 @@ def test_no_search_takes_more_than_it_may(
     rows: int, epochs: int, unit: str, light: dict[str, Any], probes: int
 ) -> None:
     """Of a model whose first probe leaves the tolerance half empty, so that a second one is asked for."""
-    room, settings, steps = room_of(rows, unit), preset_light("auto", **light), rows * epochs // 16
+    room, settings, steps = room_of(rows, unit), preset("fast", **light), rows * epochs // 16
     sizes, cost = sizes_of(room, settings, steps)
     assert sizes.aside >= 128 and sizes.steps >= 8
     reason = why_unmeasured(room, settings, steps)
     assert (reason is None) == (cost.least <= cost.most) == (probes > 0)
     if reason is not None:
-        assert f"of plain PEFT's run of {steps} steps, and light.search_fraction allows 15%" in reason
+        assert f"of plain PEFT's run of {steps} steps, and it may take 15%" in reason
         return
     before = {place: 0.2 * place for place in PLACES}
     search = BudgetSearch(before, 0.02, points_a_nat=50.0 if unit == "points" else None)
     search.run(lambda blocks: rises(0.1 * blocks**2, 0.001), cost.allows)
     probed = [each.blocks for each in search.probed]
     assert len(probed) == probes
-    assert cost.of_plain(probed) <= settings.search_fraction
+    assert cost.of_plain(probed) <= searching_room.SEARCH_FRACTION
 
 
 @settings(max_examples=200, deadline=None)
@@ -621,7 +635,7 @@ def test_what_a_search_takes_is_what_it_goes_through(
     rows: int, epochs: int, batch: int, accumulation: int, unit: str, gone: float
 ) -> None:
     room = room_of(rows, unit, batch, accumulation)
-    sizes, cost = sizes_of(room, preset_light("auto"), max(1, rows * epochs // (batch * accumulation)), gone)
+    sizes, cost = sizes_of(room, preset("fast"), max(1, rows * epochs // (batch * accumulation)), gone)
     assert cost.trained == sizes.steps * batch * accumulation and cost.few <= cost.held == sizes.aside <= rows // 4
     assert cost.of_plain([gone]) >= cost.of_plain([gone + 0.5 * (1 - gone)]) >= cost.of_plain([]) > 0
     assert cost.of_plain([gone]) == pytest.approx((1 - gone) * replace(cost, gone=0.0).of_plain([0.0]))
@@ -630,7 +644,7 @@ def test_what_a_search_takes_is_what_it_goes_through(
 @pytest.mark.parametrize("unit", ["nats", "points"])
 def test_passes_of_a_search_are_those_that_it_makes(unit: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Rows that the model and its copies are called with are counted, and are those of the count."""
-    trainer = trainer_of(tmp_path, replace(LIGHT, tolerance="2 nats"))
+    trainer = trainer_of(tmp_path, but(LIGHT, tolerance="2 nats"))
     monkeypatch.setattr(trainer, "light_tolerance", lambda: Tolerance(2, unit))
     monkeypatch.setattr(trainer, "light_points_a_nat", lambda classes, right: float(len(classes) == len(right)))
     rows: dict[str, int] = {"forward": 0, "trained": 0}
@@ -666,8 +680,11 @@ def test_a_run_too_short_for_a_search_has_a_fixed_budget(
     monkeypatch.setattr("lightpeft.budget.found.LEAST_LEARNED", -math.inf)
     bench = Workbench(tmp_path)
     write_rows(bench.train, labelled(600, seed=1))
-    settings = {**bench.settings(**{"training.epochs": 1}), "light": {"length": 40, "least_examples": 0}}
-    for name, more in (("asked", {"blocks": "auto"}), ("usual", {})):
+    settings = {
+        **bench.settings(**{"training.epochs": 1}),
+        "light": {"estimate": {"length": 40}},
+    }
+    for name, more in (("asked", {"remove": {"blocks": "auto"}}), ("usual", {})):
         file = tmp_path / f"{name}.yaml"
         file.write_text(yaml.safe_dump({**settings, "light": {**settings["light"], **more}}), encoding="utf-8")
         assert lightpeft("run", "--config", file, "--output", tmp_path / name) == 0
@@ -701,13 +718,14 @@ def test_a_fixed_budget_is_for_who_has_learned(
 
 
 def test_a_run_too_short_for_any_estimation_trains_all_the_same(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unless it was told what to remove: then it is refused, in the words of its interface, and nothing is written."""
     bench = Workbench(tmp_path)
     settings = {**bench.settings(**{"training.epochs": 2}), "light": {}}
     file = tmp_path / "short.yaml"
-    file.write_text(yaml.safe_dump({**settings, "light": {"least_examples": 256}}), encoding="utf-8")
+    monkeypatch.setattr("lightpeft.prune.length.LEAST_EXAMPLES", 256)
+    file.write_text(yaml.safe_dump({**settings, "light": "auto"}), encoding="utf-8")
     assert lightpeft("run", "--config", file, "--output", tmp_path / "usual") == 0
     said = capsys.readouterr().err
     assert "nothing of the base goes: estimation scores" in said
@@ -715,7 +733,7 @@ def test_a_run_too_short_for_any_estimation_trains_all_the_same(
     again = tmp_path / "again"
     assert lightpeft("run", "--config", tmp_path / "usual/config.yaml", "--output", again) == 0
     assert comparable(again) == comparable(tmp_path / "usual")
-    told = {**settings, "preset": "default", "light": {"least_examples": 256}}
+    told = {**settings, "light": 0.6}
     file.write_text(yaml.safe_dump(told), encoding="utf-8")
     assert lightpeft("run", "--config", file, "--output", tmp_path / "told") == 2
     assert "(training.epochs)" in capsys.readouterr().err and not (tmp_path / "told").exists()

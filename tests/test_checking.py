@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lanes import telling, thorough
+from lights import light_of
 from tiny import inputs_for, make, with_lora
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -61,7 +62,7 @@ def held(name: str, light: LightConfig | None, real: bool) -> Holding:
         return torch.optim.AdamW(parameters)
 
     def estimates(parameters: Any) -> torch.optim.Optimizer:
-        config = RunConfig(light=light or LightConfig(), training=TrainingConfig(learning_rate=1e-3))
+        config = RunConfig(light=light or light_of(), training=TrainingConfig(learning_rate=1e-3))
         work: Any = SimpleNamespace(config=config)
         return estimating(work, model)(parameters)
 
@@ -80,7 +81,7 @@ def held(name: str, light: LightConfig | None, real: bool) -> Holding:
         return Holding(0, 0, watch.peak, 0, 0)
 
 
-@pytest.mark.parametrize("light", [None, LightConfig(dropout=0.0)], ids=["plain", "estimation"])
+@pytest.mark.parametrize("light", [None, light_of(dropout=0.0)], ids=["plain", "estimation"])
 @telling(
     "name",
     ["bert", "mpnet", "llama-gqa", "gpt2", "t5", "mixtral", "gpt_oss", "deepseek_v3"],
@@ -116,10 +117,10 @@ def widths(name: str, light: LightConfig) -> list[int]:
 
 
 def test_a_cut_of_nothing_known_takes_about_the_same_part_everywhere() -> None:
-    found = widths("llama-gqa", LightConfig(blocks=0.5, modules=0.0, ranks=0.5))
+    found = widths("llama-gqa", light_of(blocks=0.5, modules=0.0, ranks=0.5))
     assert len(set(found)) == len(found), "as where neurons of all blocks compete"
     assert all(12 <= width <= 36 for width in found) and 22 <= sum(found) / len(found) <= 26
-    same = LightConfig(heads=0.5, neurons=0.5, modules=0.0, ranks=0.5, neurons_scope="layerwise")
+    same = light_of(heads=0.5, neurons=0.5, modules=0.0, ranks=0.5, scope="layerwise")
     assert widths("llama-gqa", same) == [24] * len(found)
 
 
@@ -150,7 +151,7 @@ def checked(bench: Workbench, name: str = "run", **settings: Any) -> Check:
 @pytest.mark.parametrize("family", ["bert", "llama", "mixtral"])
 def test_stages_of_a_run(tmp_path: Path, family: str) -> None:
     bench = Workbench(tmp_path, family)
-    found = checked(bench, **{"light.blocks": 0.5})
+    found = checked(bench, **{"light.remove.blocks": 0.5})
     assert list(found.stages) == ["plain", "estimate", "train", "evaluate"]
     plain, estimate, train, _ = found.stages.values()
     assert train.holding.weights < estimate.holding.weights == plain.holding.weights
@@ -164,8 +165,8 @@ def test_stages_of_a_run(tmp_path: Path, family: str) -> None:
     "settings",
     [
         {"method": "plain"},
-        {"light.blocks": "auto"},
-        {"light.depth": 0.5},
+        {"light.remove.blocks": "auto"},
+        {"light.remove.depth": 0.5},
         {"peft": "bottleneck"},
         {"training.gradient_checkpointing": True},
         {"model.dtype": "bfloat16"},
@@ -230,7 +231,7 @@ def test_what_is_not_gone_through(tmp_path: Path, settings: dict[str, Any], said
 
 
 def test_steps_at_full_width_are_a_stage(tmp_path: Path) -> None:
-    settings = {"light.keep": "full", "light.full_width_steps": 0.25, "light.blocks": 0.5}
+    settings = {"light.after.keep": "full", "light.after.full_width_steps": 0.25, "light.remove.blocks": 0.5}
     work = pipeline.prepare(Workbench(tmp_path, "llama", "causal-lm").config("run", **settings))
     found = check(work, measure=True)
     assert list(found.stages) == ["plain", "estimate", "train", "full width", "evaluate"]
@@ -240,16 +241,18 @@ def test_steps_at_full_width_are_a_stage(tmp_path: Path) -> None:
     assert found.time_of_plain is not None and found.time_of_plain > 0
 
 
-def test_an_estimation_may_take_longer(tmp_path: Path) -> None:
+def test_an_estimation_may_take_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of classes: whether a model that writes has learned anything is not known."""
-    settings: dict[str, Any] = {"light.blocks": 0.5, "light.least_learned": 0.05, "light.max_fraction": 0.5}
+    monkeypatch.setattr("lightpeft.prune.length.LEAST_STEPS", 6)
+    monkeypatch.setattr("lightpeft.prune.length.MOST_PART", 0.5)
+    settings: dict[str, Any] = {"light.remove.blocks": 0.5, "light.estimate.length": "auto"}
     classes = checked(Workbench(tmp_path), **settings)
     assert (classes.stages["estimate"].steps, classes.longest_estimation) == (6, 12)
-    told = "estimation takes 6 steps, and up to 12 where they teach too little (light.least_learned)"
+    told = "estimation takes 6 steps, and up to 12 where they teach too little (light.estimate.length: auto)"
     assert told in list(classes.summary())
     writer = checked(Workbench(tmp_path / "writer", "llama", "causal-lm"), **settings)
     assert writer.longest_estimation == writer.stages["estimate"].steps
-    assert not any("least_learned" in line for line in writer.summary())
+    assert not any("teach too little" in line for line in writer.summary())
     assert checked(Workbench(tmp_path / "plain"), method="plain").longest_estimation == 0
 
 

@@ -20,7 +20,7 @@ from lightpeft.app.cli.settings import USUAL
 from lightpeft.app.cli.verbs import VERBS
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
-from lightpeft.config import PRESETS, Budget, RunConfig, TrainingConfig, load_config
+from lightpeft.config import Estimate, Remove, RunConfig, TrainingConfig, load_config
 
 NAMES = [
     "run",
@@ -73,9 +73,9 @@ def test_help_of_a_verb_documents_options(capsys: pytest.CaptureFixture[str], ve
     assert all(option.help.split()[0] in text for option in VERBS[verb].options)
     if not VERBS[verb].on_runs:
         return
-    for config, section in ((Budget, "light"), (TrainingConfig, "training")):
+    for config, section in ((Remove, "light.remove"), (Estimate, "light.estimate"), (TrainingConfig, "training")):
         assert all(f"--{section}.{field.name}" in text for field in dataclasses.fields(config))
-    assert "Part of the attention head units to remove, in [0, 1)." in text
+    assert "part of the attention head units to remove, in [0, 1)." in text
     assert "Rows a step and process. (type: int, default: 32)" in text
     assert "Optimizer steps" in text or "optimizer steps (int)" in text
     assert "--print_config" in text
@@ -94,11 +94,15 @@ def test_command_alone_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown(capsys) == shown(capsys, "--help")
 
 
-def test_help_shows_the_values_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_what_unset_settings_stand_for(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(shown(capsys, "run", "--help-all").split())
-    for name, value in PRESETS["auto"].items():
-        described = text[text.index(f"--light.{name} ") :]
-        assert described[described.index("default: ") :].startswith(f"default: {value})")
+    light = RunConfig().light
+    for section in ("remove", "estimate", "modules", "rates", "after"):
+        for name, value in dataclasses.asdict(getattr(light, section)).items():
+            described = text[text.index(f"--light.{section}.{name} ") :]
+            shown_value = "null" if value is None else value
+            assert described[described.index("default: ") :].startswith(f"default: {shown_value})")
+    assert "--light LIGHT Part of the blocks to remove such as 0.4, auto, a preset's name, or all of" in text
 
 
 MISNAMED = {
@@ -111,7 +115,7 @@ MISNAMED = {
     ("run", "--training=5"): "did you mean --training.epochs?",
     ("run", "--train", "rows.csv"): "unknown option --train; did you mean --data.train?",
     ("run", "--outptu", "here"): "unknown option --outptu; did you mean --output?",
-    ("train", "--heads", "0.5"): "did you mean --light.heads?",
+    ("train", "--heads", "0.5"): "did you mean --light.remove.heads?",
     ("run", "--frobnicate"): "unknown option --frobnicate; --help shows all that there are",
     ("inspect", "run", "--lr", "3"): "unknown option --lr; --help shows all that there are",
     ("eval", "run"): "unknown verb eval; did you mean evaluate?",
@@ -172,7 +176,7 @@ def test_a_shell_completes_verbs_options_values_and_files(tmp_path: Path) -> Non
     (tmp_path / "rows.csv").touch()
     assert completions("lightpeft ", tmp_path)[-len(NAMES) :] == NAMES
     assert completions("lightpeft pre", tmp_path) == ["predict"]
-    assert completions("lightpeft run --light.blo", tmp_path) == ["--light.blocks"]
+    assert completions("lightpeft run --light.remove.blo", tmp_path) == ["--light.remove.blocks"]
     assert completions("lightpeft run --help", tmp_path) == ["--help", "--help-all"]
     assert completions("lightpeft run --preset wr", tmp_path) == ["writer"]
     assert completions("lightpeft run --training.precision=b", tmp_path) == ["--training.precision=bf16"]
@@ -181,18 +185,27 @@ def test_a_shell_completes_verbs_options_values_and_files(tmp_path: Path) -> Non
 
 
 def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["lightpeft", "run", "--light.haeds", "0.5"])
+    monkeypatch.setattr(sys, "argv", ["lightpeft", "run", "--light.remove.haeds", "0.5"])
     with pytest.raises(SystemExit) as end:
         runpy.run_module("lightpeft", run_name="__main__")
     assert end.value.code == 2
-    assert "did you mean --light.heads?" in capsys.readouterr().err
+    assert "did you mean --light.remove.heads?" in capsys.readouterr().err
 
 
 # -- settings ----------------------------------------------------------------------------------------------------
 
 
 def test_print_config_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    options = ("--preset", "paper", "--light.heads", "0.5", "--light.length", "0.2", "--peft.slots", '["q", "v"]')
+    options = (
+        "--preset",
+        "paper",
+        "--light.remove.heads",
+        "0.5",
+        "--light.estimate.length",
+        "0.2",
+        "--peft.slots",
+        '["q", "v"]',
+    )
     text = shown(capsys, "run", *options, "--data.columns.text_pair", "other", "--print_config")
     file = tmp_path / "printed.yaml"
     file.write_text(text, encoding="utf-8")
@@ -210,23 +223,32 @@ def test_options_go_over_the_file_and_the_file_over_the_preset(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "settings.yaml"
-    file.write_text("preset: paper\nlight: {heads: 0.4, neurons: 0.4, multiple_of: 4}\nseed: 3\n", encoding="utf-8")
-    for options in (["--light.heads", "0.5", "--seed=7"], ["--seed", "7", "--light.heads=0.5"]):
+    file.write_text(
+        "light: {preset: paper, remove: {heads: 0.4, neurons: 0.4, multiple_of: 4}}\nseed: 3\n", encoding="utf-8"
+    )
+    for options in (["--light.remove.heads", "0.5", "--seed=7"], ["--seed", "7", "--light.remove.heads=0.5"]):
         given = printed(capsys, "run", "--config", file, *options)
-        assert given["light"]["heads"] == 0.5
-        assert given["light"]["neurons"] == 0.4
-        assert given["light"]["multiple_of"] == 4
-        assert given["light"]["head_criterion"] == "mask"
+        assert given["light"]["remove"]["heads"] == 0.5
+        assert given["light"]["remove"]["neurons"] == 0.4
+        assert given["light"]["remove"]["multiple_of"] == 4
+        assert given["light"]["estimate"]["criterion"] == "mask"
         assert given["seed"] == 7
-    changed = printed(capsys, "run", "--config", file, "--preset", "default")
-    assert changed["light"]["head_criterion"] == "fisher"
-    assert changed["light"]["multiple_of"] == 4
-    assert changed["light"]["blocks"] is None  # the file says it by heads and neurons
+    changed = printed(capsys, "run", "--config", file, "--light", "fast")
+    assert changed["light"]["estimate"]["criterion"] == "fisher"
+    assert changed["light"]["remove"]["multiple_of"] == 4
+    assert changed["light"]["remove"]["blocks"] is None  # the file says it by heads and neurons
+    for amount in (["--light", "0.3"], ["--light=0.3"], ["--light.remove.blocks", "0.3"]):
+        remove = printed(capsys, "run", "--config", file, *amount)["light"]["remove"]
+        assert (remove["blocks"], remove["heads"], remove["multiple_of"]) == (0.3, None, 4)
+    both = printed(capsys, "run", "--light", "0.3", "--light.remove.tolerance", "2 points")["light"]["remove"]
+    assert (both["blocks"], both["tolerance"]) == (0.3, "2 points")
+    assert lightpeft("run", "--light", "0.3", "--light.remove.heads", "0.5") == 2
+    assert "both say how much goes" in capsys.readouterr().err
 
 
 def test_values_of_every_kind_come_through(capsys: pytest.CaptureFixture[str]) -> None:
     options = {
-        "light.length": "50",
+        "light.estimate.length": "50",
         "light.target": "0.4",
         "training.fast_steps": "false",
         "training.precision": "bf16",
@@ -258,15 +280,15 @@ def test_text_is_text_whatever_it_looks_like(capsys: pytest.CaptureFixture[str])
 def test_sections_and_mappings_as_a_whole(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "training.yaml"
     file.write_text("batch_size: 4\nwarmup: 0.5\n", encoding="utf-8")
-    options = ["--light", "{heads: 0.5, multiple_of: 4}", "--light.multiple_of", "2", "--training", file]
+    options = ["--light", "{heads: 0.5, multiple_of: 4}", "--light.remove.multiple_of", "2", "--training", file]
     options += ["--data.columns", "{text: review}", "--data.columns.label", "stars"]
     given = printed(capsys, "run", *options, "--tasks.mine.kind", "chat", "--tasks.mine.hub", "a/b")
     assert (given["light"]["heads"], given["light"]["multiple_of"]) == (0.5, 2)
     assert (given["training"]["batch_size"], given["training"]["warmup"]) == (4, 0.5)
     assert given["data"]["columns"] == {"text": "review", "label": "stars"}
     assert (given["tasks"]["mine"]["kind"], given["tasks"]["mine"]["hub"]) == ("chat", "a/b")
-    assert lightpeft("run", "--light", "{haeds: 0.5}", "--print_config") == 2
-    assert "unknown key light.haeds; did you mean light.heads?" in capsys.readouterr().err
+    assert lightpeft("run", "--light", "remove: {haeds: 0.5}", "--print_config") == 2
+    assert "unknown key light.remove.haeds; did you mean light.remove.heads?" in capsys.readouterr().err
 
 
 def test_settings_of_a_run_folder(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:

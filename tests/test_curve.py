@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lights import but, light_of
 from tiny import inputs_for, make, random_record, refusal, with_lora
 from workbench import Workbench, lightpeft, read
 
-from lightpeft import Budget, apply_plan
+from lightpeft import apply_plan
 from lightpeft.app.runs import pipeline
 from lightpeft.budget.curve import PARTS, loss_curve, nested_plans
 from lightpeft.plans.records import PrunePlan
 
-BUDGET = Budget(head_criterion="fisher", neuron_criterion="fisher", modules=0.0, ranks=0.0)
+BUDGET = light_of(criterion="fisher", modules=0.0, ranks=0.0)
 
 
 def kept(plan: PrunePlan) -> set[tuple[str, int, int]]:
@@ -36,7 +36,7 @@ def kept(plan: PrunePlan) -> set[tuple[str, int, int]]:
 @given(seed=st.integers(0, 1000), name=st.sampled_from(["bert", "llama-gqa", "gpt2"]), balanced=st.booleans())
 def test_what_goes_at_one_budget_goes_at_the_next(seed: int, name: str, balanced: bool) -> None:
     record = random_record(with_lora(make(name)), seed)
-    budget = replace(BUDGET, head_unit="balanced" if balanced else "group")
+    budget = but(BUDGET, head_unit="balanced" if balanced else "group")
     plans = dict(nested_plans(record, budget))
     assert list(plans) == sorted(plans)
     for part, plan in plans.items():
@@ -45,12 +45,14 @@ def test_what_goes_at_one_budget_goes_at_the_next(seed: int, name: str, balanced
         assert kept(later) <= kept(earlier)
 
 
-def test_budgets_that_the_floors_forbid_are_left_out() -> None:
+def test_budgets_that_the_floors_forbid_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     record = random_record(with_lora(make("llama-gqa")))
-    plans = dict(nested_plans(record, replace(BUDGET, min_neurons=24), PARTS))
+    monkeypatch.setattr("lightpeft.plans.planning.LEAST_NEURONS", 24)
+    plans = dict(nested_plans(record, BUDGET, PARTS))
     assert plans and max(plans) < max(PARTS)
+    monkeypatch.setattr("lightpeft.plans.planning.LEAST_NEURONS", 48)
     assert "no budget can be tried: blocks 0.9 cannot be reached" in refusal(
-        lambda: dict(nested_plans(record, replace(BUDGET, min_neurons=48), [0.9]))
+        lambda: dict(nested_plans(record, BUDGET, [0.9]))
     )
 
 
@@ -92,7 +94,7 @@ def mean_loss(model: Any, batches: list[dict[str, Any]]) -> float:
 
 def test_curve_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench = Workbench(tmp_path)
-    fisher = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}
+    fisher = {"light.estimate.criterion": "fisher"}
     config = bench.yaml("run", **fisher)
     assert lightpeft("plan", "--config", config, "--curve") == 2
     assert "estimate" in capsys.readouterr().err
@@ -105,7 +107,10 @@ def test_curve_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert all(point["step_time"] > 0 for point in found["points"])
     assert not (tmp_path / "run" / "plan.json").exists(), "nothing is decided"
     settings = (tmp_path / "run" / "config.yaml").read_bytes()
-    assert lightpeft("plan", "--run", tmp_path / "run", "--curve", "--rows", "24", "--light.min_neurons", "4") == 0
+    assert (
+        lightpeft("plan", "--run", tmp_path / "run", "--curve", "--rows", "24", "--light.remove.head_unit", "balanced")
+        == 0
+    )
     assert (tmp_path / "run" / "config.yaml").read_bytes() == settings, "nor is the run another one"
     pipeline.run(bench.config("run", **fisher))  # it goes on
     assert lightpeft("plan", "--run", tmp_path / "run", "--curve", "--rows", "3") == 2
@@ -113,16 +118,12 @@ def test_curve_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert lightpeft("plan", "--run", tmp_path / "run", "--rows", "30") == 2
     assert "--rows are those of --curve" in capsys.readouterr().err
     assert lightpeft("plan", "--config", bench.yaml("masks"), "--curve") == 2
-    criteria = {**fisher, "light.neuron_criterion": "mask"}
-    assert lightpeft("estimate", "--config", bench.yaml("mixed", **criteria)) == 0
-    assert lightpeft("plan", "--config", bench.yaml("mixed", **criteria), "--curve") == 2
-    assert "give head_criterion and neuron_criterion the same value" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("llama", {"light.depth": 0.5, "light.blocks": 0.6}),
+        ("llama", {"light.remove.depth": 0.5, "light.remove.blocks": 0.6}),
         ("llama", {"peft.slots": ["q", "v"]}),
         ("bert", {"peft": {"type": "bottleneck", "size": 8}}),
     ],
@@ -130,11 +131,11 @@ def test_curve_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 )
 def test_curve_of_other_runs(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     bench = Workbench(tmp_path, family, "classification" if family == "bert" else "causal-lm")
-    fisher = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}
+    fisher = {"light.estimate.criterion": "fisher"}
     config = bench.yaml("run", **fisher, **changes)
     assert lightpeft("estimate", "--config", config) == 0
     assert lightpeft("plan", "--run", tmp_path / "run", "--curve", "--rows", "24") == 0
     points = read(tmp_path / "run" / "curve.json")["points"]
     assert points and all(point["removed_of_blocks"] >= point["blocks"] for point in points)
-    if "light.depth" in changes:
+    if "light.remove.depth" in changes:
         assert min(point["blocks"] for point in points) >= 0.5, "as much has gone with the blocks"

@@ -16,6 +16,7 @@ from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lanes import thorough
+from lights import light_of
 from peft import LoraConfig
 from torch import Tensor
 from training import blocks_of, collate, encoded, upper
@@ -28,14 +29,12 @@ from transformers import (
 )
 from workbench import Workbench, labelled
 
-from lightpeft import LightConfig, LightTrainer, light_trainer
+from lightpeft import LightTrainer, light_trainer
 from lightpeft.training.prefix import FrozenPrefix, PrefixCache, cache_prefix
 
 trl = pytest.importorskip("trl")
 
-LIGHT = LightConfig(
-    length=3, least_examples=0, heads=0.25, neurons=0.5, modules=0.0, module_blocks=0.5, ranks=0.5, dropout=0.0
-)
+LIGHT = light_of(length=3, heads=0.25, neurons=0.5, modules=0.0, module_blocks=0.5, ranks=0.5, dropout=0.0)
 SLOWLY: dict[str, Any] = {"prefix_cache": None, "fast_steps": False}
 STEPS = 14
 ARGUMENTS: dict[str, Any] = {

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from adapters import A_THIRD, logits, shallow
+from lights import light_of
 from tiny import ALL, GENERATORS, every_family, inputs_for, make, refusal, relative_difference, with_lora
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from workbench import Workbench, read
 
-from lightpeft import EarlyPruner, LightConfig, load_light, save_merged
+from lightpeft import EarlyPruner, load_light, save_merged
 from lightpeft.app.runs import pipeline
-from lightpeft.config import Budget
 from lightpeft.models.families.registry import block_lists
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import EstimationRecord, PrunePlan
@@ -68,16 +68,16 @@ def test_generate_counts_on_the_blocks_that_are_there(name: str) -> None:
 
 
 def test_at_least_one_block_stays() -> None:
-    assert Budget(depth=0.99).blocks_left(3) == 1
-    assert [Budget(depth=0.4).blocks_left(blocks) for blocks in (1, 5, 30)] == [1, 3, 18]
+    assert light_of(depth=0.99).blocks_left(3) == 1
+    assert [light_of(depth=0.4).blocks_left(blocks) for blocks in (1, 5, 30)] == [1, 3, 18]
 
 
 @every_family(TWO_STACKS)
 def test_one_stack_reads_the_other(name: str) -> None:
     model = with_lora(make(name))
     before = len(list(model.modules()))
-    reason = refusal(lambda: EarlyPruner(model, LightConfig(depth=A_THIRD)))
-    assert "models with one stack" in reason and "set light.depth to 0" in reason
+    reason = refusal(lambda: EarlyPruner(model, light_of(depth=A_THIRD)))
+    assert "models with one stack" in reason and "set light.remove.depth to 0" in reason
     assert len(list(model.modules())) == before
 
 
@@ -115,7 +115,7 @@ def test_a_base_that_is_read_piece_by_piece(name: str, tmp_path: Path) -> None:
 
 
 def test_a_model_of_equal_layers_is_one_for_transformers_alone(tmp_path: Path) -> None:
-    light = shallow(make("llama-gqa"), heads=0.0, neurons=0.5, neurons_scope="layerwise")
+    light = shallow(make("llama-gqa"), heads=0.0, neurons=0.5, scope="layerwise")
     assert save_merged(light, tmp_path)
     alone = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert alone.config.num_hidden_layers == 2
@@ -138,8 +138,8 @@ def test_a_plan_that_keeps_a_module_above_is_refused() -> None:
 
 def test_estimation_is_on_what_is_left_and_modules_go_with_their_blocks(tmp_path: Path) -> None:
     model = with_lora(make("llama-classifier"))
-    fingerprint = Estimator(copy.deepcopy(model), LightConfig()).fingerprint
-    pruner = EarlyPruner(model, LightConfig(length=2, depth=A_THIRD, heads=0.5))
+    fingerprint = Estimator(copy.deepcopy(model), light_of()).fingerprint
+    pruner = EarlyPruner(model, light_of(length=2, depth=A_THIRD, heads=0.5))
     assert len(blocks_of(model)) == 2
     assert not [name for name in model.peft_config["default"].target_modules if ".2." in name]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -170,7 +170,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
 @pytest.mark.parametrize("peft", ["lora", "bottleneck"])
 def test_a_whole_run(bench: Workbench, peft: str) -> None:
     """Half of the two blocks goes; what the run reports is what its adapter has."""
-    result = pipeline.run(bench.config(peft, peft=peft, **{"light.depth": 0.5}))
+    result = pipeline.run(bench.config(peft, peft=peft, **{"light.remove.depth": 0.5}))
     folder = bench.folder / peft
     record, plan = EstimationRecord.load(folder / "estimation"), PrunePlan.load(folder / "plan.json")
     assert {site.block for site in record.sites} == {0} and len(plan.left_out) == 1

@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from lanes import telling
+from lights import light_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import (
     IMAGES,
@@ -31,7 +32,7 @@ from tiny import (
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from lightpeft import EarlyPruner, LightConfig, LightTrainer, load_light
+from lightpeft import EarlyPruner, LightTrainer, load_light
 from lightpeft.compat.torch import is_watched
 from lightpeft.errors import LightPeftError
 from lightpeft.models.families.registry import FAMILIES, REFUSED, block_specs, family_of, register_family
@@ -181,7 +182,7 @@ def test_t5_is_more_than_can_be_found() -> None:
 def test_from_estimation_to_a_loaded_light_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = dict(FAMILIES)
     model = with_lora(found(name), trained=False)
-    pruner = EarlyPruner(model, LightConfig(length=2, heads=0.5, neurons=0.5, modules=0.5, ranks=0.5))
+    pruner = EarlyPruner(model, light_of(length=2, heads=0.5, neurons=0.5, modules=0.5, ranks=0.5))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     pruner.start()
     while not pruner.finished:

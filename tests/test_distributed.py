@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lights import light_of
 from safetensors.torch import load_file
 from torch import Tensor
 from training import (
@@ -25,7 +26,6 @@ from training import (
     upper,
 )
 
-from lightpeft.config import LightConfig
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.recipe.pruner import EarlyPruner
 from lightpeft.training.prefix import FrozenPrefix
@@ -71,7 +71,7 @@ def test_a_loop_of_ones_own(results: Path, name: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_trainer(results: Path, tmp_path: Path, name: str) -> None:
-    pruner = EarlyPruner(student("llama-gqa"), LightConfig(length=4))
+    pruner = EarlyPruner(student("llama-gqa"), light_of(length=4))
     trainer(pruner.model, tmp_path, pruner.callback(), per_device_train_batch_size=8).train()
     record, masks = of_rank(results, 0, name)
     assert_close(record, pruner.record())

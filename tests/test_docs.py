@@ -19,15 +19,15 @@ from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
 from documents import BLOCK, blocks
 from lanes import thorough
+from lights import light_of
 from peft import LoraConfig, get_peft_model
 from questions import CHAT_TEMPLATE, chats, squad, web_questions, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast, TrainingArguments
 
-from lightpeft import EarlyPruner, LightConfig
+from lightpeft import EarlyPruner
 from lightpeft.app import cli
 from lightpeft.app.runs.reproduce import running
 from lightpeft.budget import room
-from lightpeft.config import light
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,7 +45,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(ROOT / "configs", folder / "configs")
     for file in (folder / "configs").rglob("*.yaml"):
-        file.write_text(file.read_text().replace("least_examples: 128", "least_examples: 0"))
+        file.write_text(re.sub(r"length: \d+\b(?!\.)", "length: 0.25", file.read_text()))  # of fewer rows
     for grid in workbench.GRIDS:
         smaller(folder / grid.relative_to(ROOT))
     with pytest.MonkeyPatch.context() as patch, workbench.forked():
@@ -53,7 +53,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         patch.setattr(workbench, "POSITIONS", 128)
         patch.setattr(room, "LEAST_HELD", 16)
-        patch.setattr(light, "SEARCH_FRACTION", 100.0)  # of trainings that are hardly longer than a probe
+        patch.setattr(room, "SEARCH_FRACTION", 100.0)  # of trainings that are hardly longer than a probe
         workbench.save_base(folder / "demo/cache/minilm", "bert", tokenizer=workbench.tokenizer_of_word_pieces())
         workbench.save_base(folder / "demo/cache/smollm2", "llama", tokenizer=word_pieces())
         rows = workbench.labelled(160)
@@ -141,7 +141,7 @@ def run_python(code: str, folder: Path) -> None:
         ),
         "batches": itertools.repeat(batch),
         "model": model,
-        "pruner": EarlyPruner(model, LightConfig(length=4)),
+        "pruner": EarlyPruner(model, light_of(length=4)),
         "optimizer": torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]),
     }
     exec(compile(code, "documentation", "exec"), names)

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from lights import light_of
 from peft import PeftModel
 from tiny import make, refusal, relative_difference, with_lora
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl_settings import SETTINGS, WORDS, logits, tokenizer
 
-from lightpeft import EarlyPruner, LightConfig, load_light
+from lightpeft import EarlyPruner, load_light
 from lightpeft.peft_kinds.sites.registry import REFERENCE
 
 trl = pytest.importorskip("trl")
@@ -64,7 +65,7 @@ def values(trainer: Any, name: str) -> list[float]:
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_estimate_prune_and_train_on(model: PeftModel, tmp_path: Path, checkpointing: bool) -> None:
     base = logits(model)
-    pruner = EarlyPruner(model, LightConfig(**BUDGET))
+    pruner = EarlyPruner(model, light_of(**BUDGET))
     estimation = dpo(model, tmp_path / "run", pruner.callback(), gradient_checkpointing=checkpointing)
     estimation.train()
     record = pruner.record()
@@ -91,7 +92,7 @@ def test_estimate_prune_and_train_on(model: PeftModel, tmp_path: Path, checkpoin
 
 def test_the_reference_is_not_masked(model: PeftModel, tmp_path: Path) -> None:
     base = logits(model)
-    pruner = EarlyPruner(model, LightConfig(**BUDGET))
+    pruner = EarlyPruner(model, light_of(**BUDGET))
     dpo(model, tmp_path / "run")  # adds it
     pruner.start()
     with torch.no_grad():
@@ -104,7 +105,7 @@ def test_the_reference_is_not_masked(model: PeftModel, tmp_path: Path) -> None:
 
 def test_a_pruner_made_after_the_trainer(model: PeftModel, tmp_path: Path) -> None:
     trainer = dpo(model, tmp_path / "run")
-    pruner = EarlyPruner(model, LightConfig(**BUDGET, depth=1 / 3))
+    pruner = EarlyPruner(model, light_of(**BUDGET, depth=1 / 3))
     trainer.add_callback(pruner.callback())
     trainer.train()
     light = pruner.prune()

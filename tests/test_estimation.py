@@ -8,25 +8,27 @@ from typing import Any
 
 import pytest
 import torch
+from lights import light_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import batch, without_dropout
 from torch import Tensor
 from training import StopAt, assert_close, assert_equal, chunks, estimate, inputs, student, trainer
 from transformers import BertConfig, BertForMultipleChoice
 
-from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.plans.planning import make_plan
+from lightpeft.plans.records import EstimationRecord
+from lightpeft.prune import length as lengths
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.importance import ModuleObserver
-from lightpeft.prune.length import stage_length
+from lightpeft.prune.length import stage_of
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.recipe.pruner import EarlyPruner
 from lightpeft.training.prefix import FrozenPrefix
 
 
 def started(model: PeftModel, total_steps: int | None = None, **config: Any) -> Estimator:
-    estimator = Estimator(model, LightConfig(**config))
+    estimator = Estimator(model, light_of(**config))
     estimator.start(total_steps)
     return estimator
 
@@ -118,10 +120,11 @@ def test_scores_are_means_over_steps_of_the_second_half() -> None:
 
 
 @pytest.mark.parametrize(("every", "due"), [(1, [4, 5, 6, 7]), (3, [4, 7]), (100, [4])])
-def test_ratios_are_measured_every_so_many_steps(every: int, due: list[int]) -> None:
+def test_ratios_are_measured_every_so_many_steps(monkeypatch: pytest.MonkeyPatch, every: int, due: list[int]) -> None:
     """Counted from the beginning of each half, so that what is scored has been measured."""
+    monkeypatch.setattr("lightpeft.prune.estimation.RATIO_EVERY", every)
     model = student()
-    estimator = started(model, length=8, ratio_every=every, mask_learning_rate=1e-30)
+    estimator = started(model, length=8, mask_learning_rate=1e-30)
     batches = [inputs(seed=seed, rows=4, padding="right") for seed in range(8)]
     for data in batches:  # weights stand still
         model(**data).loss.backward()
@@ -148,7 +151,7 @@ def test_gradient_accumulation_in_a_trainer(tmp_path: Path) -> None:
     """A language model: its loss is the one that the trainer divides by the tokens of the whole step."""
     records = []
     for rows, parts in ((8, 1), (2, 4)):
-        pruner = EarlyPruner(student("llama-gqa"), LightConfig(length=4))
+        pruner = EarlyPruner(student("llama-gqa"), light_of(length=4))
         settings = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": parts}
         trainer(pruner.model, tmp_path, pruner.callback(), **settings).train()
         records.append(pruner.record())
@@ -191,7 +194,7 @@ def test_gradient_checkpointing(tmp_path: Path, reentrant: bool) -> None:
         {},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}},
     ):
-        pruner = EarlyPruner(student(), LightConfig(length=3))
+        pruner = EarlyPruner(student(), light_of(length=3))
         trainer(pruner.model, tmp_path, pruner.callback(), **settings).train()
         records.append(pruner.record())
     assert_close(records[1], records[0])
@@ -201,7 +204,7 @@ def test_gradient_checkpointing(tmp_path: Path, reentrant: bool) -> None:
 def test_evaluation_in_between_leaves_the_scores(tmp_path: Path) -> None:
     records = []
     for strategy in ("no", "steps"):
-        pruner = EarlyPruner(student(), LightConfig(length=3))
+        pruner = EarlyPruner(student(), light_of(length=3))
         run = trainer(pruner.model, tmp_path, pruner.callback(), eval_strategy="no")
         run.eval_dataset = run.train_dataset
         run.args.eval_strategy, run.args.eval_steps = strategy, 1
@@ -242,26 +245,26 @@ def test_divergence_stops_a_loop(steps: int) -> None:
 
 @pytest.mark.parametrize(("length", "total", "steps"), [(5, None, 5), (5, 100, 5), (0.1, 200, 20), (0.1, 5, 2)])
 def test_stage_length(length: Any, total: int | None, steps: int) -> None:
-    assert stage_length(LightConfig(length=length), total) == steps
+    assert stage_of(light_of(length=length), total).steps == steps
 
 
-@pytest.mark.parametrize(("total", "steps"), [(1000, 50), (200, 32), (60, 18), (4, 2)])
+@pytest.mark.parametrize(("total", "steps"), [(1000, 75), (200, 32), (60, 18), (4, 2)])
 def test_a_short_run_has_its_least_steps(total: int, steps: int) -> None:
-    """Five hundredths of the run, 32 steps at least, three tenths of the run at most."""
-    assert stage_length(LightConfig(length=0.05, least_steps=32), total) == steps
+    """7.5% of the run, 32 steps at least, three tenths of the run at most."""
+    assert stage_of(light_of(length="auto"), total).steps == steps
 
 
 def test_a_stage_longer_than_the_run(tmp_path: Path) -> None:
     with pytest.raises(LightPeftError, match="estimation of 50 steps is longer than the run of 10"):
         started(student(), total_steps=10, length=50)
-    pruner = EarlyPruner(student(), LightConfig(length=50))
+    pruner = EarlyPruner(student(), light_of(length=50))
     with pytest.raises(LightPeftError, match="estimation of 50 steps is longer than the run of 40"):
         trainer(pruner.model, tmp_path, pruner.callback()).train()
 
 
 @pytest.mark.parametrize(("length", "steps"), [(7, 7), (0.25, 10)])
 def test_a_trainer_stops_when_the_stage_is_done(tmp_path: Path, length: Any, steps: int) -> None:
-    pruner = EarlyPruner(student(), LightConfig(length=length))
+    pruner = EarlyPruner(student(), light_of(length=length))
     run = trainer(pruner.model, tmp_path, pruner.callback())
     run.train()
     assert run.state.global_step == pruner.estimator.steps == steps
@@ -273,27 +276,36 @@ def test_a_trainer_stops_when_the_stage_is_done(tmp_path: Path, length: Any, ste
 # Going on until something is learned
 
 
+def auto(monkeypatch: pytest.MonkeyPatch, learned: float, most: float = 0.3, part: float = 0.1) -> dict[str, Any]:
+    """A length that is found, of other numbers than the usual ones."""
+    monkeypatch.setattr(lengths, "PART", part)
+    monkeypatch.setattr(lengths, "LEAST_STEPS", 2)
+    monkeypatch.setattr(lengths, "MOST_PART", most)
+    monkeypatch.setattr("lightpeft.prune.estimation.ENOUGH_LEARNED", learned)
+    return {"length": "auto"}
+
+
 @pytest.mark.parametrize(
-    ("light", "steps"),
+    ("found", "light", "steps"),
     [
-        ({"length": 0.1}, 4),
-        ({"length": 0.1, "least_learned": 0.2}, 4),
-        ({"length": 0.1, "least_learned": 0.35}, 8),
-        ({"length": 0.1, "least_learned": 0.9}, 12),
-        ({"length": 0.1, "least_learned": 0.9, "max_fraction": 0.29}, 12),
-        ({"length": 0.1, "least_learned": 0.9, "max_fraction": 0.27}, 10),
-        ({"length": 0.1, "least_learned": 0.9, "full_width_steps": 0.75, "keep": "full"}, 8),
-        ({"length": 4, "least_learned": 0.9}, 4),
-        ({"length": 0.125, "least_learned": 0.9}, 11),
+        ({"learned": 0.9}, {"length": 0.1}, 4),
+        ({"learned": 0.2}, {}, 4),
+        ({"learned": 0.35}, {}, 8),
+        ({"learned": 0.9}, {}, 12),
+        ({"learned": 0.9, "most": 0.29}, {}, 12),
+        ({"learned": 0.9, "most": 0.27}, {}, 10),
+        ({"learned": 0.9}, {"full_width_steps": 0.75, "keep": "full"}, 8),
+        ({"learned": 0.9}, {"length": 4}, 4),
+        ({"learned": 0.9, "part": 0.125}, {}, 11),
     ],
-    ids=["off", "learned", "a while", "at most", "of 11.6", "of 10.8", "steps left", "steps given", "odd"],
+    ids=["a part", "learned", "a while", "at most", "of 11.6", "of 10.8", "steps left", "steps given", "odd"],
 )
 def test_a_stage_goes_on_until_something_is_learned(
-    monkeypatch: pytest.MonkeyPatch, light: dict[str, Any], steps: int
+    monkeypatch: pytest.MonkeyPatch, found: dict[str, Any], light: dict[str, Any], steps: int
 ) -> None:
     """By halves of its length, of which the last ones are what is scored; a tenth of the loss goes in each of them."""
     monkeypatch.setattr(Estimator, "learned", property(lambda self: 0.1 * len(self._windows)))
-    config = LightConfig(**light)
+    config = light_of(**{**auto(monkeypatch, **found), **light})
     estimator, row = Estimator(student(), config), next(chunks(inputs(), 1))
     estimator.start(40)
     while not estimator.finished:
@@ -301,7 +313,7 @@ def test_a_stage_goes_on_until_something_is_learned(
         estimator.step()
     assert estimator.steps == steps
     meta = estimator._record().meta
-    assert meta["planned_steps"] == stage_length(config, 40)
+    assert meta["planned_steps"] == stage_of(config, 40).steps
     assert meta["scored_steps"] >= meta["planned_steps"] // 2
 
 
@@ -312,19 +324,20 @@ def few_tell(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few_tell")
-def test_a_longer_stage_is_one_of_that_length(tmp_path: Path) -> None:
-    records, lengths = [], ({"length": 0.1, "least_learned": 0.5, "max_fraction": 0.2}, {"length": 8})
-    for number, light in enumerate(lengths):
-        pruner = EarlyPruner(student(), LightConfig(**light))
+def test_a_longer_stage_is_one_of_that_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records: list[EstimationRecord] = []
+    stages = (auto(monkeypatch, learned=0.5, most=0.2), {"length": 8})
+    for number, light in enumerate(stages):
+        pruner = EarlyPruner(student(), light_of(**light))
         trainer(pruner.model, tmp_path / str(number), pruner.callback()).train()
         records.append(pruner.record())
     assert_close(*records)
     assert [record.meta["steps"] for record in records] == [8, 8]
-    assert make_plan(records[0], LightConfig()) == make_plan(records[1], LightConfig())
+    assert make_plan(records[0], light_of()) == make_plan(records[1], light_of())
 
 
-def test_a_model_that_gives_no_classes_has_its_length(tmp_path: Path) -> None:
-    pruner = EarlyPruner(student("llama-gqa"), LightConfig(length=0.1, least_learned=0.5))
+def test_a_model_that_gives_no_classes_has_its_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruner = EarlyPruner(student("llama-gqa"), light_of(**auto(monkeypatch, learned=0.5)))
     trainer(pruner.model, tmp_path, pruner.callback()).train()
     meta = pruner.record().meta
     assert (meta["steps"], meta["learned"]) == (4, None)
@@ -341,7 +354,7 @@ def test_steps_after_the_end_do_nothing() -> None:
 
 
 def test_steps_out_of_place() -> None:
-    estimator = Estimator(student(), LightConfig(length=2))
+    estimator = Estimator(student(), light_of(length=2))
     with pytest.raises(LightPeftError, match="has not started"):
         estimator.step()
     with pytest.raises(LightPeftError, match="has not run a single step"):
@@ -355,20 +368,18 @@ def test_steps_out_of_place() -> None:
 
 
 @pytest.mark.parametrize(
-    "config",
-    [
-        {"length": 12},
-        {"length": 0.15, "least_learned": 0.5, "max_fraction": 0.3},
-    ],
-    ids=["steps", "learning"],
+    "learning",
+    [False, True],
 )
 @pytest.mark.usefixtures("few_tell")
 @pytest.mark.parametrize("stop", [5, 6, 8])
 def test_a_resumed_stage_gives_the_record_of_an_uninterrupted_one(
-    tmp_path: Path, config: dict[str, Any], stop: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learning: bool, stop: int
 ) -> None:
+    config = auto(monkeypatch, learned=0.5, part=0.15) if learning else {"length": 12}
+
     def pruner() -> EarlyPruner:
-        return EarlyPruner(student(lora_dropout=0.1), LightConfig(**config))
+        return EarlyPruner(student(lora_dropout=0.1), light_of(**config))
 
     settings = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": stop}
     whole = pruner()
@@ -412,8 +423,8 @@ def test_blocks_that_the_loss_does_not_reach() -> None:
 
 
 def test_a_budget_that_takes_nothing_needs_no_step() -> None:
-    nothing = LightConfig(heads=0, neurons=0, experts=0, modules=0, ranks=0, depth=0.5)
-    assert stage_length(nothing, 100) == 0
+    nothing = light_of(heads=0, neurons=0, experts=0, modules=0, ranks=0, depth=0.5)
+    assert stage_of(nothing, 100).steps == 0
     model = student("llama-gqa")
     pruner = EarlyPruner(model, nothing)
     assert not pruner.finished
@@ -423,7 +434,7 @@ def test_a_budget_that_takes_nothing_needs_no_step() -> None:
     plan = make_plan(record, nothing)
     assert [len(block.heads) for block in plan.blocks] == [spec.heads for spec in record.blocks]
     assert len(plan.sites) == len(record.sites)
-    for budget in (LightConfig(blocks=0.2), LightConfig(blocks="auto", ranks=0, modules=0)):
+    for budget in (light_of(blocks=0.2), light_of(blocks="auto", ranks=0, modules=0)):
         with pytest.raises(LightPeftError, match="of no step, since nothing was to go"):
             record.check_scored(budget)
     light = pruner.prune()

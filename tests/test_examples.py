@@ -19,7 +19,7 @@ from lightpeft import LightModel, load_light
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 Run = Callable[..., str]
-FEW = ("--least_examples", 16)
+FEW = ("--estimation", 8)
 """For preferences and rewards, of which the tiny data have few."""
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from adapters import light_over, logits
 from lanes import telling, thorough
+from lights import light_of
 from peft import LoraConfig, get_peft_model
 from tiny import (
     inputs_for,
@@ -28,13 +29,12 @@ from training import inputs, student
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from workbench import Workbench, lightpeft
 
-from lightpeft import EarlyPruner, LightConfig, load_light, load_merged
+from lightpeft import EarlyPruner, load_light, load_merged
 from lightpeft.adapters.merging import save_merged
 from lightpeft.app.exports.gguf.exporting import save_gguf
 from lightpeft.app.exports.graphs.exporting import save_graph
 from lightpeft.app.exports.graphs.runtimes import RUNTIMES
 from lightpeft.compat.peft import ParamWrapper
-from lightpeft.config import Budget
 from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.families.registry import block_specs
 from lightpeft.models.unwrap import transformers_model
@@ -42,7 +42,6 @@ from lightpeft.peft_kinds.sites.registry import find_sites
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import BlockSpec
-from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.prune.routing import ClosedRouter
@@ -55,7 +54,7 @@ LAYOUTS = ("mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3")
 """Gate and up behind one another, an expert that all tokens pass, gate and up in turns with biases, and routers that
 choose among groups of experts, by scores with a correction."""
 PARTS: dict[str, Any] = {"heads": 0.5, "experts": 0.25, "neurons": 1 / 3, "modules": 0.0, "ranks": 0.0}
-EVEN: dict[str, Any] = {**PARTS, "neurons_scope": "layerwise"}
+EVEN: dict[str, Any] = {**PARTS, "scope": "layerwise"}
 
 
 def layers_of(model: PreTrainedModel) -> dict[int, ExpertLayer]:
@@ -200,7 +199,7 @@ def test_a_router_that_leaves_experts_out_is_the_one_without_their_rows(name: st
 def test_a_plan_and_a_mask_of_zero_differ_where_a_router_chose_what_goes() -> None:
     """A mask of 0 takes an expert's output away; a cut lets the router choose another. Only the latter is the cut."""
     model = with_lora(make("mixtral"))
-    plan = plan_for(model, **PARTS, expert_criterion="random")
+    plan = plan_for(model, **PARTS, criterion="random")
     data = inputs_for(model)
     reference = masked(model, plan)
     masks = UnitMasks(plan.specs)
@@ -211,30 +210,6 @@ def test_a_plan_and_a_mask_of_zero_differ_where_a_router_chose_what_goes() -> No
     apply_plan(model, plan)
     assert relative_difference(model(**data).logits, reference(**data).logits) < 1e-5
     assert relative_difference(model(**data).logits, only_zero(**data).logits) > 1e-2
-
-
-def test_frequencies_are_parts_of_the_real_tokens() -> None:
-    model, data = student("mixtral"), inputs("mixtral")
-    seen: dict[int, Tensor] = {}
-    real = data["attention_mask"].flatten().bool()
-    for index, layer in layers_of(transformers_model(model)).items():
-        layer.router.register_forward_hook(
-            lambda module, args, out, index=index: seen.update(
-                {index: functional.one_hot(out[2][real], 4).sum((0, 1)) / real.sum()}
-            )
-        )
-    estimator = Estimator(model, LightConfig(length=2, least_examples=0))
-    estimator.start(None)
-    model(**data).loss.backward()
-    estimator.step()
-    estimator.stop()
-    record = estimator.record()
-    for index, scores in enumerate(record.of_blocks("experts", "frequency")):
-        torch.testing.assert_close(scores, seen[index])
-        assert float(scores.sum()) == pytest.approx(2.0), "every token goes to two experts"
-    plan = make_plan(record, Budget(experts=0.5, expert_criterion="frequency"))
-    for index, block in enumerate(plan.blocks):
-        assert set(block.experts) == set(seen[index].sort(descending=True, stable=True).indices[:2].tolist())
 
 
 def balance(logits: list[Tensor], experts: int) -> Tensor:
@@ -318,7 +293,7 @@ def test_weight_norms_of_experts(name: str) -> None:
 def test_experts_compete_and_enough_of_them_stay(name: str, blocks: float) -> None:
     model = with_lora(make(name))
     record = random_record(model)
-    budget = Budget(blocks=blocks, head_criterion="fisher", neuron_criterion="fisher", modules=0)
+    budget = light_of(blocks=blocks, criterion="fisher", modules=0)
     if blocks == 0.97:
         assert "cannot be reached" in refusal(lambda: make_plan(record, budget))
         return
@@ -328,16 +303,13 @@ def test_experts_compete_and_enough_of_them_stay(name: str, blocks: float) -> No
         assert len(kept.experts) >= spec.needed_experts and kept.expert_width % 8 == 0
         of_first = sum(expert < spec.experts // spec.expert_groups for expert in kept.experts)
         assert of_first * spec.expert_groups == len(kept.experts), "equally many of every group"
-    assert "leave expert_criterion out" in refusal(
-        lambda: make_plan(record, Budget(blocks=0.5, expert_criterion="frequency"))
-    )
 
 
 def test_a_budget_that_leaves_too_few_experts() -> None:
     says = "experts 0.75 would leave 1 of 4 experts, and each token is routed to 2; set light.experts to 0.5 or less"
     model = with_lora(make("mixtral"))
     before = {name: p.clone() for name, p in model.named_parameters()}
-    assert refusal(lambda: EarlyPruner(model, LightConfig(experts=0.75))) == says
+    assert refusal(lambda: EarlyPruner(model, light_of(experts=0.75))) == says
     assert all(p.equal(before[name]) for name, p in model.named_parameters())
     assert refusal(lambda: plan_for(model, experts=0.75)) == says
     assert plan_for(model, experts=0.5).blocks[0].experts
@@ -417,7 +389,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
 @telling(("family", "stay"), [("mixtral", 3), ("deepseek_v3", 6)], [("deepseek_v3", 6)])
 def test_a_run_of_a_mixture(family: str, stay: int, bench: Workbench, tmp_path: Path) -> None:
     bench = bench if family == "mixtral" else Workbench(tmp_path, family, "causal-lm")
-    changes = {"light.experts": 0.25, "light.expert_criterion": "frequency", "light.least_examples": 0}
+    changes = {
+        "light.remove.experts": 0.25,
+    }
     assert lightpeft("run", "--config", bench.yaml("run", **changes)) == 0
     folder = bench.folder / "run"
     plan = PrunePlan.load(folder / "plan.json")
@@ -463,7 +437,7 @@ def test_all_linear_layers_but_experts_and_routers(name: str, tmp_path: Path, ca
 def test_a_run_on_all_linear_layers(tmp_path: Path) -> None:
     bench = Workbench(tmp_path, "mixtral", "causal-lm")
     peft = {"type": "lora", "target_modules": "all-linear", "lora_dropout": 0.0}
-    changes = {"light.experts": 0.25, "peft": peft}
+    changes = {"light.remove.experts": 0.25, "peft": peft}
     file = bench.yaml("run", **changes)
     for verb in ("check", "run"):
         assert lightpeft(verb, "--config", file) == 0

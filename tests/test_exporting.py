@@ -154,7 +154,7 @@ def test_files_of_a_model_that_was_saved_there_before_go(first: str, merged: Pat
         assert logits(load_merged(merged)).equal(logits(model)) and (merged / "notes.txt").exists()
 
 
-EVEN: dict[str, Any] = {"heads": 0.5, "neurons": 0.5, "neurons_scope": "layerwise"}
+EVEN: dict[str, Any] = {"heads": 0.5, "neurons": 0.5, "scope": "layerwise"}
 """Half of the heads and of the neurons of every layer."""
 NARROW: dict[str, Any] = {**EVEN, "heads": 0.0}
 SHALLOW: dict[str, Any] = {"heads": 0.0, "neurons": 0.0, "depth": 1 / 3}

@@ -409,7 +409,7 @@ def test_lora_settings_that_cannot_be_pruned(name: str) -> None:
 
 
 def test_biases_of_the_whole_base() -> None:
-    says = 'LoRA bias="all" also trains biases of the base where no LoRA module is'
+    says = 'LoRA bias="all" trains biases of the base, which tasks then no longer share'
     assert_refused(bert_with(lora(bias="all")), says)
     assert_refused(bert_with(lora(bias="all", use_dora=True)), says)
 

@@ -39,7 +39,7 @@ from lightpeft.app.runs import pipeline
 
 KILLED_AT_OPERATIONS, KILLED_AT_TIMES, KILLED_EXPORTS = (120, 60, 20) if FULL else (5, 2, 3)
 MUTATIONS = 2000 if FULL else 40
-SETTINGS: dict[str, Any] = {"light.length": 0.4, "training.save_steps": 3}
+SETTINGS: dict[str, Any] = {"light.estimate.length": 0.4, "training.save_steps": 3}
 KILL = signalling(signal.SIGKILL)
 
 

@@ -336,7 +336,7 @@ def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     check_free(folder)
     assert not folder.exists()
-    in_use = f"{folder} is in use by another process ; wait"
+    in_use = f"{folder} is in use by another process; wait"
     with holding(folder):
         assert [line[: len(in_use)] for line in refusals_elsewhere(folder)] == [in_use, in_use]
         with holding(folder):

@@ -84,7 +84,7 @@ def test_a_base_in_float16(tmp_path: Path, method: str, scalers: Scalers) -> Non
 def test_scores_are_of_the_loss_before_scaling(tmp_path: Path, family: str, scalers: Scalers) -> None:
     """Of steps that change no weight, so that two runs see one model."""
     bench = Workbench(tmp_path, family, "classification")
-    still = {"training.learning_rate": 1e-12, "light.mask_learning_rate": 1e-12, "light.length": 8}
+    still = {"training.learning_rate": 1e-12, "light.estimate.mask_learning_rate": 1e-12, "light.estimate.length": 8}
     half, whole = (
         pipeline.estimate(pipeline.prepare(bench.config(name, **still, **{"training.precision": PRECISIONS[name]})))
         for name in ("half", "whole")
@@ -99,7 +99,7 @@ def test_steps_that_overflow_are_left_out(tmp_path: Path, scalers: Scalers) -> N
     """The scaler begins too high, skips the step and halves its scale until all gradients are finite."""
     scalers.first = 2.0**24
     bench = Workbench(tmp_path, "bert", "classification")
-    work = pipeline.prepare(bench.config("run", **{"training.precision": "fp16", "light.length": 16}))
+    work = pipeline.prepare(bench.config("run", **{"training.precision": "fp16", "light.estimate.length": 16}))
     record = pipeline.estimate(work)
     (scaler,) = scalers.made
     assert 1 < scaler.get_scale() < scalers.first

@@ -127,7 +127,7 @@ def test_depth_comes_back_without_modules() -> None:
 
 def test_one_rank_for_all_modules() -> None:
     """Servers read one rank and one alpha; modules of fewer ranks have zeros."""
-    light = light_over(make("llama-gqa"), ranks_scope="global", ranks=0.5)
+    light = light_over(make("llama-gqa"), ranks=0.5)
     ranks = {len(kept) for kept in light.light_plan.sites.values()}
     wide = check(light, "llama-gqa")
     config = wide.peft_config[own_adapter(wide)]
@@ -236,9 +236,9 @@ def kept(bench: Workbench) -> dict[str, dict[str, Any]]:
     """metrics.json of runs that differ in what they keep alone."""
     settings: dict[str, dict[str, Any]] = {
         "light": {},
-        "full": {"light.keep": "full"},
-        "both": {"light.keep": "both"},
-        "steps": {"light.keep": "full", "light.full_width_steps": 0.25},
+        "full": {"light.after.keep": "full"},
+        "both": {"light.after.keep": "both"},
+        "steps": {"light.after.keep": "full", "light.after.full_width_steps": 0.25},
     }
     return {name: pipeline.run(bench.config(name, **changes)) for name, changes in settings.items()}
 
@@ -272,7 +272,7 @@ def test_the_last_steps_train_at_full_width(bench: Workbench, kept: dict[str, di
 
 
 def test_an_export_of_a_run_is_what_it_trained_at_full_width(bench: Workbench, tmp_path: Path) -> None:
-    changes = {"light.keep": "both", "light.full_width_steps": 0.25}
+    changes = {"light.after.keep": "both", "light.after.full_width_steps": 0.25}
     assert lightpeft("run", "--config", bench.yaml("exported", **changes)) == 0
     run = bench.folder / "exported"
     assert lightpeft("export", run, tmp_path / "wide", "--form", "peft") == 0
@@ -287,7 +287,7 @@ def test_an_export_of_a_run_is_what_it_trained_at_full_width(bench: Workbench, t
 def test_a_killed_run_comes_to_the_same_end(bench: Workbench, kept: dict[str, dict[str, Any]], killed: int) -> None:
     """Before the last steps, and among them (whose steps are counted anew)."""
     name = f"killed-{killed}"
-    changes = {"light.keep": "full", "light.full_width_steps": 0.25, "training.save_steps": 2}
+    changes = {"light.after.keep": "full", "light.after.full_width_steps": 0.25, "training.save_steps": 2}
     config = bench.yaml(name, **changes)
     at = killed if killed < 18 else killed - 16
     stage = LightRun if killed < 18 else WideRun
@@ -327,7 +327,7 @@ def test_another_base_is_refused() -> None:
 
 
 def test_steps_that_are_not_there(bench: Workbench) -> None:
-    config = bench.config("none", **{"light.keep": "full", "light.full_width_steps": 0.75})
+    config = bench.config("none", **{"light.after.keep": "full", "light.after.full_width_steps": 0.75})
     assert "estimation of 6 steps and 18 at full width leave none of the run's 24" in refusal(
         lambda: pipeline.run(config)
     )

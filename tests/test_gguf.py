@@ -66,8 +66,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer_of(SPLITS["smollm"](), chat_template="{{ messages[0].content }}")
 
 
-EVEN = {"heads": 0.5, "neurons": 0.5, "neurons_scope": "layerwise"}
-UNEVEN: dict[str, Any] = {"heads_scope": "global"}
+EVEN = {"heads": 0.5, "neurons": 0.5, "scope": "layerwise"}
+UNEVEN: dict[str, Any] = {"scope": "global"}
 
 
 def light(name: str = "llama-gqa", budget: dict[str, Any] = UNEVEN, **changes: Any) -> LightModel:
@@ -179,7 +179,7 @@ def test_blocks_that_are_left_out_and_sublayers_that_are_gone(
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
 def test_data_types(dtype: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    model = light(budget={"heads": 0.0, "neurons": 1 / 3, "neurons_scope": "layerwise", "multiple_of": 32})
+    model = light(budget={"heads": 0.0, "neurons": 1 / 3, "scope": "layerwise", "multiple_of": 32})
     written = save_gguf(model, tmp_path, tokenizer, dtype=dtype)
     assert set(written.matrices) == {dtype}
     assert difference(written, model, tokenizer) < (0.2 if dtype == "q8_0" else 2 * CLOSE)
@@ -246,7 +246,10 @@ def test_other_tokenizers_are_refused(tokenizer: dict[str, Any], reason: str) ->
         (lambda: light("llama-classifier"), "has another head"),
         (lambda: light(hidden_act="gelu"), "with silu; those of this model have gelu"),
         (lambda: light(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "type dynamic"),
-        (lambda: light_by(without(0, **WITHOUT_ATTENTION)), "light.min_heads: 1"),
+        (
+            lambda: light_by(without(0, **WITHOUT_ATTENTION)),
+            "which llama.cpp needs there",
+        ),
         (lambda: light_by(without(1, **WITHOUT_ATTENTION), "llama-bias"), "block 1 is a bias alone"),
     ],
 )

@@ -34,10 +34,9 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 
 LOST = "another process of this training has ended"
 SETTINGS: dict[str, Any] = {
-    "light.length": 6,
-    "light.least_examples": 0,
-    "light.heads": 0.5,
-    "light.dropout": 0.0,
+    "light.estimate.length": 6,
+    "light.remove.heads": 0.5,
+    "light.rates.dropout": 0.0,
     "peft.lora_dropout": 0.0,
     "training.learning_rate": 3e-3,
     "training.epochs": 2,
@@ -175,7 +174,7 @@ KILLS: dict[str, Callable[[], None]] = {
     [("light", "training")],
 )
 def test_another_number_of_processes(bench: Workbench, method: str, kill: str) -> None:
-    settings = {**SETTINGS, "method": method, "light.module_blocks": 0.5}  # with a cache of the lower block's outputs
+    settings = {**SETTINGS, "method": method, "light.modules.blocks": 0.5}  # with a cache of the lower block's outputs
     undisturbed, name = f"{method}-alone", f"{method}-{kill}"
     if not (bench.folder / undisturbed).exists():
         pipeline.run(bench.config(undisturbed, **settings))

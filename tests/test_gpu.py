@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from lanes import thorough
+from lights import light_of
 from peft import PeftModel
 from quantised import CONFIGS, SIZES, densified
 from steps import gradients
@@ -26,7 +27,6 @@ from transformers import AutoModelForCausalLM
 from workbench import Workbench
 
 from lightpeft import load_light, run
-from lightpeft.config import LightConfig
 from lightpeft.machine import autocasting, has_bf16
 from lightpeft.models.linears.bitsandbytes import prepare_quantised
 from lightpeft.plans.records import EstimationRecord, PrunePlan
@@ -224,7 +224,7 @@ def test_a_stage_goes_on_from_its_state(device: str, tmp_path: Path) -> None:
     """What was saved is put on the device again, the state of the masks' optimizer included."""
 
     def stage(first: int, last: int) -> Estimator:
-        estimator = Estimator(student().to(device), LightConfig(length=4, least_examples=0))
+        estimator = Estimator(student().to(device), light_of(length=4))
         estimator.start(total_steps=None)
         if first:
             estimator.load_state(tmp_path)
@@ -248,7 +248,7 @@ def test_scores_in_half_precision(dtype: torch.dtype, device: str) -> None:
     for half in (None, dtype):
         model = student().to(device)
         scaler = torch.amp.GradScaler(device, init_scale=2.0**10, enabled=half is torch.float16)
-        estimator = Estimator(model, LightConfig(length=2, least_examples=0))
+        estimator = Estimator(model, light_of(length=2))
         estimator.start(total_steps=None)
         for step in range(2):
             data = inputs_for(model, labels=True, rows=8, length=20, seed=step)
@@ -312,7 +312,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "float32": {"training.precision": "float32"},
     "bf16": {"training.precision": "bf16"},
     "fp16": {"training.precision": "fp16"},
-    "cached prefix": {"light.module_blocks": 0.5},
+    "cached prefix": {"light.modules.blocks": 0.5},
     "weights on disk": {"model.low_memory": True},
 }
 """Settings of runs that move tensors between host and device in their own ways."""

@@ -51,7 +51,7 @@ QUICK = {("bert", "onnx"), ("llama-gqa", "openvino")}
 NARROW = {"modernbert": {"local_attention": 4}}
 """What makes windows of attention shorter than the texts."""
 SHALLOW = {"num_hidden_layers": 2}
-UNEVEN: dict[str, Any] = {"heads_scope": "global"}
+UNEVEN: dict[str, Any] = {"scope": "global"}
 
 
 def cases(names: Iterable[str], chosen: set[tuple[str, str]]) -> list[Any]:

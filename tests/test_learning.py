@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from lights import light_of
 from peft import PeftModel
 from tiny import make, random_record, with_lora
 from torch import Tensor
 from training import chunks, inputs, student
 from transformers import BertConfig, BertForMultipleChoice
 
-from lightpeft import EarlyPruner, LightConfig
+from lightpeft import EarlyPruner
 from lightpeft.prune.learning import LossObserver, learned_of, loss_by_frequencies, untaught
 
 
@@ -81,7 +82,7 @@ def test_other_tasks_are_not_known() -> None:
 
 def test_a_loop_of_ones_own_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("lightpeft.prune.learning.FEWEST_TELLING", 1)
-    pruner = EarlyPruner(student(), LightConfig(length=2, least_examples=0))
+    pruner = EarlyPruner(student(), light_of(length=2))
     pruner.start()
     while not pruner.finished:
         pruner.model(**inputs()).loss.backward()

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
 from lanes import telling, thorough
+from lights import but, light_of, preset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import make, refusal, with_lora
 from training import StopAt
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
     LlamaForSequenceClassification,
@@ -28,10 +29,12 @@ from transformers import (
 )
 from workbench import Workbench, labelled
 
-from lightpeft import EarlyPruner, LightConfig, LightTrainer, light_trainer, load_light, preset_light
+from lightpeft import EarlyPruner, LightTrainer, light_trainer, load_light
 from lightpeft.app.evaluation.scores import scores_of
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
+from lightpeft.budget.found import SHORT
+from lightpeft.config import Remove, run_config_from_dict
 from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling.sizes import parameter_report
 from lightpeft.prune.light_model import LightModel
@@ -39,18 +42,16 @@ from lightpeft.training.arguments import training_arguments
 
 BUDGET: dict[str, Any] = {
     "length": 0.25,
-    "least_steps": 2,
-    "least_examples": 0,
     "heads": 0.25,
     "neurons": 0.5,
     "modules": 0.5,
     "module_blocks": 0.5,
     "ranks": 0.5,
     "dropout": 0.0,
-    "learning_rate_scale": 2.0,
-    "estimation_learning_rate_scale": 1.0,
+    "scale": 2.0,
+    "estimation_scale": 1.0,
 }
-LIGHT = LightConfig(**BUDGET)
+LIGHT = light_of(**BUDGET)
 PASSED = ("callbacks", "optimizers", "optimizer_cls_and_kwargs")
 STEPS = {"estimation": 6, "run": 24}
 
@@ -189,7 +190,7 @@ def test_one_training_with_the_cut_as_an_event(builds: Builds) -> None:
 
 def test_where_all_stays_nothing_is_estimated(builds: Builds) -> None:
     """One schedule over all steps, as plain PEFT has it; a resumed training is the same."""
-    light = replace(LIGHT, heads=0.0, neurons=0.0, experts=0.0, modules=0.0, ranks=0.0)
+    light = but(LIGHT, heads=0.0, neurons=0.0, experts=0.0, modules=0.0, ranks=0.0)
     settings: dict[str, Any] = {"light": light, "warmup_steps": 0, "save_strategy": "steps", "save_steps": 4}
     seen = Events()
     trainer = builds.trainer(callbacks=[seen], **settings)
@@ -217,25 +218,83 @@ def test_modules_are_where_they_may_stay(builds: Builds) -> None:
         names = [name for name, _ in model.named_modules() if name.endswith("lora_A") and ".layer." in name]
         assert names and all(".layer.1." in name for name in names)
     given = get_peft_model(builds.base(), lora(target_modules="all-linear"))
-    model = builds.trainer(model=given, light=LightConfig(**BUDGET)).model
+    model = builds.trainer(model=given, light=light_of(**BUDGET)).model
     names = [name for name, _ in model.named_modules() if name.endswith("lora_A") and ".layer." in name]
     assert names and all(".layer.1." in name for name in names)
 
 
-def test_what_a_model_can_do_chooses_a_preset_where_none_is_given(builds: Builds) -> None:
-    assert builds.trainer(light=None).light_config == preset_light("default")
-    assert EarlyPruner(with_lora(make("llama-gqa"))).config == preset_light("writer")
-    assert EarlyPruner(with_lora(make("t5"))).config == preset_light("writer")
-    scorer = LlamaForSequenceClassification(make("llama-gqa").config)
-    assert EarlyPruner(get_peft_model(scorer, lora())).config == preset_light("default")
+def test_one_default_everywhere(builds: Builds, caplog: pytest.LogCaptureFixture) -> None:
+    """A trainer finds the amount, a loop has a fixed one where classes are given; a model that writes loses nothing."""
+    found = builds.trainer(light=None)
+    assert found.light_config == preset("fast") == builds.trainer(light="auto").light_config
+    assert found.light_config == run_config_from_dict({}).light == builds.trainer(light="fast").light_config
+    assert str(found.light_tolerance()) == "1 point"
+    assert "of the base goes" not in caplog.text
+    writes, other = preset("accurate", writes=True), preset("fast", blocks=0.0)
+    with caplog.at_level("INFO", logger="lightpeft"):
+        assert EarlyPruner(with_lora(make("llama-gqa"))).config == writes
+        assert EarlyPruner(with_lora(make("t5"))).config == writes
+        assert "of the blocks go" not in caplog.text
+        scorer = LlamaForSequenceClassification(make("llama-gqa").config)
+        assert EarlyPruner(get_peft_model(scorer, lora())).config == preset("fast", blocks=SHORT)
+        assert f"{SHORT:.0%} of the blocks go: a fixed budget" in caplog.text
+        tagger = AutoModelForTokenClassification.from_pretrained(builds.bench.base, num_labels=3)
+        assert EarlyPruner(get_peft_model(tagger, lora(task_type="TOKEN_CLS"))).config == other
+
+
+@pytest.mark.parametrize("light", [0.4, {"remove": {"blocks": 0.4}}, light_of(remove=Remove(blocks=0.4))])
+def test_a_number_is_a_budget(builds: Builds, light: Any) -> None:
+    assert builds.trainer(light=light).light_config == preset("fast", blocks=0.4)
+    assert EarlyPruner(get_peft_model(builds.base(), lora()), light).config == preset("fast", blocks=0.4)
+
+
+def test_a_loop_cannot_search(builds: Builds) -> None:
+    pruner = EarlyPruner(get_peft_model(builds.base(), lora()), "auto")
+    assert "give a number, such as light=0.4" in refusal(lambda: pruner.start(100))
+
+
+def test_a_search_for_points_of_accuracy(builds: Builds, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a point is worth is counted on rows that are set aside, as `lightpeft run` does it."""
+    monkeypatch.setattr("lightpeft.budget.room.SEARCH_FRACTION", 100.0)
+    monkeypatch.setattr("lightpeft.budget.room.LEAST_HELD", 16)
+    monkeypatch.setattr("lightpeft.prune.learning.FEWEST_TELLING", 1)
+    trainer = builds.trainer(light={"estimate": {"length": 6}, "modules": {"blocks": 1.0}})
+    trainer.train()
+    found = trainer.light_budget
+    assert found.unmeasured is None and found.points_a_nat > 0
+    assert found.tolerance == pytest.approx(1 / found.points_a_nat)
+
+
+def test_labels_that_are_no_classes_are_told_by_nats(builds: Builds) -> None:
+    trainer = builds.trainer(light="auto")
+    trainer.train_dataset = trainer.train_dataset.cast_column("labels", Value("float32"))
+    assert str(trainer.light_tolerance()) == "0.05 nats"
+    points = builds.trainer(light={"remove": {"tolerance": "2 points"}})
+    points.train_dataset = trainer.train_dataset
+    assert "give nats of the loss" in refusal(points.light_tolerance)
+    assert str(builds.trainer(light="auto", label_smoothing_factor=0.1).light_tolerance()) == "0.05 nats"
+
+
+def test_a_training_too_short_to_estimate_cuts_nothing(
+    builds: Builds, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the amount was to be found; PEFT then trains as it would alone."""
+    monkeypatch.setattr("lightpeft.prune.length.LEAST_EXAMPLES", 256)
+    trainer = builds.trainer(light=None)
+    assert trainer.light_config == preset("fast").removing_nothing()
+    assert "nothing of the base goes: estimation scores" in caplog.text
+    names = [name for name, _ in trainer.model.named_modules() if name.endswith("lora_A") and ".layer.0." in name]
+    assert names, "modules sit in all blocks"
+    trainer.train()
+    assert trainer.light_plan.removed_parameters == 0
 
 
 def test_what_cuts_a_model_that_writes_says_so(
     builds: Builds, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A trainer, and a loop of one's own; not where a whole model is kept, too, nor of one that classifies."""
-    said, few = "a model that writes loses far more by a cut", LightConfig(**BUDGET)
-    for light, told in ((few, True), (replace(few, keep="both"), False), (preset_light("writer"), False)):
+    said, few = "a model that writes loses far more by a cut", light_of(**BUDGET)
+    for light, told in ((few, True), (but(few, keep="both"), False), (preset("accurate", writes=True), False)):
         caplog.clear()
         pruner = EarlyPruner(with_lora(make("llama-gqa")), light)
         pruner.start(100)
@@ -253,13 +312,13 @@ def test_what_cuts_a_model_that_writes_says_so(
 
 def test_a_presets_name(builds: Builds) -> None:
     trainer = builds.trainer(light="fast")
-    assert trainer.light_config == preset_light("fast")
-    assert 'preset "quick" is unknown' in refusal(lambda: builds.trainer(light="quick"))
+    assert trainer.light_config == preset("fast")
+    assert "light is 'quick'; give a part of the blocks" in refusal(lambda: builds.trainer(light="quick"))
 
 
-def test_the_writer_preset_leaves_an_ordinary_adapter(builds: Builds, bench: Workbench, tmp_path: Path) -> None:
+def test_what_is_not_cut_is_an_ordinary_adapter(builds: Builds, bench: Workbench, tmp_path: Path) -> None:
     """Nothing is cut, so that PEFT reads it; what `keep` asks beyond that is left to the caller, who is told."""
-    light = preset_light("writer", least_examples=0)
+    light = preset("accurate", blocks=0.0)
     trainer = builds.trainer(light=light, peft_config=lora(target_modules="all-linear"), num_train_epochs=5)
     trainer.train()
     assert trainer.light_plan.removed_parameters == 0
@@ -271,7 +330,7 @@ def test_the_writer_preset_leaves_an_ordinary_adapter(builds: Builds, bench: Wor
 
 
 def test_what_is_left_to_the_caller_is_said(builds: Builds, caplog: pytest.LogCaptureFixture) -> None:
-    builds.trainer(light=LightConfig(**BUDGET, keep="both"))
+    builds.trainer(light=light_of(**BUDGET, keep="both"))
     assert "after training, lightpeft.full_width(trainer.model) is that" in caplog.text
 
 
@@ -428,7 +487,7 @@ def test_rows_that_change_have_no_prefix_cache(builds: Builds, caplog: pytest.Lo
 # -- what cannot work ----------------------------------------------------------------------------------------------
 
 
-def test_refused_before_training(builds: Builds) -> None:
+def test_refused_before_training(builds: Builds, monkeypatch: pytest.MonkeyPatch) -> None:
     model = builds.base()
     optimizer = torch.optim.AdamW(model.parameters())
     assert "leave optimizers out" in refusal(lambda: builds.trainer(optimizers=(optimizer, None)))
@@ -443,10 +502,10 @@ def test_refused_before_training(builds: Builds) -> None:
     assert "PEFT cannot put its modules on the model" in refusal(lambda: builds.trainer(peft_config=nowhere))
     both = get_peft_model(builds.base(), lora())
     assert "without peft_config=" in refusal(lambda: builds.trainer(model=both, peft_config=lora()))
-    short = LightConfig(**{**BUDGET, "length": 24})
+    short = light_of(**{**BUDGET, "length": 24})
     assert "leaves none of the run's 24" in refusal(lambda: builds.trainer(light=short))
-    few = LightConfig(**{**BUDGET, "least_examples": 256})
-    said = refusal(lambda: builds.trainer(light=few))
+    monkeypatch.setattr("lightpeft.prune.length.LEAST_EXAMPLES", 256)
+    said = refusal(lambda: builds.trainer(light=LIGHT))
     assert "estimation scores 32 examples, and from fewer than 256" in said
     assert "train for longer (num_train_epochs)" in said
 
@@ -454,15 +513,14 @@ def test_refused_before_training(builds: Builds) -> None:
 # -- `EarlyPruner` -------------------------------------------------------------------------------------------------
 
 
-def test_a_bare_pruner_has_the_default_preset(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_loop_has_to_do_is_said(caplog: pytest.LogCaptureFixture) -> None:
     pruner = EarlyPruner(with_lora(make("bert")))
-    assert pruner.config == preset_light("default") == EarlyPruner(with_lora(make("bert")), "default").config
     pruner.start(100)
     said = " ".join(caplog.text.split())
     assert "multiply plain PEFT's learning rate by 2" in said and "accelerated(model, dropout=0)" in said
     caplog.clear()
-    EarlyPruner(with_lora(make("bert")), LightConfig()).start(100)
+    EarlyPruner(with_lora(make("bert")), light_of()).start(100)
     assert not caplog.text
-    assert list(EarlyPruner(with_lora(make("bert")), LightConfig(keep="both")).advice()) == [
+    assert list(EarlyPruner(with_lora(make("bert")), light_of(keep="both")).advice()) == [
         "call lightpeft.full_width(light) in the end, for keep: both"
     ]

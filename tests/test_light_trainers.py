@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from lanes import telling
+from lights import but, light_of, preset
 from peft import IA3Config, LoraConfig
 from tiny import make, refusal
 from torch import Tensor
@@ -30,12 +30,12 @@ from transformers import (
 )
 from trl_settings import SETTINGS, WORDS, logits, tokenizer
 
-from lightpeft import BottleneckConfig, LightConfig, LightTrainer, light_trainer, load_light, preset_light
+from lightpeft import BottleneckConfig, LightTrainer, light_trainer, load_light
 from lightpeft.prune.light_model import LightModel
 
 trl = pytest.importorskip("trl")
 
-LIGHT = LightConfig(length=5, least_examples=0, heads=0.5, neurons=0.5, modules=0.5, learning_rate_scale=1.0)
+LIGHT = light_of(length=5, heads=0.5, neurons=0.5, modules=0.5, scale=1.0)
 ARGUMENTS: dict[str, Any] = {**SETTINGS, "warmup_steps": 2}
 
 
@@ -196,7 +196,7 @@ def trained_sites(trainer: Any) -> set[tuple[str, int]]:
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_a_model_given_by_name_is_the_loaded_one(kind: str, named: str, tmp_path: Path) -> None:
     """Its modules sit where those of a loaded one do, in the blocks in which they may; then it trains and is cut."""
-    light = replace(LIGHT, module_blocks=2 / 3)
+    light = but(LIGHT, module_blocks=2 / 3)
     config = LoraConfig(task_type="SEQ_CLS" if kind == "reward" else "CAUSAL_LM", r=4)
     before = copy.deepcopy(config.to_dict())
     trainer = of_trl(kind, named, tmp_path / "out", light, peft_config=config)
@@ -227,8 +227,8 @@ def test_a_name_is_loaded_as_its_trainer_does(named: str, tmp_path: Path) -> Non
     assert {p.dtype for p in again.model.parameters()} == {torch.float32}
     for (name, one), (_, two) in zip(again.model.named_parameters(), other.model.named_parameters(), strict=True):
         assert one.equal(two), name
-    assert of_trl("sft", named, tmp_path / "out", replace(LIGHT, depth="auto")).light_config.depth == 0
-    assert of_trl("sft", named, tmp_path / "out", None).light_config == preset_light("writer")
+    assert of_trl("sft", named, tmp_path / "out", but(LIGHT, depth="auto")).light_config.remove.depth == 0
+    assert of_trl("sft", named, tmp_path / "out", None).light_config == preset("accurate", writes=True)
 
 
 def test_a_name_that_nobody_loads(named: str, base: PreTrainedModel, tmp_path: Path) -> None:
@@ -422,7 +422,7 @@ def test_other_kinds_of_peft(base: PreTrainedModel, tmp_path: Path, kind: str) -
         train_dataset=Dataset.from_list([{**text, "labels": text["input_ids"]} for text in texts]),
         data_collator=DataCollatorForSeq2Seq(words),
         peft_config=configs[kind],
-        light=replace(LIGHT, module_blocks=2 / 3),
+        light=but(LIGHT, module_blocks=2 / 3),
     )
     check(trainer, better=False)
     assert {site.block for site in trainer.light_record.sites} == {1, 2}

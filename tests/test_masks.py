@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lights import light_of
 from peft import PeftModel
 from tiny import LAYOUTS, MODELS, every_family, inputs_for, make, with_lora
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from training import estimate, inputs, student
 
-from lightpeft.config import LightConfig
 from lightpeft.models.families.registry import block_specs
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.fused import fused_lora
@@ -170,18 +170,19 @@ def test_base_weights_get_no_gradient() -> None:
     assert not any(p.requires_grad for name, p in model.named_parameters() if "base_layer" in name)
 
 
-def start(**config: float) -> Estimator:
-    estimator = Estimator(student(), LightConfig(length=20, mask_learning_rate=0.01, **config))
+def start() -> Estimator:
+    estimator = Estimator(student(), light_of(length=20, mask_learning_rate=0.01))
     estimator.start(total_steps=None)
     return estimator
 
 
-def test_masks_follow_the_task_gradient_plus_l1() -> None:
+def test_masks_follow_the_task_gradient_plus_l1(monkeypatch: pytest.MonkeyPatch) -> None:
     """One step equals one step of Adam on the sum of both gradients."""
-    estimator = start(lambda_heads=1e-2, lambda_neurons=2e-2)
+    monkeypatch.setattr("lightpeft.prune.estimation.MASK_PENALTY", 1e-2)
+    estimator = start()
     estimator.model(**inputs()).loss.backward()
     heads = [leaf.grad + 1e-2 for leaf in estimator.masks.heads]
-    neurons = [leaf.grad + 2e-2 for leaf in estimator.masks.neurons]
+    neurons = [leaf.grad + 1e-2 for leaf in estimator.masks.neurons]
     reference = torch.ones_like(estimator.masks.values)
     reference.grad = torch.cat([*heads, *neurons])
     torch.optim.Adam([reference], lr=0.01).step()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -42,7 +42,6 @@ class TaggingTask(Task):
     )
     columns: ClassVar[tuple[str, ...]] = ("words", "place", "tag")
     targets: ClassVar[tuple[str, ...]] = ("tag",)
-    settings: ClassVar[Mapping[str, str]] = {"words": "text", "tag": "label"}
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     @classmethod
@@ -133,8 +132,7 @@ def bench(registered: None, tmp_path_factory: pytest.TempPathFactory) -> Workben
 
 def settings(bench: Workbench, **more: Any) -> dict[str, Any]:
     files = {f"data.{name}": str(bench.folder / f"{name}.jsonl") for name in ("train", "test")}
-    columns = {"data.columns.text": "words", "data.columns.label": "tag"}
-    return {"data.task": "tagging", **files, **columns, "light.least_examples": 0, "training.epochs": 6, **more}
+    return {"data.task": "tagging", **files, "training.epochs": 6, **more}
 
 
 def test_a_light_run_evaluates_predicts_and_exports(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,19 +159,19 @@ def test_a_light_run_evaluates_predicts_and_exports(bench: Workbench, capsys: py
 
 def test_rows_that_lack_a_class_count_the_model_s_classes(bench: Workbench) -> None:
     test = write_jsonl(bench.folder / "good.jsonl", [row for row in tagged(40, 2) if row["tag"] == "good"])
-    adapter, columns = bench.folder / "run" / "adapter", {"text": "words", "label": "tag"}
-    report = evaluate_model(adapter, {"data": {"test": str(test), "columns": columns}})
+    adapter = bench.folder / "run" / "adapter"
+    report = evaluate_model(adapter, {"data": {"test": str(test)}})
     assert report["examples"] == 20 and report["model"]["metrics"]["accuracy"] > 0.8
 
 
 def test_its_rows_are_checked_and_its_columns_named(bench: Workbench) -> None:
     bad = write_jsonl(bench.folder / "bad.jsonl", [{"w": ["word0"], "place": 3, "tag": "good"}] * 4)
-    named = DataConfig(task="tagging", train=str(bad), columns={"text": "words", "label": "tag"})
-    line = refusal(lambda: load_task(named))
-    assert 'data.columns.text is "words", but' in line and "has only the columns w, place, tag" in line
-    line = refusal(lambda: load_task(replace(named, columns={"text": "w", "label": "tag"})))
+    config = DataConfig(task="tagging", train=str(bad))
+    line = refusal(lambda: load_task(config))
+    assert 'data.columns.words is "words", but' in line and "has only the columns w, place, tag" in line
+    line = refusal(lambda: load_task(replace(config, columns={"words": "w"})))
     assert 'row 1 (the header not counted), column "place": there is no word 3 among 1' in line
-    line = refusal(lambda: load_task(DataConfig(task="rte", columns={"label": "tag"})))
+    line = refusal(lambda: load_task(DataConfig(task="rte", columns={"tag": "label"})))
     assert "data.columns is for kinds; task rte has its own columns" in line
 
 
@@ -181,7 +179,7 @@ def test_its_facts_name_it_again(bench: Workbench) -> None:
     task = load_task(bench.config("facts", **settings(bench)).data)
     said = run_settings(task_facts(task))["data"]
     assert (said["task"], said["answer"]) == ("tagging", "head")
-    assert {name: said["columns"][name] for name in ("text", "label")} == {"text": "words", "label": "tag"}
+    assert said["columns"] == {name: name for name in ("words", "place", "tag")}
 
 
 def test_a_name_close_to_it_is_no_kind() -> None:

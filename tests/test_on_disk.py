@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lanes import telling, thorough
+from lights import light_of
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from support import with_bottleneck
@@ -27,7 +28,7 @@ from transformers import (
 )
 from workbench import Workbench
 
-from lightpeft import EarlyPruner, LightConfig, LightModel, LightTrainer, run, weights_on_disk
+from lightpeft import EarlyPruner, LightModel, LightTrainer, run, weights_on_disk
 from lightpeft.adapters import light_adapter
 from lightpeft.app.folders.opening import find_light
 from lightpeft.app.runs import bench as benching
@@ -74,7 +75,7 @@ Estimated = tuple[list[Tensor], EstimationRecord, Any]
 
 def estimated(model: Any, fast: bool = False) -> Estimated:
     """What a few steps of estimation and the cut leave."""
-    pruner = EarlyPruner(model.train(), LightConfig(length=4, heads=0.5, neurons=0.5, least_examples=0))
+    pruner = EarlyPruner(model.train(), light_of(length=4, heads=0.5, neurons=0.5))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     inputs, losses = inputs_for(model), list[Tensor]()
     pruner.start()
@@ -166,7 +167,7 @@ def test_one_weight_at_a_time_is_in_memory(checkpointing: bool, large: Path) -> 
             if checkpointing:
                 model.enable_input_require_grads()
                 model.gradient_checkpointing_enable({"use_reentrant": False})
-            pruner = EarlyPruner(model.train(), LightConfig(length=2, blocks=0.9, least_examples=0))
+            pruner = EarlyPruner(model.train(), light_of(length=2, blocks=0.9))
             pruner.start()
             while not pruner.finished:
                 model(input_ids=torch.ones(1, 8, dtype=torch.long)).logits.sum().backward()
@@ -244,7 +245,8 @@ def test_runs(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     reports, weights = [], []
     for low_memory in (False, True):
         config = bench.config(
-            f"low-{low_memory}", **{"model.low_memory": low_memory, "light.keep": "both", "light.full_width_steps": 0.2}
+            f"low-{low_memory}",
+            **{"model.low_memory": low_memory, "light.after.keep": "both", "light.after.full_width_steps": 0.2},
         )
         reports.append(run(config))
         weights.append([load_file(file) for file in sorted((Path(config.output)).rglob("adapter_model.safetensors"))])
@@ -291,7 +293,7 @@ def test_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     _, model = both(tmp_path, "llama-gqa")
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     args = TrainingArguments(str(tmp_path / "out"), report_to=[], use_cpu=True)
-    text = refusal(lambda: LightTrainer(with_lora(model), args, light=LightConfig(), train_dataset=[]))
+    text = refusal(lambda: LightTrainer(with_lora(model), args, light=light_of(), train_dataset=[]))
     assert "weights on disk are for training in one process; load the model without weights_on_disk" in text
     monkeypatch.setattr(loading, "processes", lambda: SimpleNamespace(num_processes=2))
     config = ModelConfig(name=str(tmp_path), low_memory=True)

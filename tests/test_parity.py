@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lanes import thorough
+from lights import light_of
 from peft import PeftModel
 from tiny import (
     ALL,
@@ -37,7 +38,6 @@ from torch import Tensor
 
 from lightpeft.compat.torch import is_watched
 from lightpeft.compat.transformers import attention_of
-from lightpeft.config import Budget
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.registry import find_sites
 from lightpeft.plans.planning import make_plan
@@ -250,4 +250,4 @@ def test_scaling_is_exact_when_peft_computes_it_again(settings: dict[str, Any]) 
 
 
 def only_ranks(model: PeftModel, ranks: float) -> PrunePlan:
-    return make_plan(random_record(model), Budget(heads=0, neurons=0, modules=0, ranks=ranks))
+    return make_plan(random_record(model), light_of(heads=0, neurons=0, modules=0, ranks=ranks))

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import yaml
 from lanes import thorough
+from lights import light_of, preset
 from peft import IA3Config, LoraConfig, get_peft_model
 from tiny import make
 from workbench import Workbench, lightpeft, read
 
 from lightpeft import load_light
 from lightpeft.app.runs import pipeline
-from lightpeft.config import LightConfig, RunConfig, load_config, preset_light, run_config_from_dict
+from lightpeft.config import RunConfig, load_config, run_config_from_dict
 from lightpeft.models.families.registry import block_specs
 from lightpeft.peft_kinds.kinds import projections
 from lightpeft.peft_kinds.sites.registry import find_sites
@@ -114,7 +115,7 @@ def test_ia3_by_habit_and_where_somebody_says(llama: Workbench) -> None:
 
 def test_modules_stay_in_the_allowed_blocks(llama: Workbench) -> None:
     for kind in ("lora", "ia3", "bottleneck"):
-        settings = {"peft": kind, "light.module_blocks": 0.5, "light.modules": 0.0}
+        settings = {"peft": kind, "light.modules.blocks": 0.5, "light.modules.remove": 0.0}
         work = pipeline.prepare(llama.config(f"upper-{kind}", **settings))
         blocks = {site.block for site in pipeline.estimate(work).sites}
         assert blocks == {1}, kind
@@ -122,7 +123,7 @@ def test_modules_stay_in_the_allowed_blocks(llama: Workbench) -> None:
 
 def test_lora_keeps_off_names_that_peft_takes_for_experts() -> None:
     """The FFNs that are called so would get nothing, and the experts of all blocks LoRA."""
-    light = LightConfig(module_blocks=0.5)
+    light = light_of(module_blocks=0.5)
     for name, dense in (("deepseek_v3", {}), ("qwen3_moe", {"mlp_only_layers": [2]})):
         model = make(name, **dense)
         specs, config = block_specs(model), placed(LoraConfig(), model, light)
@@ -161,7 +162,6 @@ REFUSED: list[tuple[Any, str]] = [
     ({"task_type": "SEQ_CLS"}, "peft.task_type is the run's to set; leave it out"),
     ({"layers_to_transform": [0]}, "give peft.target_modules, too"),
     ({"use_qalora": True}, "LoRA with use_qalora cannot be pruned"),
-    ({"type": "bottleneck", "init": "ones"}, "init must be one of zero, bert, houlsby"),
 ]
 
 
@@ -200,11 +200,11 @@ def test_one_form(given: Any, expected: Any) -> None:
 
 
 def test_presets_of_kinds() -> None:
-    for name in ("default", "fast"):
+    for name in ("accurate", "fast"):
         for peft in ({"type": "bottleneck", "size": 4}, {"type": "Bottleneck"}):
-            light = run_config_from_dict({"preset": name, "peft": peft}).light
-            assert light == preset_light(name, peft) == preset_light(name, "bottleneck")
-        assert preset_light(name, "ia3") == preset_light(name, {"use_dora": True}) == preset_light(name)
+            light = run_config_from_dict({"light": name, "peft": peft}).light
+            assert light == preset(name, "bottleneck") != preset(name)
+        assert preset(name, "ia3") == run_config_from_dict({"light": name, "peft": {"use_dora": True}}).light
 
 
 @pytest.mark.parametrize(

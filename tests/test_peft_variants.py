@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lanes import telling
+from lights import light_of
 from peft import EvaConfig, IA3Config, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft_models import (
     BASES,
@@ -32,7 +33,7 @@ from tiny import (
 )
 from torch import Tensor, nn
 
-from lightpeft import EarlyPruner, LightConfig, load_light
+from lightpeft import EarlyPruner, load_light
 from lightpeft.models.families.registry import block_specs
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.base import Site
@@ -157,7 +158,7 @@ def trainables(model: nn.Module) -> dict[str, nn.Parameter]:
 @all_cases
 def test_estimation_pruning_and_training_on(name: str, variant: str, tmp_path: Path) -> None:
     model = without_dropout(with_variant(name, variant)).train()
-    pruner = EarlyPruner(model, LightConfig(length=4, heads=0.5, neurons=0.5, modules=0.4, ranks=0.5))
+    pruner = EarlyPruner(model, light_of(length=4, heads=0.5, neurons=0.5, modules=0.4, ranks=0.5))
     optimizer = torch.optim.AdamW(trainables(model).values(), lr=1e-2)
     pruner.start()
     while not pruner.finished:

@@ -52,7 +52,7 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("peft", ["lora", "bottleneck"])
 def test_modules_in_the_upper_blocks_only(bench: Workbench, peft: str) -> None:
     """None is ever made below, and the units of every block are scored all the same."""
-    pipeline.run(bench.config(f"upper-{peft}", peft=peft, **{"light.module_blocks": 0.5, "light.modules": 0.0}))
+    pipeline.run(bench.config(f"upper-{peft}", peft=peft, **{"light.modules.blocks": 0.5, "light.modules.remove": 0.0}))
     folder = bench.folder / f"upper-{peft}"
     record = EstimationRecord.load(folder / "estimation")
     assert {site.block for site in record.sites} == {1}
@@ -66,7 +66,7 @@ def test_modules_in_the_upper_blocks_only(bench: Workbench, peft: str) -> None:
 @pytest.mark.parametrize(("of_estimation", "estimating"), [(None, 1.5e-2), (1.0, 3e-2)])
 def test_a_light_run_may_learn_faster(bench: Workbench, of_estimation: float | None, estimating: float) -> None:
     """The first learning rates of both stages, which have no warmup here."""
-    settings = {"light.learning_rate_scale": 0.5, "light.estimation_learning_rate_scale": of_estimation}
+    settings = {"light.rates.scale": 0.5, "light.rates.estimation_scale": of_estimation}
     name = f"scaled-{of_estimation}"
     pipeline.run(bench.config(name, **settings, **{"training.warmup": 0.0, "trainer.logging_steps": 1}))
     first = dict.fromkeys(("estimate", "train"), 0.0)
@@ -78,7 +78,7 @@ def test_a_light_run_may_learn_faster(bench: Workbench, of_estimation: float | N
 @thorough
 def test_a_run_that_takes_nothing_is_the_same_stage_by_stage(bench: Workbench) -> None:
     """It estimates nothing either way: what trains are PEFT modules as they are made."""
-    nothing = {"light.blocks": 0.0, "light.modules": 0.0, "light.ranks": 0.0}
+    nothing = {"light.remove.blocks": 0.0, "light.modules.remove": 0.0, "light.modules.remove_ranks": 0.0}
     pipeline.run(bench.config("nothing", **nothing))
     work = pipeline.prepare(bench.config("nothing-by-stages", **nothing))
     assert pipeline.estimate(work).meta["steps"] == 0
@@ -185,7 +185,7 @@ def test_full_fine_tuning_leaves_a_model(benches: dict[tuple[str, str], Workbenc
 
 def test_settings_that_a_method_has_no_use_for_may_change(bench: Workbench) -> None:
     RunFolder.open(bench.config("unused_settings", method="full")).begin()
-    RunFolder.open(bench.config("unused_settings", method="full", **{"peft.r": 2, "light.heads": 0.1}))
+    RunFolder.open(bench.config("unused_settings", method="full", **{"peft.r": 2, "light.remove.heads": 0.1}))
     with pytest.raises(LightPeftError, match=r"differs in training\.learning_rate"):
         RunFolder.open(bench.config("unused_settings", method="full", **{"training.learning_rate": 1e-4}))
 
@@ -244,7 +244,7 @@ def test_a_run_over_a_base_in_8_bits(benches: dict[tuple[str, str], Workbench]) 
 def test_tiny_model_learns(benches: dict[tuple[str, str], Workbench]) -> None:
     """The data can be learned, so what the other tests compare is not noise alone."""
     bench = benches["llama", "classification"]
-    result = pipeline.run(bench.config("learned", seed=1, **{"training.epochs": 8, "light.heads": 0.5}))
+    result = pipeline.run(bench.config("learned", seed=1, **{"training.epochs": 8, "light.remove.heads": 0.5}))
     assert result["metrics"]["accuracy"] >= 0.8
     assert result["parameters"]["base_removed_ratio"] > 0.3
 
@@ -326,7 +326,7 @@ def test_another_budget_replans_until_pruned(bench: Workbench, capsys: pytest.Ca
     assert lightpeft("estimate", "--config", file) == 0
     assert lightpeft("plan", "--config", file) == 0
     first = PrunePlan.load(folder / "plan.json")
-    assert lightpeft("plan", "--run", folder, "--light.heads", "0.5", "--light.neurons", "0.5") == 0
+    assert lightpeft("plan", "--run", folder, "--light.remove.heads", "0.5", "--light.remove.neurons", "0.5") == 0
     second = PrunePlan.load(folder / "plan.json")
     assert second.removed_ratio > first.removed_ratio
     assert lightpeft("prune", "--run", folder) == 0  # the new budget is the run's
@@ -334,8 +334,8 @@ def test_another_budget_replans_until_pruned(bench: Workbench, capsys: pytest.Ca
 
     before = stamps(folder)
     capsys.readouterr()
-    assert lightpeft("plan", "--run", folder, "--light.heads", "0.25") == 2
-    assert "differs in light.heads" in capsys.readouterr().err
+    assert lightpeft("plan", "--run", folder, "--light.remove.heads", "0.25") == 2
+    assert "differs in light.remove.heads" in capsys.readouterr().err
     assert lightpeft("plan", "--run", folder) == 0
     assert stamps(folder) == before
 

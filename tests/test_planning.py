@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,10 +11,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from lights import light_of
 from strategies import half_up, ratios, scopes
+from tiny import plan_of
 from torch import Tensor
 
-from lightpeft.config import Budget
 from lightpeft.errors import LightPeftError
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan, block_parameters, removed_in_block
@@ -74,15 +74,10 @@ budgets = st.fixed_dictionaries(
         "neurons": ratios,
         "modules": ratios,
         "ranks": ratios,
-        "heads_scope": scopes,
-        "neurons_scope": scopes,
-        "modules_scope": st.just("global"),
+        "scope": scopes,
         "module_blocks": st.sampled_from([1.0, 1.0, 0.5, 1 / 3, 0.01]),
-        "ranks_scope": scopes,
         "min_heads": st.integers(0, 2),
         "min_neurons": st.integers(0, 3),
-        "min_modules": st.integers(0, 2),
-        "min_ranks": st.integers(1, 3),
         "multiple_of": st.sampled_from([1, 1, 4, 8]),
         "head_unit": st.sampled_from(["group", "balanced"]),
     }
@@ -92,7 +87,7 @@ budgets = st.fixed_dictionaries(
 def plan_or_skip(record: EstimationRecord, budget: dict[str, Any]) -> PrunePlan:
     """The plan; budgets that empty the model are another test's."""
     try:
-        return make_plan(record, Budget(**budget))
+        return plan_of(record, **budget)
     except LightPeftError as error:
         assert "lower" in str(error)
         assume(False)
@@ -109,7 +104,7 @@ def test_scores_that_are_not_finite(key: str, what: str, value: float) -> None:
     record.scores[key] = record.scores[key].clone()
     record.scores[key][1] = value
     with pytest.raises(LightPeftError, match=f"{what}.* not finite") as error:
-        make_plan(record, Budget(modules=0.0))
+        make_plan(record, light_of(modules=0.0))
     assert "\n" not in str(error.value)
 
 
@@ -121,7 +116,7 @@ def test_scores_that_are_not_finite(key: str, what: str, value: float) -> None:
 def test_a_plan_is_a_pure_function(record: EstimationRecord, budget: dict[str, Any]) -> None:
     before = copy.deepcopy(record)
     plan = plan_or_skip(record, budget)
-    assert plan == make_plan(copy.deepcopy(record), Budget(**budget))
+    assert plan == plan_of(copy.deepcopy(record), **budget)
     assert (record.blocks, record.sites, record.meta) == (before.blocks, before.sites, before.meta)
     assert record.scores.keys() == before.scores.keys()
     assert all(value.equal(before.scores[key]) for key, value in record.scores.items())
@@ -164,20 +159,15 @@ def check_sites(plan: PrunePlan, budget: dict[str, Any]) -> None:
     alive = [s for s in dense.values() if getattr(plan.blocks[s.block], "neurons" if "ffn" in s.slot else "heads")]
     assert plan.sites and set(plan.sites) <= {site.name for site in alive}
     removed = half_up(budget["modules"] * len(dense))
-    by_block = [sum(site.block == block for site in alive) for block in range(len(plan.blocks))]
-    floor = sum(min(budget["min_modules"], count) for count in by_block)
-    assert len(plan.sites) == max(min(len(dense) - removed, len(alive)), floor, 1)
+    assert len(plan.sites) == max(min(len(dense) - removed, len(alive)), 1)
     for name, ranks in plan.sites.items():
         assert list(ranks) == sorted(set(ranks)) and set(ranks) <= set(range(dense[name].rank))
-        assert len(ranks) >= min(budget["min_ranks"], dense[name].rank)
-        if budget["ranks_scope"] == "layerwise":
-            exact = dense[name].rank - half_up(budget["ranks"] * dense[name].rank)
-            assert len(ranks) == max(exact, min(budget["min_ranks"], dense[name].rank))
+        assert len(ranks) == max(dense[name].rank - half_up(budget["ranks"] * dense[name].rank), 1)
 
 
 @given(record=records)
 def test_ratio_zero_keeps_all(record: EstimationRecord) -> None:
-    plan = make_plan(record, Budget(heads=0, neurons=0, modules=0, ranks=0, multiple_of=8))
+    plan = make_plan(record, light_of(heads=0, neurons=0, modules=0, ranks=0, multiple_of=8))
     assert plan.removed_parameters == of_left_out(plan)
     assert plan.sites == {site.name: tuple(range(site.rank)) for site in record.sites}
 
@@ -185,16 +175,16 @@ def test_ratio_zero_keeps_all(record: EstimationRecord) -> None:
 def test_group_units_by_their_mean() -> None:
     record = make_record(layers=1, groups=3, per_group=2)
     record.scores["heads/mask/0"] = torch.tensor([0.0, 0.9, 0.4, 0.4, 0.5, 0.6])
-    plan = make_plan(record, Budget(heads=1 / 3, head_unit="group"))
+    plan = make_plan(record, light_of(heads=1 / 3, head_unit="group"))
     assert plan.blocks[0].heads == (0, 1, 4, 5) and plan.blocks[0].kv_heads == (0, 2)
 
 
 def test_balanced_keeps_the_best_of_every_group() -> None:
     record = make_record(layers=1, groups=2, per_group=3)
     record.scores["heads/mask/0"] = torch.tensor([0.1, 0.9, 0.5, 0.7, 0.7, 0.2])
-    plan = make_plan(record, Budget(heads=1 / 3, head_unit="balanced"))
+    plan = make_plan(record, light_of(heads=1 / 3, head_unit="balanced"))
     assert plan.blocks[0].heads == (1, 2, 3, 4) and plan.blocks[0].kv_heads == (0, 1)
-    plan = make_plan(record, Budget(heads=2 / 3, head_unit="balanced"))
+    plan = make_plan(record, light_of(heads=2 / 3, head_unit="balanced"))
     assert plan.blocks[0].heads == (1, 3), "equal scores: the lower index stays"
 
 
@@ -202,7 +192,7 @@ def test_balanced_keeps_the_best_of_every_group() -> None:
 def test_multiple_of_rounds_to_the_nearest(multiple: int, width: int) -> None:
     record = make_record(layers=1, neurons=12)
     scores = record.scores["neurons/mask/0"]
-    budget = Budget(heads=0, neurons=5 / 12, multiple_of=multiple)
+    budget = light_of(heads=0, neurons=5 / 12, multiple_of=multiple)
     kept = make_plan(record, budget).blocks[0].neurons
     assert kept == tuple(sorted(scores.argsort(descending=True)[:width].tolist()))
 
@@ -211,87 +201,41 @@ def test_sites_of_dropped_sublayers_count_as_removed() -> None:
     record = make_record(layers=2)
     record.scores["heads/mask/0"] = torch.zeros(4)
     record.scores["modules/ratio"] = torch.arange(12.0).flip(0)  # those of the dropped attention are the best
-    plan = make_plan(record, Budget(heads=0.5, heads_scope="global", min_heads=0, modules=0.5, ranks=0))
+    plan = plan_of(record, min_heads=0, heads=0.5, scope="global", modules=0.5, ranks=0)
     assert not plan.blocks[0].heads
     assert list(plan.sites) == ["0.ffn_in", "0.ffn_out", "1.q", "1.k", "1.v", "1.o"]
-
-
-def test_modules_layerwise() -> None:
-    record = make_record(layers=3)
-    plan = make_plan(record, Budget(modules=0.5, modules_scope="layerwise"))
-    assert [sum(name.startswith(f"{block}.") for name in plan.sites) for block in range(3)] == [3, 3, 3]
-    with pytest.raises(LightPeftError, match="would remove every PEFT module; lower it"):
-        make_plan(record, Budget(modules=0.95, modules_scope="layerwise"))
 
 
 def test_modules_in_the_upper_blocks() -> None:
     record = make_record(layers=4)
     record.scores["modules/ratio"] = torch.arange(24.0).flip(0)  # those of the lowest blocks are the best
-    plan = make_plan(record, Budget(module_blocks=0.5, modules=0.25))
+    plan = make_plan(record, light_of(module_blocks=0.5, modules=0.25))
     assert list(plan.sites) == [f"2.{slot}" for slot in PROJECTIONS] + ["3.q", "3.k", "3.v"]
-    assert {name.partition(".")[0] for name in make_plan(record, Budget(module_blocks=0.01)).sites} == {"3"}
+    assert {name.partition(".")[0] for name in make_plan(record, light_of(module_blocks=0.01)).sites} == {"3"}
     lower = make_record(layers=4)
     lower.sites = lower.sites[:12]
-    with pytest.raises(LightPeftError, match="no PEFT module sits in the blocks that module_blocks allows; raise it"):
-        make_plan(lower, Budget(module_blocks=0.5))
+    with pytest.raises(LightPeftError, match="no PEFT module sits in the blocks that light.modules.blocks allows"):
+        make_plan(lower, light_of(module_blocks=0.5))
 
 
 def test_a_budget_that_empties_the_model() -> None:
     record = make_record()
-    empty = Budget(heads=0.999, neurons=0.999, min_heads=0, min_neurons=0)
-    with pytest.raises(LightPeftError, match="would empty the model.*lower the ratios"):
-        make_plan(record, empty)
+    with pytest.raises(LightPeftError, match="would empty the model.*lower the amounts"):
+        plan_of(record, min_heads=0, min_neurons=0, heads=0.999, neurons=0.999)
 
 
 def test_every_module_in_a_dropped_sublayer() -> None:
     record = make_record()
     record.sites = [site for site in record.sites if site.slot == "q"]
     record.scores["modules/ratio"] = torch.ones(3)
-    with pytest.raises(LightPeftError, match="every PEFT module sits in a sub-layer that the budget removes"):
-        make_plan(record, Budget(heads=0.999, min_heads=0))
+    with pytest.raises(LightPeftError, match="every PEFT module sits in a sub-layer that goes"):
+        plan_of(record, min_heads=0, heads=0.999)
 
 
-@pytest.mark.parametrize("field", ["head", "neuron", "module", "rank"])
+@pytest.mark.parametrize("field", ["criterion", "module_criterion", "rank_criterion"])
 def test_a_criterion_that_was_not_recorded(field: str) -> None:
     with pytest.raises(LightPeftError, match='no scores "[a-z]+/random.*it has heads/mask, modules/ratio'):
-        make_plan(make_record(), Budget(**{f"{field}_criterion": "random"}))
-
-
-def test_an_overall_target_overrides_the_ratios() -> None:
-    record = make_record()
-    plans = [make_plan(record, Budget(target=0.2, heads=ratio, neurons=ratio)) for ratio in (0.0, 0.9)]
-    assert plans[0].blocks == plans[1].blocks and plans[0].removed_ratio >= 0.2
-    assert plans[0].budget["target"] == 0.2
-
-
-@settings(deadline=None, max_examples=50)
-@given(record=records, target=st.floats(0.01, 0.5), budget=budgets)
-def test_target_is_reached_and_minimal(record: EstimationRecord, target: float, budget: dict[str, Any]) -> None:
-    budget["min_neurons"] = max(1, budget["min_neurons"])  # the largest ratios are no empty model
-
-    def plan_at(heads: float, neurons: float) -> PrunePlan:
-        return make_plan(record, Budget(**{**budget, "heads": heads, "neurons": neurons}))
-
-    def reaches(heads: float, neurons: float) -> bool:
-        return plan_at(heads, neurons).removed_ratio >= target
-
-    try:
-        plan = make_plan(record, Budget(**{**budget, "target": target}))
-    except LightPeftError as error:
-        assert "cannot be reached" in str(error) and not reaches(0.999, 0.999)
-        return
-    assert plan.removed_ratio >= target
-    thousandths = range(1000)
-    ratio = bisect.bisect_left(thousandths, True, key=lambda step: reaches(step / 1000, step / 1000)) / 1000
-    neurons = bisect.bisect_left(thousandths, True, key=lambda step: reaches(ratio, step / 1000)) / 1000
-    assert plan.blocks == plan_at(ratio, neurons).blocks
-
-
-def test_an_unreachable_target_says_what_can_be_reached() -> None:
-    with pytest.raises(
-        LightPeftError, match=r"target 0\.9 cannot be reached: at most 0\.\d+ .*min_heads or min_neurons"
-    ):
-        make_plan(make_record(), Budget(target=0.9))
+        make_plan(make_record(), light_of(**{field: "random"}))
 
 
 # Another order of heads and neurons
@@ -304,10 +248,10 @@ def strongest_first(layers: Sequence[Layer]) -> Tensor:
 @settings(deadline=None)
 @given(record=records, budget=budgets)
 def test_another_order_takes_other_units_and_as_many(record: EstimationRecord, budget: dict[str, Any]) -> None:
-    budget |= {"heads_scope": "layerwise", "neurons_scope": "layerwise"}
+    budget |= {"scope": "layerwise"}
     plan = plan_or_skip(record, budget)
-    assert make_plan(record, Budget(**budget), weakest_first) == plan
-    other = make_plan(record, Budget(**budget), strongest_first)
+    assert plan_of(record, weakest_first, **budget) == plan
+    other = plan_of(record, strongest_first, **budget)
     assert plan.removed_parameters == other.removed_parameters
     for spec, usual, kept in zip(record.blocks, plan.blocks, other.blocks, strict=True):
         assert (len(usual.heads), len(usual.neurons)) == (len(kept.heads), len(kept.neurons))
@@ -325,15 +269,15 @@ def test_an_order_says_what_goes_first_wherever_it_lies() -> None:
         return torch.tensor(sorted(range(len(places)), key=lambda unit: places[unit]))
 
     whole = sum(block_parameters(spec) for spec in record.blocks)
-    plan = make_plan(record, Budget(blocks=17 * 65 / whole, modules=0, ranks=0), from_the_top)
+    plan = make_plan(record, light_of(blocks=17 * 65 / whole, modules=0, ranks=0), from_the_top)
     assert [len(kept.neurons) for kept in plan.blocks] == [12, 6, 1], "one stays: the floor"
     assert all(len(kept.heads) == spec.heads for spec, kept in plan.parts)
-    assert plan.sites == make_plan(record, Budget(heads=0, neurons=0, modules=0, ranks=0)).sites
+    assert plan.sites == make_plan(record, light_of(heads=0, neurons=0, modules=0, ranks=0)).sites
 
 
 def test_an_order_that_is_none_is_refused() -> None:
     with pytest.raises(LightPeftError, match="an order names each unit once"):
-        make_plan(make_record(), Budget(), lambda layers: torch.zeros(2, dtype=torch.int64))
+        make_plan(make_record(), light_of(), lambda layers: torch.zeros(2, dtype=torch.int64))
 
 
 # Heads against neurons
@@ -392,18 +336,28 @@ def test_a_larger_part_takes_the_same_units_and_more(
 def test_a_part_of_the_blocks_that_floors_forbid_says_what_can_be_reached() -> None:
     record = make_record()
     record.blocks = [replace(spec, fixed_parameters=400) for spec in record.blocks]
-    with pytest.raises(LightPeftError, match=r"blocks 0\.95 cannot be reached: at most 0\.\d+ .*min_heads"):
-        make_plan(record, Budget(blocks=0.95, min_neurons=4))
+    with pytest.raises(LightPeftError, match=r"blocks 0\.95 cannot be reached: at most 0\.\d+ .*lower"):
+        plan_of(record, min_neurons=4, blocks=0.95)
 
 
 def test_a_depth_that_was_not_estimated() -> None:
-    assert make_plan(make_record(layers=2, left_out=1), Budget(depth=1 / 3)).left_out
+    assert make_plan(make_record(layers=2, left_out=1), light_of(depth=1 / 3)).left_out
     with pytest.raises(
-        LightPeftError, match=r"depth 0\.333333 leaves out blocks that the estimation had; estimate with"
+        LightPeftError, match=r"depth 0\.333\d+ leaves out blocks that the estimation had; estimate with"
     ):
-        make_plan(make_record(layers=3), Budget(depth=1 / 3))
+        make_plan(make_record(layers=3), light_of(depth=1 / 3))
 
 
-def test_blocks_needs_scores_of_one_kind() -> None:
-    with pytest.raises(LightPeftError, match="the same value"):
-        make_plan(make_record(), Budget(blocks=0.5, head_criterion="fisher"))
+@given(record=records, part=st.sampled_from([0.0, 0.25, 0.5, 0.7]), unit=st.sampled_from(["group", "balanced"]))
+def test_blocks_layerwise_takes_the_same_share_of_every_layer(record: EstimationRecord, part: float, unit: str) -> None:
+    record.left_out = []
+    options: dict[str, Any] = {"head_unit": unit, "modules": 0, "ranks": 0, "scope": "layerwise"}
+    plan = make_plan(record, light_of(blocks=part, **options))
+    assert plan.blocks == make_plan(record, light_of(heads=part, neurons=part, experts=part, **options)).blocks
+    assert len({len(kept.neurons) for kept in plan.blocks}) == 1
+
+
+def test_blocks_layerwise_counts_a_depth_that_is_gone() -> None:
+    record = make_record(layers=2, left_out=2, neurons=20)
+    plan = make_plan(record, light_of(blocks=0.6, depth=0.5, scope="layerwise", modules=0, ranks=0))
+    assert [len(kept.neurons) for kept in plan.blocks] == [16, 16], "a tenth more of all is a fifth of what is left"

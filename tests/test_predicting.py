@@ -198,7 +198,15 @@ def test_another_text_column_by_likelihood(tmp_path: Path) -> None:
     bench = Workbench(tmp_path, "llama")
     words = {"positive": "good0", "negative": "bad0"}  # labels that the tokenizer knows
     write_rows(bench.train, [{**row, "label": words[row["label"]]} for row in labelled(64)])
-    pipeline.run(bench.config("run", **{"data.answer": "likelihood", "data.test": None, "light.least_examples": 0}))
+    pipeline.run(
+        bench.config(
+            "run",
+            **{
+                "data.answer": "likelihood",
+                "data.test": None,
+            },
+        )
+    )
     answers = {}
     for column in ("text", "body"):
         write_rows(tmp_path / f"{column}.jsonl", [{column: text} for text in TEXTS])

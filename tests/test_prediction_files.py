@@ -86,7 +86,7 @@ class TestPredictionFiles:
         path = tmp_path / "out.csv"
         path.write_text("old", encoding="utf-8")
 
-        def full(*args: Any, **kwargs: Any) -> None:
+        def full(*args: Any, **options: Any) -> None:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(pd.DataFrame, "to_csv", full)

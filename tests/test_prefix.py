@@ -267,7 +267,7 @@ def test_states_that_depend_on_padding_are_not_stored(tmp_path: Path) -> None:
 
 # In a run
 
-UPPER: dict[str, Any] = {"light.module_blocks": 0.5, "light.modules": 0.0, "training.save_steps": 3}
+UPPER: dict[str, Any] = {"light.modules.blocks": 0.5, "light.modules.remove": 0.0, "training.save_steps": 3}
 """The modules of the upper block stay."""
 
 

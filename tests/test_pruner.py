@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from lights import light_of
 from steps import HALF, losses, stage
 from tiny import batch, make, with_lora
 from training import inputs, student, trainer
 from transformers import BertModel
 
-from lightpeft import Budget, EarlyPruner, LightConfig, LightModel, LightPeftError, load_light
+from lightpeft import EarlyPruner, LightModel, LightPeftError, load_light
 from lightpeft.compat.torch import is_watched
 from lightpeft.peft_kinds.sites.registry import find_sites
 from lightpeft.plans.records import PrunePlan
@@ -20,7 +21,7 @@ from lightpeft.plans.records import PrunePlan
 def test_a_bare_trainer(tmp_path: Path, family: str) -> None:
     model = student(family)
     dense = sum(p.numel() for p in model.parameters())
-    pruner = EarlyPruner(model, LightConfig(length=0.1, **HALF))
+    pruner = EarlyPruner(model, light_of(length=0.1, **HALF))
     run = trainer(model, tmp_path, pruner.callback())
     run.train()
     assert run.state.global_step == 4
@@ -83,7 +84,7 @@ def test_what_estimation_learned_stays() -> None:
 
 def test_a_plan_from_another_budget() -> None:
     pruner = stage(student())
-    plan = pruner.plan(Budget(heads=0.25, neurons=0.0, modules=0.0, ranks=0.0))
+    plan = pruner.plan(light_of(heads=0.25, neurons=0.0, modules=0.0, ranks=0.0))
     assert plan != pruner.plan()
     light = pruner.prune(plan)
     assert light.light_plan is plan
@@ -95,7 +96,7 @@ def test_a_plan_that_was_written_down() -> None:
     plan = stage(student()).plan()
     again = PrunePlan.from_dict(plan.to_dict())
     model = student()
-    assert EarlyPruner(model, LightConfig()).prune(again).light_plan == plan
+    assert EarlyPruner(model, light_of()).prune(again).light_plan == plan
 
 
 def test_a_plan_is_a_table() -> None:
@@ -118,7 +119,7 @@ def test_pruning_before_any_step() -> None:
 
 def test_pruning_in_the_middle_takes_what_there_is() -> None:
     model = student()
-    pruner = EarlyPruner(model, LightConfig(length=10, **HALF))
+    pruner = EarlyPruner(model, light_of(length=10, **HALF))
     pruner.start()
     for _ in range(3):
         model(**inputs(rows=4)).loss.backward()

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from lights import light_of
 from quantised import CONFIGS, SIZES, densified
 from tiny import batch, make, plan_for, relative_difference, with_lora
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertModel
 
-from lightpeft import EarlyPruner, LightConfig
+from lightpeft import EarlyPruner
 from lightpeft.adapters.light_adapter import load_light
 from lightpeft.models.linears.bitsandbytes import logical_numel, prepare_quantised
 from lightpeft.models.linears.registry import dense_weight, features, is_linear, slice_linear, stored_weight
@@ -270,7 +271,7 @@ def logits(model: Any, train: bool = False) -> Tensor:
 )
 def test_trains_saves_and_loads(folder: Path, tmp_path: Path, kind: str, budget: dict[str, Any]) -> None:
     if "min_heads" in budget:
-        budget = {**budget, "heads_scope": "global"}
+        budget = {**budget, "scope": "global"}
     model = with_lora(load(folder, kind), lora_dropout=0.0)
     plan = plan_for(model, **budget)
     apply_plan(model, plan)
@@ -296,7 +297,7 @@ def test_heads_and_neurons_of_any_width_in_4_bits(tmp_path: Path, kind: str, bud
     """Heads of 16 channels, of which a block has four, in a width of 160: nothing is a multiple of 64."""
     make("llama-gqa", hidden_size=160, intermediate_size=224, head_dim=16).save_pretrained(tmp_path / "base")
     model = with_lora(load(tmp_path / "base", kind), trained=False, lora_dropout=0.0)
-    pruner = EarlyPruner(model, LightConfig(length=3, modules=0.3, **budget))
+    pruner = EarlyPruner(model, light_of(length=3, modules=0.3, **budget))
     pruner.start()
     while not pruner.finished:
         model.train()(**batch(), labels=batch()["input_ids"]).loss.backward()

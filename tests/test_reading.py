@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lights import light_of
 from peft import LoraConfig
 from tiny import inputs_for, make, refusal, with_lora, without_dropout
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from training import chunks, dataset, trained_weights
 from transformers import TrainingArguments
 from workbench import Workbench, forked, lightpeft, read
 
-from lightpeft import EarlyPruner, LightConfig, LightTrainer, find_depth
+from lightpeft import EarlyPruner, LightTrainer, find_depth
 from lightpeft.app.runs import depth, pipeline
 from lightpeft.files import read_tensors
 from lightpeft.plans.records import EstimationRecord, PrunePlan
@@ -113,7 +114,7 @@ def test_what_cannot_be_read() -> None:
 
 # -- runs --------------------------------------------------------------------------------------------------------------
 
-AUTO: dict[str, Any] = {"light.depth": "auto"}
+AUTO: dict[str, Any] = {"light.remove.depth": "auto"}
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +139,7 @@ def half(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_run_is_one_of_the_depth_that_it_finds(bench: Workbench, half: list[int], capsys: Any) -> None:
     result = pipeline.run(bench.config("auto", **AUTO))
     assert "leaves out 50% of the blocks: from block 1 of 2 on there is nothing to be gained" in capsys.readouterr().err
-    pipeline.run(bench.config("given", **{"light.depth": 0.5}))
+    pipeline.run(bench.config("given", **{"light.remove.depth": 0.5}))
     one, other = (read_tensors(bench.folder / name / "adapter" / WEIGHTS) for name in ("auto", "given"))
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
     assert result["depth"] == read(bench.folder / "auto" / "metrics.json")["depth"]
@@ -151,26 +152,26 @@ def test_a_run_is_one_of_the_depth_that_it_finds(bench: Workbench, half: list[in
 
 def test_an_estimation_that_is_taken_brings_its_depth(bench: Workbench, half: list[int]) -> None:
     assert lightpeft("estimate", "--config", bench.yaml("donor", **AUTO)) == 0
-    taken = ("--estimation", bench.folder / "donor", "--light.heads", "0.5")
+    taken = ("--estimation", bench.folder / "donor", "--light.remove.heads", "0.5")
     assert lightpeft("run", "--config", bench.yaml("taker", **AUTO), *taken) == 0
     assert read(bench.folder / "taker" / "metrics.json")["depth"]["depth"] == 0.5 and half == [64]
 
 
 @pytest.mark.usefixtures("half")
 def test_an_estimation_is_of_the_budget_that_bounds_its_depth(bench: Workbench, capsys: Any) -> None:
-    of = {blocks: {**AUTO, "light.blocks": blocks} for blocks in (0.5, 0.6)}
+    of = {blocks: {**AUTO, "light.remove.blocks": blocks} for blocks in (0.5, 0.6)}
     assert lightpeft("estimate", "--config", bench.yaml("of half", **of[0.5])) == 0
     taken = ("--estimation", bench.folder / "of half")
     assert lightpeft("run", "--config", bench.yaml("of more", **of[0.6]), *taken) == 2
-    assert "was made with other settings (light.blocks)" in capsys.readouterr().err
-    assert lightpeft("plan", "--run", bench.folder / "of half", "--light.blocks", "0.4") == 2
+    assert "was made with other settings (light.remove.blocks)" in capsys.readouterr().err
+    assert lightpeft("plan", "--run", bench.folder / "of half", "--light.remove.blocks", "0.4") == 2
     assert "depth: auto left out 50% of the blocks, and blocks is 0.4 now; estimate again" in capsys.readouterr().err
-    assert lightpeft("plan", "--run", bench.folder / "of half", "--light.blocks", "0.7") == 0
+    assert lightpeft("plan", "--run", bench.folder / "of half", "--light.remove.blocks", "0.7") == 0
 
 
 def test_what_comes_after_knows_the_depth(bench: Workbench, half: list[int]) -> None:
     """Speeds, a curve, both widths, and a page of a run that found its depth."""
-    both = {**AUTO, "light.keep": "both", "light.full_width_steps": 0.25}
+    both = {**AUTO, "light.after.keep": "both", "light.after.full_width_steps": 0.25}
     config, folder = bench.yaml("used", **both), bench.folder / "used"
     assert lightpeft("run", "--config", config) == 0
     with forked():
@@ -181,7 +182,7 @@ def test_what_comes_after_knows_the_depth(bench: Workbench, half: list[int]) -> 
 
 
 def test_it_goes_as_far_as_the_budget_allows(bench: Workbench, half: list[int]) -> None:
-    assert lightpeft("estimate", "--config", bench.yaml("bounded", **AUTO, **{"light.blocks": 0.4})) == 0
+    assert lightpeft("estimate", "--config", bench.yaml("bounded", **AUTO, **{"light.remove.blocks": 0.4})) == 0
     assert not EstimationRecord.load(bench.folder / "bounded" / "estimation").left_out
 
 
@@ -189,7 +190,7 @@ def test_models_that_are_not_known_to_bear_it(tmp_path: Path, half: list[int], c
     for family, task in (("bert", "classification"), ("llama", "causal-lm")):
         made = Workbench(tmp_path / family, family, task)
         assert lightpeft("estimate", "--config", made.yaml("run", **AUTO)) == 0
-        assert "light.depth: auto leaves out 0% of the blocks: only" in capsys.readouterr().err
+        assert "light.remove.depth: auto leaves out 0% of the blocks: only" in capsys.readouterr().err
         assert not EstimationRecord.load(made.folder / "run" / "estimation").left_out
     assert not half
 
@@ -198,7 +199,7 @@ def test_models_that_are_not_known_to_bear_it(tmp_path: Path, half: list[int], c
 
 
 def trainer_of(folder: Path, light_depth: Any, base: str = "llama-classifier", **changes: Any) -> LightTrainer:
-    light = LightConfig(length=4, least_examples=0, depth=light_depth)
+    light = light_of(length=4, depth=light_depth)
     arguments = TrainingArguments(str(folder), max_steps=8, use_cpu=True, report_to=[], disable_tqdm=True)
     given = {"model": make(base), "train_dataset": dataset(), "peft_config": LoraConfig(r=4, task_type="SEQ_CLS")}
     torch.manual_seed(0)
@@ -236,7 +237,7 @@ def test_shell_and_trainers_read_the_same(bench: Workbench, tmp_path: Path, monk
     LightTrainer(
         work.dense_model().model,
         arguments,
-        light=replace(LightConfig(), depth="auto"),
+        light=replace(light_of(), depth="auto"),
         peft_config=LoraConfig(r=4, task_type="SEQ_CLS"),
         train_dataset=work.train_rows,
         data_collator=work.collator,
@@ -246,7 +247,7 @@ def test_shell_and_trainers_read_the_same(bench: Workbench, tmp_path: Path, monk
 
 
 def test_trainers_of_other_models_leave_nothing_out(tmp_path: Path, half: list[int]) -> None:
-    assert trainer_of(tmp_path, "auto", "bert").light_config.depth == 0 and not half
+    assert trainer_of(tmp_path, "auto", "bert").light_config.remove.depth == 0 and not half
 
 
 def test_what_a_trainer_cannot_ask(tmp_path: Path) -> None:
@@ -256,8 +257,7 @@ def test_what_a_trainer_cannot_ask(tmp_path: Path) -> None:
 
 
 def test_where_nobody_finds_it(bench: Workbench, capsys: Any) -> None:
-    light = LightConfig(depth="auto")
+    light = light_of(depth="auto")
     assert "lightpeft.find_depth" in refusal(lambda: EarlyPruner(with_lora(make("llama-gqa")), light))
-    assert "give blocks instead" in refusal(lambda: LightConfig(depth="auto", target=0.3))
     assert lightpeft("check", "--config", bench.yaml("checked", **AUTO)) == 2
-    assert "light.depth is auto" in capsys.readouterr().err
+    assert "light.remove.depth is auto" in capsys.readouterr().err

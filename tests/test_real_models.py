@@ -68,7 +68,7 @@ def test_the_readme_and_the_shell_give_the_same(
     """The first Python of the README, word for word, beside `lightpeft run` with the settings that it has."""
     given = {
         "output": str(tmp_path / "run"),
-        "preset": "default",
+        "light": 0.4,
         "seed": 42,  # as in `TrainingArguments`
         "model": {"name": str(minilm)},
         "data": {

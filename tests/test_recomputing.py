@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from lights import light_of
 from steps import Watched, gradients
 from tiny import LAYOUTS, inputs_for, make, with_lora
 from torch import Tensor, nn
 from training import inputs, student
 
-from lightpeft.config import LightConfig
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.fused import fused_lora
 from lightpeft.prune.estimation import Estimator
@@ -43,7 +43,7 @@ def test_scores_are_the_same_to_the_last_bit(name: str) -> None:
     found = []
     for recomputed in (False, True):
         model, batch = student(name), inputs(name)
-        estimator = Estimator(model, LightConfig(length=2, least_examples=0))
+        estimator = Estimator(model, light_of(length=2))
         estimator.start(None)
         for _ in range(2):
             with fused_lora(model), recomputed_activations(model) if recomputed else torch.enable_grad():

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lights import light_of
 from workbench import Workbench, checksums, edit, forked, labelled, lightpeft, read, write_rows
 
-from lightpeft import Budget
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import curve, pipeline
 from lightpeft.app.runs.bench import bench as measure
@@ -33,7 +33,7 @@ WIDTHS = (390, 1280)
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     """Runs of all methods; that of method light with steps at full width, a curve and a bench, and one half done."""
     bench = Workbench(tmp_path_factory.mktemp("report"))
-    light = bench.config("light", **{"light.keep": "both", "light.full_width_steps": 0.25})
+    light = bench.config("light", **{"light.after.keep": "both", "light.after.full_width_steps": 0.25})
     pipeline.run(light)
     curve.curve(pipeline.prepare(light), rows=24, parts=(0.2, 0.4))
     with forked():
@@ -243,7 +243,7 @@ def test_contents_of_a_light_run(bench: Workbench) -> None:
         assert f"{100 * point['removed_of_blocks']:.0f}% gone: {point['rise']:+.3f}" in found.text
     assert f"training samples/s: {run.speeds.rows[0].ratio:.2f}" in found.text
     assert f"lightpeft run --config {bench.folder}/light/config.yaml --output {bench.folder}/light_again" in found.text
-    assert "head_criterion: fisher" in found.text and "torch" in found.text
+    assert "criterion: fisher" in found.text and "torch" in found.text
 
 
 def test_warnings_stand_above_all_else(light: Path) -> None:
@@ -314,8 +314,8 @@ class TestBeside:
     def test_settings_that_differ(self, bench: Workbench) -> None:
         runs = [read_run(bench.folder / name) for name in ("light", "half", "plain")]
         differing = dict(telling.differing_settings(runs))
-        assert list(differing) == ["method", "light.keep", "light.full_width_steps"]
-        assert differing["light.keep"] == ["both", "light", ""]
+        assert list(differing) == ["method", "light.after.keep", "light.after.full_width_steps"]
+        assert differing["light.after.keep"] == ["both", "light", ""]
 
     def test_what_may_not_be_compared_is_said(self, bench: Workbench, light: Path) -> None:
         assert list(telling.cautions([read_run(bench.folder / name) for name in ("light", "plain")])) == []
@@ -358,11 +358,12 @@ class TestAutoBudget:
         assert "the tolerance is 5 points (0.1 nats)" in text and "against nothing cut, points" in text
         assert "measured on 256 rows in 3 s" in text and "measured in the end" not in text
 
-    def test_of_a_real_run(self, tmp_path: Path) -> None:
+    def test_of_a_real_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("lightpeft.budget.room.SEARCH_FRACTION", 100.0)
         bench = Workbench(tmp_path)
         write_rows(bench.train, labelled(600, seed=1))
-        fisher = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}
-        auto = {"light.blocks": "auto", "light.search_fraction": 100.0}
+        fisher = {"light.estimate.criterion": "fisher"}
+        auto = {"light.remove.blocks": "auto"}
         pipeline.run(bench.config("run", **fisher, **auto, **{"training.epochs": 0.5}))
         found = read_run(tmp_path / "run")
         seconds = {stage.name: stage.seconds or 0.0 for stage in found.stages}
@@ -375,7 +376,7 @@ class TestAutoBudget:
         whole = shutil.copytree(light, tmp_path / "whole")
         plan = PrunePlan.load(whole / "plan.json")
         record = EstimationRecord.load(whole / "estimation")
-        make_plan(record, Budget(heads=0.0, neurons=0.0, modules=0.0, ranks=0.0)).save(whole / "plan.json")
+        make_plan(record, light_of(heads=0.0, neurons=0.0, modules=0.0, ranks=0.0)).save(whole / "plan.json")
         assert plan.removed_parameters and not PrunePlan.load(whole / "plan.json").removed_parameters
         edit(light / "metrics.json", lambda report: report.update(budget=AUTO))
         edit(light / "metrics.json", lambda report: report["metrics"].update(loss=report["metrics"]["loss"] + 0.0624))

@@ -23,6 +23,7 @@ import pytest
 import torch
 import yaml
 from lanes import thorough
+from lights import nested
 from rich.console import Console
 from workbench import (
     GRIDS,
@@ -81,7 +82,7 @@ def grid_file(path: Path, bench: Workbench | None = None, **changes: Any) -> Pat
     common: dict[str, Any] = {} if bench is None else bench.settings(**steps)
     shared = {name: value for name, value in common.items() if name not in ("output", "model", "data", "light")}
     grid = {
-        "run": {**shared, "light": {"length": 0.25, "multiple_of": 1}},
+        "run": {**shared, "light": nested(blocks=0.6, length=0.25, multiple_of=1)},
         "models": {"tiny": {"model": common.get("model", {"name": "m"})}},
         "tasks": {"words": {"data": common.get("data", {"train": "t.csv"})}},
         "methods": ["lora", "light-lora"],
@@ -106,64 +107,66 @@ def test_every_grid_of_the_repository_is_one(path: Path) -> None:
     if path.parent.name == "paper":
         head = " ".join(line.strip("# \n") for line in path.read_text().partition("baseline")[0].splitlines())
         assert "Needs a CUDA GPU" in head and "and the hub" in head and "Not run by this project" in head
-        assert {cell.config.preset for cell in cells} == {"paper"}
-
-
-def test_without_a_preset_methods_are_compared_at_one_size(tmp_path: Path) -> None:
-    (cell,) = load_grid(grid_file(tmp_path / "grid.yaml", methods=["light-lora"])).cells(tmp_path)
-    assert cell.config.light.blocks == PRESETS["default"]["blocks"]
+        assert {cell.config.light.preset for cell in cells} == {"paper"}
 
 
 NOT_WITH_AUTO = {
-    "random": "light.blocks is auto, which estimation has to end for; give a number here",
-    "mask": "light.blocks is auto, which estimation has to end for; give a number here",
+    "random": "light.remove.blocks is auto, which estimation has to end for; give a number here",
+    "mask": "light.remove.blocks is auto, which estimation has to end for; give a number here",
 }
-"""Methods that want a number under `preset: auto`, and what says so."""
+"""Methods that want a number under `light: auto`, and what says so."""
 
 
 @pytest.mark.parametrize("name", NOT_WITH_AUTO)
 def test_methods_that_want_a_number(tmp_path: Path, name: str) -> None:
-    file = grid_file(tmp_path / "grid.yaml", methods=[name], run={"preset": "auto"})
+    file = grid_file(tmp_path / "grid.yaml", methods=[name], run={"light": "auto"})
     with pytest.raises(LightPeftError, match=re.escape(NOT_WITH_AUTO[name])):
         load_grid(file).cells(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("name", "preset"),
-    [(name, preset) for name in ARMS for preset in PRESETS if preset != "auto" or name not in NOT_WITH_AUTO],
+    [(name, preset) for name in ARMS for preset in PRESETS],
 )
 def test_known_methods_do_what_they_say_under_every_preset(tmp_path: Path, name: str, preset: str) -> None:
-    file = grid_file(tmp_path / "grid.yaml", methods=[name], run={"preset": preset}, seeds=[3])
+    own = {"preset": preset} if preset == "paper" else {"preset": preset, "remove": {"blocks": 0.6}}
+    file = grid_file(tmp_path / "grid.yaml", methods=[name], run={"light": own}, seeds=[3])
     (cell,) = load_grid(file).cells(tmp_path)
     config = cell.config
-    whole = run_config_from_dict({"preset": preset, "peft": config.peft}).light
+    whole = run_config_from_dict({"light": own, "peft": config.peft}).light
     light = config.light
-    assert (config.seed, light.seed) == (3, 3)
+    assert config.seed == 3
     assert config.method == {"full": "full", "lora": "plain", "adapter": "plain"}.get(name, "light")
     assert config.peft == ("bottleneck" if name.endswith("adapter") else "lora")
-    foundation = light.blocks != 0 and (light.blocks is not None or min(light.heads, light.neurons) > 0)
-    assert foundation == (whole.blocks != 0 and name not in ("peft-only", "modules-only", "ranks-only"))
-    fewer, fewer_of_preset = (each.modules > 0 or each.module_blocks < 1 for each in (light, whole))
+    foundation = light.cuts_blocks
+    assert foundation == (name not in ("peft-only", "modules-only", "ranks-only"))
+    fewer, fewer_of_preset = (each.modules.remove > 0 or each.modules.blocks < 1 for each in (light, whole))
     assert fewer == (fewer_of_preset and name not in ("foundation-only", "ranks-only"))
-    assert (light.ranks > 0) == (whole.ranks > 0 and name not in ("foundation-only", "modules-only"))
+    assert (light.modules.remove_ranks > 0) == (
+        whole.modules.remove_ranks > 0 and name not in ("foundation-only", "modules-only")
+    )
     if name in ("mask", "taylor", "fisher", "magnitude", "random"):
-        assert light.head_criterion == light.neuron_criterion == name
-    if name in ("random", "mask") and whole.blocks is not None:  # their scores cannot compete
-        assert (light.blocks, light.heads, light.neurons) == (None, whole.blocks, whole.blocks)
+        assert light.estimate.criterion == name
+    if name in ("random", "mask") and whole.remove.blocks is not None:  # their scores cannot compete
+        assert (light.remove.blocks, light.remove.heads, light.remove.neurons) == (None, 0.6, 0.6)
     elif foundation and name != "full":
-        assert (light.blocks, light.heads) == (whole.blocks, whole.heads)
+        assert (light.remove.blocks, light.remove.heads) == (whole.remove.blocks, whole.remove.heads)
     if name.startswith("length"):
-        assert str(light.length) == name.partition("-")[2]
+        assert str(light.estimate.length) == name.partition("-")[2]
 
 
 def test_settings_come_from_run_model_task_and_method_in_that_order(tmp_path: Path) -> None:
     rates = {name: {"training": {"learning_rate": rate}} for name, rate in (("a", 1e-3), ("b", 2e-3))}
     file = grid_file(
         tmp_path / "grid.yaml",
-        run={"training": {"learning_rate": 5e-4, "epochs": 7}, "light": {"blocks": 0.3}},
+        run={"training": {"learning_rate": 5e-4, "epochs": 7}, "light": 0.3},
         models={"hub/model": None, "own": {"model": {"name": "folder"}, **rates["a"]}},
         tasks={"classification": None, "slow": {"data": {"train": "x.csv"}, **rates["b"]}},
-        methods={"lora": None, "light-lora": {"training": {"learning_rate": 3e-3}}, "mine": {"light": {"heads": 0.5}}},
+        methods={
+            "lora": None,
+            "light-lora": {"training": {"learning_rate": 3e-3}},
+            "mine": {"light": nested(heads=0.5)},
+        },
         baseline="mine",
     )
     grid = load_grid(file)
@@ -176,11 +179,16 @@ def test_settings_come_from_run_model_task_and_method_in_that_order(tmp_path: Pa
         ("own", "slow", "lora"): 2e-3,
     }
     mine = found["hub/model", "classification", "mine"]
-    assert (mine.method, mine.light.blocks, mine.light.heads, mine.training.epochs) == ("light", None, 0.5, 7)
+    assert (mine.method, mine.light.remove.blocks, mine.light.remove.heads, mine.training.epochs) == (
+        "light",
+        None,
+        0.5,
+        7,
+    )
     assert mine.model.name == "hub/model"
     assert mine.output == str(tmp_path / "cells" / "hub_model" / "classification" / "mine" / "0")
     assert found["own", "slow", "light-lora"].training.learning_rate == 3e-3
-    assert found["own", "slow", "light-lora"].light.blocks == 0.3
+    assert found["own", "slow", "light-lora"].light.remove.blocks == 0.3
 
 
 @pytest.mark.parametrize(
@@ -253,7 +261,11 @@ def test_accelerate_reads_the_command_so() -> None:
 def test_a_cell_over_two_processes_does_what_one_does(tmp_path: Path) -> None:
     """Estimation, plan, losses and metrics, without dropout, which is drawn in each process."""
     training = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-2}
-    shared = {"peft": {"r": 4, "lora_dropout": 0.0}, "light": {"length": 0.25, "multiple_of": 1}, "training": training}
+    shared = {
+        "peft": {"r": 4, "lora_dropout": 0.0},
+        "light": nested(blocks=0.6, length=0.25, multiple_of=1),
+        "training": training,
+    }
     shared["trainer"] = {"logging_steps": 1}
     file = grid_file(tmp_path / "grid.yaml", Workbench(tmp_path, "llama"), methods=["light-lora"], run=shared)
     reports, runs = [], []
@@ -345,8 +357,14 @@ def test_a_grid_that_is_stopped_stops_its_cell(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def grid(bench: Workbench) -> Path:
     """Five methods and two seeds; three light ones differ in their budget alone, and one of these cuts nothing."""
-    nothing = {"from": "light-lora", "light": {"blocks": 0.0, "modules": 0.0, "ranks": 0.0}}
-    methods = {"lora": None, "light-lora": None, "random": None, "long": {"light": {"length": 0.5}}, "nothing": nothing}
+    nothing = {"from": "light-lora", "light": nested(blocks=0.0, modules=0.0, ranks=0.0)}
+    methods = {
+        "lora": None,
+        "light-lora": None,
+        "random": None,
+        "long": {"light": nested(length=0.5)},
+        "nothing": nothing,
+    }
     return grid_file(bench.folder / "grid.yaml", bench, methods=methods, seeds=[0, 1])
 
 
@@ -824,9 +842,7 @@ def test_results_of_the_repository_are_read_and_summarised(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["movie_reviews/auto", "glue/presets", "socialiqa/writers"])
-def test_published_results_are_those_of_their_grid(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where their runs had settings that are gone."""
-    monkeypatch.setattr("lightpeft.config.light.LEAST_EXAMPLES", 256)
+def test_published_results_are_those_of_their_grid(name: str, tmp_path: Path) -> None:
     grid = GRIDS[0].parents[1] / name
     published = read_results(grid.with_suffix(".results.json"))
     results = joined(grid.with_suffix(".yaml"), [grid.with_suffix(".results.json")], tmp_path)
@@ -898,7 +914,7 @@ def test_a_part_of_another_grid_is_refused(tmp_path: Path, capsys: pytest.Captur
     file = grid_file(tmp_path / "grid.yaml", seeds=[0, 1])
     one, _ = parts(file, tmp_path)
     fewer = grid_file(tmp_path / "fewer.yaml", seeds=[1])
-    rates = {"run": {"training": {"learning_rate": 0.5}, "light": {"length": 0.25, "multiple_of": 1}}}
+    rates = {"run": {"training": {"learning_rate": 0.5}, "light": nested(blocks=0.6, length=0.25, multiple_of=1)}}
     for grid, part, message in (
         (fewer, one, "fewer.yaml has no cell tiny/words/lora/0"),
         (

@@ -42,7 +42,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
 
 KILL = signalling(signal.SIGKILL)
 
-SETTINGS: dict[str, Any] = {"light.length": 0.4, "training.save_steps": 3}
+SETTINGS: dict[str, Any] = {"light.estimate.length": 0.4, "training.save_steps": 3}
 """10 steps of estimation and 14 of training, over epochs of 8 steps: both cross an epoch, both have checkpoints."""
 
 

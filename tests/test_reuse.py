@@ -16,7 +16,7 @@ from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.reuse import estimation_settings
 from lightpeft.files import holding
 
-OTHER = {"light.heads": 0.5, "light.ranks": 0.75}
+OTHER = {"light.remove.heads": 0.5, "light.modules.remove_ranks": 0.75}
 """Another budget than that of the workbench."""
 Refused = Callable[..., str]
 
@@ -69,10 +69,10 @@ def test_a_run_with_a_taken_estimation_is_the_same_run(bench: Workbench) -> None
 
 def test_scores_of_nothing_serve_no_budget(bench: Workbench, refused: Refused) -> None:
     """A run that takes nothing away leaves no scores, and says so to one that needs some."""
-    nothing = {"light.blocks": 0.0, "light.modules": 0.0, "light.ranks": 0.0}
+    nothing = {"light.remove.blocks": 0.0, "light.modules.remove": 0.0, "light.modules.remove_ranks": 0.0}
     assert lightpeft("estimate", "--config", bench.yaml("unscored", **nothing)) == 0
     for budget in (0.3, "auto"):
-        asking = bench.yaml("asking", **nothing | {"light.blocks": budget})
+        asking = bench.yaml("asking", **nothing | {"light.remove.blocks": budget})
         line = refused("run", "--config", asking, "--estimation", bench.folder / "unscored")
         assert "of no step, since nothing was to go; estimate again" in line
 
@@ -81,11 +81,11 @@ MISFITS: dict[str, dict[str, Any]] = {
     "training.learning_rate": {"training.learning_rate": 1e-2},
     "seed": {"seed": 4},
     "peft.r": {"peft.r": 8},
-    "light.length": {"light.length": 0.5},
-    "light.module_blocks": {"light.module_blocks": 0.5},
+    "light.estimate.length": {"light.estimate.length": 0.5},
+    "light.modules.blocks": {"light.modules.blocks": 0.5},
     "data.max_length": {"data.max_length": 16},
     "share no estimation; both must be light": {"method": "plain"},
-    "blocks that the estimation had": {"light.depth": 0.5},
+    "blocks that the estimation had": {"light.remove.depth": 0.5},
 }
 
 
@@ -94,7 +94,7 @@ MISFITS: dict[str, dict[str, Any]] = {
 def test_estimations_that_do_not_fit(bench: Workbench, refused: Refused, verb: str, says: str) -> None:
     file = bench.yaml("misfit", **MISFITS[says])
     line = refused(verb, "--config", file, "--estimation", bench.folder / "donor")
-    assert (says if "light.depth" not in MISFITS[says] else "light.depth") in line
+    assert (says if "light.remove.depth" not in MISFITS[says] else "light.remove.depth") in line
 
 
 def test_folders_without_an_estimation(bench: Workbench, refused: Refused, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_folders_without_an_estimation(bench: Workbench, refused: Refused, tmp_p
 
 
 def test_a_run_that_has_another_estimation(bench: Workbench, refused: Refused) -> None:
-    pipeline.estimate(pipeline.prepare(bench.config("longer", **{"light.length": 0.5})))
+    pipeline.estimate(pipeline.prepare(bench.config("longer", **{"light.estimate.length": 0.5})))
     file = bench.yaml("own")
     shutil.copytree(bench.folder / "donor", bench.folder / "own")
     shutil.rmtree(bench.folder / "own" / "estimation")
@@ -127,10 +127,10 @@ def test_a_run_that_has_another_estimation(bench: Workbench, refused: Refused) -
 
 def test_what_an_estimation_depends_on(bench: Workbench) -> None:
     same = estimation_settings(bench.config("a"))
-    later = {**OTHER, "light.keep": "both", "light.min_heads": 0}
+    later = {**OTHER, "light.after.keep": "both", "light.remove.scope": "global"}
     assert estimation_settings(bench.config("b", **later)) == same
     assert estimation_settings(bench.config("b", **{"model.trust_remote_code": True})) == same
-    assert estimation_settings(bench.config("b", **{"light.lambda_heads": 0.5})) != same
+    assert estimation_settings(bench.config("b", **{"light.estimate.mask_learning_rate": 0.5})) != same
 
 
 # -- beginning anew ----------------------------------------------------------------------------------------------

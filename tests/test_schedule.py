@@ -5,20 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lights import light_of
 from training import estimate, student
 from workbench import Workbench, lightpeft
 
 from lightpeft import LightPeftError
 from lightpeft.app.runs import pipeline, workspace
-from lightpeft.config import LightConfig, TrainingConfig, load_config
+from lightpeft.config import TrainingConfig, load_config
 from lightpeft.plans.records import EstimationRecord
-from lightpeft.prune.length import fitted
+from lightpeft.prune import length
+from lightpeft.prune.length import able, fitted, stage_of
 from lightpeft.training.schedule import (
     LEAST_EPOCHS,
     LEAST_RATE,
@@ -131,10 +132,28 @@ def test_stages_of_small_batches_are_longer(examples: int, rows: int, processes:
 
 @pytest.mark.parametrize(("batch_size", "least"), [(32, 32), (8, 63), (4, 127)])
 def test_least_steps_of_a_run(batch_size: int, least: int) -> None:
-    light = LightConfig(least_steps=32, least_examples=256)
+    light = light_of(length="auto")
     pace = Pace(rows=4096, batch_size=batch_size)
-    assert fitted(light, pace, pace.steps(3)) == replace(light, least_steps=least)
-    assert fitted(light, None, 500) == light, "rows that are not counted"
+    usual = stage_of(light, pace.steps(3)).steps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(length, "LEAST_EXAMPLES", 256)
+        assert fitted(light, pace, pace.steps(3)).steps == max(usual, least)
+        assert fitted(light, None, 500) == stage_of(light, 500), "rows that are not counted"
+
+
+def test_a_part_of_the_run_is_longer_for_its_examples_and_a_number_of_steps_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(length, "LEAST_EXAMPLES", 256)
+    pace = Pace(rows=640, batch_size=8)
+    assert fitted(light_of(length=0.1), pace, 400).steps == 63
+    assert fitted(light_of(length=24), pace, 80).steps == 24
+    with pytest.raises(LightPeftError, match="from fewer than 256 no plan is to be trusted"):
+        fitted(light_of(length=0.1), pace, 80)
+    light, unable = able(light_of(blocks="auto", length=0.1), pace, 80)
+    assert unable is not None and not light.chooses and light.rates.scale == 1
+    assert able(light_of(blocks="auto", length=0.1), pace, 400)[1] is None
+    assert able(light_of(length=0.1), pace, 80) == (light_of(length=0.1), None), "what is asked for is refused"
 
 
 def sums_of_windows(of_steps: Sequence[int], steps: int) -> list[int]:
@@ -168,15 +187,16 @@ def test_numbers_are_taken_without_a_word(bench: Workbench) -> None:
 
 
 def test_a_run_of_few_examples_is_refused_before_it_begins(
-    bench: Workbench, capsys: pytest.CaptureFixture[str]
+    bench: Workbench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """64 rows in 8 batches, three times: of 12 steps, the most that estimation may take for it, six are scored."""
-    few = {"light.least_examples": 49}
-    assert lightpeft("run", "--config", bench.yaml("few", **few)) == 2
+    monkeypatch.setattr(length, "LEAST_EXAMPLES", 49)
+    assert lightpeft("run", "--config", bench.yaml("few")) == 2
     error = capsys.readouterr().err
-    assert "estimation scores 32 examples, and from fewer than 49 (light.least_examples)" in error
+    assert "estimation scores 32 examples, and from fewer than 49 no plan" in error
     assert error.count("\n") == 1 and not (bench.folder / "few").exists()
-    assert pipeline.run(bench.config("enough", **{"light.least_examples": 48}))["metrics"]
+    monkeypatch.setattr(length, "LEAST_EXAMPLES", 48)
+    assert pipeline.run(bench.config("enough"))["metrics"]
     assert EstimationRecord.load(bench.folder / "enough" / "estimation").meta["steps"] == 11
 
 
@@ -193,17 +213,14 @@ def test_examples_are_counted_in_the_second_half(parts: int) -> None:
     assert estimate(student(), steps=5, parts=parts, rows=8).record().meta["scored_examples"] == 3 * 8
 
 
-def test_a_loop_of_few_examples_makes_no_plan() -> None:
-    assert estimate(student(), steps=4, rows=8, least_examples=16).record()
-    with pytest.raises(LightPeftError, match=r"scores 16 examples, .* fewer than 17 .*; raise light\.length"):
-        estimate(student(), steps=4, rows=8, least_examples=17).record()
+def test_a_loop_of_few_examples_is_warned(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """It has said how many steps are to be taken."""
+    for least, said in ((16, 0), (17, 1)):
+        monkeypatch.setattr(length, "LEAST_EXAMPLES", least)
+        assert estimate(student(), steps=4, rows=8).record()
+        assert sum("scores 16 examples, and from fewer than 17" in line for line in caplog.messages) == said
 
 
 @given(st.integers(1, 1000))
 def test_the_second_half_is_scored(length: int) -> None:
     assert length <= 2 * scored_steps(length) <= length + 1
-
-
-def test_least_examples_are_no_negative_number() -> None:
-    with pytest.raises(LightPeftError, match="least_examples is -1; it cannot be negative"):
-        LightConfig(least_examples=-1)

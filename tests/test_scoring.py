@@ -8,10 +8,10 @@ from typing import get_args
 
 import pytest
 import torch
+from lights import light_of
 from tiny import batch, make, relative_difference, with_lora
 
-from lightpeft.config import LightConfig
-from lightpeft.config.light import ModuleCriterion, RankCriterion, UnitCriterion
+from lightpeft.config.light import Criterion, ModuleCriterion, RankCriterion
 from lightpeft.models.families.registry import block_specs
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.registry import find_sites
@@ -44,7 +44,7 @@ def test_module_criteria() -> None:
 # The table
 
 
-OF_SETTINGS = {"heads": UnitCriterion, "neurons": UnitCriterion, "modules": ModuleCriterion, "ranks": RankCriterion}
+OF_SETTINGS = {**dict.fromkeys(MASKED, Criterion), "modules": ModuleCriterion, "ranks": RankCriterion}
 
 
 @pytest.mark.parametrize("unit", OF_SETTINGS)
@@ -69,7 +69,7 @@ def test_a_criterion_is_given_what_it_needs(criterion: scoring.Criterion) -> Non
 def test_what_needs_to_know_of_a_step_is_scored_at_every_step() -> None:
     at_steps = [(criterion.name, criterion.units) for criterion in scoring.CRITERIA if criterion.every_step]
     of_masks = [("taylor", MASKED), ("fisher", MASKED)]
-    assert at_steps == [*of_masks, ("frequency", ("experts",)), ("taylor", ("ranks",))]
+    assert at_steps == [*of_masks, ("taylor", ("ranks",))]
 
 
 def test_random_is_reproducible() -> None:
@@ -171,7 +171,7 @@ NO_DROPOUT = {
 @pytest.mark.parametrize("name", ["bert", "llama-gqa", "opt"])
 def test_magnitude_of_the_record(name: str) -> None:
     model = with_lora(make(name))
-    pruner = EarlyPruner(model, LightConfig(length=2))
+    pruner = EarlyPruner(model, light_of(length=2))
     pruner.start()
     model.train()
     for seed in (0, 1):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from lanes import thorough
+from lights import light_of
 from peft import LoraConfig, get_peft_model
 from tiny import VOCABULARY, make, without_dropout
 from torch import Tensor
@@ -20,14 +21,12 @@ from torch.nn import functional
 from training import trained_weights
 from transformers import BertConfig, BertForTokenClassification, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from lightpeft import LightConfig, LightTrainer, light_trainer
+from lightpeft import LightTrainer, light_trainer
 from lightpeft.app.runs.trainers import RunTrainer
 
 Loss = Callable[..., Tensor]
 ROWS, LENGTH, BATCH, STEPS = 32, 6, 8, 2
-NOTHING = LightConfig(
-    heads=0.0, neurons=0.0, experts=0.0, modules=0.0, ranks=0.0, dropout=None, learning_rate_scale=1.0
-)
+NOTHING = light_of(heads=0.0, neurons=0.0, experts=0.0, modules=0.0, ranks=0.0, dropout=None, scale=1.0)
 """Of the blocks, that is; light training is then stock training."""
 
 

@@ -76,7 +76,7 @@ def test_who_says_how_long_is_not_stopped(bench: Workbench, tmp_path: Path, chan
 
 
 def test_check_says_so(bench: Workbench) -> None:
-    settings = {**AUTO, "light.blocks": "auto"}
+    settings = {**AUTO, "light.remove.blocks": "auto"}
     lines = list(check(pipeline.prepare(bench.config("checked", **settings))).summary())
     assert lines[0] == (
         "removes 40% of the blocks, or nothing if estimation teaches nothing: a search for a budget needs 512 training "

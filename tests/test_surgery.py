@@ -22,6 +22,7 @@ from tiny import (
     kept_channels,
     make,
     plan_for,
+    plan_of,
     random_record,
     relative_difference,
     select,
@@ -29,12 +30,10 @@ from tiny import (
 )
 from torch import nn
 
-from lightpeft.config import Budget
 from lightpeft.errors import LightPeftError
 from lightpeft.models.linears.registry import dense_weight
 from lightpeft.models.unwrap import base_layer, transformers_model
 from lightpeft.peft_kinds.sites.registry import find_sites
-from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling.sizes import count_parameters
 from lightpeft.prune.surgery import apply_plan
@@ -58,8 +57,7 @@ budgets = st.fixed_dictionaries(
         "neurons": ratios,
         "modules": ratios,
         "ranks": ratios,
-        "heads_scope": st.sampled_from(["layerwise", "global"]),
-        "neurons_scope": st.sampled_from(["layerwise", "global"]),
+        "scope": st.sampled_from(["layerwise", "global"]),
         "min_heads": st.integers(0, 1),
         "min_neurons": st.integers(0, 1),
         "multiple_of": st.sampled_from([1, 8]),
@@ -78,7 +76,7 @@ def dense() -> dict[str, tuple[PeftModel, Any]]:
 @given(name=st.sampled_from(LAYOUTS), budget=budgets)
 def test_the_plan_tells_exactly_what_goes(dense: dict[str, Any], name: str, budget: dict[str, Any]) -> None:
     model, record = dense[name]
-    plan = make_plan(record, Budget(**budget))
+    plan = plan_of(record, **budget)
     pruned = copy.deepcopy(model)
     apply_plan(pruned, plan)
     before, after = count_parameters(model), count_parameters(pruned)

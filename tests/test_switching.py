@@ -177,7 +177,7 @@ def test_a_model_lives_as_long_as_somebody_holds_it(tmp_path: Path) -> None:
     assert switch.kept == ("second",) and logits(first).equal(expected)
     assert shared_names(first, switch["second"]), "what has gone still shares"
     switch.remove("first")
-    assert "first" not in switch and switch.kept == () and logits(first).equal(expected)
+    assert "first" not in switch and switch.kept == ("second",) and logits(first).equal(expected)
 
 
 def test_closing_frees_everything(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lanes import telling
 from layouts import LAYOUTS, TELLING, WORDS, write_task
+from lights import nested
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -151,7 +152,7 @@ def test_a_light_run_and_what_its_adapter_says(
     bases: dict[str, Path], tmp_path: Path, task: str, family: str, kind: type[Task]
 ) -> None:
     data = {"task": task, "path": str(write_task(tmp_path / "data", task))}
-    light = {"length": 2, "blocks": None, "heads": 0.5, "neurons": 0.5, "modules": 0.5}
+    light = nested(length=2, heads=0.5, neurons=0.5, modules=0.5)
     training = {"epochs": 2, "batch_size": 6, "learning_rate": 1e-2}
     config = config_for(bases[family], tmp_path / "run", data, method="light", light=light, training=training)
     work = pipeline.prepare(config)

@@ -94,7 +94,9 @@ def squad_v2_run(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 @pytest.fixture(scope="module")
 def web_questions_run(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     bench = Bench(tmp_path_factory.mktemp("web_questions"), "llama", "web_questions", web_questions, "test")
-    return bench.ran(**{"light.heads": 0.0, "light.neurons": 0.25, "light.modules": 0.25, "training.epochs": 6})
+    return bench.ran(
+        **{"light.remove.heads": 0.0, "light.remove.neurons": 0.25, "light.modules.remove": 0.25, "training.epochs": 6}
+    )
 
 
 def spans_one_by_one(bench: Bench) -> list[tuple[str, float]]:

@@ -47,7 +47,12 @@ def test_tensorboard_from_the_shell(bench: Workbench) -> None:
 def test_trackio_from_python(bench: Workbench, tmp_path: Path) -> None:
     """In a process of its own: it keeps threads and a data base."""
     pytest.importorskip("trackio")
-    settings = bench.settings("trackio", **{"trainer.logging_steps": 2, "light.least_examples": 0})
+    settings = bench.settings(
+        "trackio",
+        **{
+            "trainer.logging_steps": 2,
+        },
+    )
     settings["trainer"] |= {"report_to": "trackio", "project": "lightpeft-test"}
     code = (
         "import json, sys\n"

@@ -170,7 +170,7 @@ def test_a_real_model(vllm: Vllm, smollm2: Path, tmp_path: Path) -> None:
     whole = AutoTokenizer.from_pretrained(smollm2)
     tokenizer = cut_vocabulary(model, whole, whole(texts)["input_ids"])
     base = with_lora(model)
-    plan = plan_for(base, heads=0.4, heads_scope="global", neurons=0.4)
+    plan = plan_for(base, heads=0.4, scope="global", neurons=0.4)
     assert len({(len(kept.heads), len(kept.kv_heads)) for kept in plan.blocks}) > 1
     apply_plan(base, plan)
     save_merged(as_light(base.eval(), plan), tmp_path, tokenizer)

@@ -19,6 +19,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from lanes import telling
+from lights import light_of
 from pieces import tokenizer_of_pieces
 from safetensors.torch import load_file, save_file
 from tiny import ALL, maker, refusal, relative_difference, with_lora
@@ -36,7 +37,6 @@ from workbench import (
 )
 
 from lightpeft import (
-    LightConfig,
     LightTrainer,
     cut_vocabulary,
     full_width,
@@ -508,7 +508,7 @@ def test_a_live_model_is_cut_by_hand(base: Path, tmp_path: Path) -> None:
     args = hf.TrainingArguments(
         str(tmp_path / "out"), per_device_train_batch_size=1, max_steps=8, save_steps=2, report_to="none"
     )
-    light = LightConfig(vocabulary="task", length=4, least_examples=0)
+    light = light_of(vocabulary="task", length=4)
     trainer = LightTrainer(
         with_lora(model, trained=False), args, train_dataset=rows, processing_class=small, light=light
     )
@@ -546,7 +546,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
 
 
 def test_a_whole_run(bench: Workbench) -> None:
-    result = pipeline.run(bench.config("run", **{"light.vocabulary": "task"}))
+    result = pipeline.run(bench.config("run", **{"light.remove.vocabulary": "task"}))
     folder = bench.folder / "run"
     said = result["vocabulary"]
     assert 0 < said["tokens"] < said["of"] == len(wordpiece())
@@ -567,7 +567,7 @@ def test_a_whole_run(bench: Workbench) -> None:
 
 def test_training_is_that_of_a_run_with_all_tokens(bench: Workbench) -> None:
     """The rows to train on have the same tokens, and these the same embeddings: to the last bit."""
-    pipeline.run(bench.config("run", **{"light.vocabulary": "task"}))
+    pipeline.run(bench.config("run", **{"light.remove.vocabulary": "task"}))
     kept = pipeline.run(bench.config("kept"))
     of_task, of_all = (bench.folder / name / "adapter" for name in ("run", "kept"))
     tensors = [load_file(folder / "adapter_model.safetensors") for folder in (of_task, of_all)]
@@ -581,7 +581,7 @@ def test_training_is_that_of_a_run_with_all_tokens(bench: Workbench) -> None:
 def test_its_result_is_asked_with_its_own_tokenizer(
     bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = pipeline.run(bench.config("run", **{"light.vocabulary": "task"}))
+    result = pipeline.run(bench.config("run", **{"light.remove.vocabulary": "task"}))
     for place in ("run", "run/adapter"):
         code = lightpeft(
             "evaluate", bench.folder / place, "--data.test", bench.test, "--json", tmp_path / "report.json"

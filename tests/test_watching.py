@@ -43,7 +43,7 @@ from lightpeft.config import DataConfig
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import EstimationRecord
 
-FEW: dict[str, Any] = {"light.least_examples": 0}
+FEW: dict[str, Any] = {}
 """Runs this short estimate on few examples."""
 
 
@@ -245,10 +245,13 @@ def test_a_cut_by_scores_that_know_nothing_says_so_at_once(
     (line,) = [line for line in before_training.splitlines() if "hardly learned" in line]
     assert line.startswith("warning: the model had hardly learned the task when it was cut (a loss ")
     assert line.removeprefix("warning: ") in read(bench.folder / "blind" / "metrics.json")["warnings"]
-    assert lightpeft("run", "--config", bench.yaml("uncut", **FEW, **slow, **{"light.blocks": 0.0})) == 0
+    assert lightpeft("run", "--config", bench.yaml("uncut", **FEW, **slow, **{"light.remove.blocks": 0.0})) == 0
     told = capsys.readouterr().err
     assert "hardly learned" not in told and "to learn more" not in told
-    longer = {"light.length": 0.25, "light.least_learned": 0.9, "light.max_fraction": 0.5}
+    monkeypatch.setattr("lightpeft.prune.estimation.ENOUGH_LEARNED", 0.9)
+    monkeypatch.setattr("lightpeft.prune.length.LEAST_STEPS", 6)
+    monkeypatch.setattr("lightpeft.prune.length.MOST_PART", 0.5)
+    longer = {"light.estimate.length": "auto"}
     assert lightpeft("run", "--config", bench.yaml("longer", **FEW, **longer)) == 0
     assert "estimation took 12 steps instead of 6, to learn more of the task\n" in capsys.readouterr().err
     told = read(bench.folder / "longer" / "metrics.json")["estimation"]

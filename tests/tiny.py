@@ -10,20 +10,22 @@ import pytest
 import torch
 import transformers as hf
 from lanes import telling, thorough
+from lights import light_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightpeft.compat.peft import names_of_experts
-from lightpeft.config import Budget, LightConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.models.families.registry import block_specs
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.kinds import projections
 from lightpeft.peft_kinds.sites.bottleneck import BottleneckSite
 from lightpeft.peft_kinds.sites.registry import find_sites
+from lightpeft.plans import planning
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import BlockPlan, EstimationRecord, PrunePlan
+from lightpeft.plans.selection import Order
 from lightpeft.plans.structure import BlockSpec
 from lightpeft.profiling.live import device_of
 from lightpeft.prune.estimation import Estimator
@@ -182,7 +184,7 @@ GENERATORS = [name for name in ALL if name not in ENCODERS and "classifier" not 
 USUAL: dict[str, Any] = {"heads": 0.5, "modules": 0.3}
 DROPPED: dict[str, Any] = {
     "heads": 0.6,
-    "heads_scope": "global",
+    "scope": "global",
     "min_heads": 0,
     "neurons": 0.7,
     "min_neurons": 0,
@@ -296,7 +298,7 @@ def without_dropout(model: nn.Module) -> Any:
 
 def random_record(model: PeftModel, seed: int = 0, ties: bool = False, depth: float = 0.0) -> EstimationRecord:
     """A record of the model's structure with random scores under every criterion; `depth` is cut first."""
-    estimator = Estimator(model, LightConfig(length=2, depth=depth, least_examples=0))
+    estimator = Estimator(model, light_of(length=2, depth=depth))
     estimator.start(total_steps=None)
     estimator.stop()
     estimator.steps = 2
@@ -323,9 +325,19 @@ def weak_sublayers(record: EstimationRecord) -> EstimationRecord:
 def plan_for(model: PeftModel, seed: int = 3, **budget: Any) -> PrunePlan:
     """A plan from random scores; with the `DROPPED` budget, one that drops whole sub-layers. Cuts a depth at once."""
     record = random_record(model, seed, depth=budget.get("depth", 0.0))
-    if budget.get("min_heads") == 0:
+    if "min_heads" in budget:
         record = weak_sublayers(record)
-    return make_plan(record, Budget(**{**USUAL, **budget}))
+    return plan_of(record, **{**USUAL, **budget})
+
+
+def plan_of(
+    record: EstimationRecord, order: Order | None = None, min_heads: int = 1, min_neurons: int = 1, **light: Any
+) -> PrunePlan:
+    """A plan; a floor of 0 lets a layer lose the sub-layer, as plans may say that are made by hand."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "LEAST_HEADS", min_heads)
+        patch.setattr(planning, "LEAST_NEURONS", min_neurons)
+        return make_plan(record, light_of(**light), order)
 
 
 def masked(model: PeftModel, plan: PrunePlan) -> PeftModel:

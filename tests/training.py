@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from lights import light_of
 from peft import PeftModel
 from tiny import VOCABULARY, batch, inputs_for, make, with_lora, without_dropout
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lightpeft.app.runs.trainers import RunTrainer
-from lightpeft.config import LightConfig
 from lightpeft.models.families.registry import block_lists
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import EstimationRecord
@@ -60,7 +60,7 @@ def trainer(model: PeftModel, folder: Path, *callbacks: TrainerCallback, **setti
 
 def one_light_training(folder: Path, rows: int = 8, **settings: Any) -> Any:
     """A `LightTrainer` of a tiny language model, that sees the rows in order and is cut after four of 16 steps."""
-    light = LightConfig(length=4, least_examples=0, heads=0.5, neurons=0.5, modules=0.5, dropout=0.0)
+    light = light_of(length=4, heads=0.5, neurons=0.5, modules=0.5, dropout=0.0)
     values: dict[str, Any] = {
         "per_device_train_batch_size": rows,
         "max_steps": 16,
@@ -128,7 +128,7 @@ def estimate(
     **config: Any,
 ) -> Estimator:
     """Run a whole estimation stage in a hand-written loop of SGD steps on one batch a step."""
-    estimator = Estimator(model, LightConfig(length=steps, **config))
+    estimator = Estimator(model, light_of(length=steps, **config))
     estimator.start(total_steps=None)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=learning_rate)

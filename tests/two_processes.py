@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lights import few_examples_are_enough, light_of
 from safetensors.torch import save_file
 from tiny import batch
 from torch.nn.parallel import DistributedDataParallel
@@ -28,7 +29,6 @@ from training import (
     upper,
 )
 
-from lightpeft.config import LightConfig
 from lightpeft.plans.scoring import rank_taylor_terms
 from lightpeft.prune import learning
 from lightpeft.prune.estimation import Estimator
@@ -44,7 +44,7 @@ def loop(parts: int = 1, synchronise: str = "last", **options: Any) -> Estimator
     """A hand-written loop over this process's share of the rows, in `parts` backward passes a step."""
     model = student()
     parallel = DistributedDataParallel(model, **options)
-    estimator = Estimator(model, LightConfig(length=STEPS, least_examples=0))
+    estimator = Estimator(model, light_of(length=STEPS))
     estimator.start(total_steps=None)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for step in range(STEPS):
@@ -65,7 +65,7 @@ def seen_gradients(**options: Any) -> dict[str, torch.Tensor]:
     """Rank terms that the observer sees in one step, and those of this process's rows without any parallelism."""
     rows = list(chunks(batch(rows=ROWS, length=20, labels=True), ROWS // dist.get_world_size()))[dist.get_rank()]
     model = student()
-    sites = Estimator(model, LightConfig()).sites
+    sites = Estimator(model, light_of()).sites
     observer = RankObserver(sites)
     parallel = DistributedDataParallel(model, **options)
     parallel(**rows).loss.backward()
@@ -73,14 +73,14 @@ def seen_gradients(**options: Any) -> dict[str, torch.Tensor]:
     weights = [(site.down, 1) for site in sites] + [(site.up, 0) for site in sites]
     reduced = torch.cat([rank_taylor_terms(weight.detach(), weight.grad, dim) for weight, dim in weights])
     alone = student()
-    observer = RankObserver(Estimator(alone, LightConfig()).sites)
+    observer = RankObserver(Estimator(alone, light_of()).sites)
     alone(**rows).loss.backward()
     return {"seen": seen, "local": observer.take_terms(), "reduced": reduced}
 
 
 def in_trainer(folder: Path, rows: int, parts: int = 1) -> EarlyPruner:
     """A language model: its loss is the one that the trainer averages over the tokens of all processes."""
-    pruner = EarlyPruner(student("llama-gqa"), LightConfig(length=4, least_examples=0))
+    pruner = EarlyPruner(student("llama-gqa"), light_of(length=4))
     settings = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": parts, "ddp_backend": "gloo"}
     trainer(pruner.model, folder, pruner.callback(), **settings).train()
     return pruner
@@ -90,9 +90,9 @@ def resumed_in_trainer(folder: Path) -> EarlyPruner:
     """Stop after three of four steps, inside the second window, and go on from the checkpoint."""
     settings: dict[str, Any] = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
     settings |= {"save_strategy": "steps", "save_steps": 3}
-    first = EarlyPruner(student("llama-gqa"), LightConfig(length=4, least_examples=0))
+    first = EarlyPruner(student("llama-gqa"), light_of(length=4))
     trainer(first.model, folder, first.callback(), StopAt(3), **settings).train()
-    second = EarlyPruner(student("llama-gqa"), LightConfig(length=4, least_examples=0))
+    second = EarlyPruner(student("llama-gqa"), light_of(length=4))
     checkpoint = folder / "checkpoint-3"
     again = trainer(second.model, folder, second.callback(resume_from=checkpoint), **settings)
     again.train(resume_from_checkpoint=str(checkpoint))
@@ -161,4 +161,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    few_examples_are_enough()
     main(Path(sys.argv[1]))

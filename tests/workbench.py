@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import importlib.util
 import json
@@ -47,7 +48,7 @@ from lightpeft.app import cli
 from lightpeft.app.runs import pipeline, workers
 from lightpeft.app.runs.reproduce import Cell
 from lightpeft.app.runs.trainers import RunTrainer
-from lightpeft.config import RunConfig, run_config_from_dict
+from lightpeft.config import RunConfig, overlaid, run_config_from_dict
 from lightpeft.config.peft import peft_over
 from lightpeft.errors import LightPeftError
 from lightpeft.files import write_json
@@ -214,7 +215,7 @@ class Workbench:
         self.task = task
 
     def settings(self, name: str = "run", **changes: Any) -> dict[str, Any]:
-        """Nested settings of a run of 24 steps, 6 of them estimation; `changes` as {"light.heads": 0.5}."""
+        """Nested settings of a run of 24 steps, 6 of them estimation; `changes` as {"light.remove.heads": 0.5}."""
         data = {"task": self.task, "train": str(self.train), "test": str(self.test), "max_length": 32}
         if self.task == "causal-lm":
             data["columns"] = {"prompt": "prompt", "completion": "completion"}
@@ -224,14 +225,10 @@ class Workbench:
             "model": {"name": str(self.base)},
             "data": data,
             "light": {
-                "length": 0.25,
-                "least_steps": 2,
-                "learning_rate_scale": 1.0,
-                "multiple_of": 1,
-                "heads": 0.25,
-                "module_blocks": 1.0,
-                "modules": 0.75,
-                "ranks": 0.5,
+                "remove": {"heads": 0.25, "neurons": 1 / 3, "experts": 1 / 3, "multiple_of": 1},
+                "estimate": {"length": 0.25},
+                "modules": {"blocks": 1.0, "remove": 0.75, "remove_ranks": 0.5},
+                "rates": {"scale": 1.0},
             },
             "peft": {"r": 4, "lora_alpha": 8},
             "training": {"epochs": 3, "batch_size": 8, "learning_rate": rate, "save_steps": 4},
@@ -239,6 +236,10 @@ class Workbench:
         }
         for path, value in changes.items():
             *sections, key = path.split(".")
+            if sections[:1] == ["light"]:
+                change = functools.reduce(lambda inner, section: {section: inner}, reversed(sections), {key: value})
+                settings = overlaid(settings, change)
+                continue
             place = settings
             for section in sections:
                 place = place.setdefault(section, {})

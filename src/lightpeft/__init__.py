@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lightpeft.app.exports.gguf.exporting import save_gguf
     from lightpeft.app.folders.switching import LightSwitch
     from lightpeft.app.runs.pipeline import run
-    from lightpeft.config import Budget, LightConfig, RunConfig, load_config, preset_light
+    from lightpeft.config import LightConfig, RunConfig, load_config
     from lightpeft.errors import LightPeftError
     from lightpeft.models.on_disk import weights_on_disk
     from lightpeft.models.vocabulary.live import cut_vocabulary
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Budget": "config",
     "EarlyPruner": "recipe.pruner",
     "EstimationRecord": "plans.records",
     "BottleneckConfig": "peft_kinds.bottleneck",
@@ -58,7 +57,6 @@ _HOMES = {
     "load_light": "adapters.light_adapter",
     "load_merged": "adapters.merging",
     "make_plan": "plans.planning",
-    "preset_light": "config",
     "push_to_hub": "adapters.sharing",
     "run": "app.runs.pipeline",
     "save_gguf": "app.exports.gguf.exporting",
@@ -69,7 +67,6 @@ _HOMES = {
 
 __all__ = [
     "BottleneckConfig",
-    "Budget",
     "EarlyPruner",
     "EstimationRecord",
     "LightConfig",
@@ -93,7 +90,6 @@ __all__ = [
     "load_light",
     "load_merged",
     "make_plan",
-    "preset_light",
     "push_to_hub",
     "run",
     "save_gguf",

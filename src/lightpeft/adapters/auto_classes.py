@@ -36,28 +36,28 @@ _WITHOUT_EFFECT |= {"use_safetensors", "weights_only", "_from_auto"}
 """Options about code, adapters and pickled weights, which such a model has none of, and those that hold anyway."""
 
 
-class LightConfig(PretrainedConfig):
+class LightModelConfig(PretrainedConfig):
     """What transformers reads of such a folder; the model itself has the configuration of its family."""
 
     model_type = LIGHT_TYPE
 
 
-_AS_SAVED = LightConfig().to_diff_dict().keys() | {OWN, "name_or_path"}
+_AS_SAVED = LightModelConfig().to_diff_dict().keys() | {OWN, "name_or_path"}
 """Keys of such a configuration that nobody has changed."""
 
 
 def register(load: Callable[..., PreTrainedModel]) -> None:
     """Let `AutoModelFor...from_pretrained(folder)` be `load(folder)`."""
-    AutoConfig.register(LIGHT_TYPE, LightConfig)
+    AutoConfig.register(LIGHT_TYPE, LightModelConfig)
     for name, table in _TABLES.items():
-        getattr(transformers, name).register(LightConfig, _reader(name, table, load))
+        getattr(transformers, name).register(LightModelConfig, _reader(name, table, load))
 
 
 def _reader(auto: str, table: str, load: Callable[..., PreTrainedModel]) -> type:
     """What takes a model class's place for one auto class."""
 
     class Reader:
-        config_class = LightConfig
+        config_class = LightModelConfig
 
         @classmethod
         def from_pretrained(cls, folder: Any, *, config: Any = None, **options: Any) -> PreTrainedModel:

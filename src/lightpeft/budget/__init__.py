@@ -1,4 +1,4 @@
-"""The largest budget that a tolerance bears: `light.blocks: auto`, found when estimation is over.
+"""The largest budget that a tolerance bears: `light: auto`, found when estimation is over.
 
 `curve`: what cuts cost before anything trains. `probes`: what is left of that when copies have trained a little.
 `search`: which budgets to probe, and the one that is found, as pure functions. `cost` and `room`: what a search takes

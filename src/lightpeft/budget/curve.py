@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lightpeft.config import Budget
+from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan, block_parameters, removed_parameters
@@ -46,15 +46,14 @@ class CurvePoint:
 
 
 def nested_plans(
-    record: EstimationRecord, budget: Budget, parts: Sequence[float] = PARTS
+    record: EstimationRecord, light: LightConfig, parts: Sequence[float] = PARTS
 ) -> Iterator[tuple[float, PrunePlan]]:
-    """Plans of growing budgets by the same scores: what goes at one goes at the next, but for the rounding of widths.
+    """Plans of growing amounts by the same scores: what goes at one goes at the next, but for the rounding of widths.
 
-    Those that take no more than the one before, as a depth that is gone already may, or that the floors of the budget
-    forbid, are left out.
+    Those that take no more than the one before, as a depth that is gone already may, or that cannot go, are left out.
 
     Args:
-        budget: whose `blocks` and `target` are replaced.
+        light: whose amount is replaced.
 
     Raises:
         LightPeftError: parts that are not in (0, 1), or no plan of them can be made.
@@ -63,7 +62,7 @@ def nested_plans(
     made, reason, gone = 0, "there are no parts", removed_parameters((), record.left_out)
     for part in sorted(parts):
         try:
-            plan = make_plan(record, replace(budget, blocks=part, target=None))
+            plan = make_plan(record, light.removing(part))
         except LightPeftError as error:
             reason = str(error)
             continue

@@ -1,4 +1,4 @@
-"""`light.blocks: auto`: the budget of a model whose estimation is over.
+"""`light: auto`: the budget of a model whose estimation is over.
 
 `budget.search` is the search, `budget.probes` what it asks.
 """
@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from peft import PeftModel
@@ -49,10 +48,10 @@ def find_budget(
         LightPeftError: the model gives no loss, or no budget can be tried at all.
     """
     # a cut of ranks throws away what they have learned, which hides all else
-    light = replace(light, ranks=0.0, modules=0.0)
+    light = light.with_whole_modules()
     gone = gone_before(record)
     parts = [round(gone + part * (1 - gone), 3) for part in PARTS]
-    plans = dict(nested_plans(record, replace(light, blocks=None), parts))
+    plans = dict(nested_plans(record, light, parts))
     few = probe.held[: probe.few]
     losses, points_a_nat = _whole(model, few if worth is None else probe.held, probe.autocast, worth)
     _, curve = loss_curve(model, plans, few, probe.autocast, losses[: len(few)])
@@ -63,8 +62,8 @@ def find_budget(
         """Losses when a copy has been cut and has trained."""
         copy = len(search.probed) + (1 if blocks is None else 2)
         said = f"{blocks:.0%} of the blocks cut" if blocks else "nothing cut"
-        announce(f"light.blocks: auto, copy {copy} of {1 + search.most} at most: {said}, {probe.steps} steps")
-        return probe.losses(model, None if blocks is None else make_plan(record, replace(light, blocks=blocks)))
+        announce(f"light: auto, copy {copy} of {1 + search.most} at most: {said}, {probe.steps} steps")
+        return probe.losses(model, None if blocks is None else make_plan(record, light.removing(blocks)))
 
     chance = chance_of(model, probe.held[: len(losses)])
     learned = None if chance is None else 1 - float(losses.mean()) / max(chance, 1e-6)

@@ -19,6 +19,18 @@ def has_learned(part: float) -> bool:
     return part >= LEAST_LEARNED
 
 
+def fixed_budget(classes: bool, gone: float = 0.0) -> float:
+    """Part of the blocks that goes where nobody says how much, and a search is not possible.
+
+    Nothing goes of models that give no classes, since what a fixed budget costs was measured of classifiers alone.
+
+    Args:
+        classes: whether the model gives a row one of several classes, and has learned something.
+        gone: part of the blocks that is gone before.
+    """
+    return max(SHORT, gone) if classes else 0.0
+
+
 @dataclass(frozen=True)
 class FoundBudget:
     """What was found, and what it is expected to cost; rises are those of the loss against nothing cut, in nats."""
@@ -61,7 +73,7 @@ class FoundBudget:
             gone: part of the blocks that is gone before.
         """
         able = learned is not None and has_learned(learned)
-        blocks = max(SHORT, gone) if able else 0.0
+        blocks = fixed_budget(able, gone)
         return cls(
             blocks, 0.0, expected=None, before={}, probed=[], rows=0, steps=0, learned=learned, unmeasured=unmeasured
         )
@@ -74,7 +86,7 @@ class FoundBudget:
             why = "what a fixed one costs is known of classifiers alone"
             if self.learned is not None:
                 why = "estimation has taught the model hardly more than the frequencies of labels"
-            to_cut = "give light.blocks as a number to cut all the same"
+            to_cut = "give a number, such as light: 0.2, to cut all the same"
             return f"nothing of the blocks goes: {self.unmeasured}, and {why}; {to_cut}"
         part = "" if self.of_plain is None else f", {self.of_plain:.0%} of plain PEFT's run by its passes"
         how = f"measured on {self.rows} rows in {self.seconds:.0f} s{part}"
@@ -85,16 +97,16 @@ class FoundBudget:
             if self.learned is not None and not has_learned(self.learned):
                 why = "the model does hardly better than an answer by the frequencies of labels"
             longer = (
-                "estimation taught too little to tell; lengthen it (light.length), or give light.blocks as a number"
+                "estimation taught too little to tell; lengthen it (light.estimate.length), or give a number to cut"
             )
-            return f"light.blocks: auto cuts nothing of the blocks: {why}, so {longer}; {how}"
+            return f"light: auto cuts nothing of the blocks: {why}, so {longer}; {how}"
         if self.expected is None:
             least = min(self.probed, key=lambda probed: probed.blocks)
             cost = f"{least.blocks:.0%} would cost {self._said(least.after)} after {self.steps} steps"
-            return f"light.blocks: auto cuts nothing of the blocks: {cost}, and {allowed}; {how}"
+            return f"light: auto cuts nothing of the blocks: {cost}, and {allowed}; {how}"
         cost = f"that is expected to cost {self._said(self.expected.left)}"
         bound = f"at most {self._said(self.expected.upper)} with a confidence of {CONFIDENCE:.0%}, and {allowed}"
-        return f"light.blocks: auto cuts {self.blocks:.0%} of the blocks: {cost}, {bound}; {how}"
+        return f"light: auto cuts {self.blocks:.0%} of the blocks: {cost}, {bound}; {how}"
 
     def _said(self, nats: float) -> str:
         return cost_in_words(nats, self.points_a_nat)

@@ -18,10 +18,13 @@ PART = 0.04
 """Part of a run's steps that a probe takes."""
 LEAST_STEPS, MOST_STEPS = 8, 64
 """From some 20 on, more of them hardly leave less of what a cut costs."""
+SEARCH_FRACTION = 0.15
+"""Part of the time of plain PEFT's run that a search may take, by its count of passes through the model; where none is
+that short, there is none (docs/quality.md#a-budget-that-finds-itself)."""
 HELD_PART = 0.035
 """Rows that are set aside, as a part of all that the run's steps see. With this, and with probes of one whole model and
 of one or two cut ones, finding a budget takes a seventh of plain PEFT's run. The least numbers here would make that
-more of a run of few steps, where fewer budgets are probed then, or none (`light.search_fraction`)."""
+more of a run of few steps, where fewer budgets are probed then, or none (`SEARCH_FRACTION`)."""
 LEAST_HELD, MOST_HELD = 128, 1024
 _MOST_OF_ROWS = 1 / 4
 """Part of the rows that may be set aside."""
@@ -114,14 +117,14 @@ def sizes_of(room: SearchRoom, light: LightConfig, steps: int, gone: float = 0.0
             few=min(size.few * size.in_batch, size.aside),
             cuts=PARTS,
             answered=room.points,
-            graph=light.module_blocks,
+            graph=light.modules.blocks or 1.0,
             gone=gone,
-            most=light.search_fraction,
+            most=SEARCH_FRACTION,
         )
         return size, cost
 
     sizes = [sized(part) for part in _SIZES]
-    return next((found for found in sizes if found[1].usual <= light.search_fraction), sizes[-1])
+    return next((found for found in sizes if found[1].usual <= SEARCH_FRACTION), sizes[-1])
 
 
 def why_unmeasured(room: SearchRoom, light: LightConfig, steps: int, gone: float = 0.0) -> str | None:
@@ -142,4 +145,4 @@ def why_unmeasured(room: SearchRoom, light: LightConfig, steps: int, gone: float
     if cost.least <= cost.most:
         return None
     takes = f"a search for a budget would take {100 * cost.least:.3g}% of the time of plain PEFT's run of {steps} steps"
-    return f"{takes}, and light.search_fraction allows {100 * cost.most:.3g}%"
+    return f"{takes}, and it may take {100 * cost.most:.3g}%"

@@ -1,4 +1,4 @@
-"""From what some cuts cost to the largest one that a tolerance bears: `light.blocks: auto`, as a pure search.
+"""From what some cuts cost to the largest one that a tolerance bears: `light: auto`, as a pure search.
 
 What a cut costs in the end is not known before the end. What is known: how much the loss rises when it is made
 (`before`), and how much of that is left when a copy has trained for a few steps beside a copy that was not cut (a

@@ -1,23 +1,6 @@
-"""How much worse a task may get: the usual tolerance of a loss, and costs in the unit of a tolerance, for people."""
+"""How much worse a task may get: costs in the unit of a tolerance, for people."""
 
 from __future__ import annotations
-
-from lightpeft.config import Tolerance
-from lightpeft.errors import require
-
-USUAL_NATS = "0.05 nats"
-"""`light.tolerance: auto` where all that is known is the loss."""
-
-
-def in_nats(tolerance: str | float) -> Tolerance:
-    """`light.tolerance` where all that is known is the loss.
-
-    Raises:
-        LightPeftError: it is one of points.
-    """
-    asked = Tolerance.read(USUAL_NATS if tolerance == "auto" else tolerance)
-    require(asked.unit == "nats", f'light.tolerance is "{asked}"; a trainer knows of its loss alone: give nats')
-    return asked
 
 
 def cost_in_words(nats: float, points_a_nat: float | None) -> str:

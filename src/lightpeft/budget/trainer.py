@@ -37,7 +37,7 @@ class SearchHost(Host, Protocol):
 
 
 def budget_in(trainer: SearchHost, record: EstimationRecord, steps: int, *, sharded: bool) -> FoundBudget:
-    """The largest part of the blocks that may go within `light.tolerance`, for the model as estimation left it.
+    """The largest part of the blocks that may go within the tolerance, for the model as estimation left it.
 
     Args:
         steps: of the whole run.

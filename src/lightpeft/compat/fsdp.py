@@ -57,7 +57,8 @@ class _Unit:
             handle.remove()
         for module in self.modules:
             # FSDP2 makes a class of a module's own and `FSDPModule`
-            module.__class__ = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+            own: Any = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+            module.__class__ = own
             _composable_state._module_state_mapping.pop(module)
             for key in (STATE_KEY, REGISTRY_KEY):
                 vars(module).pop(key, None)

@@ -72,7 +72,7 @@ __all__ = [
 
 def adapters_in(layer: Any) -> list[str]:
     """Names of all adapters that a module holds, active or not."""
-    held = (getattr(layer, name, None) for name in layer.adapter_layer_names)
+    held: list[Any] = [getattr(layer, name, None) for name in layer.adapter_layer_names]
     return sorted({key for each in held if hasattr(each, "keys") for key in each})
 
 

@@ -12,13 +12,15 @@ from torch import Tensor
 from lightpeft.compat.missing import missing, needed_for
 from lightpeft.compat.torch import grouped_product, leaves_of, storage_of
 
+__all__ = ["StandIn", "StorageWatch"]
+
 try:
     from torch._subclasses.fake_tensor import FakeTensor as StandIn
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 except ImportError as _error:
-    StandIn = missing("A forecast of memory and speed", _error)
-    TorchDispatchMode = missing("A forecast of memory and speed", _error)
+    StandIn = missing("A forecast of memory and speed", _error)  # type: ignore[misc]
+    TorchDispatchMode = missing("A forecast of memory and speed", _error)  # type: ignore[misc]
 """A tensor that knows its shape, type and device, and holds no values: what is computed with it gives others such."""
 
 

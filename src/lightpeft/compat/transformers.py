@@ -24,7 +24,7 @@ from lightpeft.compat.torch import default_dtype
 # Names that transformers does not have at its top
 
 try:
-    from transformers.activations import ACT2FN
+    from transformers.activations import ACT2FN as ACT2FN
 except ImportError:
     ACT2FN = {"gelu": nn.GELU(), "relu": nn.ReLU(), "silu": nn.SiLU(), "tanh": nn.Tanh()}
 try:
@@ -36,7 +36,7 @@ try:
 except ImportError:
     LlamaRMSNorm = None
 try:
-    from transformers.trainer_pt_utils import LengthGroupedSampler
+    from transformers.trainer_pt_utils import LengthGroupedSampler as LengthGroupedSampler
 except ImportError as _error:
     LengthGroupedSampler = missing("Batches of rows that are equally long", _error)
 try:

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from lightpeft.config.derived import derived
 from lightpeft.config.light import MOST_ROWS, LightConfig
 from lightpeft.config.methods import METHODS, Method, MethodName
 from lightpeft.config.peft import USUAL, Peft, peft_settings, peft_type, shortest
-from lightpeft.config.presets import WRITTEN, Preset, overlaid, preset_settings, usual_preset
+from lightpeft.config.presets import WRITTEN, light_mapping
 from lightpeft.config.validation import Within, check_values, from_dict, load_yaml
 from lightpeft.errors import require
 
@@ -193,12 +194,6 @@ class TrainingConfig:
 class RunConfig:
     """A whole run: model -> estimation -> plan -> surgery -> fine-tuning -> evaluation, into one folder."""
 
-    preset: Preset | None = None
-    """Starting values of `light`: auto (of the blocks goes what light.tolerance bears, which is measured), default
-    (half of them or more), thorough (as much, and all modules stay), uniform (half of each layer), fast (less goes),
-    writer (nothing goes: decoders that write), or paper (Gu et al. 2024). If none is given (null): writer for tasks
-    whose answers are written (generation, chat, causal-lm), and auto for all others, which has a fixed budget where
-    rows are too few to measure with."""
     method: MethodName = "light"
     """light: Light-PEFT; for comparison on the same data, plain: the same PEFT as it is used by habit (no estimation,
     nothing pruned; LoRA sits on q and v), full: full fine-tuning, in which every weight trains."""
@@ -217,7 +212,8 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """The task's data."""
     light: LightConfig = field(default_factory=LightConfig)
-    """Estimation and budget. (Help shows the values of preset `auto`; --print_config those of a run.)"""
+    """How much is removed, and how. A part of the blocks such as 0.4, auto, a preset's name, or settings; what is unset
+    follows from the task and the kind of PEFT (help shows it for LoRA on a model that classifies)."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The fine-tuning run."""
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -229,6 +225,13 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_values(self)
         self.peft = shortest(self.peft)
+        self.light = derived(self.light, self.peft_type, self.task_kind in WRITTEN)
+
+    @property
+    def task_kind(self) -> str:
+        """The kind of the task, as far as the settings say so: of a task that ships, its name."""
+        own = self.tasks.get(self.data.task)
+        return self.data.task if own is None else own.kind
 
     @property
     def peft_type(self) -> str:
@@ -252,7 +255,7 @@ class RunConfig:
 
 
 def load_config(path: str | Path) -> RunConfig:
-    """Read a `RunConfig` from a YAML file; `preset` sets what the file leaves open.
+    """Read a `RunConfig` from a YAML file.
 
     Raises:
         LightPeftError: the file is missing or not YAML, or a key or value is not known.
@@ -260,26 +263,6 @@ def load_config(path: str | Path) -> RunConfig:
     return run_config_from_dict(load_yaml(path))
 
 
-def run_config_from_dict(data: dict[str, Any], measured: bool = True) -> RunConfig:
-    """A `RunConfig` from nested plain data, with a preset below the given values: the usual one where none is given.
-
-    Args:
-        measured: whether the run may find its own budget where nothing says one.
-    """
-    usual = usual_preset(_kind(data) in WRITTEN, measured)
-    given = data.get("light") or {}
-    # who asks for a budget to be found has the preset that does it; null stands in files of runs that had the usual one
-    asked = isinstance(given, dict) and given.get("blocks") == "auto"
-    name = data.get("preset", usual if asked else None)
-    preset = preset_settings(usual if name is None else name, data.get("peft", USUAL))
-    light = overlaid(preset, given) if isinstance(given, dict) else given
-    return from_dict(RunConfig, {**data, "preset": name, "light": light})
-
-
-def _kind(data: dict[str, Any]) -> str:
-    """The kind of the task that the data are about, as far as they say so: of a task that ships its name."""
-    section, own = data.get("data"), data.get("tasks")
-    task = section.get("task") if isinstance(section, dict) else None
-    entry = own.get(task) if isinstance(own, dict) and isinstance(task, str) else None
-    kind = entry.get("kind") if isinstance(entry, dict) else task
-    return kind if isinstance(kind, str) else DataConfig.task
+def run_config_from_dict(data: dict[str, Any]) -> RunConfig:
+    """A `RunConfig` from nested plain data, in which `light` may have a short form."""
+    return from_dict(RunConfig, {**data, "light": light_mapping(data.get("light"))})

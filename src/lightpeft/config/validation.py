@@ -9,7 +9,7 @@ import re
 import reprlib
 import sys
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -111,7 +111,8 @@ def checked_fields(cls: type, data: dict[str, Any], where: str = "", without: Co
     values: dict[str, Any] = {}
     for key, value in data.items():
         if key not in names:
-            raise LightPeftError(unknown_key(f"{where}{key}", [f"{where}{name}" for name in names]))
+            inner = [f"{where}{name}" for name in _inner_names(cls)]
+            raise LightPeftError(unknown_key(f"{where}{key}", [f"{where}{name}" for name in names], inner))
         values[key] = checked(value, hints[key], f"{where}{key}")
     return values
 
@@ -133,10 +134,25 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def unknown_key(key: str, known: list[str]) -> str:
-    """The one line about an unknown key, with the nearest known one."""
+def _inner_names(cls: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of what is in the sections of dataclass `cls`."""
+    for name, hint in _hints(cls).items():
+        if prefix:
+            yield f"{prefix}{name}"
+        if dataclasses.is_dataclass(hint):
+            yield from _inner_names(hint, f"{prefix}{name}.")
+
+
+def unknown_key(key: str, known: list[str], inner: Iterable[str] = ()) -> str:
+    """The one line about an unknown key, with the nearest known one.
+
+    Args:
+        known: what there is.
+        inner: what is in that, which may be meant as well.
+    """
     key = key if len(key) <= _short.maxstring else f"{key[: _short.maxstring]}..."
-    meant = nearest(key, known)
+    own = key.rpartition(".")[2]
+    meant = next((name for name in inner if name.rpartition(".")[2] == own), None) or nearest(key, known)
     hint = f"; did you mean {meant}?" if meant else f"; known keys: {', '.join(known)}"
     return f"unknown key {key}{hint}"
 

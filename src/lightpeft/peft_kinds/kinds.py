@@ -56,7 +56,7 @@ class Place:
 
     @classmethod
     def under(cls, light: LightConfig, blocks: Sequence[BlockSpec], model_type: str) -> Place:
-        """Where `light.depth` and `light.module_blocks` let modules be."""
+        """Where `light.remove.depth` and `light.modules.blocks` let modules be."""
         end = light.blocks_left(len(blocks))
         lowest = light.first_module_block(end)
         return cls(blocks[lowest:end], [*blocks[:lowest], *blocks[end:]], model_type)

@@ -21,8 +21,8 @@ from lightpeft.plans.structure import BlockSpec
 def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
     """Put the run's PEFT modules on a model.
 
-    They sit on all projections of the blocks in which modules may stay (`light.depth`, `light.module_blocks`) or, with
-    method plain, where the kind is used by habit, in every block; or on target modules that the run names.
+    They sit on all projections of the blocks in which modules may stay (`light.remove.depth`, `light.modules.blocks`)
+    or, with method plain, where the kind is used by habit, in every block; or on target modules that the run names.
 
     Raises:
         LightPeftError: unknown slots, target modules that match nothing, or a place that the family does not have; or

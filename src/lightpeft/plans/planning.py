@@ -1,4 +1,4 @@
-"""From scores and a budget to a plan: a pure function, so the same record and budget always give the same plan.
+"""From scores and settings to a plan: a pure function, so the same record and settings always give the same plan.
 
 Heads, neurons and experts of the blocks are selected first, then PEFT modules among those whose layer is still there,
 then their ranks. Blocks that are left out whole have gone before: they only count.
@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lightpeft.config import Budget
+from lightpeft.config import Light, LightConfig, derived, light_config
 from lightpeft.config.light import Scope
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import require
 from lightpeft.plans.records import BlockPlan, EstimationRecord, PrunePlan, block_parameters, removed_parameters
 from lightpeft.plans.selection import Layer, Order, going, keep, keep_part, part_of, total, weakest_first, without
 from lightpeft.plans.structure import FFN_SLOTS, MASKED, BlockSpec, MaskedUnit, SiteSpec
@@ -25,31 +25,41 @@ EXPERT_MULTIPLE = 8
 """Widths of experts are multiples of it: grouped matrix products take rows of multiples of 16 bytes."""
 
 
-def make_plan(record: EstimationRecord, budget: Budget, order: Order | None = None) -> PrunePlan:
+LEAST_HEADS, LEAST_NEURONS = 1, 1
+"""Head units and neurons that stay in every layer."""
+LEAST_RANKS = 1
+"""Ranks that stay in every PEFT module that stays."""
+
+
+def make_plan(record: EstimationRecord, light: Light, order: Order | None = None) -> PrunePlan:
     """Decide which units stay.
 
-    Counts are exact: of n units, `round(ratio * n)` go (layerwise: of each layer's n), lowest score first, and among
-    equal scores the higher index first. `blocks` and `target` override the ratios of heads, neurons and experts. Only
-    neurons inside experts go in eights, because the matrix products of experts take no other widths.
+    Counts are exact: of n units, `round(share * n)` go (layerwise: of each layer's n), lowest score first, and among
+    equal scores the higher index first. Only neurons inside experts go in eights, because the matrix products of
+    experts take no other widths.
 
     Args:
-        order: in which heads, neurons and experts go instead; how many, and the floors, are still the budget's. It is
-            asked for the layers that compete, and for a layer alone where its width is rounded.
+        light: part of the blocks to remove, or settings; what is unset in them is what it is for LoRA on a model that
+            classifies.
+        order: in which heads, neurons and experts go instead; how many is still what `light` says. It is asked
+            for the layers that compete, and for a layer alone where its width is rounded.
 
     Raises:
-        LightPeftError: scores that are not finite, a missing criterion, a budget that cannot be met, or an `order` that
+        LightPeftError: scores that are not finite, a missing criterion, an amount that cannot go, or an `order` that
             is not one of the units.
     """
-    record.check_scored(budget)
+    light = derived(light_config(light))
+    record.check_scored(light)
     specs = (*record.blocks, *record.left_out)
-    if budget.depth == "auto":
-        budget = _with_found_depth(budget, record)
-    too_deep = budget.blocks_left(len(specs)) < len(record.blocks)
-    require(not too_deep, f"depth {budget.depth:g} leaves out blocks that the estimation had; estimate with this depth")
-    blocks = _Blocks(record, budget, order or weakest_first).stay()
+    if light.remove.depth == "auto":
+        light = _with_found_depth(light, record)
+    too_deep = light.blocks_left(len(specs)) < len(record.blocks)
+    gone = f"depth {light.remove.depth} leaves out blocks that the estimation had"
+    require(not too_deep, f"{gone}; estimate with this depth")
+    blocks = _Blocks(record, light, order or weakest_first).stay()
     emptied = not any(block.heads or block.neurons or block.experts for block in blocks)
-    require(not emptied, "the budget would empty the model: no head and no neuron would stay; lower the ratios")
-    sites = _plan_sites(record, budget, blocks)
+    require(not emptied, "the budget would empty the model: no head and no neuron would stay; lower the amounts")
+    sites = _plan_sites(record, light, blocks)
     return PrunePlan(
         specs=specs,
         blocks=tuple(blocks),
@@ -57,11 +67,16 @@ def make_plan(record: EstimationRecord, budget: Budget, order: Order | None = No
         dense_sites=tuple(record.sites),
         base_parameters=record.base_parameters,
         fingerprint=record.fingerprint,
-        budget={f.name: getattr(budget, f.name) for f in fields(Budget)},
+        budget=asdict(light),
     )
 
 
 # Heads, neurons and experts
+
+
+def criterion_of(light: LightConfig) -> str:
+    """Which score ranks heads, neurons and experts."""
+    return str(light.estimate.criterion)
 
 
 @dataclass(frozen=True)
@@ -89,12 +104,12 @@ def _bundles(members: Tensor, scores: Tensor, parameters: int) -> Bundles:
     return Bundles(members, scores.double()[members].sum(1), parameters)
 
 
-def head_units(record: EstimationRecord, budget: Budget) -> list[Bundles]:
+def head_units(record: EstimationRecord, light: LightConfig) -> list[Bundles]:
     """The head units of every block: KV groups, or (balanced) one query head of every group, so that all groups stay
     equally large. Where every query head has its own KV head, both are single heads."""
     result = []
-    for spec, scores in zip(record.blocks, record.of_blocks("heads", budget.head_criterion), strict=True):
-        balanced = budget.head_unit == "balanced" and spec.heads_per_kv > 1
+    for spec, scores in zip(record.blocks, record.of_blocks("heads", criterion_of(light)), strict=True):
+        balanced = light.remove.head_unit == "balanced" and spec.heads_per_kv > 1
         units = balanced_slices(scores, spec.kv_heads) if balanced else _groups(spec)
         parameters = spec.head_parameters * units.shape[1] + (0 if balanced else spec.kv_parameters)
         result.append(_bundles(units, scores, parameters))
@@ -122,20 +137,22 @@ def expert_units(record: EstimationRecord, criterion: str) -> list[Bundles]:
     return result
 
 
-def check_experts(spec: BlockSpec, budget: Budget) -> None:
-    """Refuse a budget that leaves a block fewer experts than its router needs.
+def check_experts(spec: BlockSpec, light: LightConfig) -> None:
+    """Refuse a share that leaves a block fewer experts than its router needs.
 
     Raises:
-        LightPeftError: it does, by its ratio; where experts compete with other units, enough of them stay anyway.
+        LightPeftError: it does; where experts compete with other units, enough of them stay anyway.
     """
-    if not spec.experts or budget.blocks is not None or budget.target is not None:
+    share = light.remove.experts
+    if not spec.experts or share is None:
         return
     there, needed = spec.experts // spec.expert_groups, spec.needed_experts // spec.expert_groups
-    stay = there - part_of(budget.experts, there)
+    stay = there - part_of(share, there)
     require(
         stay >= needed,
-        f"experts {budget.experts:g} would leave {stay * spec.expert_groups} of {spec.experts} experts, and "
-        f"{spec.needs_experts()}; set light.experts to {math.floor(1000 * (there - needed) / there) / 1000:g} or less",
+        f"experts {share:g} would leave {stay * spec.expert_groups} of {spec.experts} experts, and "
+        f"{spec.needs_experts()}; set light.remove.experts to {math.floor(1000 * (there - needed) / there) / 1000:g} "
+        "or less",
     )
 
 
@@ -158,30 +175,44 @@ def balanced_slices(scores: Tensor, groups: int) -> Tensor:
     return (ranked + first).T
 
 
-def _with_found_depth(budget: Budget, record: EstimationRecord) -> Budget:
-    """The budget with the depth that the estimation had, which was found as far as `blocks` allowed then."""
-    within = not isinstance(budget.blocks, float | int) or record.depth <= budget.blocks
-    gone = f"depth: auto left out {record.depth:.0%} of the blocks, and blocks is {budget.blocks} now"
+def _with_found_depth(light: LightConfig, record: EstimationRecord) -> LightConfig:
+    """The settings with the depth that the estimation had, which was found as far as `blocks` allowed then."""
+    blocks = light.remove.blocks
+    within = not isinstance(blocks, float | int) or record.depth <= blocks
+    gone = f"depth: auto left out {record.depth:.0%} of the blocks, and blocks is {blocks} now"
     require(within, f"{gone}; estimate again")
-    return replace(budget, depth=record.depth)
+    return light.with_depth(record.depth)
+
+
+def _amounts(light: LightConfig, record: EstimationRecord) -> tuple[float | None, tuple[float, float, float]]:
+    """The part of all blocks for which units compete, or else (None) the shares of heads, neurons and experts."""
+    part, remove = light.known_blocks, light.remove
+    if part is None:
+        return None, (remove.heads or 0.0, remove.neurons or 0.0, remove.experts or 0.0)
+    if remove.scope == "layerwise":
+        share = max(0.0, (part - record.depth) / (1 - record.depth))
+        return None, (share, share, share)
+    return part, (0.0, 0.0, 0.0)
 
 
 class _Blocks:
-    """Heads, neurons and experts of all blocks, and what a budget keeps of them."""
+    """Heads, neurons and experts of all blocks, and what the settings keep of them."""
 
-    def __init__(self, record: EstimationRecord, budget: Budget, order: Order) -> None:
-        self.record, self.budget, self.order = record, budget, order
-        criterion = budget.expert_criterion or budget.neuron_criterion
-        self._check_comparable(criterion)
-        self.heads = head_units(record, budget)
-        self.slices = expert_slices(record, budget.neuron_criterion)
-        neurons = record.of_blocks("neurons", budget.neuron_criterion)
+    def __init__(self, record: EstimationRecord, light: LightConfig, order: Order) -> None:
+        self.record, self.order = record, order
+        self.scope, multiple = light.remove.scope, light.remove.multiple_of
+        self.part, self.shares = _amounts(light, record)
+        self.multiple = 1 if multiple is None else multiple
+        criterion = criterion_of(light)
+        self.heads = head_units(record, light)
+        self.slices = expert_slices(record, criterion)
+        neurons = record.of_blocks("neurons", criterion)
         self.experts = expert_units(record, criterion)
         parts = list(zip(record.blocks, self.heads, neurons, self.experts, self.slices, strict=True))
         self.layers: dict[MaskedUnit, list[Layer]] = {
-            "heads": [self._bundled("heads", spec, units, budget.min_heads) for spec, units, *_ in parts],
+            "heads": [self._bundled("heads", spec, units, LEAST_HEADS) for spec, units, *_ in parts],
             "neurons": [
-                self._single("neurons", spec, scores, budget.min_neurons, spec.neuron_parameters)
+                self._single("neurons", spec, scores, LEAST_NEURONS, spec.neuron_parameters)
                 for spec, _, scores, *_ in parts
             ],
             "experts": [
@@ -189,69 +220,33 @@ class _Blocks:
                 for spec, _, _, units, _ in parts
             ],
             "expert_neurons": [
-                self._bundled("expert_neurons", spec, units, max(budget.min_neurons, 1)) for spec, *_, units in parts
+                self._bundled("expert_neurons", spec, units, max(LEAST_NEURONS, 1)) for spec, *_, units in parts
             ],
         }
 
-    def _check_comparable(self, criterion: str) -> None:
-        """Refuse scores of several kinds where units compete."""
-        budget, routed = self.budget, any(spec.experts for spec in self.record.blocks)
-        instead = "give head_criterion and neuron_criterion the same value"
-        same = budget.blocks is None or budget.head_criterion == budget.neuron_criterion
-        require(same, f"light.blocks compares heads with neurons; {instead}")
-        same = budget.blocks is None or not routed or criterion == budget.neuron_criterion
-        require(same, "light.blocks compares experts with neurons; leave expert_criterion out, or give light.experts")
-
     def _bundled(self, kind: MaskedUnit, spec: BlockSpec, units: Bundles, floor: int) -> Layer:
         """Sets of units by score per parameter where they compete with others, else by the mean of their units."""
-        cost = units.size if self.budget.blocks is None else units.parameters
+        cost = units.size if self.part is None else units.parameters
         return Layer(kind, spec.index, units.scores, floor, cost)
 
     def _single(self, kind: MaskedUnit, spec: BlockSpec, scores: Tensor, floor: int, parameters: int) -> Layer:
         """Units by score per parameter where they compete with others, else by score."""
-        return Layer(kind, spec.index, scores, floor, 1 if self.budget.blocks is None else parameters)
+        return Layer(kind, spec.index, scores, floor, 1 if self.part is None else parameters)
 
     def stay(self) -> list[BlockPlan]:
         """What stays of each block."""
-        budget = self.budget
-        part = budget.known_blocks
-        if part is not None:
-            return self._by_cost(part)
-        if budget.target is not None:
-            return self._for_target(budget.target)
-        for spec in self.record.blocks:
-            check_experts(spec, budget)
-        return self._by_ratios(budget.heads, budget.neurons, budget.experts)
+        return self._by_shares() if self.part is None else self._by_cost(self.part)
 
-    def _by_ratios(self, heads: float, neurons: float, experts: float) -> list[BlockPlan]:
-        """These parts of heads, neurons and experts go."""
-        budget = self.budget
+    def _by_shares(self) -> list[BlockPlan]:
+        """These shares of heads, neurons and experts go."""
+        heads, neurons, experts = self.shares
         how: dict[MaskedUnit, tuple[float, Scope]] = {
-            "heads": (heads, budget.heads_scope),
-            "neurons": (neurons, budget.neurons_scope),
+            "heads": (heads, self.scope or "layerwise"),
+            "neurons": (neurons, self.scope or "global"),
             "experts": (experts, "layerwise"),
-            "expert_neurons": (neurons, budget.neurons_scope),
+            "expert_neurons": (neurons, self.scope or "global"),
         }
         return self._block_plans({kind: keep_part(self.layers[kind], *part, self.order) for kind, part in how.items()})
-
-    def _for_target(self, target: float) -> list[BlockPlan]:
-        """The smallest common ratio of heads and neurons that removes `target` of all base parameters.
-
-        Heads come in coarse steps, so the neurons' ratio is then lowered as far as the target allows.
-        """
-
-        def removed(ratio: float, neurons: float) -> float:
-            return self._removed(self._by_ratios(ratio, neurons, ratio)) / self.record.base_parameters
-
-        ratio = _smallest(lambda x: removed(x, x) >= target)
-        if ratio is None:
-            raise LightPeftError(
-                f"target {target:g} cannot be reached: at most {removed(_RATIOS[-1], _RATIOS[-1]):.3f} of all base "
-                "parameters can go within the floors (embeddings are never pruned); lower target, min_heads or "
-                "min_neurons"
-            )
-        neurons = _smallest(lambda x: removed(ratio, x) >= target, below=ratio)
-        return self._by_ratios(ratio, ratio if neurons is None else neurons, ratio)
 
     def _by_cost(self, part: float) -> list[BlockPlan]:
         """Units of all blocks compete: the lowest score per parameter goes first, until `part` of all goes.
@@ -272,7 +267,7 @@ class _Blocks:
         require(
             count <= len(queue),
             f"blocks {part:g} cannot be reached: at most {self._removed(plans(len(queue))) / whole:.3f} of the blocks' "
-            "parameters can go within the floors; lower blocks, min_heads or min_neurons",
+            "parameters can go, since every layer keeps some; lower light.remove.blocks",
         )
         return plans(count)
 
@@ -282,7 +277,7 @@ class _Blocks:
         for place, spec in enumerate(self.record.blocks):
             queries = self.heads[place].units(kept["heads"][place]).flatten().sort().values.tolist()
             groups = sorted({head // spec.heads_per_kv for head in queries})
-            neurons = self._rounded(self.layers["neurons"][place], kept["neurons"][place], self.budget.multiple_of)
+            neurons = self._rounded(self.layers["neurons"][place], kept["neurons"][place], self.multiple)
             experts = self.experts[place].units(kept["experts"][place]).flatten().sort().values.tolist()
             inside = self._neurons_inside(place, kept["expert_neurons"][place], experts)
             plans.append(BlockPlan(tuple(queries), tuple(groups), tuple(neurons), tuple(experts), tuple(inside)))
@@ -290,7 +285,7 @@ class _Blocks:
 
     def _neurons_inside(self, place: int, slices: list[int], experts: list[int]) -> list[int]:
         """The neurons of these slices that belong to experts that stay."""
-        multiple = math.lcm(self.budget.multiple_of, EXPERT_MULTIPLE)
+        multiple = math.lcm(self.multiple, EXPERT_MULTIPLE)
         stay = self._rounded(self.layers["expert_neurons"][place], slices, multiple)
         neurons: list[int] = self.slices[place].units(stay)[:, experts].flatten().sort().values.tolist()
         return neurons
@@ -308,33 +303,17 @@ class _Blocks:
         return removed_parameters(zip(self.record.blocks, plans, strict=True), self.record.left_out)
 
 
-_STEPS = 1000
-_RATIOS = [step / _STEPS for step in range(_STEPS)]
-
-
-def _smallest(reached: Callable[[float], bool], below: float = 1.0) -> float | None:
-    """The smallest ratio in steps of a thousandth for which `reached` holds, by bisection; None if there is none."""
-    low, high = 0, int(below * _STEPS + 0.5)
-    while low < high:
-        middle = (low + high) // 2
-        if reached(_RATIOS[middle]):
-            high = middle
-        else:
-            low = middle + 1
-    return _RATIOS[low] if low < _STEPS and reached(_RATIOS[low]) else None
-
-
 # PEFT modules and their ranks
 
 
-def _plan_sites(record: EstimationRecord, budget: Budget, blocks: list[BlockPlan]) -> dict[str, tuple[int, ...]]:
+def _plan_sites(record: EstimationRecord, light: LightConfig, blocks: list[BlockPlan]) -> dict[str, tuple[int, ...]]:
     """PEFT modules that stay, with the ranks of theirs that stay."""
     alive = [index for index, site in enumerate(record.sites) if _has_layer(site, blocks)]
-    require(bool(alive), "every PEFT module sits in a sub-layer that the budget removes; lower the ratios")
-    stay = _keep_modules(record, budget, alive)
-    scores = record.of_ranks(budget.rank_criterion)
-    layers = [Layer("ranks", index, scores[index], budget.min_ranks) for index in stay]
-    kept = keep_part(layers, budget.ranks, budget.ranks_scope)
+    require(bool(alive), "every PEFT module sits in a sub-layer that goes; lower the amounts")
+    stay = _keep_modules(record, light, alive)
+    scores = record.of_ranks(str(light.estimate.rank_criterion))
+    layers = [Layer("ranks", index, scores[index], LEAST_RANKS) for index in stay]
+    kept = keep_part(layers, light.modules.remove_ranks or 0.0, "layerwise")
     return {record.sites[index].name: tuple(ranks) for index, ranks in zip(stay, kept, strict=True)}
 
 
@@ -346,22 +325,19 @@ def _has_layer(site: SiteSpec, blocks: list[BlockPlan]) -> bool:
     return bool(block.neurons if site.slot in FFN_SLOTS else block.heads)
 
 
-def _keep_modules(record: EstimationRecord, budget: Budget, alive: list[int]) -> list[int]:
+def _keep_modules(record: EstimationRecord, light: LightConfig, alive: list[int]) -> list[int]:
     """Indices of the sites that stay. Sites whose sub-layer went count as removed; one site always stays."""
-    scores = record.of_modules(budget.module_criterion)
-    lowest = budget.first_module_block(len(record.blocks))
+    scores = record.of_modules(str(light.estimate.module_criterion))
+    lowest = light.first_module_block(len(record.blocks))
     allowed = {index for index, site in enumerate(record.sites) if site.block is None or site.block >= lowest}
     alive = [index for index in alive if index in allowed]
-    require(bool(alive), "no PEFT module sits in the blocks that module_blocks allows; raise it, or lower the ratios")
+    lower = "raise it, or lower the amounts"
+    require(bool(alive), f"no PEFT module sits in the blocks that light.modules.blocks allows; {lower}")
     by_block: dict[int | None, list[int]] = {}
     for index in alive:
         by_block.setdefault(record.sites[index].block, []).append(index)
-    layers = [Layer("modules", block, scores[sites], budget.min_modules) for block, sites in by_block.items()]
-    if budget.modules_scope == "global":
-        lost = len(allowed) - len(alive)
-        kept = keep(layers, min(max(part_of(budget.modules, len(allowed)) - lost, 0), len(alive) - 1))
-    else:
-        kept = keep_part(layers, budget.modules, "layerwise")
-    stay = sorted(sites[unit] for sites, units in zip(by_block.values(), kept, strict=True) for unit in units)
-    require(bool(stay), f"modules = {budget.modules:g} layerwise would remove every PEFT module; lower it")
-    return stay
+    layers = [Layer("modules", block, scores[sites], 0) for block, sites in by_block.items()]
+    lost = len(allowed) - len(alive)
+    wanted = part_of(light.modules.remove or 0.0, len(allowed)) - lost
+    kept = keep(layers, min(max(wanted, 0), len(alive) - 1))
+    return sorted(sites[unit] for sites, units in zip(by_block.values(), kept, strict=True) for unit in units)

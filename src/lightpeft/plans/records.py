@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightpeft.config import Budget
+from lightpeft.config import LightConfig
 from lightpeft.config.validation import from_dict
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import (
@@ -51,14 +51,14 @@ class EstimationRecord:
     left_out: list[BlockSpec] = field(default_factory=list)
     """Blocks of the base above `blocks` that were left out whole before estimation, and have no scores."""
 
-    def check_scored(self, budget: Budget) -> None:
-        """Refuse a budget that needs scores where there are none.
+    def check_scored(self, light: LightConfig) -> None:
+        """Refuse settings that need scores where there are none.
 
         Raises:
             LightPeftError: estimation took no step, since nothing was to go then, and now something is.
         """
-        nothing = "these scores are of no step, since nothing was to go; estimate again with the budget that is wanted"
-        require(self.meta.get("steps") != 0 or not budget.chooses, nothing)
+        nothing = "these scores are of no step, since nothing was to go; estimate again with what is wanted now"
+        require(self.meta.get("steps") != 0 or not light.chooses, nothing)
 
     @property
     def depth(self) -> float:

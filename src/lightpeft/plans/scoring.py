@@ -57,16 +57,6 @@ def weight_norm(squares: Tensor) -> Tensor:
     return squares.sqrt()
 
 
-def routing_frequency(routed: Tensor, tokens: Tensor) -> Tensor:
-    """Part of the tokens that a router sends to each expert, the hit rate of Chen et al. 2022.
-
-    Args:
-        routed: real tokens of one step that each expert gets, [units].
-        tokens: how many there are, [1].
-    """
-    return routed / tokens.clamp_min(1)
-
-
 def mean_ratio(ratios: Tensor) -> Tensor:
     """Mean over tokens of the ratios that `module_ratio` sums up: [sums and tokens, modules] -> [modules]."""
     return ratios[0] / ratios[1].clamp_min(1)
@@ -124,8 +114,6 @@ Fact = Literal[
     "masks",  # of heads, neurons, experts and their neurons: [units]
     "gradients",  # of the masks in one step: `MaskGradients`
     "squares",  # sums of the squared weights that each of these takes with it: [units]
-    "routed",  # real tokens of one step that each expert gets: [units]
-    "tokens",  # of one step that are real: [1]
     "ratios",  # of modules, as `module_ratio` sums them up: [sums and tokens, modules]
     "rank_taylor",  # Taylor scores of the ranks of every module: one [rank] a module
     "down_terms",  # `rank_taylor_terms` of all A in one step: [ranks]
@@ -139,7 +127,7 @@ Fact = Literal[
 Facts = dict[Fact, Any]
 """What is known of some units."""
 
-_OF_A_STEP: frozenset[Fact] = frozenset({"gradients", "routed", "down_terms", "up_terms"})
+_OF_A_STEP: frozenset[Fact] = frozenset({"gradients", "down_terms", "up_terms"})
 """What is another at every optimizer step."""
 
 
@@ -171,7 +159,6 @@ CRITERIA = (
     Criterion("taylor", MASKED, taylor, ("masks", "gradients")),
     Criterion("fisher", MASKED, fisher, ("gradients",)),
     Criterion("magnitude", MASKED, weight_norm, ("squares",)),
-    Criterion("frequency", ("experts",), routing_frequency, ("routed", "tokens")),
     Criterion("ratio", ("modules",), mean_ratio, ("ratios",)),
     Criterion("taylor", ("modules",), module_taylor, ("rank_taylor",)),
     Criterion("taylor", ("ranks",), rank_taylor, ("down_terms", "up_terms")),

@@ -29,8 +29,8 @@ def leave_out(model: nn.Module, stay: int) -> None:
     """
     inner = transformers_model(model)
     stacks, kind = block_lists(inner), inner.config.model_type
-    several = f"depth leaves out blocks of models with one stack, and {kind} has {len(stacks)}; set light.depth to 0"
-    require(len(stacks) == 1, several)
+    several = f"depth leaves out blocks of models with one stack, and {kind} has {len(stacks)}"
+    require(len(stacks) == 1, f"{several}; set light.remove.depth to 0")
     if len(stacks[0]) <= stay:
         return
     _check_rest(inner, stay)
@@ -58,5 +58,5 @@ def _check_rest(inner: PreTrainedModel, stay: int) -> None:
     require(
         not other,
         f"{inner.config.model_type} cannot lose blocks: {', '.join(sorted(other)[:1])} has a size by their number; "
-        "set light.depth to 0",
+        "set light.remove.depth to 0",
     )

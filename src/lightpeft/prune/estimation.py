@@ -8,6 +8,7 @@ own, and an L1 term that is added to their gradient directly, so a loop needs on
 from __future__ import annotations
 
 import functools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 
-from lightpeft.config import LightConfig
+from lightpeft.config import LightConfig, derived
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import read_json, read_tensors, understandable, write_json, write_tensors
 from lightpeft.models.families.registry import block_specs
@@ -33,10 +34,15 @@ from lightpeft.prune.depth import leave_out
 from lightpeft.prune.fingerprint import fingerprint
 from lightpeft.prune.importance import ModuleObserver, RankObserver, weight_squares
 from lightpeft.prune.learning import LossObserver, learned_of
-from lightpeft.prune.length import check_examples, longest_stage, stage_length
+from lightpeft.prune.length import ENOUGH_LEARNED, Stage, check_examples, few_examples, stage_of
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.training.schedule import scored_steps
 
+_log = logging.getLogger(__name__)
+MASK_PENALTY = 1e-4
+"""Weight of the L1 penalty on the masks (the paper's lambda)."""
+RATIO_EVERY = 16
+"""Every so many steps the modules' ratios are measured; in the others the modules are computed faster."""
 _STATE_FILE = "lightpeft_estimation.safetensors"
 _STEPS_FILE = "lightpeft_estimation.json"
 
@@ -59,11 +65,11 @@ class Estimator:
                 `leave_out`).
         """
         check_peft(model)
-        self.model, self.config = model, config
+        self.model, self.config = model, derived(config)
         dense = block_specs(transformers_model(model))
         self.base_parameters = count_parameters(model).base
         self.fingerprint = fingerprint(model, dense)
-        stay = config.blocks_left(len(dense))
+        stay = self.config.blocks_left(len(dense))
         self.blocks, self.left_out = dense[:stay], dense[stay:]
         if self.left_out:
             leave_out(model, stay)
@@ -73,24 +79,24 @@ class Estimator:
         self._windows: list[_Window] = []
         self._started = self._attached = False
 
-    def start(self, total_steps: int | None) -> None:
+    def start(self, total_steps: int | None, stage: Stage | None = None) -> None:
         """Attach masks and observers. Where all stays the stage has no steps, and is over.
 
         Args:
             total_steps: optimizer steps of the whole run, which a fractional length refers to.
+            stage: how long it is; None: as the settings say.
 
         Raises:
             LightPeftError: the length needs `total_steps`, or is longer than the run.
         """
         require(not self._attached, "the estimation stage has started already")
-        self.length = self._first_length = stage_length(self.config, total_steps)
-        self._longest, self._started = longest_stage(self.config, total_steps), True
+        stage = stage or stage_of(self.config, total_steps)
+        self.length = self._first_length = stage.steps
+        self._longest, self._started = stage.longest, True
         device = self.sites[0].device
         if not self.steps:
             self.masks = UnitMasks(self.blocks, device)
-            self._optimizer = torch.optim.Adam([self.masks.values], lr=self.config.mask_learning_rate)
-            self._lambdas = torch.full_like(self.masks.values, self.config.lambda_neurons)
-            self._lambdas[: self.masks.head_count] = self.config.lambda_heads
+            self._optimizer = torch.optim.Adam([self.masks.values], lr=self.config.estimate.mask_learning_rate or 0.0)
             self._nonfinite = torch.zeros((), dtype=torch.bool, device=device)
             self._overflowed = torch.zeros((), dtype=torch.bool, device=device)
         self._losses = LossObserver(self.model, device)
@@ -127,8 +133,7 @@ class Estimator:
             return
         taken = self.masks.take_gradients()
         examples = taken.mean.new_full((1,), self.masks.examples)  # filled there: no copy from the host
-        routed, tokens = self.masks.take_routed()
-        parts = [taken.mean, taken.absolute, taken.squares, self._ranks.take_terms(), examples, routed, tokens]
+        parts = [taken.mean, taken.absolute, taken.squares, self._ranks.take_terms(), examples]
         parts.append(self._losses.take())
         values = _mean_over_processes(torch.cat(parts))
         finite = torch.isfinite(values).all()
@@ -136,18 +141,16 @@ class Estimator:
         seen = self._nonfinite if grad_scale == 1.0 else self._overflowed
         seen |= ~finite
         values = torch.where(finite, values, 0.0)
-        mean, absolute, squares, ranks, examples, routed, tokens, losses = values.split([len(part) for part in parts])
+        mean, absolute, squares, ranks, examples, losses = values.split([len(part) for part in parts])
         gradients = MaskGradients(mean / grad_scale, absolute / grad_scale, squares / grad_scale**2)
         down_terms, up_terms = (ranks / grad_scale).chunk(2)
         facts: Facts = {"masks": self.masks.values, "gradients": gradients}
         facts |= {"down_terms": down_terms, "up_terms": up_terms}
-        if "experts" in self._units:
-            facts |= {"routed": self.masks.of_experts(routed), "tokens": self.masks.of_experts(tokens)}
         for name, criterion in self._summed.items():
             self._sums[name] += criterion(facts)
         self._sums["examples"] += examples * _processes()
         self._sums["losses"] += losses * _processes()
-        self.masks.values.grad = gradients.mean + self._lambdas * self.masks.values.sign()
+        self.masks.values.grad = gradients.mean + MASK_PENALTY * self.masks.values.sign()
         self._optimizer.step()
         self.steps += 1
         if self._at_boundary():
@@ -178,7 +181,10 @@ class Estimator:
         if not self._windows or self._windows[-1].end < self.steps:
             self._close_window()
         record = self._record()
-        check_examples(self.config, record.meta["scored_examples"])
+        examples = record.meta["scored_examples"]
+        check_examples(self.config, examples)
+        if (line := few_examples(self.config, examples)) is not None:
+            _log.warning("%s", line)
         self._check_reached(record)
         return record
 
@@ -230,12 +236,11 @@ class Estimator:
 
     @property
     def _has_learned(self) -> bool:
-        least, learned = self.config.least_learned, self.learned
-        return least == 0 or learned is None or learned >= least
+        return self.learned is None or self.learned >= ENOUGH_LEARNED
 
     def _ratios_due(self) -> bool:
         """Whether the step under way measures the modules' ratios: each window's first one does."""
-        return (self.steps - self._window_start) % self.config.ratio_every == 0
+        return (self.steps - self._window_start) % RATIO_EVERY == 0
 
     @property
     def _window_start(self) -> int:
@@ -274,7 +279,7 @@ class Estimator:
     def _unit_scores(self, sums: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
         """Scores of heads, neurons and experts under every criterion, keyed as in `EstimationRecord`."""
         facts: Facts = {"masks": self.masks.values.detach().cpu(), "squares": self._squares}
-        facts |= {"count": len(self.masks.values), "generator": torch.Generator().manual_seed(self.config.seed)}
+        facts |= {"count": len(self.masks.values), "generator": torch.Generator().manual_seed(torch.initial_seed())}
         scores: dict[str, Tensor] = {}
         for name, criterion in criteria(*self._units).items():
             flat = sums[f"masks/{name}"] / steps if criterion.every_step else criterion(facts)
@@ -285,7 +290,7 @@ class Estimator:
 
     def _site_scores(self, sums: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
         """Scores of PEFT modules and of their ranks under every criterion, keyed as in `EstimationRecord`."""
-        sizes, random = [site.spec.rank for site in self.sites], torch.Generator().manual_seed(self.config.seed)
+        sizes, random = [site.spec.rank for site in self.sites], torch.Generator().manual_seed(torch.initial_seed())
         means = {key: (sums[key] / steps).split(sizes) for key in self._summed if key.startswith("ranks/")}
         facts: Facts = {"ratios": sums["modules"], "rank_taylor": means["ranks/taylor"]}
         facts |= {"count": len(self.sites), "generator": random}
@@ -311,14 +316,13 @@ class Estimator:
             "scored_steps": scored_steps,
             "scored_examples": examples,
             "ratio_tokens": tokens,
-            "length": config.length,
+            "length": config.estimate.length,
             "max_steps": self.length,
             "planned_steps": self._first_length,
             "learned": self.learned,
-            "lambda_heads": config.lambda_heads,
-            "lambda_neurons": config.lambda_neurons,
-            "mask_learning_rate": config.mask_learning_rate,
-            "seed": config.seed,
+            "mask_penalty": MASK_PENALTY,
+            "mask_learning_rate": config.estimate.mask_learning_rate,
+            "seed": torch.initial_seed(),
             "processes": _processes(),
             "versions": versions(),
         }

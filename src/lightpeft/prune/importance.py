@@ -35,11 +35,6 @@ class RealTokens:
         """1 for the real tokens that a projection sees, [batch, length]; None: all are real."""
         return self._masks[_reads_decoder(block, slot)]
 
-    def select(self, states: Tensor, block: BlockSpec, slot: str | None) -> Tensor:
-        """The real tokens of what a projection sees, [..., width] -> [tokens, width]."""
-        rows, mask = states.flatten(0, -2), self.of(block, slot)
-        return rows if mask is None or mask.numel() != len(rows) else rows[mask.flatten().bool()]
-
     def remove(self) -> None:
         """Take the hook off the model."""
         self._handle.remove()

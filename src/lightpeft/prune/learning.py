@@ -100,5 +100,5 @@ def untaught(record: EstimationRecord) -> str | None:
     beside = f"{abs(learned):.1%} {'below' if learned > 0 else 'above'} that of an answer by the frequencies of labels"
     return (
         f"the model had hardly learned the task when it was cut (a loss {beside}, after {record.meta['steps']} steps), "
-        "so its scores say little; estimate for longer (light.length, light.max_fraction), or cut less (light.blocks)"
+        "so its scores say little; estimate for longer (light.estimate.length), or cut less (light: 0.2)"
     )

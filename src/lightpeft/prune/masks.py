@@ -19,7 +19,6 @@ from lightpeft.peft_kinds.sites.registry import adapter_in_use
 from lightpeft.plans.records import PrunePlan
 from lightpeft.plans.scoring import MaskGradients
 from lightpeft.plans.structure import MASKED, BlockSpec, MaskedUnit
-from lightpeft.prune.importance import RealTokens
 from lightpeft.prune.routing import ClosedRouter, Masked, MaskedExperts
 
 _KEPT_ANYWAY = ("relu", "linear")
@@ -40,10 +39,8 @@ class UnitMasks:
     def __init__(self, blocks: Sequence[BlockSpec], device: torch.device | str = "cpu") -> None:
         self.blocks = list(blocks)
         self.sizes: list[int] = [getattr(block, kind) for kind in MASKED for block in blocks]
-        self.head_count = sum(block.heads for block in blocks)
         self.values = torch.ones(sum(self.sizes), device=device)
         self._tally = torch.zeros(2, len(self.values), device=device)  # of single examples: sizes, squares
-        self._routed = torch.zeros(2, sum(block.experts for block in blocks), device=device)  # routed and all tokens
         self._closed: list[Tensor | None] = [None for _ in blocks]
         self._batch = _Batch()
         self.examples = 0
@@ -70,19 +67,11 @@ class UnitMasks:
         count = len(self.blocks)
         return {kind: parts[place * count : (place + 1) * count] for place, kind in enumerate(MASKED)}
 
-    def of_experts(self, values: Tensor) -> Tensor:
-        """Values of all experts, [experts], as a flat tensor like `values`, zero for all other units."""
-        flat = torch.zeros_like(self.values)
-        first = sum(self.sizes[: MASKED.index("experts") * len(self.blocks)])
-        flat[first : first + len(values)] = values
-        return flat
-
     def attach(self, model: nn.Module) -> None:
         """Let the projections of a transformers model, or of a PeftModel around it, read the masks."""
         inner = transformers_model(model)
         self._batch.masked = adapter_in_use(model)
         self._handles.append(inner.register_forward_pre_hook(self._batch, with_kwargs=True))
-        real: RealTokens | None = None
         leaves, tallies = self._of_kinds(self._leaves), self._of_kinds(list(self._tally.split(self.sizes, dim=1)))
         for place, block in enumerate(self.blocks):
             masks = {kind: Masked(leaves[kind][place], tallies[kind][place]) for kind in MASKED}
@@ -92,9 +81,7 @@ class UnitMasks:
             if block.neurons:
                 self._attach_neurons(projections, masks["neurons"], block.activation)
             if block.experts:
-                real = real or RealTokens(inner)
-                self._attach_experts(inner, place, masks, real)
-        self._handles += [real] if real else []
+                self._attach_experts(inner, place, masks)
 
     def _attach_neurons(self, projections: dict[str, nn.Module], mask: Masked, activation: str | None) -> None:
         function = ACT2FN[activation] if activation and activation not in _KEPT_ANYWAY else None
@@ -104,18 +91,11 @@ class UnitMasks:
             if slot in projections and function is not None:
                 self._handles.append(projections[slot].register_forward_hook(scaler.remember))
 
-    def _attach_experts(self, inner: nn.Module, place: int, masks: dict[MaskedUnit, Masked], real: RealTokens) -> None:
+    def _attach_experts(self, inner: nn.Module, place: int, masks: dict[MaskedUnit, Masked]) -> None:
         block = self.blocks[place]
         layer = ExpertLayer.of(inner, block.expert_modules)
-        routed = self._routed.split([each.experts for each in self.blocks], dim=1)[place]
-
-        def note(index: Tensor) -> None:
-            of_real = real.select(index, block, None)
-            routed[0] += of_real.flatten().bincount(minlength=block.experts)
-            routed[1] += len(of_real)
-
         experts = MaskedExperts(layer, masks["experts"], masks["expert_neurons"])
-        experts.masked, experts.examples, experts.note = self._batch.masked, self._batch.of_tokens, note
+        experts.masked, experts.examples = self._batch.masked, self._batch.of_tokens
         experts.attach()
         self._handles += [experts, ClosedRouter(layer.router, lambda: self._closed[place])]
 
@@ -134,12 +114,6 @@ class UnitMasks:
         self.examples = self._batch.taken()
         taken = MaskGradients(torch.cat(parts), self._tally[0].clone(), self._tally[1] * self.examples)
         self._tally.zero_()
-        return taken
-
-    def take_routed(self) -> Tensor:
-        """Since the last call: real tokens that went to each expert of all blocks, and all that could, [2, experts]."""
-        taken = self._routed.clone()
-        self._routed.zero_()
         return taken
 
     def set_plan(self, plan: PrunePlan) -> None:

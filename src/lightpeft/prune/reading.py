@@ -49,7 +49,7 @@ class FoundDepth:
 
     @property
     def depth(self) -> float:
-        """Part of the blocks above these, as `light.depth` has it."""
+        """Part of the blocks above these, as `light.remove.depth` has it."""
         return 1 - self.enough / len(self.error)
 
     def within(self, blocks: float | str | None) -> float:
@@ -82,8 +82,8 @@ def _is_decoder(model: PreTrainedModel) -> bool:
 def find_depth(model: nn.Module, batches: Iterable[Batch], autocast: torch.dtype | None = None) -> FoundDepth:
     """How many of a model's blocks a task has to be read through; nothing is trained.
 
-    Of decoders that classify, the others may be left out (`light.depth`). An encoder's blocks are read otherwise by the
-    same measure: leaving out what it calls superfluous cost MiniLM accuracy (docs/quality.md).
+    Of decoders that classify, the others may be left out (`light.remove.depth`). An encoder's blocks are read otherwise
+    by the same measure: leaving out what it calls superfluous cost MiniLM accuracy (docs/quality.md).
 
     Args:
         model: the untouched one, with one stack of blocks and whatever head.
@@ -133,7 +133,7 @@ def states_by_block(
     classes = all(map(one_of_several, labels))
     require(classes, "depth is read off the number of a class for each row, and these labels are no such")
     together = torch.cat(labels).cpu()
-    alike = f"all {len(together)} rows have one label, which can be read anywhere; give light.depth as a number"
+    alike = f"all {len(together)} rows have one label, which can be read anywhere; give light.remove.depth as a number"
     require(len(together.unique()) > 1, alike)
     return [torch.cat(parts) for parts in seen], together
 

@@ -44,8 +44,6 @@ class MaskedExperts:
         """Whether a pass is masked."""
         self.examples: Callable[[int], int] = lambda tokens: 1
         """How many examples so many tokens are of."""
-        self.note: Callable[[Tensor], None] = lambda index: None
-        """Takes the experts of each token, [tokens, experts of each], in passes that count."""
         self._forward = layer.experts.forward
 
     def attach(self) -> None:
@@ -60,8 +58,6 @@ class MaskedExperts:
         """[tokens, hidden], experts of each token and their weights [tokens, experts of each] -> [tokens, hidden]."""
         if not self.masked():
             return self._forward(states, index, weights)
-        if torch.is_grad_enabled():
-            self.note(index)
         # sorted as transformers does, not stably: on some CPUs a product rounds a row by its place among the others
         experts, order = index.flatten().sort()
         rows = order // index.shape[1]

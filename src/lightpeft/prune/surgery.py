@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from lightpeft.config import Budget
+from lightpeft.config import LightConfig
 from lightpeft.errors import require
 from lightpeft.machine import random_apart
 from lightpeft.models.arguments import change_arguments
@@ -109,14 +109,14 @@ def cut_copy(model: PeftModel, plan: PrunePlan | None) -> PeftModel:
     return shadow
 
 
-def check_budget(model: nn.Module, budget: Budget) -> None:
-    """Refuse a budget by which a layer may keep fewer experts than a token is routed to; call it before estimation.
+def check_amount(model: nn.Module, light: LightConfig) -> None:
+    """Refuse an amount by which a layer may keep fewer experts than a token is routed to; call it before estimation.
 
     Raises:
         LightPeftError: naming the ratio, with what to set instead.
     """
     for spec in block_specs(transformers_model(model)):
-        check_experts(spec, budget)
+        check_experts(spec, light)
 
 
 def _checked_sites(model: PeftModel, plan: PrunePlan) -> list[Site]:

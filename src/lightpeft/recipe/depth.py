@@ -1,11 +1,10 @@
-"""`light.depth: auto` in a trainer: how many blocks are left out, found before PEFT modules are placed."""
+"""`light.remove.depth: auto` in a trainer: how many blocks are left out, found before PEFT modules are placed."""
 
 from __future__ import annotations
 
 import copy
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -33,18 +32,18 @@ def with_depth(light: LightConfig, model: Any, options: Mapping[str, Any]) -> Li
     Raises:
         LightPeftError: the model is still to be loaded, there are no rows that can be counted, or they do not tell.
     """
-    if light.depth != "auto" or isinstance(model, LightModel):
+    if light.remove.depth != "auto" or isinstance(model, LightModel):
         return light
     if not isinstance(model, nn.Module):
-        raise LightPeftError("light.depth: auto asks the model itself; give it loaded, or light.depth as a number")
+        raise LightPeftError("light.remove.depth: auto asks the model itself; give it loaded, or depth as a number")
     if not is_classifying_decoder(model):
-        _log.info("light.depth: auto leaves out none of the blocks: %s", ONLY_THESE)
-        return replace(light, depth=0.0)
+        _log.info("light.remove.depth: auto leaves out none of the blocks: %s", ONLY_THESE)
+        return light.with_depth(0.0)
     with torch.random.fork_rng():  # what is made of random numbers afterwards does not depend on this
         found = agreed(find_depth(model, *_fed(model, options)))
-    depth = found.within(light.blocks)
-    _log.info("light.depth: auto leaves out %.0f%% of the blocks: %s", 100 * depth, found.summary())
-    return replace(light, depth=depth)
+    depth = found.within(light.remove.blocks)
+    _log.info("light.remove.depth: auto leaves out %.0f%% of the blocks: %s", 100 * depth, found.summary())
+    return light.with_depth(depth)
 
 
 def _fed(model: nn.Module, options: Mapping[str, Any]) -> tuple[Any, torch.dtype | None]:
@@ -53,7 +52,7 @@ def _fed(model: nn.Module, options: Mapping[str, Any]) -> tuple[Any, torch.dtype
     try:
         count = len(rows)
     except TypeError:
-        known = "light.depth: auto reads some of a known number of training rows; give light.depth as a number"
+        known = "light.remove.depth: auto reads some of a known number of training rows; give depth as a number"
         raise LightPeftError(known) from None
     args = TrainingArguments() if args is None else copy.copy(args)
     drawn = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))[:ROWS].tolist()

@@ -8,19 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
-from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from peft import PeftModel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lightpeft.compat.fsdp import out_of_fsdp
-from lightpeft.config import Budget, LightConfig, cut_of_writer, preset_light, usual_preset
+from lightpeft.config import Light, LightConfig, changed, cut_of_writer
 from lightpeft.errors import require
 from lightpeft.models.families.registry import block_specs
 from lightpeft.models.linears.bitsandbytes import prepare_quantised
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary.cutting import vocabulary_of
-from lightpeft.peft_kinds.kinds import kind_of
-from lightpeft.peft_kinds.sites.registry import check_peft, leave_experts, own_adapter
+from lightpeft.peft_kinds.sites.registry import check_peft, leave_experts
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.prune.discovery import ensure_family
@@ -28,7 +26,8 @@ from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.fingerprint import check_stored
 from lightpeft.prune.learning import untaught
 from lightpeft.prune.light_model import LightModel, as_light
-from lightpeft.prune.surgery import apply_plan, check_budget
+from lightpeft.prune.surgery import apply_plan, check_amount
+from lightpeft.recipe.settling import can_write, peft_config_of, settings_of_loop
 from lightpeft.recipe.wrapping import leave_modules
 
 _log = logging.getLogger(__name__)
@@ -47,26 +46,28 @@ class EarlyPruner:
             optimizer.step(); optimizer.zero_grad()
         light = pruner.prune()          # then make a new optimizer and train on
 
-    What else a preset says is the loop's to do; `advice()` lists it, and it is logged once as a warning.
+    What else the settings say is the loop's to do; `advice()` lists it, and it is logged once as a warning.
     """
 
     def __init__(
         self,
         model: PeftModel,
-        light: str | LightConfig | None = None,
+        light: Light = None,
         estimator: Callable[[PeftModel, LightConfig], Estimator] = Estimator,
     ) -> None:
         """
         Args:
-            model: what `peft.get_peft_model` returned. It is pruned in place by `prune`; the blocks that `light.depth`
-                leaves out, and the PEFT modules that `light.module_blocks` does not allow, are taken out here.
-            light: a preset's name, or budget and estimation settings of your own; None: `writer` for a model that can
-                write texts, `default` for all others.
+            model: what `peft.get_peft_model` returned. It is pruned in place by `prune`; the blocks that
+                `light.remove.depth` leaves out, and the PEFT modules that `light.modules.blocks` does not allow, are
+                taken out here.
+            light: part of the blocks to remove, such as 0.4, a preset's name, or settings (`LightConfig`, or a mapping
+                of its fields); None: a fixed budget that is safe for a model that classifies, and nothing else goes of
+                the base, since a loop cannot search as `LightTrainer` does.
             estimator: makes what estimates.
 
         Raises:
-            LightPeftError: an unsupported model family, PEFT type, or quantisation, an unknown preset, a budget that a
-                quantised layer or the model's depth cannot have, or a vocabulary that should have been cut before.
+            LightPeftError: an unsupported model family, PEFT type, or quantisation, unknown settings, an amount that
+                a quantised layer or the model's depth cannot have, or a vocabulary that should have been cut before.
         """
         self.model = model
         check_stored(model)
@@ -75,8 +76,8 @@ class EarlyPruner:
         if isinstance(model, PeftModel):
             leave_experts(model, block_specs(transformers_model(model)))
         check_peft(model)
-        self.config = light_settings(light, model.peft_config[own_adapter(model)], model)
-        check_budget(model, self.config)
+        self.config = settings_of_loop(light, peft_config_of(model), model)
+        check_amount(model, self.config)
         _check_vocabulary(model, self.config)
         leave_modules(model, self.config)
         self.estimator = estimator(model, self.config)
@@ -84,15 +85,15 @@ class EarlyPruner:
     def advice(self) -> Iterator[str]:
         """What the settings ask of a training loop, one line each."""
         light = self.config
-        before, behind = light.estimation_rate_scale, light.learning_rate_scale
+        before, behind, dropout = light.rates.estimation_scale, light.rates.scale, light.rates.base_dropout
         if before == behind != 1:
             yield f"multiply plain PEFT's learning rate by {behind:g}, in both parts of training"
         elif before != behind:
             yield f"multiply plain PEFT's learning rate by {before:g} in estimation, and by {behind:g} behind the cut"
-        if light.dropout is not None:
-            yield f"train inside `with lightpeft.accelerated(model, dropout={light.dropout:g}):`"
-        if light.keep != "light":
-            yield f"call lightpeft.full_width(light) in the end, for keep: {light.keep}"
+        if dropout is not None:
+            yield f"train inside `with lightpeft.accelerated(model, dropout={dropout:g}):`"
+        if light.after.keep != "light":
+            yield f"call lightpeft.full_width(light) in the end, for keep: {light.after.keep}"
 
     def callback(self, resume_from: str | Path | None = None) -> EstimationCallback:
         """A `TrainerCallback` that runs the estimation stage and then stops the trainer.
@@ -109,8 +110,8 @@ class EarlyPruner:
         self.estimator.start(total_steps)
 
     def _say(self) -> None:
-        measured = "blocks: auto is measured on training rows, which LightTrainer has; give light.blocks as a number"
-        require(self.config.blocks != "auto", measured)
+        measured = "light: auto is measured on training rows, which LightTrainer has; give a number, such as light=0.4"
+        require(not self.config.is_auto, measured)
         lines = "; ".join(self.advice())
         if lines:
             _log.warning("EarlyPruner leaves to your loop what LightTrainer does by itself: %s", lines)
@@ -130,9 +131,9 @@ class EarlyPruner:
         """The scores, to inspect, to save, or to make other plans from."""
         return self.estimator.record()
 
-    def plan(self, budget: Budget | None = None) -> PrunePlan:
-        """The plan for a budget (default: the config's)."""
-        return make_plan(self.record(), budget or self.config)
+    def plan(self, light: Light = None) -> PrunePlan:
+        """The plan by the pruner's settings, with others on top: a part of the blocks, or settings."""
+        return make_plan(self.record(), changed(self.config, light))
 
     def prune(self, plan: PrunePlan | None = None) -> LightModel:
         """Cut the model down to the plan, in place; it stays a `PeftModel` and its `save_pretrained` a light adapter.
@@ -153,32 +154,12 @@ def _check_vocabulary(model: PeftModel, config: LightConfig) -> None:
     """Refuse to cut a vocabulary here, where no text is; of one that is cut, let PEFT save no embeddings."""
     cut_before = vocabulary_of(transformers_model(model)) is not None
     require(
-        cut_before or config.vocabulary == "keep",
+        cut_before or config.remove.vocabulary == "keep",
         "vocabulary: task needs the task's texts before PEFT is on the model: tokenizer = cut_vocabulary(model, "
         "tokenizer, encoded rows) does it; lightpeft run does it by itself",
     )
     if cut_before:  # PEFT takes embeddings of other sizes than the base's for trained
         model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
-
-
-def light_settings(light: str | LightConfig | None, peft: PeftConfig, model: nn.Module) -> LightConfig:
-    """Settings of one's own as they are, or a preset as it is for a PEFT kind.
-
-    Args:
-        light: None: the usual preset of the model.
-
-    Raises:
-        LightPeftError: there is no such preset.
-    """
-    if isinstance(light, LightConfig):
-        return light
-    return preset_light(usual_preset(can_write(model), measured=False) if light is None else light, kind_of(peft).name)
-
-
-def can_write(model: nn.Module) -> bool:
-    """Whether a model has the head of a language model that writes."""
-    inner = transformers_model(model)
-    return isinstance(inner, PreTrainedModel) and inner.can_generate()
 
 
 def cut(model: PeftModel, plan: PrunePlan) -> LightModel:

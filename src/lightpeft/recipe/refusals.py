@@ -35,7 +35,7 @@ def check_light(trainer: LightHost, *, sharded: bool) -> None:
     require(args.world_size == 1 or not has_weights_on_disk(trainer.model), alone)
     if sharded:
         _check_sharded(trainer)
-    if trainer.light_config.blocks == "auto" and trainer.light_plan is None:
+    if trainer.light_config.is_auto and trainer.light_plan is None:
         trainer.light_tolerance()
     reference = getattr(trainer, "ref_model", trainer) is None and not getattr(args, "precompute_ref_log_probs", 0)
     require(
@@ -71,8 +71,8 @@ def refuse_parts(model: object) -> None:
 
 
 def _check_sharded(trainer: LightHost) -> None:
-    light = trainer.light_config
-    kept = f"light.keep: {light.keep} needs the whole base in every process, which FSDP spares"
-    require(light.keep == "light", f"{kept}; set it to light")
+    keep = trainer.light_config.after.keep
+    kept = f"light.after.keep: {keep} needs the whole base in every process, which FSDP spares"
+    require(keep == "light", f"{kept}; set it to light")
     quantised = any(getattr(module, "is_quantized", False) for module in trainer.model.modules())
     require(not quantised, "a base in 4 or 8 bits cannot be cut where FSDP shards it; give it unquantised")

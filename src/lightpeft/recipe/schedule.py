@@ -23,7 +23,8 @@ class LightSchedule(Schedule):
         """The trainer's learning rate is that of what it trains: all ranks before the cut, and behind it those that
         stay."""
         trainer, light = self._trainer, self._trainer.light_config
-        scale = light.estimation_rate_scale if trainer.light_plan is None else light.learning_rate_scale
+        rates = light.rates
+        scale = float((rates.estimation_scale if trainer.light_plan is None else rates.scale) or 1.0)
         if trainer.optimizer_cls_and_kwargs is not None:  # with a rate of its own
             kind, settings = trainer.optimizer_cls_and_kwargs
             scaled = {"lr": settings["lr"] / self._scale * scale} if "lr" in settings else {}

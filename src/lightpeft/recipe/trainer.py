@@ -11,20 +11,20 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar, cast
 
+import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from lightpeft.budget.found import FoundBudget
-from lightpeft.budget.tolerance import in_nats
 from lightpeft.budget.trainer import budget_in
+from lightpeft.budget.worth import points_a_nat
 from lightpeft.compat.accelerate import as_it_is
-from lightpeft.config import LightConfig, Tolerance, cut_of_writer
-from lightpeft.peft_kinds.sites.registry import own_adapter
+from lightpeft.config import Light, LightConfig, Tolerance, cut_of_writer, tolerance_of
+from lightpeft.errors import require
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling.sizes import parameter_report
@@ -35,12 +35,12 @@ from lightpeft.prune.light_model import LightModel
 from lightpeft.recipe.arguments import taken, with_dense_reference
 from lightpeft.recipe.checkpoints import LightCheckpoints
 from lightpeft.recipe.course import Course, tell_cut
-from lightpeft.recipe.depth import with_depth
 from lightpeft.recipe.naming import with_loaded_model
 from lightpeft.recipe.parallel import agreed
-from lightpeft.recipe.pruner import EarlyPruner, can_write, cut, light_settings
+from lightpeft.recipe.pruner import EarlyPruner, cut
 from lightpeft.recipe.refusals import check_length, check_light, refuse_parts
 from lightpeft.recipe.schedule import LightSchedule
+from lightpeft.recipe.settling import can_write, gives_classes, peft_config_of, settings_of_trainer
 from lightpeft.recipe.wrapping import inner_peft_model, with_peft
 from lightpeft.training.acceleration import light_steps
 from lightpeft.training.fitting import train_in_float32
@@ -60,8 +60,9 @@ class LightTraining(Training):
     needs are extended in `Training`.
 
     Args:
-        light: a preset's name, or a `LightConfig`; None: `writer` for a model that can write texts, `default` for all
-            others.
+        light: part of the blocks to remove, such as 0.4, "auto", a preset's name, or settings (`LightConfig`, or a
+            mapping of its fields); None: of a model that writes its answers nothing goes, and of others what is
+            measured to cost no more than one point of accuracy or, where answers are no classes, 0.05 nats.
         peft_config: PEFT modules for a dense model; without `target_modules` they sit on all projections of the blocks
             in which `light` lets modules stay. A model that is a PeftModel needs none.
         fast_steps: fused LoRA layers, a language model's head for labelled tokens alone, fewer steps back through
@@ -71,7 +72,7 @@ class LightTraining(Training):
     Attributes:
         light_plan: which units of the dense base are left; None where training ended before the cut.
         light_record: the scores behind it; None where training went on from behind the cut.
-        light_budget: what `light.blocks: auto` found, and what that is expected to cost; None otherwise.
+        light_budget: what `light: auto` found, and what that is expected to cost; None otherwise.
         light_report: steps and seconds of estimation, and parameters before and after the cut.
 
     Raises:
@@ -91,7 +92,7 @@ class LightTraining(Training):
         self,
         model: Any = None,
         *args: Any,
-        light: str | LightConfig | None = None,
+        light: Light = None,
         peft_config: PeftConfig | None = None,
         fast_steps: bool = True,
         prefix_cache: PrefixCache | None = PrefixCache(),  # noqa: B008 (frozen)
@@ -101,20 +102,18 @@ class LightTraining(Training):
         self.fast_steps, self.light_report = fast_steps, {}
         model, options = with_loaded_model(model, type(self), options)
         refuse_parts(model)
-        if isinstance(light, LightConfig):
-            light = with_depth(light, model, options)
         if peft_config is not None:
-            model = with_peft(model, peft_config, light_settings(light, peft_config, model))
+            light = settings_of_trainer(light, peft_config, model, options)
+            model = with_peft(model, peft_config, light)
         super().__init__(model, *args, **with_dense_reference(options))  # type: ignore[call-arg]
         self._peft_model = inner_peft_model(self.model)
-        self.light_config = light_settings(
-            light, self._peft_model.peft_config[own_adapter(self._peft_model)], self._peft_model
-        )
+        peft = peft_config_of(self._peft_model)
+        self.light_config = settings_of_trainer(light, peft, self._peft_model, options)
         check_light(self, sharded=self._sharding.fsdp)
         self.args: TrainingArguments = copy.copy(self.args)  # the user's own stay as they are
         if self.args.fp16:
             train_in_float32(self.model)
-        if self.light_config.keep != "light":
+        if self.light_config.after.keep != "light":
             self._note_full_width()
         self.light_plain_rate = self.args.learning_rate
         self._light_contexts = ExitStack()
@@ -173,9 +172,8 @@ class LightTraining(Training):
         assert self._light_pruner is not None
         if can_write(self._peft_model) and (line := cut_of_writer(self.light_config)) is not None:
             self._warn(line)
-        settings = fitted(self.light_config, pace_of(self), state.max_steps, longer=self.light_longer)
-        self._light_pruner.config = self._light_pruner.estimator.config = settings
-        self._light_pruner.estimator.start(state.max_steps)
+        stage = fitted(self.light_config, pace_of(self), state.max_steps, longer=self.light_longer)
+        self._light_pruner.estimator.start(state.max_steps, stage)
         if self._light_checkpoint is not None:
             self._light_pruner.estimator.load_state(self._light_checkpoint)
         self._light_started = time.perf_counter()
@@ -220,15 +218,15 @@ class LightTraining(Training):
     def make_light_plan(self, record: EstimationRecord) -> PrunePlan | None:
         """What stays, decided once, when estimation is over; None ends training without a cut. To be overridden."""
         light = self.light_config
-        if light.blocks == "auto":
+        if light.is_auto:
             self.light_budget = self.find_light_budget(record, self.state.max_steps)
             self._light_seconds["budget"] = self.light_budget.seconds
             _log.log(logging.INFO if self.light_budget.blocks else logging.WARNING, "%s", self.light_budget.summary())
-            light = replace(light, blocks=agreed(self.light_budget.blocks))
+            light = light.removing(agreed(self.light_budget.blocks))
         return make_plan(record, light)
 
     def find_light_budget(self, record: EstimationRecord, steps: int) -> FoundBudget:
-        """The largest part of the blocks that may go within `light.tolerance`, for the model as estimation left it.
+        """The largest part of the blocks that may go within the tolerance, for the model as estimation left it.
 
         Args:
             steps: of the whole run.
@@ -240,22 +238,26 @@ class LightTraining(Training):
         _log.info("%s", line)
 
     def light_tolerance(self) -> Tolerance:
-        """`light.tolerance`, or the usual one. To be overridden.
+        """`light.remove.tolerance`, or the usual one: of points where answers are classes. To be overridden.
 
         Raises:
-            LightPeftError: it is one of points, and what a trainer has is a loss.
+            LightPeftError: it is of points, and the model gives no classes by a loss that is known.
         """
-        return in_nats(self.light_config.tolerance)
+        classes = self._has_models_loss() and gives_classes(self._peft_model, self.train_dataset)
+        asked = tolerance_of(self.light_config, classes)
+        what = f'light.remove.tolerance is "{asked}", and the trainer knows of no classes'
+        require(classes or asked.unit == "nats", f"{what}; give nats of the loss")
+        return asked
 
     def light_points_a_nat(self, classes: Tensor, right: Tensor) -> float:
-        """Points of the task's metric that a nat of its loss is worth. To be overridden where `light_tolerance` may be
-        one of points.
+        """Points of the task's metric, which is accuracy, that a nat of its loss is worth. To be overridden.
 
         Args:
             classes: that the model gives rows which are set aside, [rows].
             right: the classes that these have, [rows].
         """
-        raise NotImplementedError("a trainer knows of its loss alone")
+        known = max(2, 1 + int(torch.cat([classes, right]).max()))
+        return points_a_nat(right.cpu().numpy(), classes.cpu().numpy(), known)
 
     def prune_light_model(self, plan: PrunePlan) -> LightModel:
         """Cut the model down to the plan, in place. To be overridden."""
@@ -272,9 +274,12 @@ class LightTraining(Training):
 
     def _light_acceleration(self) -> Any:
         """What makes the steps of both parts faster, with the base's dropout that goes with it."""
-        # nobody reads a language model's logits in training: `Trainer` does not, a loss of one's own may
-        loss_alone = self.has_plain_loss() and self.compute_loss_func is None and self.label_smoother is None
-        return light_steps(self._peft_model, self.light_config, fast=self.fast_steps, loss_alone=loss_alone)
+        alone = self._has_models_loss()
+        return light_steps(self._peft_model, self.light_config, fast=self.fast_steps, loss_alone=alone)
+
+    def _has_models_loss(self) -> bool:
+        """Whether the loss is what the model makes of its labels, and nobody reads logits: one's own loss may."""
+        return self.has_plain_loss() and self.compute_loss_func is None and self.label_smoother is None
 
     # -- what is said on the way ---------------------------------------------------------------------------------
 
@@ -293,11 +298,11 @@ class LightTraining(Training):
         _log.warning("%s", line)
 
     def _note_full_width(self) -> None:
-        """Say what of `light.keep` is left to the caller: the base is no longer there when training ends."""
+        """Say what of `light.after.keep` is left to the caller: the base is no longer there when training ends."""
         _log.warning(
-            "light.keep is %s: after training, lightpeft.full_width(trainer.model) is that; "
+            "light.after.keep is %s: after training, lightpeft.full_width(trainer.model) is that; "
             "steps at full width (full_width_steps) are any trainer's on what it gives",
-            self.light_config.keep,
+            self.light_config.after.keep,
         )
 
 

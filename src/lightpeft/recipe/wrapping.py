@@ -37,7 +37,7 @@ def inner_peft_model(model: nn.Module) -> PeftModel:
 
 
 def with_peft(model: nn.Module, config: PeftConfig, light: LightConfig, **options: Any) -> nn.Module:
-    """Put PEFT modules on a dense model, in those of its blocks in which they may stay (`light.module_blocks`).
+    """Put PEFT modules on a dense model, in those of its blocks in which they may stay (`light.modules.blocks`).
 
     Args:
         model: a transformers model, or one that has one inside, where the PeftModel then takes its place.
@@ -85,7 +85,7 @@ def placed(config: PeftConfig, model: nn.Module, light: LightConfig) -> PeftConf
     if named.get("target_modules") is not None and place.others:
         known = named.get("exclude_modules") or []
         pattern = isinstance(known, str)
-        require(not pattern, "exclude_modules is a pattern; give a list, or set light.module_blocks to 1")
+        require(not pattern, "exclude_modules is a pattern; give a list, or set light.modules.blocks to 1")
         changed["exclude_modules"] = [*known, *projections(place.others)]
     config = copy.copy(config)
     for name, value in changed.items():
@@ -96,7 +96,7 @@ def placed(config: PeftConfig, model: nn.Module, light: LightConfig) -> PeftConf
 def leave_modules(model: PeftModel, light: LightConfig) -> None:
     """Take out the PEFT modules of blocks in which none may stay, so that none is trained in vain.
 
-    (Those of the blocks that `light.depth` leaves out go with these.)
+    (Those of the blocks that `light.remove.depth` leaves out go with these.)
 
     Raises:
         LightPeftError: none would be left.
@@ -106,7 +106,8 @@ def leave_modules(model: PeftModel, light: LightConfig) -> None:
     sites = find_sites(model, blocks)
     gone = [site for site in sites if (site.spec.block or 0) < lowest]
     require(
-        len(gone) < len(sites), "no PEFT module sits in the blocks that module_blocks allows; raise it, or place others"
+        len(gone) < len(sites),
+        "no PEFT module sits in the blocks that light.modules.blocks allows; raise it, or place others",
     )
     if gone:
         for site in gone:

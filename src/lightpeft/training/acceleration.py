@@ -30,8 +30,8 @@ def light_steps(
         loss_alone: as for `accelerated`.
     """
     if not fast:
-        return base_dropout(model, light.dropout)
-    return accelerated(model, dropout=light.dropout, loss_alone=loss_alone)
+        return base_dropout(model, light.rates.base_dropout)
+    return accelerated(model, dropout=light.rates.base_dropout, loss_alone=loss_alone)
 
 
 @contextmanager

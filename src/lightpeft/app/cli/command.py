@@ -81,8 +81,8 @@ def overview(in_full: Collection[str] = ()) -> Parser:
     parser = Parser(
         prog="lightpeft",
         usage="%(prog)s verb ...",
-        description="PEFT on a foundation model that is pruned early in the same run. Settings come from the preset, "
-        "then --config, then options such as --light.heads 0.5.",
+        description="PEFT on a foundation model that is pruned early in the same run. Settings come from --config, "
+        "then options such as --light 0.4.",
     )
     parser.add_argument("--version", action="version", version=f"lightpeft {__version__}")
     verbs = parser.add_subparsers(

@@ -16,24 +16,22 @@ def unknown_verb(word: str, known: Iterable[str]) -> str:
     return f"unknown verb {word}; did you mean {meant}?"
 
 
-def unknown_option(words: Sequence[str], known: Collection[str], rows: str | None = None) -> str:
+def unknown_option(words: Sequence[str], known: Collection[str]) -> str:
     """One line about words that no option takes, with the option that is likely meant.
 
     Args:
         words: what is left of a command line.
         known: the options that there are.
-        rows: the one that takes a file of rows.
     """
     unknown = next((word.partition("=")[0] for word in words if re.match("--?[a-zA-Z]", word)), None)
     if unknown is None:
-        meant = rows if rows and words[0].lower().endswith(_ROWS) else None
-        return f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean {meant} {words[0]}?" if meant else "")
+        return f"unrecognized arguments: {' '.join(words)}; --help shows what there is"
     meant = meant_option(unknown, known)
     return f"unknown option {unknown}; " + (f"did you mean {meant}?" if meant else "--help shows all that there are")
 
 
 def meant_option(word: str, known: Collection[str]) -> str | None:
-    """The known option that somebody meant: called so elsewhere, in a section, or nearly so."""
+    """The known option that somebody meant: called so in a section, or nearly so."""
     name = word.lstrip("-").replace("-", "_").lower()
     if f"--{name}" in known and f"--{name}" != f"--{word}":
         return f"--{name}"
@@ -49,5 +47,3 @@ def meant_option(word: str, known: Collection[str]) -> str | None:
 
 _COLUMNS = ("text", "text_pair", "label", "prompt", "completion")
 """Columns that people give as options."""
-_ROWS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-"""Ends of names of files with rows."""

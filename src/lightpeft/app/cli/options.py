@@ -15,6 +15,7 @@ import yaml
 
 from lightpeft.app.cli.hints import meant_option, unknown_option
 from lightpeft.compat.argparse import options_of
+from lightpeft.config import LightConfig, light_mapping
 from lightpeft.config.peft import TYPE
 from lightpeft.config.validation import checked, load_yaml, parse_yaml
 from lightpeft.errors import LightPeftError
@@ -94,6 +95,8 @@ class Option:
         """
         if not isinstance(given, str):
             return given
+        if self.type is LightConfig:
+            return light_of(given)
         is_section = dataclasses.is_dataclass(self.type)
         return section_of(given, self.target, known) if is_section else value_of(given, self.type)
 
@@ -164,6 +167,11 @@ def section_of(word: str, name: str, known: Iterable[str]) -> dict[str, Any]:
         meant = meant_option(name, list(known))
         raise LightPeftError(f"--{name} takes a YAML file, and {word} is none; did you mean {meant}?")
     return load_yaml(word)
+
+
+def light_of(word: str) -> dict[str, Any]:
+    """The settings of `light` from one word: a short form of them, YAML, or a file of it."""
+    return load_yaml(word) if Path(word).is_file() else light_mapping(value_of(word, dict))
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,16 +7,16 @@ import dataclasses
 import inspect
 import textwrap
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
 from lightpeft.app.cli.options import Option
-from lightpeft.config import PRESETS, RunConfig, overlaid, run_config_from_dict, usual_preset
+from lightpeft.config import LightConfig, RunConfig, overlaid, run_config_from_dict
 from lightpeft.config.validation import load_yaml
 from lightpeft.errors import require
 
@@ -31,8 +31,7 @@ USUAL = (
     "--data.train",
     "--data.columns",
     "--output",
-    "--preset",
-    "--light.blocks",
+    "--light",
     "--training.epochs",
 )
 """The settings that people need, in the order of `--help`; `--help-all` shows the others."""
@@ -44,7 +43,7 @@ def run_config(given: dict[str, Any]) -> RunConfig:
 
 
 def run_settings(given: dict[str, Any]) -> dict[str, Any]:
-    """The same as far as they are given, nested, before presets and defaults."""
+    """The same as far as they are given, nested, before defaults."""
     from lightpeft.app.folders.run_folder import stored_settings
 
     above = dict(given)
@@ -82,11 +81,8 @@ def sections(arguments: Sequence[str] = (), without: Collection[str] = ()) -> li
         arguments: a command line, which may name keys of settings that are mappings, such as --peft.use_dora.
         without: settings to leave out.
     """
-    fields = [each for each in dataclasses.fields(RunConfig) if each.name not in without]
-    inner = [each for each in fields if dataclasses.is_dataclass(_hint(RunConfig, each.name))]
-    own = [_option(RunConfig, each) for each in fields if each not in inner]
-    whole = [section(each.name, _hint(RunConfig, each.name), arguments) for each in inner]
-    return [Section(_title(RunConfig), [*own, *_keys(own, arguments)]), *whole]
+    first, *inner = sections_of("", RunConfig(), arguments, without)
+    return [first, *inner]
 
 
 def _keys(options: Sequence[Option], arguments: Sequence[str]) -> list[Option]:
@@ -101,27 +97,35 @@ def _keys(options: Sequence[Option], arguments: Sequence[str]) -> list[Option]:
     ]
 
 
-def section(name: str, cls: Any, arguments: Sequence[str] = ()) -> Section:
-    """Options for all fields of a class: first one for the whole, below a name, then one a field."""
-    whole = Option(f"--{name}", "All of this section, as YAML or in a YAML file.", type=cls)
-    own = [_option(cls, each, f"{name}.") for each in dataclasses.fields(cls)]
-    return Section(_title(cls), [whole, *own, *_keys(own, arguments)])
+def sections_of(
+    name: str, usual: Any, arguments: Sequence[str] = (), without: Collection[str] = ()
+) -> Iterator[Section]:
+    """The options of a section, and of those that are in it: first one for the whole, then one a field.
+
+    Args:
+        name: dotted; empty: the run itself, which has none for the whole.
+        usual: the section where nobody says anything.
+    """
+    cls = type(usual)
+    fields = [each for each in dataclasses.fields(cls) if each.name not in without]
+    inner = [each.name for each in fields if dataclasses.is_dataclass(_hint(cls, each.name))]
+    prefix = f"{name}." if name else ""
+    own = [_option(usual, each.name, prefix) for each in fields if each.name not in inner]
+    whole = [Option(f"--{name}", _whole(cls), type=cls)] if name else []
+    yield Section(_title(cls), [*whole, *own, *_keys(own, arguments)])
+    for each in inner:
+        yield from sections_of(f"{prefix}{each}", getattr(usual, each), arguments)
 
 
-def _option(cls: Any, field: dataclasses.Field[Any], prefix: str = "") -> Option:
-    name = f"{prefix}{field.name}"
-    return Option(f"--{name}", _documented(cls)[field.name], _hint(cls, field.name), _default(field, name))
+def _whole(cls: Any) -> str:
+    section = "all of this section, as YAML or in a YAML file."
+    amount = "Part of the blocks to remove such as 0.4, auto, a preset's name, or"
+    return f"{amount} {section}" if cls is LightConfig else f"A{section[1:]}"
 
 
-def _default(field: dataclasses.Field[Any], name: str) -> Any:
-    """What holds if nobody says anything, which for `light` is the preset's to say."""
-    if name == "preset":  # which its task has a say in
-        return None
-    section, _, key = name.rpartition(".")
-    preset = PRESETS[usual_preset(written=False, measured=True)] if section == "light" else {}
-    factory = field.default_factory
-    default = field.default if factory is dataclasses.MISSING else factory()
-    return preset.get(key, default)
+def _option(usual: Any, field: str, prefix: str) -> Option:
+    name, cls = f"{prefix}{field}", cast(Any, type(usual))
+    return Option(f"--{name}", _documented(cls)[field], _hint(cls, field), getattr(usual, field))
 
 
 def _title(cls: Any) -> str:

@@ -98,7 +98,7 @@ def per_class_table(classes: Mapping[str, Mapping[str, float]]) -> Table:
 def curve_table(found: Mapping[str, Any]) -> Table:
     """What budgets cost and save, one a row: what `lightpeft plan --curve` measures."""
     title = f"before training goes on, on {found['rows']:,} training rows: loss {found['loss']:.3f} with nothing cut"
-    table = _numbers_table(title, "light.blocks", "goes of all", "loss", "rise", "± (95%)", "time of a step")
+    table = _numbers_table(title, "part of the blocks", "goes of all", "loss", "rise", "± (95%)", "time of a step")
     for point in found["points"]:
         measured = "" if f"{point['blocks']:g}" in found["step_times"] else "about "
         table.add_row(

@@ -86,7 +86,7 @@ def _full_width(adapter: LightAdapter, folder: Path, overwrite: bool) -> str:
     from lightpeft.adapters.full_width import copy_full_width, save_full_width
     from lightpeft.app.folders.run_folder import RunFolder
 
-    if adapter.run is not None and adapter.run.light.keep != "light":
+    if adapter.run is not None and adapter.run.light.after.keep != "light":
         copy_full_width(RunFolder.at(adapter.folder.parent).full, folder, overwrite=overwrite)
     else:
         save_full_width(adapter.folder, adapter.model, folder, overwrite=overwrite)

@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightpeft.adapters.auto_classes import LightConfig
+from lightpeft.adapters.auto_classes import LightModelConfig
 from lightpeft.adapters.light_adapter import load_light
 from lightpeft.adapters.merging import load_merged, merged_config
 from lightpeft.app.folders.results import Model
@@ -192,7 +192,7 @@ class WholeModel(Found):
         """
         config = load_model_config(self.model)
         alone = f"{self.name} has the weights of a pruned model, but not the plan of that: {MERGED} is missing"
-        require(not isinstance(config, LightConfig), alone)
+        require(not isinstance(config, LightModelConfig), alone)
         return config
 
     @property

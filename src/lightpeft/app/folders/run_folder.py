@@ -181,7 +181,7 @@ class RunFolder:
 
     @property
     def budget(self) -> Path:
-        """What `light.blocks: auto` found, and what that is expected to cost."""
+        """What `light: auto` found, and what that is expected to cost."""
         return self.path / "budget.json"
 
     @property
@@ -207,7 +207,7 @@ class RunFolder:
     @property
     def keeps_full(self) -> bool:
         """Whether the run is one that leaves that."""
-        return self.config.way.prunes and self.config.light.keep != "light"
+        return self.config.way.prunes and self.config.light.after.keep != "light"
 
     @property
     def last_training(self) -> str:
@@ -227,7 +227,7 @@ class RunFolder:
     @property
     def result(self) -> Path:
         """What the run is asked by: what training leaves or, if nothing else is kept, that at full width."""
-        return self.full if self.keeps_full and self.config.light.keep == "full" else self.trained
+        return self.full if self.keeps_full and self.config.light.after.keep == "full" else self.trained
 
     @property
     def trained(self) -> Path:
@@ -246,7 +246,7 @@ class RunFolder:
 
     @property
     def depth(self) -> Path:
-        """What `light.depth: auto` found."""
+        """What `light.remove.depth: auto` found."""
         return self.path / "depth.json"
 
     def checkpoints(self, stage: str) -> Path:
@@ -446,7 +446,7 @@ def differences(stored: RunConfig, given: RunConfig, skip_budget: bool = False) 
     `skip_budget`."""
     budget = {f"light.{name}" for name in READ_BY_PLANS} if skip_budget else set()
     stored, given = _without_other_tasks(stored), _without_other_tasks(given)
-    skipped = budget | {"output", "preset"} | {f"model.{name}" for name in SWITCHES}
+    skipped = budget | {"output", "light.preset"} | {f"model.{name}" for name in SWITCHES}
     before, after = flat(dataclasses.asdict(stored)), flat(dataclasses.asdict(given))
     return [
         name

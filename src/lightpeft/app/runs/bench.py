@@ -28,7 +28,7 @@ from lightpeft.app.runs.report.words import rounds as rounds_in_words
 from lightpeft.app.runs.workers import Worker
 from lightpeft.app.runs.workspace import Workspace, prepare
 from lightpeft.compat.transformers import LengthGroupedSampler
-from lightpeft.config import RunConfig
+from lightpeft.config import RunConfig, changed
 from lightpeft.console.progress import StepProgress, duration, tell
 from lightpeft.errors import require
 from lightpeft.files import write_json
@@ -354,7 +354,7 @@ def _estimation(work: Workspace) -> Made:
 
 def estimating(work: Workspace, model: PeftModel) -> OptimizerFactory:
     """Attach what estimates to a model; the factory of an optimizer whose steps train the masks as well."""
-    estimator = Estimator(model, replace(work.config.light, length=10**9))
+    estimator = Estimator(model, changed(work.config.light, {"estimate": {"length": 10**9}}))
     estimator.start(None)
 
     def made(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

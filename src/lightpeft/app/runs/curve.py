@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from peft import PeftModel
@@ -50,7 +50,7 @@ def curve(work: Workspace, parts: Sequence[float] = PARTS, rows: int = ROWS) -> 
     record = EstimationRecord.load(run.estimation)
     light = work.config.light
     # a cut of ranks throws away what they have learned, which hides all else
-    plans = dict(nested_plans(record, replace(light, ranks=0.0, modules=0.0), parts))
+    plans = dict(nested_plans(record, light.with_whole_modules(), parts))
     model = estimated_model(work, record)
     batches = work.drawn_batches(rows, _BATCH)
     dense, points = loss_curve(model, plans, batches, autocast_dtype(work.config.training))

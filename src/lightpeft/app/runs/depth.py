@@ -1,4 +1,4 @@
-"""`light.depth: auto`: how many blocks a run leaves out, found before its estimation."""
+"""`light.remove.depth: auto`: how many blocks a run leaves out, found before its estimation."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def settle_depth(work: Workspace) -> None:
     Raises:
         LightPeftError: the rows do not tell, or the file is damaged.
     """
-    if work.config.light.depth == "auto":
+    if work.config.light.remove.depth == "auto":
         with work.run.held():
             _leave_depth(work)
         work.config = with_found_depth(work.config, work.run)
 
 
 def found_depth(run: RunFolder) -> dict[str, Any] | None:
-    """What `light.depth: auto` found; None: nothing yet.
+    """What `light.remove.depth: auto` found; None: nothing yet.
 
     Raises:
         LightPeftError: the file is damaged.
@@ -36,7 +36,8 @@ def found_depth(run: RunFolder) -> dict[str, Any] | None:
 
 def _leave_depth(work: Workspace) -> None:
     started, facts = time.perf_counter(), _found(work)
-    work.run.announce("depth", f"light.depth: auto leaves out {facts['depth']:.0%} of the blocks: {facts['reason']}")
+    left_out = f"light.remove.depth: auto leaves out {facts['depth']:.0%} of the blocks"
+    work.run.announce("depth", f"{left_out}: {facts['reason']}")
     work.run.finish_stage("depth", time.perf_counter() - started, lambda: write_json(work.run.depth, facts))
 
 
@@ -45,4 +46,4 @@ def _found(work: Workspace) -> dict[str, Any]:
     if not is_classifying_decoder(model):
         return {"depth": 0.0, "reason": ONLY_THESE}
     found = agreed(find_depth(model, work.drawn_batches(ROWS), autocast_dtype(work.config.training)))
-    return {**found.facts(), "depth": found.within(work.config.light.blocks), "reason": found.summary()}
+    return {**found.facts(), "depth": found.within(work.config.light.remove.blocks), "reason": found.summary()}

@@ -95,7 +95,7 @@ def run(
 def estimate(work: Workspace) -> EstimationRecord:
     """Train masks and PEFT modules together for the first steps of the run, and record every unit's importance.
 
-    Blocks that `light.depth` leaves out are gone before that. Where the budget takes nothing away, nothing trains.
+    Blocks that `light.remove.depth` leaves out are gone before that. Where nothing is to go, nothing trains.
     """
     if not work.run.has("estimate") and work.config.light.chooses:
         _train_light(work, stop_at_cut=True)
@@ -148,7 +148,7 @@ def plan(work: Workspace | RunFolder) -> PrunePlan:
     run = work if isinstance(work, RunFolder) else work.run
     run.need("estimate", "plan")
     with nullcontext() if run.has("prune") else run.held():  # what is pruned already stays as it is
-        if run.config.light.blocks == "auto" and isinstance(work, Workspace) and found_budget(run) is None:
+        if run.config.light.is_auto and isinstance(work, Workspace) and found_budget(run) is None:
             _find_budget(work)
         return leave_plan(run)
 
@@ -157,7 +157,7 @@ def _find_budget(work: Workspace) -> None:
     """What the trainer does between estimation and plan, for an estimation that is over."""
     record = EstimationRecord.load(work.run.estimation)
     set_seed(work.config.seed)
-    light = replace(work.config.light, depth=0.0)  # those blocks are gone
+    light = work.config.light.with_depth(0.0)  # those blocks are gone
     work = replace(work, config=replace(work.config, light=light))
     LightRun(work, estimated_model(work, record)).leave_light_budget(record)
 
@@ -234,7 +234,7 @@ def _train_behind_the_cut(work: Workspace, light: Model, callbacks: Sequence[Tra
 def widen(work: Workspace, callbacks: Sequence[TrainerCallback] = ()) -> None:
     """Put what the small model has learned over the whole base, and train it there for the last steps of the run.
 
-    Nothing is done where the run does not keep that (`light.keep`), or has it.
+    Nothing is done where the run does not keep that (`light.after.keep`), or has it.
     """
     run = work.run
     if not run.keeps_full or run.has("widen"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightpeft.app.folders.run_folder import RunFolder, flat, is_run
-from lightpeft.config import READ_BY_PLANS, SWITCHES, RunConfig
+from lightpeft.config import READ_AFTERWARDS, READ_BY_PLANS, SWITCHES, RunConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import append_line, read_json, replacing_folder, write_json
 from lightpeft.machine import processes
@@ -17,16 +17,14 @@ from lightpeft.plans.records import EstimationRecord
 
 _RECORD = "estimation.json"
 """File of an estimation that has the checksum of its scores."""
-_AFTERWARDS = frozenset({"keep", "full_width_steps", "full_width_rate"})
-"""Settings of `light`, beside those of plans, that are read when estimation is over."""
 
 
 def estimation_settings(config: RunConfig) -> dict[str, Any]:
     """All settings that the scores depend on, by their dotted names."""
-    later = _AFTERWARDS | READ_BY_PLANS
-    if config.light.depth == "auto":
-        later -= {"blocks"}  # which bounds what is left out before
-    skipped = {"output", "preset", *(f"light.{name}" for name in later), *(f"model.{name}" for name in SWITCHES)}
+    later = READ_AFTERWARDS | READ_BY_PLANS | {"preset"}
+    if config.light.remove.depth == "auto":
+        later -= {"remove.blocks"}  # which bounds what is left out before
+    skipped = {"output", *(f"light.{name}" for name in later), *(f"model.{name}" for name in SWITCHES)}
     return {name: value for name, value in flat(asdict(config)).items() if name not in skipped}
 
 
@@ -57,7 +55,7 @@ def find_estimation(config: RunConfig, folder: Path) -> RunFolder:
     record = EstimationRecord.load(donor.estimation)  # it is whole
     record.check_scored(config.light)
     _check_steps(config, donor, record)
-    if config.light.blocks != "auto":
+    if not config.light.is_auto:
         make_plan(record, config.light)  # and the budget can be met
     return donor
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from peft import PeftModel
 
 from lightpeft.app.evaluation.milestones import moment_behind
 from lightpeft.app.folders.results import open_peft, save_peft
-from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.folders.run_folder import RunFolder, flat
 from lightpeft.app.runs.workspace import Workspace
 from lightpeft.app.tasks import task_facts
 from lightpeft.budget.found import FoundBudget
@@ -62,18 +62,18 @@ the frequencies of labels that its last window took away (None: not known)."""
 
 
 def leave_budget(run: RunFolder, found: FoundBudget) -> None:
-    """What `light.blocks: auto` found, and the time that it took."""
+    """What `light: auto` found, and the time that it took."""
     facts = {**found.facts(), "settings": _asked(run.config.light)}
     run.finish_stage("budget", found.seconds, lambda: write_json(run.budget, facts))
 
 
 def _asked(light: LightConfig) -> dict[str, Any]:
     """What a budget hangs on, beside the estimation."""
-    return {name: getattr(light, name) for name in sorted(READ_BY_PLANS)}
+    return {name: value for name, value in flat(asdict(light)).items() if name in READ_BY_PLANS}
 
 
 def found_budget(run: RunFolder) -> dict[str, Any] | None:
-    """What `light.blocks: auto` found by the run's settings; None: nothing yet.
+    """What `light: auto` found by the run's settings; None: nothing yet.
 
     Raises:
         LightPeftError: the file is damaged.
@@ -92,13 +92,13 @@ def light_of(run: RunFolder) -> LightConfig:
         LightPeftError: that was not found yet, or its file is damaged.
     """
     light = run.config.light
-    if light.blocks != "auto":
+    if not light.is_auto:
         return light
     found = found_budget(run)
     if found is None:
-        raise LightPeftError(f"{run.path} has found no budget yet (light.blocks: auto); run lightpeft plan before this")
+        raise LightPeftError(f"{run.path} has found no budget yet (light: auto); run lightpeft plan before this")
     with understandable(run.budget):
-        return replace(light, blocks=float(found["blocks"]))
+        return light.removing(float(found["blocks"]))
 
 
 def leave_plan(run: RunFolder) -> PrunePlan:

@@ -175,7 +175,7 @@ class LightRun(light_trainer(RunTrainer)):  # type: ignore[misc]
         leave_estimation(self.work, self._peft_model, record, self.meter.stop(self.state.global_step))
         if self.stop_at_cut:
             return None
-        if self.light_config.blocks == "auto":
+        if self.light_config.is_auto:
             self.leave_light_budget(record)
         return leave_plan(self.work.run)
 
@@ -246,13 +246,18 @@ class DenseRun(RunTrainer):
         self.meter = Meter(self.work, self.model, state.global_step, state.global_step > 0, caching)
 
 
+FULL_WIDTH_RATE = 0.3
+"""Learning rate of the last steps of a run that keeps its base whole, as a multiple of the run's
+(docs/writers.md)."""
+
+
 class WideRun(DenseRun):
     """The last steps of a light run, over the whole base, as fast as the others."""
 
     stage = "widen"
 
     def __init__(self, work: Workspace, model: nn.Module, callbacks: Sequence[TrainerCallback] = ()) -> None:
-        super().__init__(work, model, callbacks, work.last_steps, work.rate * work.config.light.full_width_rate)
+        super().__init__(work, model, callbacks, work.last_steps, work.rate * FULL_WIDTH_RATE)
 
     @contextmanager
     def _training(self, checkpoint: str | None) -> Iterator[None]:

@@ -28,9 +28,8 @@ from lightpeft.app.tasks import (
     share_at_limit,
     task_tokens,
 )
-from lightpeft.budget.tolerance import USUAL_NATS
-from lightpeft.config import NOTHING_REMOVED, WRITTEN, RunConfig, Tolerance, TrainingConfig, cut_of_writer
-from lightpeft.errors import LightPeftError, require
+from lightpeft.config import WRITTEN, RunConfig, Tolerance, TrainingConfig, cut_of_writer, tolerance_of
+from lightpeft.errors import require
 from lightpeft.files import read_json, understandable
 from lightpeft.machine import autocast_dtype, check_precision, has_bf16, processes, sharding_launched
 from lightpeft.models.families.registry import max_positions
@@ -42,16 +41,14 @@ from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.models.vocabulary.tokenizer import cut_tokenizer
 from lightpeft.peft_kinds.kinds import check_peft_settings
 from lightpeft.plans.records import EstimationRecord
-from lightpeft.prune.length import fitted
+from lightpeft.prune.length import Stage, able, few_examples, fitted
 from lightpeft.training.arguments import USUAL, check_given
 from lightpeft.training.prefix import PrefixCache
-from lightpeft.training.schedule import Pace, rows_held, settled
+from lightpeft.training.schedule import Pace, rows_held, scored_steps, settled
 from lightpeft.training.step_rows import rows_a_step_before, shared
 
 STOPPING = frozenset({"eval_strategy", "load_best_model_at_end", "metric_for_best_model"})
 """Fields of `TrainingArguments` by which somebody says himself what training is stopped by, or kept of it."""
-USUAL_POINTS = "1 point"
-"""`light.tolerance: auto` where answers are classes."""
 NOTABLE_CUTS = 0.05
 """Part of the training rows that may be cut without a word."""
 
@@ -105,15 +102,26 @@ class Workspace:
         return self.pace.steps(float(self.config.training.epochs))
 
     @property
+    def stage(self) -> Stage:
+        """How long estimation takes.
+
+        Raises:
+            LightPeftError: it would leave no steps to train with, or see too little.
+        """
+        if not self.config.way.prunes:
+            return Stage(0, 0)
+        return fitted(self.config.light, self.pace, self.steps, self.last_steps)
+
+    @property
     def tolerance(self) -> Tolerance:
-        """`light.tolerance`, or the usual one: of points where answers are classes.
+        """`light.remove.tolerance`, or the usual one: of points where answers are classes.
 
         Raises:
             LightPeftError: it is of points, and answers are no classes.
         """
-        given, classes = self.config.light.tolerance, answers_are_classes(self.task)
-        asked = Tolerance.read((USUAL_POINTS if classes else USUAL_NATS) if given == "auto" else given)
-        what = f'light.tolerance is "{asked}", and {self.task.main_metric} is no metric of classes'
+        classes = answers_are_classes(self.task)
+        asked = tolerance_of(self.config.light, classes)
+        what = f'light.remove.tolerance is "{asked}", and {self.task.main_metric} is no metric of classes'
         require(classes or asked.unit == "nats", f"{what}; give nats of the loss")
         return asked
 
@@ -150,7 +158,7 @@ class Workspace:
 
     @property
     def rate(self) -> float:
-        """Peak learning rate of the run's method, before a preset scales it."""
+        """Peak learning rate of the run's method, before `light.rates` scale it."""
         return float(self.config.training.learning_rate)
 
     @property
@@ -208,7 +216,7 @@ class Workspace:
         if self.unable is not None:
             self.run.announce(stage, f"nothing of the base goes: {self.unable}")
         if "auto" in (asked.epochs, asked.learning_rate):
-            scale = self.config.light.learning_rate_scale if self.config.way.prunes else 1.0
+            scale = (self.config.light.rates.scale or 1.0) if self.config.way.prunes else 1.0
             length = f"{self.steps} steps (epochs: {training.epochs:g})"
             self.run.announce(stage, f"training takes {length} at a learning rate of {self.rate * scale:.2g}")
         if self.held_rows is not None and self.stops_early:
@@ -216,17 +224,19 @@ class Workspace:
             self.run.announce(stage, f"{held}: training stops early where the loss on them turns")
         light, writes = self.config.light, self.config.way.prunes and self.task.entry.kind in WRITTEN
         if writes and not light.cuts_blocks:
-            preset = self.config.preset or "writer"
-            nothing = f"nothing of the base goes (preset: {preset}): a model that writes uses all of itself"
-            self.run.announce(stage, f"{nothing}; light.blocks cuts it all the same")
+            nothing = "nothing of the base goes: a model that writes uses all of itself"
+            self.run.announce(stage, f"{nothing}; a number, such as light: 0.2, cuts it all the same")
         elif writes and (line := cut_of_writer(light)) is not None:
             self.run.announce(stage, line)
+        scored = self.pace.least_examples(scored_steps(self.stage.steps)) if self.config.way.prunes else 0
+        if (few := few_examples(light, scored)) is not None:
+            self.run.announce(stage, f"warning: {few}")
         limit = self.config.data.max_length
         share = share_at_limit(self.train_rows, limit) if self.task.cuts else 0.0
         if share >= NOTABLE_CUTS:
             self.run.announce(stage, f"{share:.0%} of the training rows are cut to data.max_length: {limit} tokens")
         if self.vocabulary is not None and self.coverage is not None:
-            tokens = f"{len(self.vocabulary):,} of {self.vocabulary.size:,} tokens stay (light.vocabulary: task)"
+            tokens = f"{len(self.vocabulary):,} of {self.vocabulary.size:,} tokens stay (light.remove.vocabulary: task)"
             more = f"{self.coverage.after / self.coverage.before - 1:+.1%} tokens a row"
             as_before = f"{self.coverage.identical:.0%} are tokenised as before"
             self.run.announce(stage, f"{tokens}; the test rows take {more}, and {as_before}")
@@ -250,11 +260,11 @@ def with_found_depth(config: RunConfig, run: RunFolder) -> RunConfig:
     Raises:
         LightPeftError: the file is damaged.
     """
-    if config.light.depth != "auto":
+    if config.light.remove.depth != "auto":
         return config
     found = read_json(run.depth)
     with understandable(run.depth):
-        return replace(config, light=replace(config.light, depth=float(found["depth"])))
+        return replace(config, light=config.light.with_depth(float(found["depth"])))
 
 
 def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False) -> Workspace:
@@ -318,8 +328,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     if not run.has(run.last_training):
         _ = work.training_of_process  # whether these processes can share what is left
     if config.way.prunes and (overwrite or not run.has("estimate")):
-        # whether estimation leaves steps to train with, and sees enough
-        fitted(config.light, work.pace, work.steps, work.last_steps)
+        _ = work.stage  # whether estimation leaves steps to train with, and sees enough
     return work
 
 
@@ -338,17 +347,13 @@ def _set_aside(config: RunConfig, rows: Dataset, width: int | None) -> tuple[Dat
 
 
 def _able(config: RunConfig, rows: Dataset, width: int | None) -> tuple[RunConfig, str | None]:
-    """The settings of a run that is long enough to estimate with them; of one that is not, and was told nothing about
-    what to remove, settings that remove nothing, and why."""
-    if not config.way.prunes or config.preset is not None or config.light.blocks != "auto":
+    """The settings of a run whose amount is to be found: without a cut where it is too short to estimate, and why."""
+    if not config.way.prunes:
         return config, None
     training = settled(config.training, len(rows), width)
     pace = Pace.of(len(rows), training)
-    try:
-        fitted(config.light, pace, pace.steps(float(training.epochs)))
-    except LightPeftError as error:
-        return replace(config, light=replace(config.light, **NOTHING_REMOVED)), str(error)
-    return config, None
+    light, unable = able(config.light, pace, pace.steps(float(training.epochs)))
+    return replace(config, light=light), unable
 
 
 def _begun_by(run: RunFolder) -> int | None:
@@ -372,7 +377,7 @@ def _vocabulary(
     config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig
 ) -> Vocabulary | None:
     """The tokens that the run keeps; None: all."""
-    if not config.way.prunes or config.light.vocabulary == "keep":
+    if not config.way.prunes or config.light.remove.vocabulary == "keep":
         return None
     needed = task_tokens(task, tokenizer) | config_tokens(model_config)
     return Vocabulary(kept_tokens(tokenizer, needed), model_config.get_text_config().vocab_size)

@@ -95,5 +95,4 @@ EVALUATE = Verb(
     ),
     on_runs=True,
     without=("tasks",),  # tasks of one's own come from --config
-    rows="--data.test",
 )

@@ -60,7 +60,7 @@ def _plan(given: dict[str, Any], estimation: str | None = None, curve: bool = Fa
     if curve:
         _show_curve(config, rows)
     else:
-        measured = config.light.blocks == "auto" and not run.has("prune")
+        measured = config.light.is_auto and not run.has("prune")
         screen.print(plan_table(pipeline.plan(pipeline.prepare(config, replan=True) if measured else run)))
 
 

@@ -27,8 +27,6 @@ class Verb:
     """It takes the settings of a run as well: --config, --run, and an option for every setting."""
     without: Sequence[str] = ()
     """Settings of a run that it does not take."""
-    rows: str = "--data.train"
-    """On runs: what takes the file of rows that somebody gives without an option."""
 
     def call(self, arguments: Sequence[str], begin: Callable[[], None]) -> None:
         """Do what a command line says.

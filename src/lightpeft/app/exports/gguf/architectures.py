@@ -91,7 +91,7 @@ def _check_bare(model: PreTrainedModel, plan: PrunePlan, architecture: Architect
     """Refuse what an architecture that is bare has no place for."""
     instead = f"for which {architecture.name} of llama.cpp, which holds unequal layers of this family, has no place"
     gone = [spec.index for spec, kept in plan.parts if not kept.heads]
-    require(not gone, f"block {min(gone, default=0)} has no attention, {instead}; prune with light.min_heads: 1")
+    require(not gone, f"block {min(gone, default=0)} has no attention, {instead}")
     biases = [name for name in model.state_dict() if name.endswith(".bias")]
     require(not biases, f"{' '.join(biases[:1])} is a bias, {instead}; leave out trained biases")
     require(model.config.tie_word_embeddings, f"the head is none of the embeddings, {instead}")
@@ -103,7 +103,7 @@ def _check_attention(model: PreTrainedModel, plan: PrunePlan) -> None:
     gone = [(spec, kept) for spec, kept in plan.parts if not kept.heads]
     require(
         all(spec.index for spec, _ in gone),
-        "the first block has no attention, which llama.cpp needs there; prune with light.min_heads: 1",
+        "the first block has no attention, which llama.cpp needs there",
     )
     for spec, _ in gone:
         biased = getattr(model.get_submodule(spec.projections["o"]), "bias", None) is not None

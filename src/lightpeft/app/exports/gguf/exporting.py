@@ -46,7 +46,7 @@ def save_gguf(
         model: a `LightModel`; it stays as it is, and a copy of it is merged, which takes its memory once more.
         folder: new or empty.
         dtype: of matrices; "auto": as they are. Where rows are no multiple of 32, `q8_0` leaves matrices in `f16`
-            (`light.multiple_of: 32` makes them so).
+            (`light.remove.multiple_of: 32` makes them so).
         overwrite: the folder may also hold such a file, which goes with all that is in it.
 
     Raises:

@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from lightpeft.app.runs.workspace import Workspace
-from lightpeft.config import LightConfig, RunConfig
+from lightpeft.config import LightConfig, RunConfig, changed
 from lightpeft.errors import require
 from lightpeft.machine import accelerator, autocast_dtype, autocasting
 from lightpeft.models.families.registry import block_specs
@@ -30,7 +30,6 @@ from lightpeft.profiling.rehearsal import Shapes
 from lightpeft.profiling.sizes import count_parameters
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.discovery import ensure_family
-from lightpeft.prune.length import stage_length
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.training.prefix import FrozenPrefix, store_bytes
 
@@ -111,20 +110,20 @@ def even(light: LightConfig, blocks: Sequence[BlockSpec]) -> LightConfig:
 
     As many experts stay as routers need.
     """
-    units = ("head", "neuron", "expert", "module", "rank")
-    criteria: dict[str, Any] = {f"{unit}_criterion": "random" for unit in units}
-    part = light.target if light.blocks is None else 0.0 if light.blocks == "auto" else light.blocks
+    named = {"criterion": "random", "module_criterion": "random", "rank_criterion": "random"}
+    light = changed(light, {"estimate": named})
+    part = 0.0 if light.is_auto else light.known_blocks
     if part is None:
-        return replace(light, **criteria)
+        return light
     spare = [1 - block.needed_experts / block.experts for block in blocks if block.experts]
-    shares = replace(light.with_shares(part), experts=min([part, *spare]))
-    return replace(shares, **criteria, heads_scope="layerwise", neurons_scope="global")
+    shares = light.with_shares(part).remove
+    return replace(light, remove=replace(shares, experts=min([part, *spare]), scope=None))
 
 
 def stored_states(work: Workspace, prefix: FrozenPrefix, shapes: Shapes) -> Tensor | None:
     """What frozen blocks give for a batch; None: there are none, or a run would not keep it."""
     settings = work.prefix_cache
-    steps = work.steps - stage_length(work.config.light, work.steps) - work.last_steps
+    steps = work.steps - work.stage.steps - work.last_steps
     seen = steps * work.pace.batch_size * work.pace.accumulation
     if settings is None or not prefix or seen <= work.pace.rows:
         return None

@@ -20,7 +20,6 @@ from lightpeft.machine import accelerator
 from lightpeft.models.loading import supports_checkpointing
 from lightpeft.profiling.rehearsal import Holding
 from lightpeft.profiling.surroundings import hardware
-from lightpeft.prune.length import fitted, longest_stage, stage_length
 
 _WORTH = 0.9
 """Part of plain PEFT's time above which a light run is hardly worth it."""
@@ -115,7 +114,7 @@ class Check:
             yield f"{together} {self.flops_of_plain:.2f} of what plain PEFT does{self._pays()}"
         if "estimate" in self.stages and self.longest_estimation > self.stages["estimate"].steps:
             steps = f"{self.stages['estimate'].steps} steps, and up to {self.longest_estimation}"
-            yield f"estimation takes {steps} where they teach too little (light.least_learned)"
+            yield f"estimation takes {steps} where they teach too little (light.estimate.length: auto)"
 
     def _pays(self) -> str:
         part = self.time_of_plain
@@ -146,8 +145,7 @@ def check(work: Workspace, available: int | None = None, *, measure: bool = Fals
     available = memory_of_device() if available is None else available
     removal = list(expected_removal(work)) if work.config.way.prunes else []
     if work.config.way.prunes:
-        light = fitted(expected_light(work), work.pace, work.steps, work.last_steps)
-        work = replace(work, config=replace(work.config, light=light))
+        work = replace(work, config=replace(work.config, light=expected_light(work)))
     rehearsal = Rehearsal(work)
     stages, prefix = _own_stages(work, rehearsal)
     stages = {"plain": Need(rehearsal.plain(), work.steps), **stages}
@@ -163,7 +161,7 @@ def _own_stages(work: Workspace, rehearsal: Rehearsal) -> tuple[dict[str, Need],
     """The stages of the run itself, beside plain PEFT, and the bytes of its prefix cache."""
     if not work.config.way.prunes:
         return {}, 0
-    length, last = stage_length(work.config.light, work.steps), work.last_steps
+    length, last = work.stage.steps, work.last_steps
     training, evaluation, prefix = rehearsal.light()
     stages = {"estimate": Need(rehearsal.estimation(), length)} if length else {}
     stages["train"] = Need(training, work.steps - length - last)
@@ -174,10 +172,8 @@ def _own_stages(work: Workspace, rehearsal: Rehearsal) -> tuple[dict[str, Need],
 
 
 def _longest_estimation(work: Workspace) -> int:
-    if not work.config.way.prunes:
-        return 0
-    longest = longest_stage if work.task.labels else stage_length  # what has no classes is not known to have learned
-    return longest(work.config.light, work.steps)
+    # what has no classes is not known to have learned
+    return work.stage.longest if work.task.labels else work.stage.steps
 
 
 def _times(need: Need, seconds: float | None) -> float | None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from lightpeft.app.runs.workspace import Workspace
-from lightpeft.budget.found import SHORT
-from lightpeft.budget.room import SearchRoom, why_unmeasured
+from lightpeft.budget.found import SHORT, fixed_budget
+from lightpeft.budget.room import SEARCH_FRACTION, SearchRoom, why_unmeasured
 from lightpeft.config import LightConfig
 from lightpeft.machine import processes, sharding_launched
 
@@ -15,9 +14,9 @@ from lightpeft.machine import processes, sharding_launched
 def why_fixed(work: Workspace) -> str | None:
     """Why a run that is told no budget cannot search for one; None: it can, or is told."""
     light = work.config.light
-    if light.blocks != "auto":
+    if not light.is_auto:
         return None
-    pace = work.pace
+    pace, depth = work.pace, light.remove.depth
     room = SearchRoom(
         rows=pace.rows,
         batch_size=work.training_of_process.batch_size,
@@ -27,7 +26,7 @@ def why_fixed(work: Workspace) -> str | None:
         sharded=sharding_launched(),
         told=work.rows_told,
     )
-    return why_unmeasured(room, light, work.steps, 0.0 if light.depth == "auto" else light.depth)
+    return why_unmeasured(room, light, work.steps, 0.0 if depth == "auto" else depth)
 
 
 def expected_light(work: Workspace) -> LightConfig:
@@ -35,7 +34,7 @@ def expected_light(work: Workspace) -> LightConfig:
     light = work.config.light
     if why_fixed(work) is None:
         return light
-    return replace(light, blocks=SHORT if work.tolerance.unit == "points" else 0.0)
+    return light.removing(fixed_budget(work.tolerance.unit == "points"))
 
 
 def expected_removal(work: Workspace) -> Iterator[str]:
@@ -48,15 +47,13 @@ def expected_removal(work: Workspace) -> Iterator[str]:
         yield f"removes {SHORT:.0%} of the blocks, or nothing if estimation teaches nothing: {fixed}"
     elif fixed is not None:
         yield f"removes nothing of the blocks: {fixed}, and what a fixed budget costs is known of classifiers alone"
-    elif light.blocks == "auto":
-        most = f"in at most {light.search_fraction:.0%} of the time of plain PEFT's run"
+    elif light.is_auto:
+        most = f"in at most {SEARCH_FRACTION:.0%} of the time of plain PEFT's run"
         yield f"searches for the part of the blocks that {work.tolerance} bears, when estimation is over, {most}"
-    elif light.blocks is not None:
-        yield f"removes {light.blocks:.0%} of the blocks (light.blocks)"
-    elif light.target is not None:
-        yield f"removes {light.target:.0%} of the base (light.target)"
+    elif (part := light.known_blocks) is not None:
+        yield f"removes {part:.0%} of the blocks (light.remove.blocks)"
     else:
-        units = f"{light.heads:.0%} of the heads and {light.neurons:.0%} of the neurons"
-        yield f"removes {units} (light.heads, light.neurons)"
+        units = f"{light.remove.heads or 0:.0%} of the heads and {light.remove.neurons or 0:.0%} of the neurons"
+        yield f"removes {units} (light.remove.heads, light.remove.neurons)"
     if work.held_rows is not None and work.stops_early:
         yield f"stops before its {work.steps} steps are over if the loss on {len(work.held_rows)} rows aside turns"

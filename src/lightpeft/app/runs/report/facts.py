@@ -87,7 +87,7 @@ class RunFacts:
     curve: dict[str, Any] | None
     """What curve.json says."""
     budget: FoundBudget | None
-    """What `light.blocks: auto` found."""
+    """What `light: auto` found."""
     speeds: Speeds | None
     """What bench.json says."""
     notes: list[str]
@@ -176,7 +176,7 @@ _YEAR_9999 = 253_370_764_800
 def _stages(run: RunFolder, report: Report | None, plan: PrunePlan | None) -> Iterable[Stage]:
     way, logged = run.config.way, run.finished_stages()
     light = run.config.light
-    before, after = ["depth"] if light.depth == "auto" else [], ["budget"] if light.blocks == "auto" else []
+    before, after = ["depth"] if light.remove.depth == "auto" else [], ["budget"] if light.is_auto else []
     names = [*before, "estimate", *after, "prune", "train"] if way.prunes else ["train"]
     for name in [*names, *(["widen"] if run.keeps_full else []), "evaluate"]:
         told: dict[str, Any] = logged.get(name, {})

@@ -277,7 +277,7 @@ def auto_budget(budget: FoundBudget, measured: float | None) -> Drawing:
     if measured is not None:
         words = f"measured in the end: {worth * measured:+.3f} {unit}"
         _point(figure, 100 * budget.blocks, worth * measured, ORANGE, words, name="measured")
-    figure.axes.set_xlabel("light.blocks, %", loc="right")
+    figure.axes.set_xlabel("part of the blocks that goes, %", loc="right")
     _legend(figure)
     return figure
 

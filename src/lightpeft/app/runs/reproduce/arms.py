@@ -51,8 +51,8 @@ class Arm:
     settings: Settings
     """What it sets of a `RunConfig`; all the rest is the grid's."""
     equal_shares: bool = False
-    """Its scores of heads and of neurons do not compare: where the preset lets them compete (`light.blocks`), that part
-    of the heads, of the neurons and of the experts goes instead."""
+    """Its scores of heads and of neurons do not compare: where they compete (`light.remove.blocks`), that part of the
+    heads, of the neurons and of the experts goes instead."""
     call: Call | None = None
     """What runs its cells in place of `lightpeft run`. Python alone can say so, and no file."""
 
@@ -70,11 +70,10 @@ def _light(equal_shares: bool = False, **settings: Any) -> Arm:
 
 
 def _criterion(name: str, equal_shares: bool = False) -> Arm:
-    return _light(equal_shares, head_criterion=name, neuron_criterion=name)
+    return _light(equal_shares, estimate={"criterion": name})
 
 
-_NOTHING: dict[str, Any] = dict.fromkeys(("heads", "neurons", "experts"), 0.0)
-"""Goes of the blocks."""
+_RANDOM = {"criterion": "random", "module_criterion": "random", "rank_criterion": "random"}
 
 ARMS: dict[str, Arm] = {
     "full": Arm({"method": "full", "training": {"learning_rate": "auto"}}),
@@ -83,20 +82,20 @@ ARMS: dict[str, Arm] = {
     "light-lora": _light(),
     "light-adapter": Arm({"method": "light", "peft": "bottleneck"}),
     # one of the two prunings, and each half of the second
-    "foundation-only": _light(module_blocks=1.0, modules=0.0, ranks=0.0),
-    "peft-only": _light(**_NOTHING),
-    "modules-only": _light(**_NOTHING, ranks=0.0),
-    "ranks-only": _light(**_NOTHING, module_blocks=1.0, modules=0.0),
+    "foundation-only": _light(modules={"blocks": 1.0, "remove": 0.0, "remove_ranks": 0.0}),
+    "peft-only": _light(remove={"blocks": 0.0}),
+    "modules-only": _light(remove={"blocks": 0.0}, modules={"remove_ranks": 0.0}),
+    "ranks-only": _light(remove={"blocks": 0.0}, modules={"blocks": 1.0, "remove": 0.0}),
     # what ranks the units; random scores also rank modules and ranks
-    "random": _light(True, **{f"{unit}_criterion": "random" for unit in ("head", "neuron", "module", "rank")}),
+    "random": _light(True, estimate=_RANDOM),
     "mask": _criterion("mask", equal_shares=True),
     "taylor": _criterion("taylor"),
     "fisher": _criterion("fisher"),
     "magnitude": _criterion("magnitude"),
     # how long estimation takes, of the whole run
-    "length-0.05": _light(length=0.05),
-    "length-0.1": _light(length=0.1),
-    "length-0.2": _light(length=0.2),
+    "length-0.05": _light(estimate={"length": 0.05}),
+    "length-0.1": _light(estimate={"length": 0.1}),
+    "length-0.2": _light(estimate={"length": 0.2}),
 }
 """Name -> arm. The ablations are of light-lora; a variant of the grid's own may put them on adapters."""
 

@@ -95,13 +95,12 @@ class Grid:
         ]
 
     def _config(self, out: Path, model: str, task: str, method: str, seed: int) -> RunConfig:
-        data: dict[str, Any] = {"light": {"seed": seed}}  # so that random pruning is another one with every seed
+        data: dict[str, Any] = {}
         for settings in (self.run, self.models[model], self.tasks[task], self.arms[method].settings):
             data = overlaid(data, dict(settings))
         folder = out.joinpath("cells", *(slug(str(part)) for part in (model, task, method, seed)))
         try:
-            # what is compared is compared at one size, unless somebody says otherwise
-            config = run_config_from_dict({**data, "seed": seed, "output": str(folder)}, measured=False)
+            config = run_config_from_dict({**data, "seed": seed, "output": str(folder)})
             find_entry(config.data, config.tasks)
             check_peft_settings(config)
         except LightPeftError as error:

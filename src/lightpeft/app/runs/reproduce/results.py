@@ -55,7 +55,7 @@ MEASURES: dict[str, Callable[[Report], float | None]] = {
 trained: trainable parameters, the head's included; samples_per_second and training_memory_bytes: of fine-tuning;
 peak_memory_bytes: of the whole run, estimation included; seconds: of the whole run, evaluation left out;
 adapter_bytes: of what is kept for the task beside the base (with method full: of the model); full_width: quality
-at full width of a run that keeps that beside the light model (`light.keep: both`)."""
+at full width of a run that keeps that beside the light model (`light.after.keep: both`)."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,48 @@
+"""Settings of `light` for tests, by the short names of their leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightpeft.config import LightConfig, changed, derived, light_config
+from lightpeft.prune import length
+
+PLACES = {
+    **dict.fromkeys(("blocks", "heads", "neurons", "experts", "depth", "vocabulary", "tolerance"), "remove"),
+    **dict.fromkeys(("scope", "head_unit", "multiple_of"), "remove"),
+    **dict.fromkeys(("length", "criterion", "module_criterion", "rank_criterion", "mask_learning_rate"), "estimate"),
+    **dict.fromkeys(("module_blocks", "modules", "ranks"), "modules"),
+    **dict.fromkeys(("scale", "estimation_scale", "dropout"), "rates"),
+    **dict.fromkeys(("keep", "full_width_steps"), "after"),
+}
+"""Short name of a setting -> its section."""
+NAMES = {"module_blocks": "blocks", "modules": "remove", "ranks": "remove_ranks"}
+"""Short names that are other ones in their section."""
+
+
+def few_examples_are_enough() -> None:
+    """Let tiny models be estimated on a handful of rows, in a process of its own, which has no fixtures."""
+    length.LEAST_EXAMPLES = 0
+
+
+def nested(**leaves: Any) -> dict[str, Any]:
+    """Settings by their short names, nested as files have them."""
+    found: dict[str, Any] = {}
+    for name, value in leaves.items():
+        found.setdefault(PLACES[name], {})[NAMES.get(name, name)] = value
+    return found
+
+
+def light_of(**leaves: Any) -> LightConfig:
+    """The paper's settings, with masks that move, and some others on top."""
+    return but(derived(light_config("paper")), **{"mask_learning_rate": 2e-2, **leaves})
+
+
+def but(light: LightConfig, **leaves: Any) -> LightConfig:
+    """Settings with some others on top."""
+    return changed(light, nested(**leaves))
+
+
+def preset(name: str, peft: str = "lora", writes: bool = False, **leaves: Any) -> LightConfig:
+    """The settings of a preset, with some others on top."""
+    return derived(changed(light_config(name), nested(**leaves)), peft, writes)
