@@ -122,7 +122,7 @@ MISNAMED = {
     ("rnu", "--help"): "unknown verb rnu; did you mean run?",
     ("frobnicate",): "unknown verb frobnicate; lightpeft --help shows all that there are",
     ("--config", "run.yaml"): "unknown verb --config; lightpeft --help shows all that there are",
-    ("run", "bert"): "unrecognized arguments: bert\n",
+    ("run", "bert"): "unrecognized arguments: bert; --help",
 }
 
 
