@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,51 +122,11 @@ def test_which_budgets_are_probed(costs: dict[float, float], found: float) -> No
     assert (search.run(probe), asked) == (found, list(costs))
 
 
-def weighed(after: Callable[[float], float], error: float, points: float = 1.0) -> BudgetSearch:
-    """Of a task one point of whose metric is 0.02 nats, so many of which are allowed; in points after a probe."""
-    search = BudgetSearch({place: 0.3 * place**2 for place in PLACES}, 0.02 * points, points_a_nat=50)
-    search.run(lambda blocks: rises(0.02 * after(blocks), 0.02 * error))
-    return search
-
-
-def test_what_others_lost_stands_beside_a_probe() -> None:
-    free = weighed(lambda blocks: 0.0, 0.5)
-    assert 0.35 <= free.found < 0.6 and free.expected(free.found).left > 0, "others lost something there"
-    assert weighed(lambda blocks: 0.0, 0.5, points=4).found > free.found, "who allows more gets more"
-    unsure, sure = (weighed(lambda blocks: 4 * blocks, error) for error in (1.0, 0.1))
-    assert sure.found < unsure.found <= free.found, "what a probe is sure of counts"
-    assert weighed(lambda blocks: 40 * blocks, 0.1).found == 0.0
-    first, second = (len(search.probed) for search in (sure, weighed(lambda blocks: 1.0, 0.1)))
-    assert min(first, second) >= 1 and max(first, second) == 2, "no third one is asked for"
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    cost=st.floats(-1, 20),
-    power=st.floats(0.5, 4),
-    error=st.floats(0, 3),
-    points=st.floats(0.1, 5),
-    first=st.floats(0, 5),
-)
-def test_what_is_found_beside_others_is_within_the_tolerance(
-    cost: float, power: float, error: float, points: float, first: float
-) -> None:
-    search = BudgetSearch({place: first * place for place in PLACES}, 0.02 * points, points_a_nat=50)
-    search.run(lambda blocks: rises(0.02 * cost * blocks**power, 0.02 * error))
-    if search.found:
-        expected = search.expected(search.found)
-        assert expected.left >= 0 and expected.upper <= search.tolerance
-    for probed in search.probed:
-        if probed.after - probed.error > search.tolerance:
-            assert search.found < probed.blocks, "a probe was sure that it is too much"
-
-
-@pytest.mark.parametrize("points_a_nat", [None, 50.0])
-def test_a_search_behind_a_depth_is_one_of_the_rest(points_a_nat: float | None) -> None:
+def test_a_search_behind_a_depth_is_one_of_the_rest() -> None:
     """What is gone in front costs nothing more, and the budgets behind it are parts of what it left."""
     before = {0.35: 0.02, 0.4: 0.03, 0.5: 0.08, 0.6: 0.15}
-    search = BudgetSearch(before, 0.02, gone=0.3, points_a_nat=points_a_nat)
-    whole = BudgetSearch({(part - 0.3) / 0.7: rise for part, rise in before.items()}, 0.02, points_a_nat=points_a_nat)
+    search = BudgetSearch(before, 0.02, gone=0.3)
+    whole = BudgetSearch({(part - 0.3) / 0.7: rise for part, rise in before.items()}, 0.02)
     search._take(0.4, rises(0.01, 0.003))
     whole._take((0.4 - 0.3) / 0.7, rises(0.01, 0.003))
     for part in (0.35, 0.4, 0.5):
@@ -615,7 +575,7 @@ def test_no_search_takes_more_than_it_may(
         assert f"of plain PEFT's run of {steps} steps, and it may take 15%" in reason
         return
     before = {place: 0.2 * place for place in PLACES}
-    search = BudgetSearch(before, 0.02, points_a_nat=50.0 if unit == "points" else None)
+    search = BudgetSearch(before, 0.02)
     search.run(lambda blocks: rises(0.1 * blocks**2, 0.001), cost.allows)
     probed = [each.blocks for each in search.probed]
     assert len(probed) == probes

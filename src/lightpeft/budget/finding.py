@@ -15,7 +15,7 @@ from lightpeft.budget.curve import gone_before, loss_curve, nested_plans
 from lightpeft.budget.found import FoundBudget, has_learned
 from lightpeft.budget.probes import Probe
 from lightpeft.budget.room import PARTS
-from lightpeft.budget.search import BudgetSearch
+from lightpeft.budget.search import PROBES, BudgetSearch
 from lightpeft.config import LightConfig, Tolerance
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord
@@ -56,13 +56,13 @@ def find_budget(
     losses, points_a_nat = _whole(model, few if worth is None else probe.held, probe.autocast, worth)
     _, curve = loss_curve(model, plans, few, probe.autocast, losses[: len(few)])
     nats = tolerance.amount / (points_a_nat or 1.0)
-    search = BudgetSearch({each.blocks: each.rise for each in curve}, nats, gone, points_a_nat)
+    search = BudgetSearch({each.blocks: each.rise for each in curve}, nats, gone)
 
     def after_steps(blocks: float | None) -> Tensor:
         """Losses when a copy has been cut and has trained."""
         copy = len(search.probed) + (1 if blocks is None else 2)
         said = f"{blocks:.0%} of the blocks cut" if blocks else "nothing cut"
-        announce(f"light: auto, copy {copy} of {1 + search.most} at most: {said}, {probe.steps} steps")
+        announce(f"light: auto, copy {copy} of {1 + PROBES} at most: {said}, {probe.steps} steps")
         return probe.losses(model, None if blocks is None else make_plan(record, light.removing(blocks)))
 
     chance = chance_of(model, probe.held[: len(losses)])

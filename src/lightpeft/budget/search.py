@@ -10,12 +10,6 @@ Between budgets that were probed r lies on a line, and below them it is that of 
 them is never found. The rest of training is many times as long. It may win back more, and then more could have been
 cut; but a whole model may learn what a small one cannot, so that nothing of it is counted on.
 
-Where it is known what a point of the task's metric is worth, there is a second witness: what cuts have cost classifiers
-on other tasks (`elsewhere`). Both are weighed by how sure they are (the inverses of their variances), as two
-measurements of one number. A probe says little of a small difference, made early and on some hundred rows; what others
-lost says nothing of a task that cannot spare what they could, so that a probe that is sure of more than the tolerance
-has the last word.
-
 The first budget to be probed is one that would be right if r were what it often is; the next the largest one that is
 likely to be within the tolerance by what was seen. Where that lies far below one that was too much, it is half way
 between the two.
@@ -38,28 +32,12 @@ CONFIDENCE = 0.8
 """That what is lost stays below its upper bound."""
 _SIDE = NormalDist().inv_cdf(CONFIDENCE)
 """Standard errors from the mean to that bound."""
-_APART = 0.7
-"""Points by which what a probe leaves and what is lost in the end differ: their standard deviation."""
 _FIRST = 0.3
 """r before anything was probed."""
 _LEAST_LEFT = 0.1
 """r at least, of a budget that says where to probe next."""
-_PROBES, _WITH_WITNESS = 3, 2
-"""Budgets that are probed at most: without a second witness, and with it, beside whom a third probe hardly ever changes
-what is found (docs/quality.md)."""
-
-
-def elsewhere(blocks: float) -> tuple[float, float]:
-    """Points of its metric that a classifier which can learn its task loses by a cut, in the end, against nothing cut.
-
-    Args:
-        blocks: part of the blocks that goes.
-
-    Returns:
-        Mean and standard deviation, fitted to what 40% and 60% cost five pairs of a model and a task (docs/quality.md).
-    """
-    mean = 20 * blocks**4
-    return mean, mean / 2 + 0.2
+PROBES = 3
+"""Budgets that are probed at most."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +74,6 @@ class BudgetSearch:
     """Nats."""
     gone: float = 0.0
     """What is gone already, in front of all budgets."""
-    points_a_nat: float | None = None
-    """Of the task's metric that a nat is worth; None: not known."""
     probed: list[Probed] = field(default_factory=list)
 
     def run(self, probe: Callable[[float], Tensor], allows: Callable[[Sequence[float]], bool] | None = None) -> float:
@@ -115,11 +91,6 @@ class BudgetSearch:
         return self.found
 
     @property
-    def most(self) -> int:
-        """Budgets that are probed at most."""
-        return _PROBES if self.points_a_nat is None else _WITH_WITNESS
-
-    @property
     def found(self) -> float:
         """The largest budget within the tolerance by what was probed so far, and not above what was probed."""
         highest = max(each.blocks for each in self.probed)
@@ -127,8 +98,7 @@ class BudgetSearch:
 
     def expected(self, blocks: float) -> Expected:
         """What a budget costs, by what was probed so far."""
-        recovery = _on_line(self._recovery, blocks)
-        return self._weighed(blocks, recovery, self._spread(blocks))
+        return self._cost(blocks, _on_line(self._recovery, blocks))
 
     @property
     def grid(self) -> list[float]:
@@ -163,7 +133,7 @@ class BudgetSearch:
         likely = self._largest(lambda blocks: self._likely(blocks).upper)
         if not tried:
             return likely or self.grid[0]
-        if len(tried) == self.most:
+        if len(tried) == PROBES:
             return None
         if likely is None:
             return None if self.grid[0] in tried else self.grid[0]
@@ -176,27 +146,18 @@ class BudgetSearch:
     def _likely(self, blocks: float) -> Expected:
         """What a budget costs, also where nothing was probed beside it: r grows as the budget does."""
         if not self.probed:
-            return self._weighed(blocks, _FIRST, 0.0)
+            return self._cost(blocks, _FIRST)
         seen = {part: max(recovery, _LEAST_LEFT) for part, recovery in self._recovery.items()}
         highest = max(seen)
         at_all = seen[highest] * (1 - self.gone) / (highest - self.gone)
-        recovery = _on_line({self.gone: 0.0, **seen, 1.0: at_all}, blocks)
-        return self._weighed(blocks, recovery, self._spread(blocks))
+        return self._cost(blocks, _on_line({self.gone: 0.0, **seen, 1.0: at_all}, blocks))
 
-    def _spread(self, blocks: float) -> float:
-        return _on_line({each.blocks: each.error / self.rise(each.blocks) for each in self.probed}, blocks)
-
-    def _weighed(self, blocks: float, recovery: float, spread: float) -> Expected:
-        """What a budget costs if so much of its rise is left, with this standard error."""
+    def _cost(self, blocks: float, recovery: float) -> Expected:
+        """The cost of a budget of whose rise this part is left."""
         rise = self.rise(blocks)
-        left, error = rise * recovery, rise * spread
-        if self.points_a_nat is None:
-            return Expected(blocks, left, min(rise, left + _SIDE * error))
-        of_the_rest = (blocks - self.gone) / (1 - self.gone)
-        mean, deviation, apart = (points / self.points_a_nat for points in (*elsewhere(of_the_rest), _APART))
-        here, there = 1 / (error**2 + apart**2), 1 / deviation**2
-        cost = (here * left + there * mean) / (here + there)
-        return Expected(blocks, cost, max(cost + _SIDE * (here + there) ** -0.5, left - _SIDE * error))
+        spreads = {each.blocks: each.error / self.rise(each.blocks) for each in self.probed}
+        error = rise * _on_line(spreads, blocks) if spreads else 0.0
+        return Expected(blocks, rise * recovery, min(rise, rise * recovery + _SIDE * error))
 
     def _take(self, blocks: float, rises: Tensor) -> None:
         after, error = float(rises.mean()), float(rises.std()) / math.sqrt(len(rises))
