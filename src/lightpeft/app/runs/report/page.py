@@ -13,8 +13,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from lightpeft.app.folders.run_folder import to_yaml
 from lightpeft.app.runs.report import figures
 from lightpeft.app.runs.report.facts import RunFacts, read_run
-from lightpeft.app.runs.report.words import FILTERS, count, duration, interval, metric_name, quality, share, size
+from lightpeft.app.runs.report.words import FILTERS, count, interval, metric_name, quality, share
 from lightpeft.config import RunConfig
+from lightpeft.console.progress import exact_duration as duration
+from lightpeft.console.progress import in_bytes as size
 from lightpeft.errors import require
 from lightpeft.files import read_text, understandable, write_text
 from lightpeft.profiling.surroundings import versions
@@ -142,9 +144,9 @@ def _beside(runs: Sequence[RunFacts]) -> dict[str, Any]:
     names = dict.fromkeys(name for run in runs for name in _metrics(run))
     rows = {metric_name(name): [_quality(run, name) for run in runs] for name in names}
     measures: dict[str, tuple[Callable[[RunFacts], float | None], Callable[[float], str]]] = {
-        "base parameters": (lambda run: run.report and run.report.parameters.get("base"), count),
-        "trained parameters": (lambda run: run.report and run.report.parameters.get("trained"), count),
-        "saved result": (lambda run: run.report and run.report.adapter_bytes, size),
+        "base parameters": (lambda run: run.report.parameters.get("base") if run.report else None, count),
+        "trained parameters": (lambda run: run.report.parameters.get("trained") if run.report else None, count),
+        "saved result": (lambda run: run.report.adapter_bytes if run.report else None, size),
         "training time": (lambda run: run.training_seconds, duration),
         "peak memory of training": (lambda run: run.peak_memory_bytes, size),
     }
