@@ -41,10 +41,6 @@ from lightpeft.app import cli
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs.reproduce import (
     ARMS,
-    Arm,
-    Call,
-    Cell,
-    Grid,
     Results,
     Row,
     csv_table,
@@ -241,12 +237,9 @@ def test_a_part_of_the_cells(tmp_path: Path) -> None:
 # -- how a cell is run -----------------------------------------------------------------------------------------------
 
 
-CELL = Cell("m", "t", "lora", 0, run_config_from_dict({"output": "out/cell"}))
-
-
 def test_accelerate_reads_the_command_so() -> None:
     launch = pytest.importorskip("accelerate.commands.launch")
-    given = launch.launch_command_parser().parse_args(running.command(CELL, 2)[3:])
+    given = launch.launch_command_parser().parse_args(running.command(["lightpeft", "run", "--run", "out/cell"], 2)[3:])
     assert (given.num_processes, given.num_machines, given.main_process_port, given.module) == (2, 1, 0, True)
     assert [given.training_script, *given.training_script_args] == ["lightpeft", "run", "--run", "out/cell"]
 
@@ -299,7 +292,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Lets cells run a piece of Python instead of their run."""
 
     def use(code: str) -> None:
-        monkeypatch.setattr(running, "command", lambda cell, devices: [sys.executable, "-c", code])
+        monkeypatch.setattr(running, "command", lambda module, devices: [sys.executable, "-c", code])
 
     return use
 
@@ -499,86 +492,6 @@ def test_a_folder_that_cannot_be_written(bench: Workbench, tmp_path: Path, capsy
     file = grid_file(tmp_path / "grid.yaml", bench)
     assert lightpeft("reproduce", file, "--out", tmp_path / "file") == 2
     assert capsys.readouterr().err.count("\n") == 1
-
-
-# -- cells that a Python function runs ---------------------------------------------------------------------------------
-
-STUDY = """
-from lightpeft.errors import LightPeftError
-from lightpeft.app.runs import pipeline
-
-def without_warmup(config, note):
-    if note == "bad":
-        raise LightPeftError("nothing to note")
-    work = pipeline.prepare(config)
-    work.run.announce("train", note)
-    pipeline.train(work)
-    pipeline.evaluate(work)
-"""
-
-
-@pytest.fixture
-def study(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Grid]:
-    """Makes a grid of plain LoRA and of a method of its own, a function in a module of its own."""
-    (tmp_path / "study.py").write_text(STUDY)
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def make(note: str, function: str = "study:without_warmup") -> Grid:
-        grid = load_grid(grid_file(tmp_path / "grid.yaml", bench, methods=["lora"]))
-        own = Arm(grid.arms["lora"].settings, call=Call(function, {"note": note}))
-        return replace(grid, arms={**grid.arms, "own": own})
-
-    return make
-
-
-def test_a_function_of_a_study_runs_its_cells(study: Any, finished: Path, tmp_path: Path) -> None:
-    """In a process of its own, which finds the modules of this one; the table is that of any grid."""
-    out = tmp_path / "out"
-    shutil.copytree(cell_folder(finished, "lora"), cell_folder(out, "lora"))
-    results = reproduce(study("a word"), out)
-    assert results.failures == {}
-    assert [row.method for row in results.rows] == ["lora", "own"]
-    assert results.rows[1].difference == [0.0]  # it does what the other does
-    assert "a word" in (cell_folder(out, "own") / "log.jsonl").read_text()
-    assert "a word" in (out / "logs" / "tiny-words-own-0.txt").read_text()
-    before = stamps(out / "cells")
-    reproduce(study("a word"), out, launch=lambda *_: pytest.fail("it is done"))
-    assert stamps(out / "cells") == before
-    with pytest.raises(LightPeftError, match=r"was not run by study:without_warmup\(note='another'\), but otherwise"):
-        reproduce(study("another"), out)
-    with pytest.raises(LightPeftError, match="was not run by lightpeft run, but otherwise"):
-        reproduce(replace(study("a word"), arms={**study("").arms, "own": study("").arms["lora"]}), out)
-
-
-def test_what_a_function_refuses_is_the_reason(study: Any, tmp_path: Path) -> None:
-    results = reproduce(study("bad"), tmp_path / "out", only=["method=own"])
-    (failure,) = results.failures.values()
-    assert failure.startswith("nothing to note (see ")
-
-
-@pytest.mark.parametrize(
-    ("function", "reason"),
-    [
-        ("workbench:nothing", "module 'workbench' has no attribute 'nothing'"),
-        ("nowhere:run", "No module named 'nowhere'"),
-        (":run", "Empty module name"),
-        ("workbench", "has no attribute ''"),
-    ],
-)
-def test_functions_that_are_not_there(function: str, reason: str) -> None:
-    with pytest.raises(LightPeftError, match=re.escape(f"cannot call {function}: ") + f".*{reason}.*; give it as"):
-        Call(function)(run_config_from_dict({}))
-
-
-def test_what_a_function_estimates_is_its_own(bench: Workbench, tmp_path: Path) -> None:
-    """It may estimate in another way, so nobody takes it, and it takes none."""
-    grid = load_grid(grid_file(tmp_path / "grid.yaml", bench, methods=["light-lora"]))
-    settings = grid.arms["light-lora"].settings
-    grid = replace(grid, arms={"own": Arm(settings, call=Call("lightpeft.app.runs.pipeline:run")), **grid.arms})
-    grid = replace(grid, arms={**grid.arms, "another": grid.arms["own"]}, baseline="own")
-    assert reproduce(grid, tmp_path / "out", launch=in_this_process).failures == {}
-    for method in grid.arms:
-        assert "taken_from" not in (cell_folder(tmp_path / "out", method) / "log.jsonl").read_text()
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------

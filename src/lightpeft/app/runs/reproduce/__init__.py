@@ -1,6 +1,6 @@
 """Grids of runs over models, tasks, methods and seeds, and the table of them: `lightpeft reproduce`."""
 
-from lightpeft.app.runs.reproduce.arms import ARMS, Arm, Call
+from lightpeft.app.runs.reproduce.arms import ARMS, Arm
 from lightpeft.app.runs.reproduce.grid import Cell, Grid, load_grid, selected
 from lightpeft.app.runs.reproduce.results import Results, Row, summarize
 from lightpeft.app.runs.reproduce.running import check_cell, reproduce
@@ -10,7 +10,6 @@ from lightpeft.app.runs.reproduce.tables import markdown_table, rich_table
 __all__ = [
     "ARMS",
     "Arm",
-    "Call",
     "Cell",
     "Grid",
     "Results",
