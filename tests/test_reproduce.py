@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
-import io
 import re
 import shutil
 import signal
@@ -43,7 +41,6 @@ from lightpeft.app.runs.reproduce import (
     ARMS,
     Results,
     Row,
-    csv_table,
     joined,
     load_grid,
     markdown_table,
@@ -394,7 +391,7 @@ def test_the_table_is_that_of_the_runs(finished: Path) -> None:
         ".lock",
         "cells",
         "logs",
-        *(f"results.{suffix}" for suffix in ("json", "csv", "md")),
+        *(f"results.{suffix}" for suffix in ("json", "md")),
     }
 
 
@@ -566,16 +563,6 @@ def test_quality_at_full_width_has_a_column_where_a_run_keeps_both() -> None:
     assert "full width: quality there, of runs that keep both" in table
 
 
-def test_csv_has_every_number() -> None:
-    rows = list(csv.DictReader(io.StringIO(csv_table(FIXED))))
-    assert [row["method"] for row in rows] == ["lora", "light & 50%_off", "lora"]
-    assert float(rows[1]["quality_mean"]) == pytest.approx(0.831)
-    assert float(rows[1]["difference_std"]) == pytest.approx(0.0084853, rel=1e-4)
-    assert rows[1]["training_memory_bytes_mean"] == str(256 * 2**20)
-    assert rows[1]["seconds_mean"] == rows[0]["p"] == rows[2]["quality_std"] == ""
-    assert set(rows[0]) >= {f"{name}_mean" for name in MEASURES}
-
-
 def test_a_narrow_screen_has_whole_cells_of_fewer_columns() -> None:
     console = Console(width=110)
     with console.capture() as capture:
@@ -592,7 +579,7 @@ def test_tables_before_any_cell_is_done(tmp_path: Path) -> None:
     assert read_json(tmp_path / "results.json")["rows"] == []
     assert (tmp_path / "results.md").read_text().startswith("| method |")
     assert "0 of 4 cells" in (tmp_path / "results.md").read_text()
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv", ".md"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md"}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from lightpeft.app.runs.reproduce.arms import ARMS, Arm
 from lightpeft.app.runs.reproduce.grid import Cell, Grid, load_grid, selected
 from lightpeft.app.runs.reproduce.results import Results, Row, summarize
 from lightpeft.app.runs.reproduce.running import check_cell, reproduce
-from lightpeft.app.runs.reproduce.saving import csv_table, joined, read_results, write_results
+from lightpeft.app.runs.reproduce.saving import joined, read_results, write_results
 from lightpeft.app.runs.reproduce.tables import markdown_table, rich_table
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "Results",
     "Row",
     "check_cell",
-    "csv_table",
     "joined",
     "load_grid",
     "markdown_table",

@@ -7,12 +7,10 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pandas import DataFrame
-
 from lightpeft.app.folders.run_folder import Report as RunReport
 from lightpeft.app.folders.run_folder import differences
 from lightpeft.app.runs.reproduce.grid import Cell, Grid, load_grid
-from lightpeft.app.runs.reproduce.results import MEASURES, Report, Results, Row, results_of, spread
+from lightpeft.app.runs.reproduce.results import MEASURES, Report, Results, results_of
 from lightpeft.app.runs.reproduce.tables import markdown_table
 from lightpeft.config import run_config_from_dict
 from lightpeft.config.validation import from_dict
@@ -25,28 +23,8 @@ LINES = 2
 """Its depth in lines: one for each row and each report."""
 
 
-def csv_table(results: Results) -> str:
-    """Every number of the rows, unrounded, one line a row; nothing stands for what is not there."""
-    return DataFrame([_record(row) for row in results.rows], dtype=object).to_csv(index=False, lineterminator="\n")
-
-
-def _record(row: Row) -> dict[str, Any]:
-    spreads = {"quality": spread(row.quality), "difference": spread(row.difference or [])}
-    spreads |= {name: row.measures[name] for name in MEASURES}
-    return {
-        **{name: getattr(row, name) for name in ("model", "task", "method", "metric")},
-        "seeds": len(row.seeds),
-        "p": row.p,
-        **{
-            f"{name}_{what}": None if values is None else getattr(values, what)
-            for name, values in spreads.items()
-            for what in ("mean", "std")
-        },
-    }
-
-
 def write_results(out: Path, results: Results) -> None:
-    """Write results.json, .csv and .md into a folder, each whole or not at all.
+    """Write results.json and results.md into a folder, each whole or not at all.
 
     Raises:
         LightPeftError: one cannot be written.
@@ -54,8 +32,7 @@ def write_results(out: Path, results: Results) -> None:
     shared, own = factored(results.reports)
     parts = {"shared": shared, "reports": own, "versions": versions()}
     write_json(out / FILE, asdict(results) | parts, LINES)
-    for suffix, table in {"csv": csv_table, "md": markdown_table}.items():
-        write_text(out / f"results.{suffix}", table(results))
+    write_text(out / "results.md", markdown_table(results))
 
 
 def read_results(path: str | Path) -> Results:
