@@ -42,14 +42,8 @@ class PrefixCache:
 
     place: Literal["memory", "file"] = "file"
     """In memory (of every process), or in a file that all processes of a run share."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: as the prefix gives them, so that training is the same to float noise; else rounded."""
     limit: int = 16 * 2**30
     """Bytes that the states may take at most."""
-
-    def stored_dtype(self, computed: torch.dtype) -> torch.dtype:
-        """The data type that states of type `computed` are kept in."""
-        return computed if self.dtype == "auto" else getattr(torch, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -111,7 +105,7 @@ def cache_prefix(
     if first is None:
         announce("no prefix cache: what the frozen blocks give for a row depends on the padding of its batch")
         return None
-    dtype, width = settings.stored_dtype(first.dtype), first.shape[-1]
+    dtype, width = first.dtype, first.shape[-1]
     size = store_bytes(caching.lengths, width, dtype)
     room, where = _room(settings, folder)
     blocks = len(prefix.blocks)
