@@ -136,15 +136,6 @@ def read_run(folder: Path) -> RunFacts:
     )
 
 
-_LARGEST = 2.0**63
-
-
-def _number(value: Any) -> float | None:
-    """A number of a size that can mean something; None of anything else: what is in a log has no checksum."""
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
-    return value if fits else None
-
-
 def _stages(run: RunFolder, report: Report | None) -> Iterable[Stage]:
     way, logged = run.config.way, run.finished_stages()
     light = run.config.light
@@ -154,21 +145,15 @@ def _stages(run: RunFolder, report: Report | None) -> Iterable[Stage]:
         told: dict[str, Any] = logged.get(name, {})
         if report is not None:
             told = {**told, "seconds": report.seconds.get(name, told.get("seconds")), **report.training.get(name, {})}
-        source = told.get("taken_from")
         yield Stage(
             name=name,
             done=run.has(name),
-            seconds=_number(told.get("seconds")),
-            peak_memory_bytes=_whole(told.get("peak_memory_bytes")),
-            steps=_whole(told.get("steps")),
-            resumed_at=_whole(told.get("resumed_at")) or 0,
-            taken_from=source if isinstance(source, str) else None,
+            seconds=told.get("seconds"),
+            peak_memory_bytes=told.get("peak_memory_bytes"),
+            steps=told.get("steps"),
+            resumed_at=told.get("resumed_at") or 0,
+            taken_from=told.get("taken_from"),
         )
-
-
-def _whole(value: Any) -> int | None:
-    found = _number(value)
-    return None if found is None else int(found)
 
 
 MOST_POINTS = 400
@@ -180,10 +165,10 @@ def _losses(entries: Iterable[Mapping[str, Any]], stages: Sequence[Stage]) -> tu
     found: dict[str, dict[float, float]] = {stage: {} for stage in TRAINED}
     broken = 0
     for entry in entries:
-        stage, step, loss = entry.get("stage"), _number(entry.get("step")), _number(entry.get("loss"))
-        if not isinstance(stage, str) or stage not in found or step is None or "loss" not in entry:
+        stage, step, loss = entry.get("stage"), entry.get("step"), entry.get("loss")
+        if stage not in found or step is None or "loss" not in entry:
             continue
-        if loss is None:
+        if not isinstance(loss, (int, float)) or not math.isfinite(loss):
             broken += 1
         else:
             found[stage][step] = loss

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -12,7 +11,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from lightpeft.app.runs.report.drawing import BLANK, BLUE, GREEN, ORANGE, QUIET, RULE, STYLED, Drawing
 from lightpeft.app.runs.report.facts import STAGES, Losses
 from lightpeft.budget.found import FoundBudget
-from lightpeft.errors import require
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import SLOTS, BlockSpec
 
@@ -114,7 +112,6 @@ def modules(plan: PrunePlan) -> Drawing:
 def losses(lines: Sequence[Losses], cut: int | None, width: float) -> Drawing:
     """The training loss of all stages over the steps of the run, with a mark where estimation ended."""
     figure = Drawing(width, 240 if width > 500 else 210, "Training loss by optimizer step, stage by stage", "y")
-    _check_range(loss for line in lines for _, loss in line.points)
     for line in lines:
         steps, values = zip(*line.points, strict=True)
         figure.axes.plot(steps, values, "-o", markersize=3.5, color=COLOURS[line.stage], label=STAGES[line.stage])
@@ -160,12 +157,4 @@ def budget(found: FoundBudget) -> Drawing:
 def _point(figure: Drawing, x: float, y: float, colour: str, name: str, reach: tuple[float, float] = (0, 0)) -> None:
     """A dot with its range, which reaches so far below and above it."""
     below, above = (max(each, 0) for each in reach)
-    _check_range([y - below, y + above])
     figure.axes.errorbar(x, y, yerr=[[below], [above]], fmt="o", color=colour, label=name)
-
-
-def _check_range(values: Iterable[float]) -> None:
-    """Refuse what has no room on one axis."""
-    found = [*values]
-    reach = max(found) - min(found) if found else 0.0
-    require(math.isfinite(4 * reach), f"{min(found or [0]):g} and {max(found or [0]):g} cannot be drawn on one axis")
