@@ -33,9 +33,9 @@ from rich.console import Console
 from transformers import set_seed
 
 from lightpeft.app.cli.command import quiet
-from lightpeft.app.folders.run_folder import read_report
+from lightpeft.app.folders.run_folder import RunFolder, read_report
 from lightpeft.app.runs import pipeline
-from lightpeft.app.runs.reproduce import Cell, Grid, check_cell, reproduce
+from lightpeft.app.runs.reproduce import Cell, Grid, reproduce
 from lightpeft.app.runs.reproduce.running import run_cell
 from lightpeft.app.runs.reproduce.saving import factored
 from lightpeft.config import load_config, overlaid
@@ -221,7 +221,7 @@ def finished(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
         LightPeftError: one was made with other settings.
     """
     for cell in cells:
-        check_cell(cell)
+        RunFolder.open(cell.config)
     done = [cell for cell in cells if cell.run.has("evaluate")]
     return {name: [cell for cell in done if cell.method == name] for name in dict.fromkeys(c.method for c in done)}
 

@@ -3,7 +3,7 @@
 from lightpeft.app.runs.reproduce.arms import ARMS, Arm
 from lightpeft.app.runs.reproduce.grid import Cell, Grid, load_grid, selected
 from lightpeft.app.runs.reproduce.results import Results, Row, summarize
-from lightpeft.app.runs.reproduce.running import check_cell, reproduce
+from lightpeft.app.runs.reproduce.running import reproduce
 from lightpeft.app.runs.reproduce.saving import joined, read_results, write_results
 from lightpeft.app.runs.reproduce.tables import markdown_table, rich_table
 
@@ -14,7 +14,6 @@ __all__ = [
     "Grid",
     "Results",
     "Row",
-    "check_cell",
     "joined",
     "load_grid",
     "markdown_table",

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,67 +56,45 @@ def reproduce(
     devices = _checked(devices)
     cells = [spread(cell, devices) for cell in grid.cells(out)]
     chosen = selected(cells, only)
-    with holding(out):
-        for cell in cells:
-            check_cell(cell)
-        suite = _Suite(out, grid, cells, devices, launch or run_cell)
-        return suite.run(chosen)
+    failures: dict[str, str] = {}
 
-
-def check_cell(cell: Cell) -> None:
-    """Require that a cell's folder, if it is there, is that of this cell.
-
-    Raises:
-        LightPeftError: it holds something else, or what was run with other settings.
-    """
-    RunFolder.open(cell.config)
-
-
-@dataclass
-class _Suite:
-    """The cells of one grid, on disk."""
-
-    out: Path
-    grid: Grid
-    cells: Sequence[Cell]
-    devices: int
-    launch: Launch
-    failures: dict[str, str] = field(default_factory=dict)
-
-    def run(self, chosen: Sequence[Cell]) -> Results:
-        todo = [cell for cell in chosen if not cell.run.has("evaluate")]
-        progress = StepProgress(len(chosen), len(chosen) - len(todo), "cells")
-        results = self._write()
-        for cell in todo:
-            progress.begin()
-            failure = self._run(cell)
-            if failure is not None:
-                self.failures[cell.name] = failure
-            results = self._write()
-            progress.end(cell.name, f"failed: {failure}" if failure else main_value(results.reports[cell.name]))
+    def write() -> Results:
+        results = summarize(grid, cells, failures)
+        write_results(out, results)
         return results
 
-    def _run(self, cell: Cell) -> str | None:
-        """Run a cell; returns why it failed, or None."""
-        log = self.out / "logs" / ("-".join(cell.run.path.relative_to(self.out / "cells").parts) + ".txt")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            take_estimation(cell, self.cells)
-            cell.run.begin()
-        except LightPeftError as error:
-            return str(error)
-        failure = self.launch(cell, self.devices, log)
-        if failure is None and not cell.run.has("evaluate"):
-            return f"it ended without a result; see {log}"
-        return failure
-
-    def _write(self) -> Results:
-        results = summarize(self.grid, self.cells, self.failures)
-        write_results(self.out, results)
+    with holding(out):
+        for cell in cells:
+            RunFolder.open(cell.config)
+        todo = [cell for cell in chosen if not cell.run.has("evaluate")]
+        progress = StepProgress(len(chosen), len(chosen) - len(todo), "cells")
+        results = write()
+        for cell in todo:
+            progress.begin()
+            failure = _run(cell, cells, devices, launch or run_cell, out)
+            if failure is not None:
+                failures[cell.name] = failure
+            results = write()
+            progress.end(cell.name, f"failed: {failure}" if failure else main_value(results.reports[cell.name]))
         return results
 
 
 # -- one cell ------------------------------------------------------------------------------------------------------
+
+
+def _run(cell: Cell, cells: Sequence[Cell], devices: int, launch: Launch, out: Path) -> str | None:
+    """Run a cell; returns why it failed, or None."""
+    log = out / "logs" / ("-".join(cell.run.path.relative_to(out / "cells").parts) + ".txt")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        take_estimation(cell, cells)
+        cell.run.begin()
+    except LightPeftError as error:
+        return str(error)
+    failure = launch(cell, devices, log)
+    if failure is None and not cell.run.has("evaluate"):
+        return f"it ended without a result; see {log}"
+    return failure
 
 
 def _checked(devices: int | None) -> int:
