@@ -88,9 +88,7 @@ class Watcher:
     def facts(self) -> dict[str, Any]:
         """What a stage leaves in the log: `milestones` (main metric, and the loss if there is one) and `warnings`."""
         milestones = {name: milestone(of_then, self.task) for name, of_then in self.outcomes.items()}
-        lines += doubts_of_run(watcher, milestones)
-
-    return {"milestones": milestones, "warnings": self.warnings}
+        return {"milestones": milestones, "warnings": self.warnings}
 
 
 def milestone(of_then: Outcome, task: Task) -> Metrics:
@@ -146,7 +144,7 @@ _RAISERS = {
     "after_the_cut": ("the cut", "cut less (light.remove.blocks)"),
     "after_cutting_modules": (
         "the cut of PEFT modules",
-        "keep more of them (light.modules.remove, light.modules.remove_ranks)",
+        "keep more of them (light.modules)",
     ),
 }
 """Milestone -> what went before it, and what makes it cost less."""
@@ -173,6 +171,7 @@ def notices(
     noted = [entry["warnings"] for entry in (*earlier, watcher.facts()) if isinstance(entry.get("warnings"), list)]
     lines = [str(line) for warnings in noted for line in warnings]
     lines += doubts(answers, watcher.task, intervals.get(watcher.task.main_metric))
+    lines += doubts_of_run(watcher, milestones)
     return {"milestones": {"examples": watcher.examples, "metrics": milestones}, "warnings": lines}
 
 
