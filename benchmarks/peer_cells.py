@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,11 +18,14 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from lightpeft.app.evaluation.scores import scores_of, values_of
+from lightpeft.app.folders.run_folder import stored_config
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.pipeline import Workspace
 from lightpeft.config import RunConfig
 from lightpeft.config.validation import from_dict
+from lightpeft.errors import LightPeftError
 from lightpeft.files import write_json
+from lightpeft.models.loading import quiet_libraries
 
 CURVE = "curve.json"
 """In the run's folder: what was seen of the test rows in training, if that was asked for."""
@@ -122,3 +127,16 @@ class Curve(TrainerCallback):
         lasted = time.perf_counter() - self.started - self.spent
         if self.count:
             write_json(self.file, {"points": self.points, "spent": self.spent, "lasted": lasted})
+
+
+def main(folder: str, arguments: str) -> None:
+    """Run the cell whose config lies in a folder."""
+    run(stored_config(Path(folder)), **json.loads(arguments))
+
+
+if __name__ == "__main__":
+    quiet_libraries()
+    try:
+        main(*sys.argv[1:])
+    except LightPeftError as error:
+        sys.exit(f"lightpeft: {error}")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from torch import nn
 
 from lightpeft.app.runs.bench import Build, Made, adamw
 from lightpeft.app.runs.pipeline import Workspace
-from lightpeft.app.runs.reproduce import Arm, Call
+from lightpeft.app.runs.reproduce import Arm
 from lightpeft.app.runs.reproduce.arms import Settings
 from lightpeft.app.tasks import task_facts
 from lightpeft.config import overlaid
@@ -61,18 +61,13 @@ class Peer:
     accelerated: bool = False
     """Whether a model of its own trains with the faster steps of light runs, and without dropout in the base."""
 
-    def arm(self, name: str, goal: Goal, curve: int, settings: Settings) -> Arm:
+    def arm(self, settings: Settings) -> Arm:
         """The peer in a grid.
 
         Args:
-            name: its own.
-            curve: points of training at which the test rows are looked at.
             settings: what else differs from the given config.
         """
-        arguments = {"peer": name, "goal": asdict(goal), "curve": curve}
-        by_lightpeft = self.make is None and not curve
-        both = overlaid(dict(self.settings), dict(settings))
-        return Arm(both, call=None if by_lightpeft else Call("peer_cells:run", arguments))
+        return Arm(overlaid(dict(self.settings), dict(settings)))
 
     def subject(self, goal: Goal) -> str | Build:
         """What a measurement of speed takes."""

@@ -12,10 +12,12 @@ config are relative to the current folder.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,10 @@ from rich.console import Console
 from transformers import set_seed
 
 from lightpeft.app.cli.command import quiet
-from lightpeft.app.folders.run_folder import read_report
+from lightpeft.app.folders.run_folder import RunFolder, read_report
 from lightpeft.app.runs import pipeline
-from lightpeft.app.runs.reproduce import Cell, Grid, check_cell, reproduce
-from lightpeft.app.runs.reproduce.running import Launch
+from lightpeft.app.runs.reproduce import Cell, Grid, reproduce
+from lightpeft.app.runs.reproduce.running import run_cell
 from lightpeft.app.runs.reproduce.saving import factored
 from lightpeft.config import load_config, overlaid
 from lightpeft.errors import LightPeftError, require
@@ -65,23 +67,25 @@ class Options:
     command: str
 
 
-def main(arguments: list[str] | None = None, launch: Launch | None = None) -> int:
+def main(arguments: list[str] | None = None, launch: Callable[..., str | None] = run_cell) -> int:
     """Run, measure and write; 0 if all went well, 1 if a cell failed, 2 on bad input.
 
     Args:
-        launch: how a cell is run, as for `reproduce`.
+        launch: how a cell is run, as `run_cell` does.
     """
     given = parser().parse_args(arguments)
     quiet()
     try:
         options = options_of(given, publishing.command("peers", arguments))
         goal = goal_of_config(options)
-        grid = grid_of(options, goal)
+        grid = grid_of(options)
         cells = grid.cells(options.out)
         speeds = Speeds(options.out / "speeds", options.rounds, options.steps, options.together, goal)
         failures: Mapping[str, str] = {}
         if not options.finished_only:
-            failures = reproduce(grid, options.out, devices=1, launch=launch).failures
+            failures = reproduce(
+                grid, options.out, devices=1, launch=partial(_launch, launch, goal, options.curve)
+            ).failures
             speeds.measure({name: of_peer[0].config for name, of_peer in finished(cells).items()})
         results = summary(options, goal, finished(cells), speeds, failures)
         require(BASELINE in results["methods"], f"{options.out} has no finished cell of plain LoRA")
@@ -179,10 +183,10 @@ def goal_of_config(options: Options) -> Goal:
     return goal_of(pipeline.prepare(config).dense_model(), config.light)
 
 
-def grid_of(options: Options, goal: Goal) -> Grid:
+def grid_of(options: Options) -> Grid:
     """All methods on the one config."""
     config = load_config(options.config)
-    arms = {name: PEERS[name].arm(name, goal, options.curve, _own(options, name)) for name in options.peers}
+    arms = {name: PEERS[name].arm(_own(options, name)) for name in options.peers}
     return Grid(
         name=str(options.config),
         models={options.config.stem: {}},
@@ -193,6 +197,14 @@ def grid_of(options: Options, goal: Goal) -> Grid:
         command=options.command,
         run=overlaid(shared_settings(options.config), {"training": {"save_steps": NEVER}}),
     )
+
+
+def _launch(run: Callable[..., str | None], goal: Goal, curve: int, cell: Cell, devices: int, log: Path) -> str | None:
+    """Run a cell; `peer_cells` does where it is not `lightpeft run` alone."""
+    if PEERS[cell.method].make is None and not curve:
+        return run(cell, devices, log)
+    arguments = {"peer": cell.method, "goal": asdict(goal), "curve": curve}
+    return run(cell, devices, log, ["peer_cells", str(cell.run.path), json.dumps(arguments)])
 
 
 def _own(options: Options, name: str) -> dict[str, Any]:
@@ -209,7 +221,7 @@ def finished(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
         LightPeftError: one was made with other settings.
     """
     for cell in cells:
-        check_cell(cell)
+        RunFolder.open(cell.config)
     done = [cell for cell in cells if cell.run.has("evaluate")]
     return {name: [cell for cell in done if cell.method == name] for name in dict.fromkeys(c.method for c in done)}
 

@@ -19,12 +19,11 @@ from lanes import thorough
 from tiny import without_dropout
 from workbench import Workbench, forked, lightpeft, read, stamps
 
-from lightpeft.app.cli.tables import bench_table
+from lightpeft.app.cli.tables import bench_table, speed_rows
 from lightpeft.app.folders.results import open_peft
 from lightpeft.app.runs import bench as benching
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.bench import Subject, sample_batches, sample_rows
-from lightpeft.app.runs.report.speeds import speed_rows
 from lightpeft.app.runs.workers import Worker
 from lightpeft.errors import LightPeftError
 from lightpeft.profiling.flops import count_flops

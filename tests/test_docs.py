@@ -45,7 +45,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(ROOT / "configs", folder / "configs")
     for file in (folder / "configs").rglob("*.yaml"):
-        file.write_text(re.sub(r"length: \d+\b(?!\.)", "length: 0.25", file.read_text()))  # of fewer rows
+        file.write_text(re.sub(r"\blength: \d+\b(?!\.)", "length: 0.25", file.read_text()))  # of fewer rows
     for grid in workbench.GRIDS:
         smaller(folder / grid.relative_to(ROOT))
     with pytest.MonkeyPatch.context() as patch, workbench.forked():
@@ -74,9 +74,6 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / "demo/cache/smollm2/chat_template.jinja").write_text(CHAT_TEMPLATE)
         (folder / "tasks").mkdir()
         (folder / "tasks/questions.yaml").write_text(blocks(ROOT / "docs/evaluation.md", "yaml")[0])
-        studies = (code for code in blocks(ROOT / "docs/reproduce.md", "python") if "def no_warmup" in code)
-        (folder / "study.py").write_text(next(studies))
-        patch.syspath_prepend(folder)
         layouts.write_task(folder / "demo/cache/quartz", "quartz", train=160)
         write_own_task(folder, rows)
         run_python(blocks(ROOT / "README.md", "python")[0], folder)  # leaves the folder "adapter"

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -162,7 +161,7 @@ def test_store_gives_back_what_it_took(data: st.DataObject, tmp_path_factory: py
         assert torch.equal(batch[place][mask[place]], rows[row])
         assert not batch[place][~mask[place]].any()
     if file is not None:
-        assert file.stat().st_size == store.bytes == sum(lengths) * 3 * dtype.itemsize
+        assert file.stat().st_size == sum(lengths) * 3 * dtype.itemsize
     store.close()
 
 
@@ -209,40 +208,6 @@ def test_batches_bring_the_states_of_their_rows(tmp_path: Path, place: str) -> N
         gradients(model, {**batch, "input_ids": batch["input_ids"].flip(1)})  # other rows
         assert ran
     assert (tmp_path / "states.bin").exists() == (place == "file")
-
-
-def test_what_an_interrupted_run_left_is_taken_over(tmp_path: Path) -> None:
-    first = Caching(tmp_path)
-    assert first.computed == 13  # three to see what comes out, then all
-    again = Caching(tmp_path)
-    assert again.computed == 11  # those three, and eight that are checked
-    assert "interrupted" in again.said[0]
-    assert torch.equal(again.store.read(4), first.store.read(4))
-
-
-def other_rows() -> Dataset:
-    rows = encoded().to_list()
-    rows[3]["input_ids"] = rows[3]["input_ids"][::-1]
-    return Dataset.from_list(rows)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda folder: {"rows": other_rows()},
-        lambda folder: {"dtype": "bfloat16"},
-        lambda folder: {"model": upper(lowest=1)},
-        lambda folder: {"model": tiny.without_dropout(tiny.with_lora(tiny.make("bert", seed=5))).requires_grad_(False)},
-        lambda folder: (folder / "states.bin").write_bytes(b"short") and {},
-        lambda folder: (folder / "states.json").unlink() or {},
-    ],
-    ids=["rows", "dtype", "blocks", "weights", "cut file", "unfinished"],
-)
-def test_other_states_are_not_taken_over(tmp_path: Path, change: Any) -> None:
-    Caching(tmp_path)
-    again = Caching(tmp_path, **change(tmp_path))
-    assert again.computed >= 13
-    assert "computed once" in again.said[0]
 
 
 def test_states_that_do_not_fit_are_not_made(tmp_path: Path) -> None:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
-import io
-import math
 import re
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -40,21 +36,14 @@ from workbench import (
 )
 
 from lightpeft.app import cli
-from lightpeft.app.evaluation.aggregates import Estimate
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs.reproduce import (
     ARMS,
-    Arm,
-    Call,
-    Cell,
-    Grid,
     Results,
     Row,
-    csv_table,
     joined,
     load_grid,
     markdown_table,
-    over_tasks,
     read_results,
     reproduce,
     rich_table,
@@ -245,12 +234,9 @@ def test_a_part_of_the_cells(tmp_path: Path) -> None:
 # -- how a cell is run -----------------------------------------------------------------------------------------------
 
 
-CELL = Cell("m", "t", "lora", 0, run_config_from_dict({"output": "out/cell"}))
-
-
 def test_accelerate_reads_the_command_so() -> None:
     launch = pytest.importorskip("accelerate.commands.launch")
-    given = launch.launch_command_parser().parse_args(running.command(CELL, 2)[3:])
+    given = launch.launch_command_parser().parse_args(running.command(["lightpeft", "run", "--run", "out/cell"], 2)[3:])
     assert (given.num_processes, given.num_machines, given.main_process_port, given.module) == (2, 1, 0, True)
     assert [given.training_script, *given.training_script_args] == ["lightpeft", "run", "--run", "out/cell"]
 
@@ -303,7 +289,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Lets cells run a piece of Python instead of their run."""
 
     def use(code: str) -> None:
-        monkeypatch.setattr(running, "command", lambda cell, devices: [sys.executable, "-c", code])
+        monkeypatch.setattr(running, "command", lambda module, devices: [sys.executable, "-c", code])
 
     return use
 
@@ -405,7 +391,7 @@ def test_the_table_is_that_of_the_runs(finished: Path) -> None:
         ".lock",
         "cells",
         "logs",
-        *(f"results.{suffix}" for suffix in ("json", "csv", "md")),
+        *(f"results.{suffix}" for suffix in ("json", "md")),
     }
 
 
@@ -505,86 +491,6 @@ def test_a_folder_that_cannot_be_written(bench: Workbench, tmp_path: Path, capsy
     assert capsys.readouterr().err.count("\n") == 1
 
 
-# -- cells that a Python function runs ---------------------------------------------------------------------------------
-
-STUDY = """
-from lightpeft.errors import LightPeftError
-from lightpeft.app.runs import pipeline
-
-def without_warmup(config, note):
-    if note == "bad":
-        raise LightPeftError("nothing to note")
-    work = pipeline.prepare(config)
-    work.run.announce("train", note)
-    pipeline.train(work)
-    pipeline.evaluate(work)
-"""
-
-
-@pytest.fixture
-def study(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Grid]:
-    """Makes a grid of plain LoRA and of a method of its own, a function in a module of its own."""
-    (tmp_path / "study.py").write_text(STUDY)
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def make(note: str, function: str = "study:without_warmup") -> Grid:
-        grid = load_grid(grid_file(tmp_path / "grid.yaml", bench, methods=["lora"]))
-        own = Arm(grid.arms["lora"].settings, call=Call(function, {"note": note}))
-        return replace(grid, arms={**grid.arms, "own": own})
-
-    return make
-
-
-def test_a_function_of_a_study_runs_its_cells(study: Any, finished: Path, tmp_path: Path) -> None:
-    """In a process of its own, which finds the modules of this one; the table is that of any grid."""
-    out = tmp_path / "out"
-    shutil.copytree(cell_folder(finished, "lora"), cell_folder(out, "lora"))
-    results = reproduce(study("a word"), out)
-    assert results.failures == {}
-    assert [row.method for row in results.rows] == ["lora", "own"]
-    assert results.rows[1].difference == [0.0]  # it does what the other does
-    assert "a word" in (cell_folder(out, "own") / "log.jsonl").read_text()
-    assert "a word" in (out / "logs" / "tiny-words-own-0.txt").read_text()
-    before = stamps(out / "cells")
-    reproduce(study("a word"), out, launch=lambda *_: pytest.fail("it is done"))
-    assert stamps(out / "cells") == before
-    with pytest.raises(LightPeftError, match=r"was not run by study:without_warmup\(note='another'\), but otherwise"):
-        reproduce(study("another"), out)
-    with pytest.raises(LightPeftError, match="was not run by lightpeft run, but otherwise"):
-        reproduce(replace(study("a word"), arms={**study("").arms, "own": study("").arms["lora"]}), out)
-
-
-def test_what_a_function_refuses_is_the_reason(study: Any, tmp_path: Path) -> None:
-    results = reproduce(study("bad"), tmp_path / "out", only=["method=own"])
-    (failure,) = results.failures.values()
-    assert failure.startswith("nothing to note (see ")
-
-
-@pytest.mark.parametrize(
-    ("function", "reason"),
-    [
-        ("workbench:nothing", "module 'workbench' has no attribute 'nothing'"),
-        ("nowhere:run", "No module named 'nowhere'"),
-        (":run", "Empty module name"),
-        ("workbench", "has no attribute ''"),
-    ],
-)
-def test_functions_that_are_not_there(function: str, reason: str) -> None:
-    with pytest.raises(LightPeftError, match=re.escape(f"cannot call {function}: ") + f".*{reason}.*; give it as"):
-        Call(function)(run_config_from_dict({}))
-
-
-def test_what_a_function_estimates_is_its_own(bench: Workbench, tmp_path: Path) -> None:
-    """It may estimate in another way, so nobody takes it, and it takes none."""
-    grid = load_grid(grid_file(tmp_path / "grid.yaml", bench, methods=["light-lora"]))
-    settings = grid.arms["light-lora"].settings
-    grid = replace(grid, arms={"own": Arm(settings, call=Call("lightpeft.app.runs.pipeline:run")), **grid.arms})
-    grid = replace(grid, arms={**grid.arms, "another": grid.arms["own"]}, baseline="own")
-    assert reproduce(grid, tmp_path / "out", launch=in_this_process).failures == {}
-    for method in grid.arms:
-        assert "taken_from" not in (cell_folder(tmp_path / "out", method) / "log.jsonl").read_text()
-
-
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
@@ -657,24 +563,14 @@ def test_quality_at_full_width_has_a_column_where_a_run_keeps_both() -> None:
     assert "full width: quality there, of runs that keep both" in table
 
 
-def test_csv_has_every_number() -> None:
-    rows = list(csv.DictReader(io.StringIO(csv_table(FIXED))))
-    assert [row["method"] for row in rows] == ["lora", "light & 50%_off", "lora"]
-    assert float(rows[1]["quality_mean"]) == pytest.approx(0.831)
-    assert float(rows[1]["difference_std"]) == pytest.approx(0.0084853, rel=1e-4)
-    assert rows[1]["training_memory_bytes_mean"] == str(256 * 2**20)
-    assert rows[1]["seconds_mean"] == rows[0]["p"] == rows[2]["quality_std"] == ""
-    assert set(rows[0]) >= {f"{name}_mean" for name in MEASURES}
-
-
 def test_a_narrow_screen_has_whole_cells_of_fewer_columns() -> None:
     console = Console(width=110)
     with console.capture() as capture:
         console.print(rich_table(FIXED, console.width))
     headers = re.split(r"\s{2,}", capture.get().splitlines()[0].strip())
-    for column in tables.cells_sheet(FIXED).shown:
-        assert (column.header in headers) != column.wide
-        assert column.wide or all(column.cell(row) in capture.get() for row in FIXED.rows)
+    for name, cells in tables.shown(FIXED)[0].items():
+        assert (name in headers) != (name in tables.LEFT_OUT)
+        assert name in tables.LEFT_OUT or all(cell in capture.get() for cell in cells)
 
 
 def test_tables_before_any_cell_is_done(tmp_path: Path) -> None:
@@ -683,7 +579,7 @@ def test_tables_before_any_cell_is_done(tmp_path: Path) -> None:
     assert read_json(tmp_path / "results.json")["rows"] == []
     assert (tmp_path / "results.md").read_text().startswith("| method |")
     assert "0 of 4 cells" in (tmp_path / "results.md").read_text()
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv", ".md"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md"}
 
 
 @pytest.mark.parametrize(
@@ -701,144 +597,15 @@ def test_p_values(differences: list[float] | None, p: float | None) -> None:
     assert p_value(differences) == (p if p is None else pytest.approx(p, abs=1e-4))
 
 
-# -- over tasks --------------------------------------------------------------------------------------------------------
-
-
-def rows_of(model: str, task: str, metric: str, **qualities: dict[int, float]) -> list[Row]:
-    """Rows of methods, each with a quality by seed."""
-    nothing: dict[str, Spread | None] = dict.fromkeys(MEASURES)
-    return [
-        Row(model, task, method, metric, list(of), list(of.values()), None, None, nothing)
-        for method, of in qualities.items()
-    ]
-
-
-def grid_of(*rows: list[Row], **reports: dict[str, Any]) -> Results:
-    named = {name.replace("__", "/"): report for name, report in reports.items()}
-    return Results([row for some in rows for row in some], "lora", 9, "lightpeft reproduce grid.yaml", named)
-
-
-def took(seconds: float, speed: float | None = None) -> dict[str, Any]:
-    train = {"resumed_at": None} | ({} if speed is None else {"samples_per_second": speed})
-    return {"seconds": {"train": seconds, "evaluate": 1e6}, "training": {"train": train}}
-
-
-TWO_TASKS = grid_of(
-    rows_of("m", "rte", "accuracy", lora={0: 0.5, 1: 0.6, 2: 0.7}, light={0: 0.52, 1: 0.59, 2: 0.71}),
-    rows_of("m", "cola", "matthews", lora={0: 0.4, 1: 0.4}, light={1: 0.3, 0: 0.4, 7: 0.9}),
-    m__rte__lora__0=took(10, 100),
-    m__rte__light__0=took(5, 300),
-    m__rte__lora__1=took(10),
-    m__rte__light__1=took(2),
-    m__cola__lora__1=took(10, 200),
-    m__cola__light__1=took(30, 100),
-    m__cola__light__7=took(1, 1e6),
-)
-
-
-def test_over_tasks_by_hand() -> None:
-    """Pairs that both have: rte 0, 1, 2 and cola 0, 1, whatever the order of the seeds."""
-    (found,) = over_tasks(TWO_TASKS)
-    assert (found.model, found.method, found.unit) == ("m", "light", "points")
-    assert (found.tasks, found.pairs) == (["rte", "cola"], 5)
-    # rte: +2, -1, +1; cola: 0, -10
-    assert found.mean.value == pytest.approx((2 / 3 - 5) / 2)
-    assert found.iqm is not None and found.iqm.value == pytest.approx((1 + 0 - 1) / 3)
-    assert found.improvement.value == pytest.approx((2 / 3 + 0.25) / 2)
-    low, high = found.mean.interval or (1, 0)
-    assert -5.5 <= low < found.mean.value < high <= 1
-    assert found.ratios == {"seconds": 0.5, "samples_per_second": (3 + 0.5) / 2}
-
-
-def test_where_less_is_better_and_no_points_are_averaged_with_nats() -> None:
-    """Losses, and perplexities by their logarithm, are one summary, accuracies another; squared errors are in none."""
-    results = grid_of(
-        rows_of("m", "a", "loss", lora={0: 2.0}, light={0: 1.5}),
-        rows_of("m", "b", "perplexity", lora={0: math.exp(3)}, light={0: math.exp(3.1)}),
-        rows_of("m", "c", "accuracy", lora={0: 0.5}, light={0: 0.75}),
-        rows_of("m", "d", "f1", lora={0: 0.5}, light={0: 0.5}),
-        rows_of("m", "e", "mse", lora={0: 0.5}, light={0: 0.1}),
-        rows_of("m", "f", "mse", lora={0: 0.5}, light={0: 0.1}),
-    )
-    nats, points = over_tasks(results)
-    assert (nats.unit, nats.tasks, points.unit, points.tasks) == ("nats", ["a", "b"], "points", ["c", "d"])
-    assert nats.mean == Estimate(pytest.approx(0.2), None)
-    assert (nats.improvement.value, points.improvement.value) == (0.5, 0.75)
-    assert points.mean.value == 12.5
-    assert points.iqm is None, "of two pairs no quarter goes"
-    table = markdown_table(results)
-    assert "| light | nats | +0.200 | - | 0.50 |" in table and "| light | points | +12.5 | - | 0.75 |" in table
-    assert "mse is left out: tasks have no unit of it in common" in table
-    assert "no interval where a task has one seed" in table and "95%" not in table
-
-
-@pytest.mark.parametrize(
-    "rows",
-    [
-        [rows_of("m", "a", "accuracy", lora={0: 0.5, 1: 0.6}, light={0: 0.6, 1: 0.7})],
-        # one task each of two models, of two units, and with pairs
-        [rows_of(model, task, "f1", lora={0: 0.5}, light={0: 0.6}) for model, task in (("m", "a"), ("n", "b"))],
-        [rows_of("m", task, metric, lora={0: 0.5}, light={0: 0.6}) for task, metric in (("a", "f1"), ("b", "loss"))],
-        [rows_of("m", task, "f1", lora={0: 0.5}, light={seed: 0.6}) for task, seed in (("a", 0), ("b", 1))],
-        [rows_of("m", task, "f1", light={0: 0.6}) for task in "ab"],
-        [rows_of("m", task, "f1", lora={0: 0.6}) for task in "ab"],
-    ],
-)
-def test_nothing_is_said_over_fewer_than_two_tasks(rows: list[list[Row]], tmp_path: Path) -> None:
-    results = grid_of(*rows)
-    assert over_tasks(results) == []
-    assert "P(better)" not in markdown_table(results)
-    write_results(tmp_path, results)
-    assert read_json(tmp_path / "results.json")["over_tasks"] == []
-    assert not (tmp_path / "results.tasks.csv").exists()
-
-
-def test_over_tasks_in_every_form(tmp_path: Path) -> None:
-    strange = replace(
-        TWO_TASKS, rows=[replace(row, method=row.method.replace("light", "50%")) for row in TWO_TASKS.rows]
-    )
-    strange = replace(strange, failures={"m/rte/50%/3": "out of memory"})
-    (found,) = over_tasks(strange)
-    assert found.iqm is not None and found.mean.interval and found.iqm.interval and found.improvement.interval
-    gains = ["{:+.1f} [{:+.1f}, {:+.1f}]".format(each.value, *each.interval) for each in (found.mean, found.iqm)]  # type: ignore[misc]
-    better = "{:.2f} [{:.2f}, {:.2f}]".format(found.improvement.value, *found.improvement.interval)
-    write_results(tmp_path, strange)
-
-    text = (tmp_path / "results.md").read_text()
-    first, second, failed = text.split("\n\n| method |")[0], *text.split("\n\n| method |")[1].split("\n\nFailed:\n\n")
-    assert first.startswith("| task |") and failed == "- m/rte/50%/3: out of memory\n"
-    assert f"| 50% | {' | '.join(gains)} | {better} | - | - |" in second, "no report is there for the ratios"
-    assert "model m, tasks 2, pairs 5, unit points, differences to lora over tasks" in second
-
-    (line,) = csv.DictReader(io.StringIO((tmp_path / "results.tasks.csv").read_text()))
-    assert float(line["mean"]) == found.mean.value and float(line["mean_low"]) == found.mean.interval[0]
-    assert (line["tasks"], line["pairs"], line["seconds_ratio"]) == ("2", "5", "")
-    assert read_json(tmp_path / "results.json")["over_tasks"][0]["iqm"]["value"] == found.iqm.value
-
-    console = Console(width=300)
-    with console.capture() as capture:
-        console.print(rich_table(strange))
-    assert all(text in capture.get() for text in (*gains, better, "[95% interval"))
-
-
 RESULTS = [path for path in sorted(GRIDS[0].parents[1].glob("*/*.results.json")) if "rows" in read(path)]
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}-{path.name.partition('.')[0]}")
-def test_results_of_the_repository_are_read_and_summarised(path: Path) -> None:
-    """Whatever version wrote them: their rows, and a summary where they have two tasks."""
+def test_results_of_the_repository_are_read(path: Path) -> None:
+    """Whatever version wrote them: their rows, and their table."""
     results, stored = read_results(path), read(path)
     assert [row.quality for row in results.rows] == [row["quality"] for row in stored["rows"]]
-    summaries = over_tasks(results)
-    compared = Counter((row.model, row.method) for row in results.rows if row.difference)
-    told = {(summary.model, summary.method) for summary in summaries}
-    assert told == {method for method, tasks in compared.items() if tasks > 1}
-    for summary in summaries:
-        pairs = [row for row in results.rows if (row.model, row.method) == (summary.model, summary.method)]
-        differences = [statistics.fmean(row.difference or []) for row in pairs]
-        assert summary.mean.value == pytest.approx(100 * statistics.fmean(differences))
-        assert all(ratio and ratio > 0 for ratio in summary.ratios.values())
-    assert markdown_table(results).count("\n| ---") == 1 + bool(summaries)
+    assert markdown_table(results).count("\n| ") == 1 + len(results.rows)
 
 
 @pytest.mark.parametrize("name", ["movie_reviews/auto", "glue/presets", "socialiqa/writers"])

@@ -175,7 +175,7 @@ def test_nothing_is_loaded_from_elsewhere(pages: dict[Path, Page]) -> None:
 def test_public_names_are_described(pages: dict[Path, Page]) -> None:
     described = {name for path, page in pages.items() if path.parent.name == "api" for name in page.ids}
     assert {f"lightpeft.{name}" for name in lightpeft.__all__} <= described
-    assert {"lightpeft.LightConfig.tolerance", "lightpeft.RunConfig.training"} <= described, "fields have places, too"
+    assert {"lightpeft.LightConfig.remove", "lightpeft.RunConfig.training"} <= described, "fields have places, too"
 
 
 class Quiet(SimpleHTTPRequestHandler):

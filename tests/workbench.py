@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import hashlib
+import importlib
 import importlib.util
 import json
 import multiprocessing
@@ -266,10 +267,13 @@ def lightpeft(*arguments: object) -> int:
     return 0
 
 
-def in_this_process(cell: Cell, devices: int, log: Path) -> str | None:
+def in_this_process(cell: Cell, devices: int, log: Path, module: Sequence[str] = ()) -> str | None:
     """How a grid runs its cells where processes of their own would take too long."""
     try:
-        (cell.call or pipeline.run)(cell.config)
+        if module:
+            importlib.import_module(module[0]).main(*module[1:])
+        else:
+            pipeline.run(cell.config)
     except LightPeftError as error:
         return str(error)
     except Exception as error:  # noqa: BLE001 - whatever ends the process of a cell is its own

@@ -294,11 +294,3 @@ def _fits(length: int, hint: Any) -> bool:
 def _key(key: Any, where: str) -> str:
     _check_text(str(key), f"a key of {where}")
     return str(key)
-
-
-def check_most(config: Any, section: str, limits: dict[str, int]) -> None:
-    """Refuse values that could only end in a lack of memory, or in an overflow."""
-    for name, limit in limits.items():
-        value = getattr(config, name)
-        fits = not isinstance(value, (int, float)) or value <= limit
-        require(fits, f"{section}{name} is {shown(value)}; it can be at most {limit:,}")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from lightpeft.app.runs.bench import rounds_in_words
 from lightpeft.app.runs.checking import Check
-from lightpeft.app.runs.report.speeds import speed_rows
-from lightpeft.app.runs.report.words import rounds
 from lightpeft.config import peft_type
+from lightpeft.console.progress import exact_duration, in_bytes
 from lightpeft.peft_kinds.kinds import kind_named
 from lightpeft.plans.records import PrunePlan
 from lightpeft.plans.structure import SLOTS
@@ -128,7 +128,7 @@ def _range(interval: Sequence[float] | None) -> str:
 def bench_table(report: Mapping[str, Any]) -> Table:
     """Plain PEFT, light, and their ratio, with the quartiles of the ratio."""
     kind = plain_name(report["config"])
-    over = rounds(report["rounds"], report.get("of_rounds"))
+    over = rounds_in_words(report["rounds"], report.get("of_rounds"))
     table = Table(title=f"{kind} beside light (medians over {over})", title_justify="left")
     for name in ("", kind, "light", "light / plain", "quartiles"):
         table.add_column(name, justify="left" if not name else "right")
@@ -143,6 +143,38 @@ def bench_table(report: Mapping[str, Any]) -> Table:
         )
         table.caption_justify = "left"
     return table
+
+
+def speed_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of what `bench` gives, measure by measure: its name, plain, light, and the ratio of light with its quartiles."""
+    subjects, ratios, whole = found["subjects"], found["ratios"], found["end_to_end"]
+    both = [subjects[name] for name in ("plain", "light")]
+    rows: list[dict[str, Any]] = []
+
+    def add(name: str, values: Iterable[float], form: Callable[[float], str], ratio: float, **more: Any) -> None:
+        plain, light = map(form, values)
+        rows.append({"name": name, "plain": plain, "light": light, "ratio": ratio, **more})
+
+    for what in ("training", "inference"):
+        spread, medians = ratios[f"{what}_throughput"], [of[f"{what}_samples_per_second"]["median"] for of in both]
+        add(f"{what} samples/s", medians, _fine, spread["median"], quartiles=[spread["low"], spread["high"]])
+    add("training memory", [of["peak_memory_bytes"] for of in both], in_bytes, ratios["peak_memory"])
+    for name, key in (("weights served", "weights_bytes"), ("inference memory", "peak_memory_bytes")):
+        served = [of["inference"][key] for of in both]
+        add(name, served, in_bytes, served[1] / served[0])
+    for what, key in (("training", "training"), ("inference", "forward")):
+        flops = [of["flops"][key] / 1e9 for of in both]
+        add(f"{what} GFLOP", flops, _fine, flops[1] / flops[0])
+    caches = [of.get("kv_cache_bytes_per_token") for of in both]
+    if None not in caches:
+        add("KV cache a token", caches, in_bytes, caches[1] / caches[0])
+    seconds = [whole[f"{name}_seconds"] for name in ("plain", "light")]
+    add("whole run", seconds, exact_duration, whole["light_over_plain"])
+    return rows
+
+
+def _fine(value: float) -> str:
+    return f"{value:,.1f}"
 
 
 def needs_table(found: Check) -> Table:

@@ -350,14 +350,6 @@ def _remove(path: Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Milestones:
-    """What a run was worth on its way."""
-
-    examples: int
-    metrics: dict[str, dict[str, float]]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Quality:
     """How good a model is."""
 
@@ -379,7 +371,6 @@ class Report:
     training: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     adapter_bytes: int | None = None
     full_width: Quality | None = None
-    milestones: Milestones = Milestones(examples=0, metrics={})
     warnings: list[str] = dataclasses.field(default_factory=list)
     hardware: dict[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -24,7 +24,6 @@ from transformers import set_seed
 
 from lightpeft.app.folders.results import open_peft
 from lightpeft.app.runs import pipeline
-from lightpeft.app.runs.report.words import rounds as rounds_in_words
 from lightpeft.app.runs.workers import Worker
 from lightpeft.app.runs.workspace import Workspace, prepare
 from lightpeft.compat.transformers import LengthGroupedSampler
@@ -116,6 +115,12 @@ class Stopped(KeyboardInterrupt):
         """
         super().__init__(line)
         self.report = report
+
+
+def rounds_in_words(done: int, asked: int | None = None) -> str:
+    """Alternations of a measurement: 3 rounds; of one that was stopped, 1 of 3 rounds."""
+    of = f" of {asked}" if asked is not None and done < asked else ""
+    return f"{done}{of} round{'s' * (done != 1 or bool(of))}"
 
 
 def _report(work: Workspace, fixed: Mapping[str, dict[str, Any]], values: _Values) -> dict[str, Any]:

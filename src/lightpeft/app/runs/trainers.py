@@ -179,11 +179,6 @@ class LightRun(light_trainer(RunTrainer)):  # type: ignore[misc]
             self.leave_light_budget(record)
         return leave_plan(self.work.run)
 
-    @property
-    def light_rows_told(self) -> str:
-        """The rows of the user's file, where a part of them is held out."""
-        return self.work.rows_told
-
     def leave_light_budget(self, record: EstimationRecord) -> None:
         """Find a budget for the model as estimation left it, and leave it in the run folder."""
         self.light_budget = self.find_light_budget(record, self.work.steps)

@@ -126,17 +126,6 @@ class Workspace:
         return asked
 
     @property
-    def rows_told(self) -> str:
-        """How many of the user's rows train, and what the others are for."""
-        data, train, test = self.config.data, len(self.task.train), len(self.task.test)
-        held = 0 if self.held_rows is None else len(self.held_rows)
-        split = data.train is not None and data.test is None and data.limit_train is None and data.limit_test is None
-        apart = [f"{test} are held out for evaluation"] if split else []
-        apart += [f"{held} to tell when to stop"] if held else []
-        besides = f" ({', '.join(apart)})" if apart else ""
-        return f"{len(self.train_rows)} of {train + test if split else train}{besides}"
-
-    @property
     def stops_early(self) -> bool:
         """Whether the loss on rows that are set aside stops training: not where an engine shards the model, of which
         `Trainer` keeps the best in a form of its own. The rows are set aside there, too, so that a run may go on

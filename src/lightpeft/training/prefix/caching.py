@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 import random
 import shutil
@@ -22,7 +21,6 @@ from torch import Tensor
 
 from lightpeft.console import bars
 from lightpeft.errors import LightPeftError
-from lightpeft.files import file_checksum, read_json, write_json
 from lightpeft.machine import autocasting, processes
 from lightpeft.models.batches import without_labels
 from lightpeft.training.prefix.blocks import FrozenPrefix
@@ -30,14 +28,10 @@ from lightpeft.training.prefix.keys import row_keys
 from lightpeft.training.prefix.states import StateStore, store_bytes
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
-_FACTS = "states.json"
 _FILE = "states.bin"
-_STATES_CHECKSUM = "states"
 _TRIED_ROWS = 16
 """Rows that are made into a batch twice, to see whether they always give the same tokens."""
 _UNPADDED = "a batch is not one padded sequence a row"
-_CHECKED_ROWS = 8
-"""Rows of a stored cache that are computed again before it is taken over."""
 _STATELESS = frozenset({"transformers", "trl", "lightpeft"})
 """Packages whose collators depend on their rows, and on random numbers, alone."""
 
@@ -48,14 +42,8 @@ class PrefixCache:
 
     place: Literal["memory", "file"] = "file"
     """In memory (of every process), or in a file that all processes of a run share."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: as the prefix gives them, so that training is the same to float noise; else rounded."""
     limit: int = 16 * 2**30
     """Bytes that the states may take at most."""
-
-    def stored_dtype(self, computed: torch.dtype) -> torch.dtype:
-        """The data type that states of type `computed` are kept in."""
-        return computed if self.dtype == "auto" else getattr(torch, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -89,7 +77,7 @@ def cache_prefix(
     autocast: torch.dtype | None = None,
     announce: Callable[[str], None] = lambda line: None,
 ) -> CachedRows | None:
-    """Compute the attached prefix for every row, or take over what an interrupted run left in `folder`.
+    """Compute the attached prefix for every row.
 
     Args:
         rows: encoded rows, [tokens] of each as `input_ids`.
@@ -117,7 +105,7 @@ def cache_prefix(
     if first is None:
         announce("no prefix cache: what the frozen blocks give for a row depends on the padding of its batch")
         return None
-    dtype, width = settings.stored_dtype(first.dtype), first.shape[-1]
+    dtype, width = first.dtype, first.shape[-1]
     size = store_bytes(caching.lengths, width, dtype)
     room, where = _room(settings, folder)
     blocks = len(prefix.blocks)
@@ -127,15 +115,10 @@ def cache_prefix(
         return None
     file = None if settings.place == "memory" else folder / _FILE
     store = StateStore(caching.lengths, width, dtype, file)
-    digest = hashlib.sha256(b"".join(caching.slots)).hexdigest()
-    facts = {"rows": digest, "width": width, "dtype": str(dtype), "blocks": blocks, "autocast": str(autocast)}
+    what = f"frozen blocks ({blocks}) computed once for {len(rows)} rows"
+    announce(f"prefix cache: {what}, {decimal(size)} of {where}")
     try:
-        if file is not None and caching.matches(store, folder / _FACTS, facts):
-            announce(f"prefix cache: {decimal(size)} of {where}, from the interrupted run")
-        else:
-            what = f"frozen blocks ({blocks}) computed once for {len(rows)} rows"
-            announce(f"prefix cache: {what}, {decimal(size)} of {where}")
-            caching.fill(store, folder / _FACTS, facts)
+        caching.fill(store)
     except OSError as error:
         raise LightPeftError(f"cannot write the prefix cache to {folder}: {error.strerror or error}") from error
     return CachedRows(caching.slots, store)
@@ -208,13 +191,11 @@ class _Caching:
         one, other = one.float(), other.float()
         return bool(((one - other).norm(dim=-1) <= tolerance * other.norm(dim=-1)).all())
 
-    def fill(self, store: StateStore, facts_file: Path, facts: dict[str, Any]) -> None:
+    def fill(self, store: StateStore) -> None:
         """Compute all rows; several processes share a file's rows among them."""
         state = processes()
-        state.wait_for_everyone()  # until all have seen what lies there
         if store.file is not None:
             store.file.parent.mkdir(parents=True, exist_ok=True)
-            facts_file.unlink(missing_ok=True)
         order = sorted(range(len(store.lengths)), key=store.lengths.__getitem__)
         chunks = [*_chunks(order, self.batch_size)]
         if store.file is not None:
@@ -223,25 +204,6 @@ class _Caching:
             for slot, states in zip(chunk, self.compute(chunk), strict=True):
                 store.write(slot, states)
         state.wait_for_everyone()
-        if store.file is not None and state.is_main_process:
-            write_json(facts_file, {**facts, _STATES_CHECKSUM: file_checksum(store.file)})
-        state.wait_for_everyone()
-
-    def matches(self, store: StateStore, facts_file: Path, facts: dict[str, Any]) -> bool:
-        """Whether what lies there was made by the same prefix from the same rows; some rows are computed to see."""
-        try:
-            stored = read_json(facts_file)
-        except LightPeftError:  # none, or a damaged one
-            return False
-        assert store.file is not None
-        if any(stored.get(name) != value for name, value in facts.items()) or not store.file.is_file():
-            return False
-        if store.file.stat().st_size != store.bytes or file_checksum(store.file) != stored.get(_STATES_CHECKSUM):
-            return False
-        step = max(1, len(store.lengths) // _CHECKED_ROWS)
-        slots = list(range(0, len(store.lengths), step))[:_CHECKED_ROWS]
-        pairs = zip(self.compute(slots), map(store.read, slots), strict=True)
-        return all(self._close(new.to(store.dtype), old) for new, old in pairs)
 
 
 def obstacle(rows: Any, collator: Collate) -> str | None:

@@ -32,11 +32,6 @@ class StateStore:
         self._owner = 0
         self._memory = torch.empty(self.starts[-1], width, dtype=dtype) if file is None else None
 
-    @property
-    def bytes(self) -> int:
-        """Size of all states."""
-        return store_bytes(self.lengths, self.width, self.dtype)
-
     def write(self, row: int, states: Tensor) -> None:
         """Keep the states [lengths[row], width] of a row."""
         states = states.to(device="cpu", dtype=self.dtype).contiguous()

@@ -20,7 +20,7 @@ REPORT = Verb(
     options=(
         Option(
             "runs",
-            "Folders of runs; the first of method plain, or else the first, is the reference.",
+            "Folders of runs.",
             list[str],
             count="+",
         ),

@@ -130,7 +130,6 @@ def stored_states(work: Workspace, prefix: FrozenPrefix, shapes: Shapes) -> Tens
     batch = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items() if name != "labels"}
     with autocasting(device(), autocast_dtype(work.config.training)):
         states = prefix.compute(batch)
-    states = states.to(settings.stored_dtype(states.dtype))
     return states if store_bytes_of(work, states) <= settings.limit else None
 
 

@@ -24,7 +24,6 @@ def why_fixed(work: Workspace) -> str | None:
         processes=processes().num_processes,
         points=work.tolerance.unit == "points",
         sharded=sharding_launched(),
-        told=work.rows_told,
     )
     return why_unmeasured(room, light, work.steps, 0.0 if depth == "auto" else depth)
 

@@ -1,11 +1,10 @@
-"""A figure of matplotlib as a part of a page: SVG with the page's colours and with hints, and without any names."""
+"""A figure of matplotlib as a part of a page: SVG with the page's colours, and without any names."""
 
 from __future__ import annotations
 
 import copy
 import io
 import re
-from typing import Any
 from xml.etree import ElementTree
 
 from matplotlib import rc_context
@@ -53,7 +52,6 @@ class Drawing:
             grid: axes that have lines: "x", "y" or "both".
         """
         self.width, self.height, self.label = width, height, label
-        self._hints: dict[str, str] = {}
         self.figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
         self.figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)  # type: ignore[union-attr, call-arg]
         FigureCanvasSVG(self.figure)
@@ -62,12 +60,6 @@ class Drawing:
             self.axes.grid(axis=grid)  # type: ignore[arg-type]
         for side in self.axes.spines.values():
             side.set_visible(False)
-
-    def hint(self, artist: Any, words: str) -> None:
-        """Say something where a pointer rests on a part of the figure."""
-        name = f"hint {len(self._hints)}"
-        artist.set_gid(name)
-        self._hints[name] = words
 
     @STYLED
     def __html__(self) -> str:
@@ -84,10 +76,6 @@ class Drawing:
             for place, child in enumerate(parent):
                 if child.tag == "use":
                     parent[place] = _at_its_place(shapes[child.attrib["href"].removeprefix("#")], child)
-            if (words := self._hints.get(parent.attrib.get("id", ""))) is not None:
-                title = ElementTree.Element("title")
-                title.text = words
-                parent.insert(0, title)
         for element in figure.iter():
             for name in ("id", "clip-path"):
                 element.attrib.pop(name, None)

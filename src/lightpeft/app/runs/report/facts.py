@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from lightpeft.app.folders.run_folder import Report, RunFolder, is_run, read_report
-from lightpeft.app.runs.report.speeds import Speeds, read_speeds
 from lightpeft.budget.found import FoundBudget
 from lightpeft.config import RunConfig
 from lightpeft.config.validation import from_dict
@@ -39,13 +38,10 @@ class Stage:
     """One stage of a run."""
 
     name: str
-    title: str
     done: bool
     seconds: float | None = None
     """Wall-clock time; None: not known, or not done."""
-    samples_per_second: float | None = None
     peak_memory_bytes: int | None = None
-    peak_memory_method: str = ""
     steps: int | None = None
     """Optimizer steps."""
     resumed_at: int = 0
@@ -53,17 +49,19 @@ class Stage:
     taken_from: str | None = None
     """Another run, whose result was taken."""
 
+    @property
+    def title(self) -> str:
+        """Its name for people."""
+        return STAGES[self.name]
+
 
 @dataclass(frozen=True)
 class Losses:
     """The training losses of one stage."""
 
     stage: str
-    title: str
     points: list[tuple[float, float]]
     """(step of the whole run, loss), ascending."""
-    each: int = 1
-    """Lines of the log that a point is the mean of."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,6 @@ class RunFacts:
     """Step at which estimation ended and the model was cut, if anything was."""
     broken_losses: int
     """Lines of the log whose loss is NaN or infinite."""
-    reached: int
-    """Optimizer steps that the run has taken, as far as the log knows."""
     plan: PrunePlan | None
     report: Report | None
     """What metrics.json says."""
@@ -88,12 +84,6 @@ class RunFacts:
     """What curve.json says."""
     budget: FoundBudget | None
     """What `light: auto` found."""
-    speeds: Speeds | None
-    """What bench.json says."""
-    notes: list[str]
-    """What the run said on its way."""
-    ended: float | None
-    """When the log was last written to, in seconds since the epoch."""
 
     @property
     def name(self) -> str:
@@ -117,11 +107,6 @@ class RunFacts:
         """The largest peak of the stages that train."""
         return max((stage.peak_memory_bytes for stage in self.stages if stage.peak_memory_bytes), default=None)
 
-    @property
-    def main_metric(self) -> str | None:
-        """The metric that the task is about."""
-        return None if self.report is None else self.report.main_metric
-
 
 def read_run(folder: Path) -> RunFacts:
     """All that is known of a run.
@@ -131,12 +116,11 @@ def read_run(folder: Path) -> RunFacts:
     """
     require(is_run(folder), f"{folder} is not the folder of a run: it has no config.yaml; give what `run` wrote to")
     run = RunFolder.at(folder)
-    entries = list(run.log_entries())
     raw = read_report(run.metrics) if run.has("evaluate") else None
     report = None if raw is None else Report.of(raw)
     plan = PrunePlan.load(run.plan) if run.config.way.prunes and run.has("plan") else None
-    stages = list(_stages(run, report, plan))
-    losses, broken = _losses(entries, stages)
+    stages = list(_stages(run, report))
+    losses, broken = _losses(run.log_entries(), stages)
     return RunFacts(
         folder=folder,
         config=run.config,
@@ -144,36 +128,15 @@ def read_run(folder: Path) -> RunFacts:
         losses=losses,
         cut=next((stage.steps for stage in stages if stage.name == "estimate" and stage.done), None),
         broken_losses=broken,
-        reached=_reached(stages, losses),
         plan=plan,
         report=report,
-        sizes=_sizes(entries, plan, report),
+        sizes=list(_sizes(plan, report)),
         curve=read_json(run.curve) if run.curve.is_file() else None,
         budget=_budget(raw, run.metrics) if raw is not None else None,
-        speeds=read_speeds(bench) if (bench := run.path / "bench.json").is_file() else None,
-        notes=[entry["note"] for entry in entries if isinstance(entry.get("note"), str)],
-        ended=_ended(entries),
     )
 
 
-_LARGEST = 2.0**63
-
-
-def number(value: Any) -> float | None:
-    """A number of a size that can mean something; None of anything else: what is in a log has no checksum."""
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
-    return value if fits else None
-
-
-def _ended(entries: Iterable[Mapping[str, Any]]) -> float | None:
-    times = [time for entry in entries if (time := number(entry.get("time"))) is not None]
-    return max((time for time in times if 0 < time < _YEAR_9999), default=None)
-
-
-_YEAR_9999 = 253_370_764_800
-
-
-def _stages(run: RunFolder, report: Report | None, plan: PrunePlan | None) -> Iterable[Stage]:
+def _stages(run: RunFolder, report: Report | None) -> Iterable[Stage]:
     way, logged = run.config.way, run.finished_stages()
     light = run.config.light
     before, after = ["depth"] if light.remove.depth == "auto" else [], ["budget"] if light.is_auto else []
@@ -182,62 +145,40 @@ def _stages(run: RunFolder, report: Report | None, plan: PrunePlan | None) -> It
         told: dict[str, Any] = logged.get(name, {})
         if report is not None:
             told = {**told, "seconds": report.seconds.get(name, told.get("seconds")), **report.training.get(name, {})}
-        method, source = told.get("peak_memory_method"), told.get("taken_from")
         yield Stage(
             name=name,
-            title=_title(name, plan) if way.prunes or name != "train" else "Training",
             done=run.has(name),
-            seconds=number(told.get("seconds")),
-            samples_per_second=number(told.get("samples_per_second")),
-            peak_memory_bytes=_whole(told.get("peak_memory_bytes")),
-            peak_memory_method=method if isinstance(method, str) else "",
-            steps=_whole(told.get("steps")),
-            resumed_at=_whole(told.get("resumed_at")) or 0,
-            taken_from=source if isinstance(source, str) else None,
+            seconds=told.get("seconds"),
+            peak_memory_bytes=told.get("peak_memory_bytes"),
+            steps=told.get("steps"),
+            resumed_at=told.get("resumed_at") or 0,
+            taken_from=told.get("taken_from"),
         )
-
-
-def _title(name: str, plan: PrunePlan | None) -> str:
-    if name != "prune" or plan is None or plan.cuts_blocks:
-        return STAGES[name]
-    return "Cutting modules" if plan.cuts_modules else "Nothing to cut"
-
-
-def _whole(value: Any) -> int | None:
-    found = number(value)
-    return None if found is None else int(found)
-
-
-def _reached(stages: Sequence[Stage], losses: Sequence[Losses]) -> int:
-    logged = max((int(line.points[-1][0]) for line in losses), default=0)
-    return max(logged, sum(stage.steps or 0 for stage in stages if stage.done))
 
 
 MOST_POINTS = 400
 """Points of a line at most; of a longer log each is the mean of some lines."""
 
 
-def _losses(entries: Sequence[Mapping[str, Any]], stages: Sequence[Stage]) -> tuple[list[Losses], int]:
+def _losses(entries: Iterable[Mapping[str, Any]], stages: Sequence[Stage]) -> tuple[list[Losses], int]:
     """Losses by stage, and how many are no number. What a resumed run logged twice counts once, as it was last."""
     found: dict[str, dict[float, float]] = {stage: {} for stage in TRAINED}
     broken = 0
     for entry in entries:
-        stage, step, loss = entry.get("stage"), number(entry.get("step")), number(entry.get("loss"))
-        if not isinstance(stage, str) or stage not in found or step is None or "loss" not in entry:
+        stage, step, loss = entry.get("stage"), entry.get("step"), entry.get("loss")
+        if stage not in found or step is None or "loss" not in entry:
             continue
-        if loss is None:
+        if not isinstance(loss, (int, float)) or not math.isfinite(loss):
             broken += 1
         else:
             found[stage][step] = loss
-    titles = {stage.name: stage.title for stage in stages}
     before = sum(stage.steps or 0 for stage in stages if stage.name in ("estimate", "train"))
     lines = []
     for name, losses in found.items():
         start = before if name == "widen" else 0  # whose steps are counted anew
         points = sorted((start + step, loss) for step, loss in losses.items())
-        each = math.ceil(len(points) / MOST_POINTS)
         if points:
-            lines.append(Losses(name, titles.get(name, STAGES[name]), _means(points, each), each))
+            lines.append(Losses(name, _means(points, math.ceil(len(points) / MOST_POINTS))))
     return lines, broken
 
 
@@ -246,23 +187,17 @@ def _means(points: Sequence[tuple[float, float]], each: int) -> list[tuple[float
     return [(sum(x for x, _ in chunk) / len(chunk), sum(y for _, y in chunk) / len(chunk)) for chunk in chunks]
 
 
-def _sizes(entries: Sequence[Mapping[str, Any]], plan: PrunePlan | None, report: Report | None) -> list[Size]:
-    """Before: as the cut told the log. After: measured on the result, or else what the plan says."""
-    told = {name: value for entry in entries for name, value in entry.items() if name.startswith("light/")}
-    after = report.parameters if report is not None else {}
-    rows: list[Size] = []
+def _sizes(plan: PrunePlan | None, report: Report | None) -> Iterable[Size]:
+    """What the plan says, and what was measured on the result."""
+    measured = report.parameters if report is not None else {}
     if plan is not None:
         blocks = sum(map(block_parameters, plan.specs))
-        base = after.get("base", plan.base_parameters - plan.removed_parameters)
-        rows.append(("the base", after.get("base_dense", plan.base_parameters), base))
-        rows.append(("its blocks", blocks, blocks - plan.removed_parameters))
-    elif "base_dense" in after:
-        rows.append(("the base", after["base_dense"], after.get("base")))
-    trained = after.get("trained", number(told.get("light/trained_parameters_after")))
-    before = number(told.get("light/trained_parameters_before"))
-    if trained is not None or before is not None:
-        rows.append(("what is trained", before if plan is not None else trained, trained))
-    return rows
+        yield "the base", plan.base_parameters, measured.get("base", plan.base_parameters - plan.removed_parameters)
+        yield "its blocks", blocks, blocks - plan.removed_parameters
+    elif "base" in measured:
+        yield "the base", None, measured["base"]
+    if "trained" in measured:
+        yield "trained", None, measured["trained"]
 
 
 def _budget(report: Mapping[str, Any], path: Path) -> FoundBudget | None:

@@ -1,8 +1,9 @@
-"""The page: facts, drawings and words put into one HTML file that needs nothing else."""
+"""The page: facts and drawings put into one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lightpeft.app.folders.run_folder import to_yaml
-from lightpeft.app.runs.report import figures, telling
-from lightpeft.app.runs.report.drawing import Drawing
+from lightpeft.app.runs.report import figures
 from lightpeft.app.runs.report.facts import RunFacts, read_run
-from lightpeft.app.runs.report.words import FILTERS
+from lightpeft.app.runs.report.words import FILTERS, count, interval, metric_name, quality, share
+from lightpeft.config import RunConfig
+from lightpeft.console.progress import exact_duration as duration
+from lightpeft.console.progress import in_bytes as size
 from lightpeft.errors import require
 from lightpeft.files import read_text, understandable, write_text
 from lightpeft.profiling.surroundings import versions
@@ -60,7 +63,7 @@ def page(runs: Sequence[RunFacts]) -> str:
     views = []
     for number, run in enumerate(runs, start=1):
         with understandable(run.folder):  # what is typed and finite may still be beyond what can be drawn
-            views.append(_view(run, number, runs))
+            views.append(_view(run, number))
     return template.render(
         runs=views,
         beside=_beside(runs) if len(runs) > 1 else None,
@@ -76,70 +79,98 @@ def _environment() -> Environment:
     return made
 
 
-def _view(run: RunFacts, number: int, runs: Sequence[RunFacts]) -> dict[str, Any]:
+# -- one run -------------------------------------------------------------------------------------------------------
+
+
+def _view(run: RunFacts, number: int) -> dict[str, Any]:
     """What the template takes of one run."""
-    measured = telling.measured_rise(run, runs) if run.budget is not None else None
+    again = ["lightpeft", "run", "--config", str(run.folder / "config.yaml"), "--output", f"{run.name}_again"]
     return {
         "number": number,
         "facts": run,
-        "model": telling.model_name(run.config),
-        "task": telling.task_name(run.config),
-        "method": telling.method_name(run.config),
-        "outcome": telling.outcome(run),
-        "going_on": telling.going_on(run),
-        "command": telling.command(run),
+        "title": _title(run.config),
+        "going_on": shlex.join(["lightpeft", "run", "--run", str(run.folder)]),
+        "command": shlex.join(again),
         "settings": to_yaml(run.config),
-        "hardware": telling.hardware(run),
-        "metrics": telling.metrics(run),
-        "milestones": telling.milestones(run),
-        "figures": _figures(run, measured[0] if measured else None),
-        "found_budget": run.budget.summary() if run.budget is not None else None,
-        "measured_rise": measured,
+        "metrics": _metrics(run),
+        "figures": _figures(run),
+        "curve": [] if run.curve is None else [_price(point) for point in run.curve["points"]],
     }
 
 
-def _figures(run: RunFacts, measured: float | None) -> dict[str, Any]:
-    """The drawings of one run; None where there is nothing to draw."""
-    names = ("heads", "neurons", "experts", "expert_neurons", "modules", "losses", "speeds", "rises", "budget")
-    found: dict[str, Any] = dict.fromkeys(names)
-    plan, curve = run.plan, run.curve
+def _title(config: RunConfig) -> str:
+    """Base, task and method, each as short as it is still told by."""
+    base = config.model.name.rstrip("/").rpartition("/")[2] or config.model.name
+    rows = "/".join((config.data.path or config.data.train).rstrip("/").split("/")[-2:])
+    task = f"{config.data.task} ({rows})" if rows else config.data.task
+    method = f"{config.method} ({config.peft_type})" if config.way.has_peft else config.method
+    return f"{base}, {task}: {method}"
+
+
+def _metrics(run: RunFacts) -> list[str]:
+    """Names of the metrics."""
+    counts = ("examples", "tokens")
+    return [] if run.report is None else [name for name in run.report.metrics if name not in counts]
+
+
+def _price(point: dict[str, Any]) -> tuple[str, str, str, str]:
+    """One budget of a curve: the part that is gone, the rise of the loss, its interval, the time of a step."""
+    time = f"{point['step_time']:.2f}" if "step_time" in point else ""
+    low, high = point["interval"]
+    return share(point["removed_of_blocks"]), f"{point['rise']:+.3f}", f"{low:+.3f} to {high:+.3f}", time
+
+
+def _figures(run: RunFacts) -> dict[str, Any]:
+    """The drawings of one run, as far as there is something to draw."""
+    found: dict[str, Any] = {"stays": {}, "losses": None, "budget": None}
+    plan = run.plan
     if plan is not None:
-        found["heads"] = figures.heads(plan)
-        found["neurons"] = figures.neurons(plan) if any(spec.neurons for spec in plan.specs) else None
-        routed = any(spec.experts for spec in plan.specs)
-        found["experts"] = figures.experts(plan) if routed else None
-        found["expert_neurons"] = figures.expert_neurons(plan) if routed else None
-        found["modules"] = figures.modules(plan) if plan.dense_sites else None
+        there = [what for what, (dense, _) in figures.UNITS.items() if any(map(dense, plan.specs))]
+        found["stays"] = {what: figures.units(plan, what) for what in there}
+        if plan.dense_sites:
+            found["stays"]["PEFT modules and their ranks"] = figures.modules(plan)
     if run.losses:  # for large screens and paper, and for phones
-        widths = (WIDE, figures.NARROW)
-        found["losses"] = [figures.losses(run.losses, run.cut, telling.mark(run), width) for width in widths]
-    if run.speeds is not None:
-        found["speeds"] = figures.ratios([(row.name, row.ratio, row.quartiles) for row in run.speeds.rows])
-    if curve is not None and curve["points"]:
-        found["rises"] = figures.rises(curve, plan.removed_of_blocks if plan is not None else None)
-    if run.budget is not None and run.budget.unmeasured is None:
-        found["budget"] = figures.auto_budget(run.budget, measured)
+        found["losses"] = [figures.losses(run.losses, run.cut, width) for width in (WIDE, figures.NARROW)]
+    if run.budget is not None and run.budget.probed:
+        found["budget"] = figures.budget(run.budget)
     return found
 
 
+# -- several -------------------------------------------------------------------------------------------------------
+
+
 def _beside(runs: Sequence[RunFacts]) -> dict[str, Any]:
-    """What the template takes of several runs together."""
-    reference = telling.reference_of(runs)
-    metric = next((run.main_metric for run in (runs[reference], *runs) if run.main_metric), None)
+    """What the template takes of several runs together: a table of what can be held side by side."""
+    names = dict.fromkeys(name for run in runs for name in _metrics(run))
+    rows = {metric_name(name): [_quality(run, name) for run in runs] for name in names}
+    measures: dict[str, tuple[Callable[[RunFacts], float | None], Callable[[float], str]]] = {
+        "base parameters": (lambda run: run.report.parameters.get("base") if run.report else None, count),
+        "trained parameters": (lambda run: run.report.parameters.get("trained") if run.report else None, count),
+        "saved result": (lambda run: run.report.adapter_bytes if run.report else None, size),
+        "training time": (lambda run: run.training_seconds, duration),
+        "peak memory of training": (lambda run: run.peak_memory_bytes, size),
+    }
+    for name, (measure, form) in measures.items():
+        rows[name] = ["" if (value := measure(run)) is None else form(value) for run in runs]
     return {
-        "reference": reference,
         "names": [run.name for run in runs],
-        "metric": metric,
-        "quality": None if metric is None else _qualities(runs, metric, runs[reference]),
-        "rows": telling.beside(runs, reference),
-        "settings": telling.differing_settings(runs),
-        "cautions": list(telling.cautions(runs)),
+        "rows": {name: cells for name, cells in rows.items() if any(cells)},
+        "cautions": list(_cautions(runs)),
     }
 
 
-def _qualities(runs: Sequence[RunFacts], metric: str, reference: RunFacts) -> Drawing:
-    """A metric of all runs that have it."""
-    told = [(run, run.report) for run in runs if run.report is not None and metric in run.report.metrics]
-    rows = [(run.name, report.metrics[metric], report.intervals.get(metric)) for run, report in told]
-    at = next((place for place, (run, _) in enumerate(told) if run is reference), None)
-    return figures.intervals(rows, metric, at)
+def _quality(run: RunFacts, name: str) -> str:
+    if run.report is None or name not in run.report.metrics:
+        return ""
+    ends = run.report.intervals.get(name)
+    return quality(name, run.report.metrics[name]) + (f" ({interval(name, ends)})" if ends else "")
+
+
+def _cautions(runs: Sequence[RunFacts]) -> Iterator[str]:
+    """Why numbers of the runs may not be held side by side."""
+    data = [run.config.data for run in runs]
+    if len({(d.task, d.path, d.test or d.train, d.limit_test, d.test_fraction) for d in data}) > 1:
+        yield "The runs were not all measured on the same test rows: their qualities cannot be compared."
+    machines = [run.report.hardware for run in runs if run.report]
+    if len({tuple(str(each.get(key)) for key in ("cpu", "gpu", "torch_threads")) for each in machines}) > 1:
+        yield "The runs were made on different machines or with different numbers of threads: so are their times."

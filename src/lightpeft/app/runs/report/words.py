@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 from lightpeft.app.evaluation.milestones import LOWER_IS_BETTER
@@ -29,7 +28,7 @@ def interval(metric: str, ends: Sequence[float] | None) -> str:
 
 
 def metric_name(name: str) -> str:
-    """A metric or milestone by name, for people."""
+    """A metric by name, for people."""
     return name.replace("_", " ")
 
 
@@ -38,51 +37,18 @@ def count(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def rounds(done: int, asked: int | None = None) -> str:
-    """Alternations of a measurement: 3 rounds; of one that was stopped, 1 of 3 rounds."""
-    of = f" of {asked}" if asked is not None and done < asked else ""
-    return f"{done}{of} round{'s' * (done != 1 or bool(of))}"
-
-
 def share(part: float) -> str:
     """A part of one in percent: 60.0%."""
     return f"{100 * part:.1f}%"
 
 
-def times(factor: float) -> str:
-    """How many times as much: 0.62 x."""
-    return f"{factor:.2f}\u00d7"
-
-
-def date(seconds: float) -> str:
-    """A moment, in the time of this machine."""
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
-
-
 FILTERS: dict[str, Callable[..., object]] = {
     "count": count,
-    "date": date,
     "duration": duration,
     "interval": interval,
     "metric_name": metric_name,
     "quality": quality,
-    "rounds": rounds,
     "share": share,
     "size": size,
 }
 """By name, for the template."""
-
-__all__ = [
-    "FILTERS",
-    "count",
-    "date",
-    "duration",
-    "interval",
-    "is_part",
-    "metric_name",
-    "quality",
-    "rounds",
-    "share",
-    "size",
-    "times",
-]

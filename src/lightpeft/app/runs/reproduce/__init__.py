@@ -1,28 +1,22 @@
-"""Grids of runs over models, tasks, methods and seeds, and the tables of them: `lightpeft reproduce`."""
+"""Grids of runs over models, tasks, methods and seeds, and the table of them: `lightpeft reproduce`."""
 
-from lightpeft.app.runs.reproduce.arms import ARMS, Arm, Call
+from lightpeft.app.runs.reproduce.arms import ARMS, Arm
 from lightpeft.app.runs.reproduce.grid import Cell, Grid, load_grid, selected
-from lightpeft.app.runs.reproduce.over_tasks import Summary, over_tasks
 from lightpeft.app.runs.reproduce.results import Results, Row, summarize
-from lightpeft.app.runs.reproduce.running import check_cell, reproduce
-from lightpeft.app.runs.reproduce.saving import csv_table, joined, read_results, write_results
+from lightpeft.app.runs.reproduce.running import reproduce
+from lightpeft.app.runs.reproduce.saving import joined, read_results, write_results
 from lightpeft.app.runs.reproduce.tables import markdown_table, rich_table
 
 __all__ = [
     "ARMS",
     "Arm",
-    "Call",
     "Cell",
     "Grid",
     "Results",
     "Row",
-    "Summary",
-    "check_cell",
-    "csv_table",
     "joined",
     "load_grid",
     "markdown_table",
-    "over_tasks",
     "read_results",
     "reproduce",
     "rich_table",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightpeft.app.folders.run_folder import RunFolder
-from lightpeft.app.runs.reproduce.arms import ARMS, Arm, Call, Settings
+from lightpeft.app.runs.reproduce.arms import ARMS, Arm, Settings
 from lightpeft.app.tasks import find_entry
 from lightpeft.config import RunConfig, overlaid, run_config_from_dict
 from lightpeft.config.validation import load_yaml, shown, unknown_key
@@ -39,8 +39,6 @@ class Cell:
     seed: int
     config: RunConfig
     """Its `output` is the cell's own folder."""
-    call: Call | None = None
-    """What runs it in place of `lightpeft run`."""
 
     @property
     def name(self) -> str:
@@ -87,11 +85,11 @@ class Grid:
             LightPeftError: settings that are not known or not possible, or a task that does not exist.
         """
         return [
-            Cell(model, task, method, seed, self._config(out, model, task, method, seed), arm.call)
+            Cell(model, task, method, seed, self._config(out, model, task, method, seed))
             for seed in self.seeds
             for model in self.models
             for task in self.tasks
-            for method, arm in self.arms.items()
+            for method in self.arms
         ]
 
     def _config(self, out: Path, model: str, task: str, method: str, seed: int) -> RunConfig:

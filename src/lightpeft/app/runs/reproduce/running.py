@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightpeft.app.folders.run_folder import RunFolder
-from lightpeft.app.runs.reproduce.arms import check_call, note_call
 from lightpeft.app.runs.reproduce.grid import Cell, Grid, load_grid, selected
 from lightpeft.app.runs.reproduce.results import Results, main_value, summarize
 from lightpeft.app.runs.reproduce.saving import write_results
@@ -58,69 +56,45 @@ def reproduce(
     devices = _checked(devices)
     cells = [spread(cell, devices) for cell in grid.cells(out)]
     chosen = selected(cells, only)
-    with holding(out):
-        for cell in cells:
-            check_cell(cell)
-        suite = _Suite(out, grid, cells, devices, launch or run_cell)
-        return suite.run(chosen)
+    failures: dict[str, str] = {}
 
-
-def check_cell(cell: Cell) -> None:
-    """Require that a cell's folder, if it is there, is that of this cell.
-
-    Raises:
-        LightPeftError: it holds something else, or what was run with other settings or by another call.
-    """
-    RunFolder.open(cell.config)
-    check_call(cell.run, cell.call)
-
-
-@dataclass
-class _Suite:
-    """The cells of one grid, on disk."""
-
-    out: Path
-    grid: Grid
-    cells: Sequence[Cell]
-    devices: int
-    launch: Launch
-    failures: dict[str, str] = field(default_factory=dict)
-
-    def run(self, chosen: Sequence[Cell]) -> Results:
-        todo = [cell for cell in chosen if not cell.run.has("evaluate")]
-        progress = StepProgress(len(chosen), len(chosen) - len(todo), "cells")
-        results = self._write()
-        for cell in todo:
-            progress.begin()
-            failure = self._run(cell)
-            if failure is not None:
-                self.failures[cell.name] = failure
-            results = self._write()
-            progress.end(cell.name, f"failed: {failure}" if failure else main_value(results.reports[cell.name]))
+    def write() -> Results:
+        results = summarize(grid, cells, failures)
+        write_results(out, results)
         return results
 
-    def _run(self, cell: Cell) -> str | None:
-        """Run a cell; returns why it failed, or None."""
-        log = self.out / "logs" / ("-".join(cell.run.path.relative_to(self.out / "cells").parts) + ".txt")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            take_estimation(cell, self.cells)
-            cell.run.begin()
-            note_call(cell.run, cell.call)
-        except LightPeftError as error:
-            return str(error)
-        failure = self.launch(cell, self.devices, log)
-        if failure is None and not cell.run.has("evaluate"):
-            return f"it ended without a result; see {log}"
-        return failure
-
-    def _write(self) -> Results:
-        results = summarize(self.grid, self.cells, self.failures)
-        write_results(self.out, results)
+    with holding(out):
+        for cell in cells:
+            RunFolder.open(cell.config)
+        todo = [cell for cell in chosen if not cell.run.has("evaluate")]
+        progress = StepProgress(len(chosen), len(chosen) - len(todo), "cells")
+        results = write()
+        for cell in todo:
+            progress.begin()
+            failure = _run(cell, cells, devices, launch or run_cell, out)
+            if failure is not None:
+                failures[cell.name] = failure
+            results = write()
+            progress.end(cell.name, f"failed: {failure}" if failure else main_value(results.reports[cell.name]))
         return results
 
 
 # -- one cell ------------------------------------------------------------------------------------------------------
+
+
+def _run(cell: Cell, cells: Sequence[Cell], devices: int, launch: Launch, out: Path) -> str | None:
+    """Run a cell; returns why it failed, or None."""
+    log = out / "logs" / ("-".join(cell.run.path.relative_to(out / "cells").parts) + ".txt")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        take_estimation(cell, cells)
+        cell.run.begin()
+    except LightPeftError as error:
+        return str(error)
+    failure = launch(cell, devices, log)
+    if failure is None and not cell.run.has("evaluate"):
+        return f"it ended without a result; see {log}"
+    return failure
 
 
 def _checked(devices: int | None) -> int:
@@ -145,12 +119,8 @@ def spread(cell: Cell, devices: int) -> Cell:
     return replace(cell, config=replace(cell.config, training=share))
 
 
-def command(cell: Cell, devices: int) -> list[str]:
-    """The command that runs a cell: through `accelerate launch` where there are several devices."""
-    folder, call = str(cell.run.path), cell.call
-    run = ["lightpeft", "run", "--run", folder]
-    if call is not None:
-        run = ["lightpeft.app.runs.reproduce", folder, call.function, json.dumps(call.arguments)]
+def command(run: Sequence[str], devices: int) -> list[str]:
+    """The command that runs a module with words: through `accelerate launch` where there are several devices."""
     if devices == 1:
         return [sys.executable, "-m", *run]
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -160,8 +130,11 @@ def command(cell: Cell, devices: int) -> list[str]:
     return [*launcher, *options, "--mixed_precision", "no", "--dynamo_backend", "no", "--module", *run]
 
 
-def run_cell(cell: Cell, devices: int, log: Path) -> str | None:
+def run_cell(cell: Cell, devices: int, log: Path, module: Sequence[str] = ()) -> str | None:
     """Run a cell in a process of its own, whose output is appended to a file.
+
+    Args:
+        module: a module, found where this process finds its own, and words for it; empty: `lightpeft run`.
 
     Returns:
         Why it failed, or None.
@@ -172,8 +145,8 @@ def run_cell(cell: Cell, devices: int, log: Path) -> str | None:
     with log.open("ab") as output:
         # in a session of its own: Ctrl-C reaches the cell once, through `_wait`, and ends its step before it stops
         process = subprocess.Popen(
-            command(cell, devices),
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)} if cell.call else None,
+            command(module or ["lightpeft", "run", "--run", str(cell.run.path)], devices),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)} if module else None,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -213,18 +186,17 @@ def take_estimation(cell: Cell, others: Iterable[Cell]) -> str | None:
     """Give a cell the estimation of another one that has the same; its time and memory count for both.
 
     Returns:
-        The name of the other cell; None where the cell has an estimation, needs none, or nobody has it. What a call of
-        their own estimates is not known, so cells with one neither take nor give.
+        The name of the other cell; None where the cell has an estimation, needs none, or nobody has it.
 
     Raises:
         LightPeftError: it cannot be copied.
     """
-    if not cell.config.way.prunes or cell.call is not None or cell.run.has("estimate"):
+    if not cell.config.way.prunes or cell.run.has("estimate"):
         return None
     wanted = _asked(cell)
     for other in others:
         done = other.run.has("estimate") and "estimate" in other.run.finished_stages()
-        if done and other.call is None and _asked(other) == wanted:
+        if done and _asked(other) == wanted:
             copy_estimation(other.run, cell.run, other.name)
             return other.name
     return None

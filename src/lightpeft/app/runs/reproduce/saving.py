@@ -7,14 +7,10 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pandas import DataFrame
-
-from lightpeft.app.evaluation.aggregates import Estimate
 from lightpeft.app.folders.run_folder import Report as RunReport
 from lightpeft.app.folders.run_folder import differences
 from lightpeft.app.runs.reproduce.grid import Cell, Grid, load_grid
-from lightpeft.app.runs.reproduce.over_tasks import Summary, over_tasks
-from lightpeft.app.runs.reproduce.results import MEASURES, Report, Results, Row, results_of, spread
+from lightpeft.app.runs.reproduce.results import MEASURES, Report, Results, results_of
 from lightpeft.app.runs.reproduce.tables import markdown_table
 from lightpeft.config import run_config_from_dict
 from lightpeft.config.validation import from_dict
@@ -27,65 +23,16 @@ LINES = 2
 """Its depth in lines: one for each row and each report."""
 
 
-def csv_table(results: Results) -> str:
-    """Every number of the rows, unrounded, one line a row; nothing stands for what is not there."""
-    return _csv([_record(row) for row in results.rows])
-
-
-def summary_csv(results: Results) -> str:
-    """The same of the summaries over tasks."""
-    return _csv([_summary_record(summary) for summary in over_tasks(results)])
-
-
-def _csv(records: Sequence[dict[str, Any]]) -> str:
-    return DataFrame(records, dtype=object).to_csv(index=False, lineterminator="\n")
-
-
-def _record(row: Row) -> dict[str, Any]:
-    spreads = {"quality": spread(row.quality), "difference": spread(row.difference or [])}
-    spreads |= {name: row.measures[name] for name in MEASURES}
-    return {
-        **{name: getattr(row, name) for name in ("model", "task", "method", "metric")},
-        "seeds": len(row.seeds),
-        "p": row.p,
-        **{
-            f"{name}_{what}": None if values is None else getattr(values, what)
-            for name, values in spreads.items()
-            for what in ("mean", "std")
-        },
-    }
-
-
-def _summary_record(summary: Summary) -> dict[str, Any]:
-    record = {name: getattr(summary, name) for name in ("model", "method", "unit")}
-    record |= {"tasks": len(summary.tasks), "pairs": summary.pairs}
-    for name in ("mean", "iqm", "improvement"):
-        estimate: Estimate | None = getattr(summary, name)
-        low, high = (estimate and estimate.interval) or (None, None)
-        record |= {name: estimate and estimate.value, f"{name}_low": low, f"{name}_high": high}
-    return record | {f"{name}_ratio": ratio for name, ratio in summary.ratios.items()}
-
-
 def write_results(out: Path, results: Results) -> None:
-    """Write results.json, .csv and .md into a folder, each whole or not at all.
-
-    Where there is something to say over tasks, it is in all of them; as CSV in a file of its own, results.tasks.csv.
+    """Write results.json and results.md into a folder, each whole or not at all.
 
     Raises:
         LightPeftError: one cannot be written.
     """
-    summaries, reports = over_tasks(results), results.reports
-    shared, own = factored(reports)
-    parts = {
-        "shared": shared,
-        "reports": own,
-        "over_tasks": [asdict(summary) for summary in summaries],
-        "versions": versions(),
-    }
+    shared, own = factored(results.reports)
+    parts = {"shared": shared, "reports": own, "versions": versions()}
     write_json(out / FILE, asdict(results) | parts, LINES)
-    tables = {"csv": csv_table, "md": markdown_table} | ({"tasks.csv": summary_csv} if summaries else {})
-    for suffix, table in tables.items():
-        write_text(out / f"results.{suffix}", table(results))
+    write_text(out / "results.md", markdown_table(results))
 
 
 def read_results(path: str | Path) -> Results:
