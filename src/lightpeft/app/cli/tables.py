@@ -147,29 +147,17 @@ def bench_table(report: Mapping[str, Any]) -> Table:
 
 def needs_table(found: Check) -> Table:
     """What each stage of a run needs, one a row, with plain PEFT first; memory in MiB."""
-    measured = found.time_of_plain is not None
     title = f"what a run needs, MiB; batches of {found.rows} rows of at most {found.tokens} tokens"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("stage")
     for name in ("steps", "weights", "trained", "activa-\ntions", "kernels,\ngaps", "in all", "GFLOPs\na step"):
         table.add_column(name, justify="right", no_wrap=True)
-    if measured:
-        table.add_column("time", justify="right")
     for name, need in found.stages.items():
         held = need.holding
         parts = (held.weights, held.trained, held.activations, held.overhead, held.total)
-        row = [name, str(need.steps), *(f"{part / 2**20:,.0f}" for part in parts), f"{held.flops / 1e9:,.0f}"]
-        table.add_row(*row, *([_seconds(need.seconds)] if measured else []))
+        in_mib = (f"{part / 2**20:,.0f}" for part in parts)
+        table.add_row(name, str(need.steps), *in_mib, f"{held.flops / 1e9:,.0f}")
     return table
-
-
-def _seconds(seconds: float | None) -> str:
-    """In the unit that suits it; nothing for None."""
-    if seconds is None:
-        return ""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def plain_name(config: Mapping[str, Any]) -> str:

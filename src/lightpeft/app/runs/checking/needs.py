@@ -1,4 +1,4 @@
-"""What a run needs: memory, floating-point operations and time of its stages; what to change where it is too much."""
+"""What a run needs: memory and floating-point operations of its stages; what to change where it is too much."""
 
 from __future__ import annotations
 
@@ -13,16 +13,12 @@ from rich.filesize import decimal
 from lightpeft.app.runs.checking.models import check_in_memory
 from lightpeft.app.runs.checking.removal import expected_light, expected_removal
 from lightpeft.app.runs.checking.stages import Rehearsal
-from lightpeft.app.runs.checking.timing import seconds_of_steps
 from lightpeft.app.runs.workspace import Workspace
 from lightpeft.config import TrainingConfig
 from lightpeft.machine import accelerator
 from lightpeft.models.loading import supports_checkpointing
 from lightpeft.profiling.rehearsal import Holding
 from lightpeft.profiling.surroundings import hardware
-
-_WORTH = 0.9
-"""Part of plain PEFT's time above which a light run is hardly worth it."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +28,6 @@ class Need:
     holding: Holding
     steps: int
     """Optimizer steps; of evaluation, batches."""
-    seconds: float | None = None
-    """That the stage takes; None: not measured."""
 
     @property
     def flops(self) -> int:
@@ -85,16 +79,7 @@ class Check:
     @property
     def flops_of_plain(self) -> float:
         """What the run's training computes, as a part of plain PEFT's."""
-        return self._trained("flops") / self.stages["plain"].flops
-
-    @property
-    def time_of_plain(self) -> float | None:
-        """The time of the run's training, as a part of plain PEFT's; None: not measured."""
-        plain = self.stages["plain"].seconds
-        return None if plain is None else self._trained("seconds") / plain
-
-    def _trained(self, what: str) -> float:
-        return float(sum(getattr(self.stages[name], what) for name in self.own if name != "evaluate"))
+        return sum(self.stages[name].flops for name in self.own if name != "evaluate") / self.stages["plain"].flops
 
     def summary(self) -> Iterator[str]:
         """Whether it fits, whether it pays, and what to change, a line each."""
@@ -111,31 +96,23 @@ class Check:
             yield f"the prefix cache takes {decimal(self.prefix_bytes)} (training.prefix_cache says where)"
         if "train" in self.stages:
             together = "estimation and training compute" if "estimate" in self.stages else "training computes"
-            yield f"{together} {self.flops_of_plain:.2f} of what plain PEFT does{self._pays()}"
+            yield f"{together} {self.flops_of_plain:.2f} of what plain PEFT does"
         if "estimate" in self.stages and self.longest_estimation > self.stages["estimate"].steps:
             steps = f"{self.stages['estimate'].steps} steps, and up to {self.longest_estimation}"
             yield f"estimation takes {steps} where they teach too little (light.estimate.length: auto)"
 
-    def _pays(self) -> str:
-        part = self.time_of_plain
-        if part is None:
-            return "; how much time that saves, --measure tells"
-        worth = "" if part < _WORTH else ": hardly worth it for so few steps, or so small a cut"
-        return f", in {part:.2f} of its time{worth}"
-
     def facts(self) -> dict[str, Any]:
         """The same as plain data."""
         stages = {name: {**asdict(need), "total": need.holding.total} for name, need in self.stages.items()}
-        found = {name: getattr(self, name) for name in ("largest", "fits", "flops_of_plain", "time_of_plain")}
+        found = {name: getattr(self, name) for name in ("largest", "fits", "flops_of_plain")}
         return {**asdict(self), "stages": stages, **found, "hardware": hardware()}
 
 
-def check(work: Workspace, available: int | None = None, *, measure: bool = False) -> Check:
+def check(work: Workspace, available: int | None = None) -> Check:
     """Go through the stages of a run on its longest batch.
 
     Args:
         available: bytes of memory that the run may take; None: what the accelerator, or without one the machine, has.
-        measure: time real steps of a few blocks as well.
 
     Raises:
         LightPeftError: the model cannot be pruned, PEFT cannot be put on it, or the budget cannot be met; its weights
@@ -149,9 +126,6 @@ def check(work: Workspace, available: int | None = None, *, measure: bool = Fals
     rehearsal = Rehearsal(work)
     stages, prefix = _own_stages(work, rehearsal)
     stages = {"plain": Need(rehearsal.plain(), work.steps), **stages}
-    if measure:
-        seconds = seconds_of_steps(work)
-        stages = {name: replace(need, seconds=_times(need, seconds.get(name))) for name, need in stages.items()}
     rows, tokens = rehearsal.shapes["input_ids"][0][:2]
     found = Check(stages, rows, tokens, prefix, available, _longest_estimation(work), removal, {})
     return found if found.fits or found.left <= 0 else replace(found, instead=dict(_smaller(work, available)))
@@ -174,10 +148,6 @@ def _own_stages(work: Workspace, rehearsal: Rehearsal) -> tuple[dict[str, Need],
 def _longest_estimation(work: Workspace) -> int:
     # what has no classes is not known to have learned
     return work.stage.longest if work.task.labels else work.stage.steps
-
-
-def _times(need: Need, seconds: float | None) -> float | None:
-    return None if seconds is None else seconds * need.steps
 
 
 def memory_of_device() -> int:
