@@ -96,18 +96,16 @@ def per_class_table(classes: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def curve_table(found: Mapping[str, Any]) -> Table:
-    """What budgets cost and save, one a row: what `lightpeft plan --curve` measures."""
+    """What budgets cost, one a row: what `lightpeft plan --curve` measures."""
     title = f"before training goes on, on {found['rows']:,} training rows: loss {found['loss']:.3f} with nothing cut"
-    table = _numbers_table(title, "part of the blocks", "goes of all", "loss", "rise", "± (95%)", "time of a step")
+    table = _numbers_table(title, "part of the blocks", "goes of all", "loss", "rise", "± (95%)")
     for point in found["points"]:
-        measured = "" if f"{point['blocks']:g}" in found["step_times"] else "about "
         table.add_row(
             f"{point['blocks']:g}",
             f"{point['removed_of_base']:.0%}",
             f"{point['loss']:.3f}",
             f"{point['rise']:+.3f}",
             f"{point['interval'][1] - point['rise']:.3f}",
-            f"{measured}{point['step_time']:.2f}",
         )
     return table
 
