@@ -24,12 +24,11 @@ from transformers import set_seed
 
 from lightpeft.app.folders.results import open_peft
 from lightpeft.app.runs import pipeline
-from lightpeft.app.runs.report.words import rounds as rounds_in_words
 from lightpeft.app.runs.workers import Worker
 from lightpeft.app.runs.workspace import Workspace, prepare
 from lightpeft.compat.transformers import LengthGroupedSampler
 from lightpeft.config import RunConfig, changed
-from lightpeft.console.progress import StepProgress, duration, tell
+from lightpeft.console.progress import StepProgress
 from lightpeft.errors import require
 from lightpeft.files import write_json
 from lightpeft.machine import autocast_dtype
@@ -40,7 +39,7 @@ from lightpeft.plans.records import EstimationRecord
 from lightpeft.profiling.comparing import in_rounds, ratio, summarize
 from lightpeft.profiling.flops import count_flops, kv_cache_bytes
 from lightpeft.profiling.memory import PeakMemory, weights_bytes
-from lightpeft.profiling.speed import WARMUP, OptimizerFactory, measure_inference, measure_training
+from lightpeft.profiling.speed import OptimizerFactory, measure_inference, measure_training
 from lightpeft.profiling.surroundings import hardware
 from lightpeft.prune.estimation import Estimator
 from lightpeft.training.acceleration import light_steps
@@ -81,7 +80,6 @@ def bench(
 
     Raises:
         LightPeftError: bad input, or a measurement failed.
-        Stopped: by Ctrl-C; rounds that were over are kept.
     """
     require(rounds >= 1 and steps >= 1, "bench.rounds and bench.steps start at 1")
     require(max(rounds, steps) <= _MOST, f"bench.rounds and bench.steps can be at most {_MOST:,}")
@@ -95,27 +93,10 @@ def bench(
     pipeline.prune(work)
     place = Path(json or work.run.path / "bench.json")
     report: dict[str, Any] = {}
-    try:
-        for fixed, values in _measured(config, rounds, steps):
-            report = _report(work, fixed, values) | {"of_rounds": rounds, "steps": steps}
-            write_json(place, report)
-    except KeyboardInterrupt as stop:
-        done = f"{place} has {rounds_in_words(report['rounds'], rounds)}" if report else "no round was over"
-        raise Stopped(f"stopped; {done}; the same command measures anew", report) from stop
+    for fixed, values in _measured(config, rounds, steps):
+        report = _report(work, fixed, values) | {"of_rounds": rounds, "steps": steps}
+        write_json(place, report)
     return report
-
-
-class Stopped(KeyboardInterrupt):
-    """Somebody stopped a measurement."""
-
-    def __init__(self, line: str, report: dict[str, Any]) -> None:
-        """
-        Args:
-            line: says what there is of it.
-            report: what `bench` gives, of the rounds that were over; empty: none was.
-        """
-        super().__init__(line)
-        self.report = report
 
 
 def _report(work: Workspace, fixed: Mapping[str, dict[str, Any]], values: _Values) -> dict[str, Any]:
@@ -157,9 +138,6 @@ def _measured(config: RunConfig, rounds: int, steps: int) -> Iterator[tuple[dict
         fixed = {name: measuring("fixed", name)() for name in names}
         for name in _INFERRING:
             fixed[name]["inference"] = measuring("serving", name)()
-        seconds = rounds * sum(worker.measure("round_seconds") for worker in workers.values())
-        of_batches = f"{rounds_in_words(rounds)} of {steps} batches take about {duration(seconds)}"
-        tell(f"{of_batches}; Ctrl-C keeps the rounds that are over")
         calls = {("training", name): measuring("training", name) for name in names}
         calls |= {("inference", name): measuring("inference", name) for name in _INFERRING}
         values: _Values = {"training": {}, "inference": {}}
@@ -222,14 +200,12 @@ class Subject:
         self._folder = tempfile.TemporaryDirectory()
         self._known: CachedRows | None = None
         self._prefix_speed: float | None = None
-        self._round_seconds = 0.0
 
     def fixed(self) -> dict[str, Any]:
         """Peak memory of training, FLOPs of one batch and size of the KV cache, which do not vary."""
         with self._as_trained():
             with PeakMemory(self.model) as memory:
-                seconds = self._train(self.batches[:_MEASURED_STEPS])
-            self._note(self.batches[:_MEASURED_STEPS], seconds)
+                self._train(self.batches[:_MEASURED_STEPS])
             flops = count_flops(self.model, max(self.batches, key=lambda batch: batch["input_ids"].numel()))
         return {
             "prefix_samples_per_second": self._prefix_speed,
@@ -244,21 +220,12 @@ class Subject:
         largest = max(self.batches, key=lambda batch: batch["input_ids"].numel())
         weights = weights_bytes(self._merged)
         with PeakMemory(self._merged) as memory:
-            seconds = measure_inference(self._merged, [largest], autocast=self.autocast)
-        self._note([largest], seconds)
+            measure_inference(self._merged, [largest], autocast=self.autocast)
         return {
             "weights_bytes": weights,
             "peak_memory_bytes": weights + memory.grown,
             "peak_memory_method": memory.method,
         }
-
-    def _note(self, batches: Sequence[Mapping[str, Any]], seconds: Sequence[float]) -> None:
-        """These batches took so long: what all of them will take in each round."""
-        self._round_seconds += sum(seconds) * _tokens(self.batches) / _tokens(batches)
-
-    def round_seconds(self) -> float:
-        """Seconds that a round of what was measured once will take, about."""
-        return self._round_seconds * (1 + WARMUP / len(self.batches))
 
     def training(self) -> float:
         """Training samples a second: forward, backward, clipping and optimizer step."""
@@ -317,10 +284,6 @@ class Subject:
 
 def _samples(batches: Sequence[Mapping[str, Any]]) -> int:
     return sum(len(batch["input_ids"]) for batch in batches)
-
-
-def _tokens(batches: Sequence[Mapping[str, Any]]) -> int:
-    return sum(batch["input_ids"].numel() for batch in batches)
 
 
 def sample_batches(work: Workspace, steps: int, size: int | None = None) -> list[dict[str, Any]]:

@@ -32,7 +32,6 @@ from lightpeft.app.tasks.tokens import (
     Collator,
     check_max_length,
     check_tokens,
-    doubt_of_tokens,
     padding_within,
     share_at_limit,
 )
@@ -66,8 +65,6 @@ __all__ = [
     "check_tokens",
     "convert",
     "coverage",
-    "doubt_of_tokens",
-    "encode_texts",
     "find_entry",
     "input_columns",
     "load_task",

@@ -12,15 +12,9 @@ from lightpeft.app.cli.verbs.verb import Verb
 
 def _bench(given: dict[str, Any], **options: Any) -> None:
     from lightpeft.app.cli.tables import bench_table
-    from lightpeft.app.runs.bench import Stopped, bench
+    from lightpeft.app.runs.bench import bench
 
-    try:
-        report = bench(run_config(given), **options)
-    except Stopped as stop:
-        if stop.report:
-            screen.print(bench_table(stop.report))
-        raise
-    screen.print(bench_table(report))
+    screen.print(bench_table(bench(run_config(given), **options)))
 
 
 BENCH = Verb(
