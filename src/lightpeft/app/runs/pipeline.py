@@ -388,12 +388,12 @@ def _stopped_report(run: RunFolder) -> dict[str, Any]:
 
 
 def _vocabulary_report(work: Workspace, model: Model) -> dict[str, Any]:
-    """Where a run keeps some tokens alone: how many, what went with the others, and how the test rows fare."""
-    if work.vocabulary is None or work.coverage is None:
+    """Where a run keeps some tokens alone: how many, and what went with the others."""
+    if work.vocabulary is None:
         return {}
     counts = {"tokens": len(work.vocabulary), "of": work.vocabulary.size}
     lost = {"removed_parameters": cut_parameters(transformers_model(model))}
-    return {"vocabulary": {**counts, **lost, "coverage": asdict(work.coverage)}}
+    return {"vocabulary": {**counts, **lost}}
 
 
 def _training_costs(run: RunFolder) -> Iterator[tuple[str, dict[str, Any]]]:

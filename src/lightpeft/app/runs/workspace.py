@@ -17,12 +17,10 @@ from lightpeft.app.folders.opening import open_base
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.tasks import (
     Collator,
-    Coverage,
     Task,
     answers_are_classes,
     check_max_length,
     check_tokens,
-    coverage,
     load_task,
     padding_within,
     share_at_limit,
@@ -70,8 +68,6 @@ class Workspace:
     """The run's settings, with numbers for what is auto in `training`, and for a depth that was found."""
     vocabulary: Vocabulary | None = None
     """Tokens that the base has alone, and `tokenizer` knows; None: all."""
-    coverage: Coverage | None = None
-    """How the test rows fare with these."""
     begun_by: int | None = None
     """How many processes the run was begun by, whose steps it goes on with; None: those that there are."""
     unable: str | None = None
@@ -235,11 +231,9 @@ class Workspace:
         share = share_at_limit(self.train_rows, limit) if self.task.cuts else 0.0
         if share >= NOTABLE_CUTS:
             self.run.announce(stage, f"{share:.0%} of the training rows are cut to data.max_length: {limit} tokens")
-        if self.vocabulary is not None and self.coverage is not None:
+        if self.vocabulary is not None:
             tokens = f"{len(self.vocabulary):,} of {self.vocabulary.size:,} tokens stay (light.remove.vocabulary: task)"
-            more = f"{self.coverage.after / self.coverage.before - 1:+.1%} tokens a row"
-            as_before = f"{self.coverage.identical:.0%} are tokenised as before"
-            self.run.announce(stage, f"{tokens}; the test rows take {more}, and {as_before}")
+            self.run.announce(stage, tokens)
         if autocast_dtype(training) is torch.bfloat16 and not has_bf16():
             slow = "training.precision: bf16 is slow here, without bfloat16 arithmetic; auto takes float32 instead"
             self.run.announce(stage, slow)
@@ -291,7 +285,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     check_max_length(config.data.max_length, positions, tokenizer)
     check_vocabulary(tokenizer, model_config)
     ensure_pad_token(tokenizer, model_config)
-    vocabulary, whole = _vocabulary(config, task, tokenizer, model_config), tokenizer
+    vocabulary = _vocabulary(config, task, tokenizer, model_config)
     if vocabulary is not None:
         tokenizer, model_config = cut_tokenizer(tokenizer, vocabulary), cut_config(model_config, vocabulary)
     train_rows = task.encode(task.train, tokenizer)
@@ -323,8 +317,6 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
         unable=unable,
         held_rows=held_rows,
     )
-    if vocabulary is not None:
-        work.coverage = coverage(task.encode_test(task.test, whole), test_rows, vocabulary.kept)
     if not run.has(run.last_training):
         _ = work.training_of_process  # whether these processes can share what is left
     if config.way.prunes and (overwrite or not run.has("estimate")):

@@ -35,7 +35,7 @@ from lightpeft.app.tasks.tokens import (
     padding_within,
     share_at_limit,
 )
-from lightpeft.app.tasks.vocabulary import Coverage, coverage, task_tokens
+from lightpeft.app.tasks.vocabulary import task_tokens
 from lightpeft.app.tasks.worth import answers_are_classes, points_a_nat
 
 __all__ = [
@@ -49,7 +49,6 @@ __all__ = [
     "ClassificationTask",
     "Collator",
     "Columns",
-    "Coverage",
     "GenerationTask",
     "LikelihoodTask",
     "Metric",
@@ -64,7 +63,6 @@ __all__ = [
     "check_max_length",
     "check_tokens",
     "convert",
-    "coverage",
     "find_entry",
     "input_columns",
     "load_task",

@@ -14,9 +14,7 @@ from lightpeft.app.runs.checking.models import check_in_memory
 from lightpeft.app.runs.checking.removal import expected_light, expected_removal
 from lightpeft.app.runs.checking.stages import Rehearsal
 from lightpeft.app.runs.workspace import Workspace
-from lightpeft.config import TrainingConfig
 from lightpeft.machine import accelerator
-from lightpeft.models.loading import supports_checkpointing
 from lightpeft.profiling.rehearsal import Holding
 from lightpeft.profiling.surroundings import hardware
 
@@ -53,8 +51,6 @@ class Check:
     """Steps that estimation may take, where it teaches too little in fewer."""
     removal: list[str]
     """What the run is going to remove, and why; where it stops."""
-    instead: dict[str, int]
-    """Where it does not fit: settings -> bytes that the largest stage takes with them; none where nothing is `left`."""
 
     @property
     def largest(self) -> str:
@@ -87,9 +83,9 @@ class Check:
         need, room = self.stages[self.largest].holding.total, f"{self.available / 2**30:.1f} GiB"
         verdict = "fits into" if self.fits else "does not fit into"
         yield f"the largest stage, {self.largest}, takes {need / 2**30:.1f} GiB and {verdict} the {room} that there are"
-        for settings, size in self.instead.items():
-            yield f"  with {settings}: {size / 2**30:.1f} GiB"
-        if self.left <= 0:
+        if not self.fits and self.left > 0:
+            yield "  set training.gradient_checkpointing, or smaller batches with training.gradient_accumulation"
+        elif self.left <= 0:
             alone = f"weights, and what trains, take {(self.available - self.left) / 2**30:.1f} GiB by themselves"
             yield f"  {alone}, whatever the batch: set model.dtype, model.quantization or model.low_memory"
         if self.prefix_bytes:
@@ -127,8 +123,7 @@ def check(work: Workspace, available: int | None = None) -> Check:
     stages, prefix = _own_stages(work, rehearsal)
     stages = {"plain": Need(rehearsal.plain(), work.steps), **stages}
     rows, tokens = rehearsal.shapes["input_ids"][0][:2]
-    found = Check(stages, rows, tokens, prefix, available, _longest_estimation(work), removal, {})
-    return found if found.fits or found.left <= 0 else replace(found, instead=dict(_smaller(work, available)))
+    return Check(stages, rows, tokens, prefix, available, _longest_estimation(work), removal)
 
 
 def _own_stages(work: Workspace, rehearsal: Rehearsal) -> tuple[dict[str, Need], int]:
@@ -156,32 +151,3 @@ def memory_of_device() -> int:
     if device is not None and device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return int(psutil.virtual_memory().total)
-
-
-def _smaller(work: Workspace, available: int) -> Iterator[tuple[str, int]]:
-    """Settings that take less memory, one on top of another until the run's largest stage fits."""
-    able = supports_checkpointing(work.config.model, work.task.head, work.task.labels)
-    for name, training in _savings(work.config.training, able):
-        smaller = replace(work, config=replace(work.config, training=training))
-        rehearsal = Rehearsal(smaller)
-        stages, _ = _own_stages(smaller, rehearsal)
-        largest = max([need.holding.total for need in stages.values()] or [rehearsal.plain().total])
-        yield name, largest
-        if largest <= available:
-            return
-
-
-def _savings(training: TrainingConfig, checkpointing: bool) -> Iterator[tuple[str, TrainingConfig]]:
-    """Settings, each with what it changes of those before.
-
-    Args:
-        checkpointing: whether the model supports it.
-    """
-    if checkpointing and not training.gradient_checkpointing:
-        training = replace(training, gradient_checkpointing=True)
-        yield "training.gradient_checkpointing: true", training
-    while training.batch_size > 1 or training.eval_batch_size > 1:
-        rows, asked = max(1, training.batch_size // 2), max(1, training.eval_batch_size // 2)
-        passes = training.gradient_accumulation * training.batch_size // rows
-        training = replace(training, batch_size=rows, gradient_accumulation=passes, eval_batch_size=asked)
-        yield f"batches of {rows} and {passes} passes a step, {asked} rows in evaluation", training
