@@ -10,12 +10,12 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets
 
 from lightpeft.app.tasks.rows.reading import (
+    READERS,
     HubNotReachedError,
     is_local,
     read_file,
     read_hub,
     read_rows,
-    suffixes,
     with_suffix,
 )
 from lightpeft.config import DataConfig, TaskEntry
@@ -154,7 +154,7 @@ def _hub_split(entry: TaskEntry, split: str) -> Split:
 
 def _expected(entry: TaskEntry, split: str) -> str:
     _, _, configuration = _hub_parts(entry)
-    return f"{configuration + '/' if configuration else ''}{split}{{{','.join(suffixes())}}}"
+    return f"{configuration + '/' if configuration else ''}{split}{{{','.join(READERS)}}}"
 
 
 def _hub_parts(entry: TaskEntry) -> tuple[str, str, str]:
