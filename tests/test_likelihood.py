@@ -24,13 +24,9 @@ from transformers import (
 
 from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.evaluation.scores import evaluate
-from lightpeft.app.tasks import (
-    ClassificationByLikelihood,
-    LikelihoodTask,
-    MultipleChoiceByLikelihood,
-    MultipleChoiceTask,
-)
-from lightpeft.app.tasks.kinds.likelihood import ACCURACIES, encode_pairs
+from lightpeft.app.tasks.kinds.classification import ClassificationByLikelihood
+from lightpeft.app.tasks.kinds.likelihood import ACCURACIES, LikelihoodTask, encode_pairs
+from lightpeft.app.tasks.kinds.multiple_choice import MultipleChoiceByLikelihood, MultipleChoiceTask
 from lightpeft.config import DataConfig, TaskEntry
 from lightpeft.models.batches import IGNORED
 from lightpeft.prune.importance import RealTokens

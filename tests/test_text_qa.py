@@ -23,15 +23,11 @@ from workbench import BAD, GOOD, Workbench, lightpeft, read
 
 from lightpeft import load_light
 from lightpeft.app.runs import pipeline
-from lightpeft.app.tasks import (
-    Answers,
-    SpanTask,
-    Task,
-    load_task,
-    restore_task,
-    task_facts,
-)
+from lightpeft.app.tasks.answers import Answers
+from lightpeft.app.tasks.kinds.base import Task
+from lightpeft.app.tasks.kinds.span import SpanTask
 from lightpeft.app.tasks.kinds.windows import answer_text, best_of_windows, best_span, make_windows
+from lightpeft.app.tasks.loading import load_task, restore_task, task_facts
 from lightpeft.app.tasks.text_metrics import text_match
 from lightpeft.config import DataConfig, ModelConfig
 from lightpeft.errors import LightPeftError

@@ -12,7 +12,7 @@ from tiny import refusal
 from transformers import AutoModel, BertConfig, LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase, T5Config
 from workbench import Workbench, lightpeft
 
-from lightpeft.app.tasks import check_tokens
+from lightpeft.app.tasks.tokens import check_tokens
 from lightpeft.config import ModelConfig
 from lightpeft.models.loading import load_tokenizer
 from lightpeft.models.tokenizers import check_vocabulary

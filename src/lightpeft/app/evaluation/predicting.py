@@ -17,7 +17,10 @@ from lightpeft.app.evaluation.prediction_files import check_predictions_path, re
 from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.folders.forms import Found, Wanted
 from lightpeft.app.folders.opening import find_model
-from lightpeft.app.tasks import Columns, Task, check_tokens, convert, input_columns, restore_task
+from lightpeft.app.tasks.answers import Columns
+from lightpeft.app.tasks.kinds.base import Task
+from lightpeft.app.tasks.loading import convert, input_columns, restore_task
+from lightpeft.app.tasks.tokens import check_tokens
 from lightpeft.errors import require
 from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token
 from lightpeft.models.unwrap import transformers_model

@@ -21,18 +21,11 @@ from lightpeft.app.evaluation.scores import prefixed, scores_of
 from lightpeft.app.evaluation.statistics import LEVEL, RESAMPLES, Comparison, compare
 from lightpeft.app.folders.forms import Found, Wanted
 from lightpeft.app.folders.opening import find_model
-from lightpeft.app.tasks import (
-    Answers,
-    Outcome,
-    Task,
-    check_max_length,
-    check_tokens,
-    load_task,
-    load_test,
-    run_settings,
-    task_class,
-)
-from lightpeft.app.tasks.answers import MeanMetric, Metric
+from lightpeft.app.tasks.answers import Answers, MeanMetric, Metric, Outcome
+from lightpeft.app.tasks.kinds.base import Task
+from lightpeft.app.tasks.kinds.registry import task_class
+from lightpeft.app.tasks.loading import load_task, load_test, run_settings
+from lightpeft.app.tasks.tokens import check_max_length, check_tokens
 from lightpeft.config import RunConfig, overlaid, run_config_from_dict
 from lightpeft.errors import require
 from lightpeft.files import write_json

@@ -40,7 +40,8 @@ from lightpeft.app.runs.stages import (
 from lightpeft.app.runs.stopping import stopped, stopped_line
 from lightpeft.app.runs.trainers import DenseRun, LightRun, WideRun
 from lightpeft.app.runs.workspace import Workspace, prepare
-from lightpeft.app.tasks import Outcome, task_facts
+from lightpeft.app.tasks.answers import Outcome
+from lightpeft.app.tasks.loading import task_facts
 from lightpeft.config import SWITCHES, RunConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json

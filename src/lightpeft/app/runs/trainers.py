@@ -19,7 +19,8 @@ from lightpeft.app.evaluation.scores import scores_of
 from lightpeft.app.runs.stages import StageCost, leave_budget, leave_estimation, leave_plan, leave_pruned
 from lightpeft.app.runs.stopping import loss_aside, stopping_arguments, stopping_callbacks
 from lightpeft.app.runs.workspace import Workspace
-from lightpeft.app.tasks import Answers, points_a_nat
+from lightpeft.app.tasks.answers import Answers
+from lightpeft.app.tasks.worth import points_a_nat
 from lightpeft.config import Tolerance
 from lightpeft.errors import LightPeftError, one_line
 from lightpeft.plans.records import EstimationRecord, PrunePlan

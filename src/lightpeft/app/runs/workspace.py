@@ -15,17 +15,11 @@ from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.folders.forms import Wanted
 from lightpeft.app.folders.opening import open_base
 from lightpeft.app.folders.run_folder import RunFolder
-from lightpeft.app.tasks import (
-    Collator,
-    Task,
-    answers_are_classes,
-    check_max_length,
-    check_tokens,
-    load_task,
-    padding_within,
-    share_at_limit,
-    task_tokens,
-)
+from lightpeft.app.tasks.kinds.base import Task
+from lightpeft.app.tasks.loading import load_task
+from lightpeft.app.tasks.tokens import Collator, check_max_length, check_tokens, padding_within, share_at_limit
+from lightpeft.app.tasks.vocabulary import task_tokens
+from lightpeft.app.tasks.worth import answers_are_classes
 from lightpeft.config import WRITTEN, RunConfig, Tolerance, TrainingConfig, cut_of_writer, tolerance_of
 from lightpeft.errors import require
 from lightpeft.files import read_json, understandable
