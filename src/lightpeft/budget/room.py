@@ -75,11 +75,9 @@ class SearchRoom:
     """Whether the tolerance is in points of the task's metric."""
     sharded: bool = False
     """Whether FSDP shards the model."""
-    told: str = ""
-    """How many of the caller's rows train; empty: `rows` do."""
 
     @classmethod
-    def of(cls, trainer: Host, tolerance: Tolerance, told: str = "", *, sharded: bool = False) -> SearchRoom:
+    def of(cls, trainer: Host, tolerance: Tolerance, *, sharded: bool = False) -> SearchRoom:
         """That of a trainer."""
         pace, args = pace_of(trainer), trainer.args
         return cls(
@@ -89,7 +87,6 @@ class SearchRoom:
             processes=args.world_size,
             points=tolerance.unit == "points",
             sharded=sharded,
-            told=told,
         )
 
     def aside(self, seen: float) -> int:
@@ -140,7 +137,7 @@ def why_unmeasured(room: SearchRoom, light: LightConfig, steps: int, gone: float
         return "a search for a budget sets rows aside, and the number of rows is not known"
     if room.aside(0) < LEAST_HELD:
         needed = f"a search for a budget needs {int(LEAST_HELD / _MOST_OF_ROWS)} training rows"
-        return f"{needed}, and {room.told or room.rows} train"
+        return f"{needed}, and {room.rows} train"
     _, cost = sizes_of(room, light, steps, gone)
     if cost.least <= cost.most:
         return None

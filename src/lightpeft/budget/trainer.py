@@ -26,8 +26,6 @@ class SearchHost(Host, Protocol):
     light_config: LightConfig
     light_plain_rate: float
     """Learning rate of plain PEFT: what the trainer was given."""
-    light_rows_told: str
-    """The training rows as the caller counts them, for lines about their number; empty: as they train."""
     fast_steps: bool
     _peft_model: PeftModel
 
@@ -45,7 +43,7 @@ def budget_in(trainer: SearchHost, record: EstimationRecord, steps: int, *, shar
     """
     started, light, asked = time.perf_counter(), trainer.light_config, trainer.light_tolerance()
     gone = gone_before(record)
-    room = SearchRoom.of(trainer, asked, trainer.light_rows_told, sharded=sharded)
+    room = SearchRoom.of(trainer, asked, sharded=sharded)
     reason = why_unmeasured(room, light, steps, gone)
     if reason is not None:
         return FoundBudget.fixed(reason, record.meta.get("learned"), gone)

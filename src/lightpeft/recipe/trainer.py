@@ -85,8 +85,6 @@ class LightTraining(Training):
     light_report: dict[str, Any]
     light_longer = "num_train_epochs"
     """The setting that makes training longer, as the caller knows it."""
-    light_rows_told = ""
-    """The training rows as the caller counts them, for lines about their number; empty: as they train."""
 
     def __init__(
         self,

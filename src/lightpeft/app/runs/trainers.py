@@ -76,7 +76,6 @@ class RunTrainer(Training, Trainer):
     def settle(self) -> None:
         """Take the run folder, which is there and held, as the place for checkpoints and what trackers write."""
         self.args.output_dir = str(self.work.run.checkpoints(self.stage))
-        self.work.announce_processes(self.stage)
         for callback in self.callback_handler.callbacks:
             if type(callback).__name__ == "TensorBoardCallback":
                 callback.logging_dir = str(self.work.run.path / "tensorboard")  # checkpoints go, and this stays
@@ -177,11 +176,6 @@ class LightRun(light_trainer(RunTrainer)):  # type: ignore[misc]
         if self.light_config.is_auto:
             self.leave_light_budget(record)
         return leave_plan(self.work.run)
-
-    @property
-    def light_rows_told(self) -> str:
-        """The rows of the user's file, where a part of them is held out."""
-        return self.work.rows_told
 
     def leave_light_budget(self, record: EstimationRecord) -> None:
         """Find a budget for the model as estimation left it, and leave it in the run folder."""
@@ -298,7 +292,7 @@ def _options(
     """What all trainers of a run are made with; arguments as for `DenseRun`."""
     steps, rate = work.steps if steps is None else steps, work.rate if rate is None else rate
     config = work.config
-    training = replace(work.training_of_process, learning_rate=rate)
+    training = replace(work.config.training, learning_rate=rate)
     given = dict(config.trainer)
     # a trainer makes its folder at once, and a run nothing before all is found good: see `RunTrainer.settle`
     stops = steps == work.steps

@@ -19,12 +19,11 @@ def why_fixed(work: Workspace) -> str | None:
     pace, depth = work.pace, light.remove.depth
     room = SearchRoom(
         rows=pace.rows,
-        batch_size=work.training_of_process.batch_size,
+        batch_size=work.config.training.batch_size,
         rows_a_step=pace.batch_size * pace.accumulation,
         processes=processes().num_processes,
         points=work.tolerance.unit == "points",
         sharded=sharding_launched(),
-        told=work.rows_told,
     )
     return why_unmeasured(room, light, work.steps, 0.0 if depth == "auto" else depth)
 
