@@ -20,7 +20,8 @@ HEAD = """# Settings
 
 Every setting of a run, with its type, its default and what it is. In YAML `training.epochs` is `epochs` below
 `training`, on the command line `--training.epochs`; keys of a mapping are set in the same way
-(`--data.columns.text review`, `--peft.r 16`, `--trainer.optim sgd`). The [guide](guide.md) says what settings are good for.
+(`--data.columns.text review`, `--peft.r 16`, `--trainer.optim sgd`). The [guide](guide.md) says what settings are
+good for.
 
 This page is made from the classes by `docs/make_settings.py`.
 """

@@ -215,7 +215,9 @@ def trainer_of(name: str, model: Any, folder: Path, **settings: Any) -> Any:
     torch.manual_seed(0)
     ids = torch.randint(3, 40, (16, 6)).tolist()
     rows = {"input_ids": ids, "labels": ids if name == "llama" else [row[0] % 2 for row in ids]}
-    light = lightpeft.LightConfig(length=3, heads=0.5, neurons=0.5, modules=0.5)
+    light = lightpeft.LightConfig(
+        remove={"heads": 0.5, "neurons": 0.5}, estimate={"length": 3}, modules={"remove": 0.5}
+    )
     options = {"max_steps": 8, "per_device_train_batch_size": 4, "report_to": [], "save_strategy": "no", **settings}
     arguments = TrainingArguments(str(folder), use_cpu=True, disable_tqdm=True, **options)
     task = "CAUSAL_LM" if name == "llama" else "SEQ_CLS"

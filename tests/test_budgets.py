@@ -25,8 +25,8 @@ from workbench import Workbench, comparable, completions, labelled, lightpeft, r
 from lightpeft import EarlyPruner, LightConfig, LightTrainer
 from lightpeft.app.folders.run_folder import RunFolder, to_yaml
 from lightpeft.app.runs import pipeline
-from lightpeft.app.runs.report import page
 from lightpeft.app.runs.report.facts import read_run
+from lightpeft.app.runs.report.page import page
 from lightpeft.app.runs.trainers import LightRun
 from lightpeft.app.tasks.answers import Answers
 from lightpeft.app.tasks.kinds.classification import ClassificationTask

@@ -178,7 +178,7 @@ def test_a_shell_completes_verbs_options_values_and_files(tmp_path: Path) -> Non
     assert completions("lightpeft pre", tmp_path) == ["predict"]
     assert completions("lightpeft run --light.remove.blo", tmp_path) == ["--light.remove.blocks"]
     assert completions("lightpeft run --help", tmp_path) == ["--help", "--help-all"]
-    assert completions("lightpeft run --preset wr", tmp_path) == ["writer"]
+    assert completions("lightpeft run --light.preset ac", tmp_path) == ["accurate"]
     assert completions("lightpeft run --training.precision=b", tmp_path) == ["--training.precision=bf16"]
     assert completions("lightpeft export --form o", tmp_path) == ["onnx", "openvino"]
     assert completions("lightpeft run --data.train ro", tmp_path) == ["rows.csv"]
@@ -197,7 +197,7 @@ def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 def test_print_config_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     options = (
-        "--preset",
+        "--light",
         "paper",
         "--light.remove.heads",
         "0.5",
@@ -211,11 +211,11 @@ def test_print_config_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_p
     file.write_text(text, encoding="utf-8")
     assert printed(capsys, "run", "--config", file) == yaml.safe_load(text)
     config = load_config(file)
-    assert config.light.heads == 0.5
-    assert config.light.length == 0.2
+    assert config.light.remove.heads == 0.5
+    assert config.light.estimate.length == 0.2
     assert config.peft == {"type": "lora", "slots": ["q", "v"]}
     assert config.data.columns == {"text_pair": "other"}
-    assert config.light.head_criterion == "mask"
+    assert config.light.estimate.criterion == "mask"
     assert dataclasses.asdict(config) == yaml.safe_load(text)
 
 
@@ -249,7 +249,7 @@ def test_options_go_over_the_file_and_the_file_over_the_preset(
 def test_values_of_every_kind_come_through(capsys: pytest.CaptureFixture[str]) -> None:
     options = {
         "light.estimate.length": "50",
-        "light.target": "0.4",
+        "light.remove.depth": "0.4",
         "training.fast_steps": "false",
         "training.precision": "bf16",
         "training.learning_rate": "1e-4",
@@ -258,8 +258,8 @@ def test_values_of_every_kind_come_through(capsys: pytest.CaptureFixture[str]) -
         "peft.target_modules": '["query", "value"]',
     }
     given = printed(capsys, "run", *(f"--{name}={value}" for name, value in options.items()))
-    assert given["light"]["length"] == 50
-    assert given["light"]["target"] == 0.4
+    assert given["light"]["estimate"]["length"] == 50
+    assert given["light"]["remove"]["depth"] == 0.4
     assert (given["training"]["fast_steps"], given["training"]["precision"]) == (False, "bf16")
     assert given["training"]["learning_rate"] == 1e-4
     assert given["model"]["revision"] == "main"
@@ -280,10 +280,10 @@ def test_text_is_text_whatever_it_looks_like(capsys: pytest.CaptureFixture[str])
 def test_sections_and_mappings_as_a_whole(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "training.yaml"
     file.write_text("batch_size: 4\nwarmup: 0.5\n", encoding="utf-8")
-    options = ["--light", "{heads: 0.5, multiple_of: 4}", "--light.remove.multiple_of", "2", "--training", file]
+    options = ["--light", "remove: {heads: 0.5, multiple_of: 4}", "--light.remove.multiple_of", "2", "--training", file]
     options += ["--data.columns", "{text: review}", "--data.columns.label", "stars"]
     given = printed(capsys, "run", *options, "--tasks.mine.kind", "chat", "--tasks.mine.hub", "a/b")
-    assert (given["light"]["heads"], given["light"]["multiple_of"]) == (0.5, 2)
+    assert (given["light"]["remove"]["heads"], given["light"]["remove"]["multiple_of"]) == (0.5, 2)
     assert (given["training"]["batch_size"], given["training"]["warmup"]) == (4, 0.5)
     assert given["data"]["columns"] == {"text": "review", "label": "stars"}
     assert (given["tasks"]["mine"]["kind"], given["tasks"]["mine"]["hub"]) == ("chat", "a/b")

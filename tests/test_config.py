@@ -158,7 +158,7 @@ def test_bad_files(content: bytes, says: str, tmp_path: Path) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    for path, says in {tmp_path / "none.yaml": "does not exist", tmp_path: "Is a directory"}.items():
+    for path, says in {tmp_path / "none.yaml": "does not exist", tmp_path: "is not a regular file"}.items():
         with pytest.raises(LightPeftError, match=says):
             load_config(path)
 

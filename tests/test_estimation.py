@@ -326,6 +326,7 @@ def few_tell(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("few_tell")
 def test_a_longer_stage_is_one_of_that_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records: list[EstimationRecord] = []
+    monkeypatch.setattr("lightpeft.prune.estimation.RATIO_EVERY", 1)  # counted from the beginning of each part
     stages = (auto(monkeypatch, learned=0.5, most=0.2), {"length": 8})
     for number, light in enumerate(stages):
         pruner = EarlyPruner(student(), light_of(**light))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from transformers import (
 )
 from workbench import Workbench, labelled
 
-from lightpeft import EarlyPruner, LightTrainer, light_trainer, load_light
+from lightpeft import EarlyPruner, LightConfig, LightTrainer, light_trainer, load_light
 from lightpeft.app.evaluation.scores import scores_of
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
@@ -242,7 +243,7 @@ def test_one_default_everywhere(builds: Builds, caplog: pytest.LogCaptureFixture
         assert EarlyPruner(get_peft_model(tagger, lora(task_type="TOKEN_CLS"))).config == other
 
 
-@pytest.mark.parametrize("light", [0.4, {"remove": {"blocks": 0.4}}, light_of(remove=Remove(blocks=0.4))])
+@pytest.mark.parametrize("light", [0.4, {"remove": {"blocks": 0.4}}, LightConfig(remove=Remove(blocks=0.4))])
 def test_a_number_is_a_budget(builds: Builds, light: Any) -> None:
     assert builds.trainer(light=light).light_config == preset("fast", blocks=0.4)
     assert EarlyPruner(get_peft_model(builds.base(), lora()), light).config == preset("fast", blocks=0.4)
@@ -351,8 +352,7 @@ def test_an_optimizer_of_ones_own(builds: Builds) -> None:
 def test_shell_and_trainers_give_the_same_to_the_last_bit(tmp_path: Path, kind: tuple[str, str]) -> None:
     """The shell, `LightTrainer` with a PEFT configuration, and `light_trainer(Trainer)` with a PeftModel."""
     bench = Workbench(tmp_path, *kind)
-    light = {f"light.{name}": value for name, value in BUDGET.items()}
-    config = bench.config("shell", **light, **{"peft.lora_dropout": 0.05})
+    config = bench.config("shell", light=dataclasses.asdict(LIGHT), **{"peft.lora_dropout": 0.05})
     report = pipeline.run(config)
     plan = PrunePlan.load(tmp_path / "shell" / "plan.json")
     work = pipeline.prepare(config)

@@ -226,7 +226,8 @@ def test_a_base_that_can_answer_is_asked(llama: Workbench, method: str) -> None:
     found = milestones(llama.folder / method)
     between = ["after_estimation", "after_the_cut"] if method == "light" else []
     assert list(found) == ["untouched_base", *between, "in_the_end"]
-    data = {"task": "causal-lm", "test": str(llama.test), "prompt": "prompt", "completion": "completion"}
+    columns = {"prompt": "prompt", "completion": "completion"}
+    data = {"task": "causal-lm", "test": str(llama.test), "columns": columns}
     base = evaluate_model(llama.base, {"data": {**data, "max_length": 32}})["model"]["metrics"]
     assert found["untouched_base"] == pytest.approx({name: base[name] for name in ("perplexity", "loss")})
     assert found["in_the_end"]["loss"] < found["untouched_base"]["loss"]
