@@ -45,7 +45,7 @@ METRICS: dict[str, set[str]] = {
     "web_questions": {"f1", "exact_match"},
 }
 """What is reported beside the loss and the number of examples; where nothing is said, the accuracy."""
-RULES = {"accuracy", "accuracy_token", "accuracy_norm", "accuracy_unconditional"}
+RULES = {"accuracy", "accuracy_norm"}
 
 
 @pytest.fixture(scope="module")

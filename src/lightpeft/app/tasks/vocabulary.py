@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.app.tasks.tokens import ENCODE_ROWS
 
-_TOKENS = ("input_ids", "unconditional_ids", "labels")
+_TOKENS = ("input_ids", "labels")
 """Columns of encoded rows that hold tokens, where they hold lists of integers."""
 
 
