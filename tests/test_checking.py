@@ -221,21 +221,6 @@ def test_steps_at_full_width_are_a_stage(tmp_path: Path) -> None:
     assert sum(found.stages[name].steps for name in found.own if name != "evaluate") == work.steps
 
 
-def test_an_estimation_may_take_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of classes: whether a model that writes has learned anything is not known."""
-    monkeypatch.setattr("lightpeft.prune.length.LEAST_STEPS", 6)
-    monkeypatch.setattr("lightpeft.prune.length.MOST_PART", 0.5)
-    settings: dict[str, Any] = {"light.remove.blocks": 0.5, "light.estimate.length": "auto"}
-    classes = checked(Workbench(tmp_path), **settings)
-    assert (classes.stages["estimate"].steps, classes.longest_estimation) == (6, 12)
-    told = "estimation takes 6 steps, and up to 12 where they teach too little (light.estimate.length: auto)"
-    assert told in list(classes.summary())
-    writer = checked(Workbench(tmp_path / "writer", "llama", "causal-lm"), **settings)
-    assert writer.longest_estimation == writer.stages["estimate"].steps
-    assert not any("teach too little" in line for line in writer.summary())
-    assert checked(Workbench(tmp_path / "plain"), method="plain").longest_estimation == 0
-
-
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, out = Workbench(tmp_path).yaml("tiny"), tmp_path / "needs.json"
     cli.main(["check", "--config", str(config), "--json", str(out)])

@@ -47,8 +47,6 @@ class Check:
     """What the outputs of frozen blocks take, in memory or on disk; 0 where none are kept."""
     available: int
     """Bytes of memory of the device."""
-    longest_estimation: int
-    """Steps that estimation may take, where it teaches too little in fewer."""
     removal: list[str]
     """What the run is going to remove, and why; where it stops."""
 
@@ -93,9 +91,6 @@ class Check:
         if "train" in self.stages:
             together = "estimation and training compute" if "estimate" in self.stages else "training computes"
             yield f"{together} {self.flops_of_plain:.2f} of what plain PEFT does"
-        if "estimate" in self.stages and self.longest_estimation > self.stages["estimate"].steps:
-            steps = f"{self.stages['estimate'].steps} steps, and up to {self.longest_estimation}"
-            yield f"estimation takes {steps} where they teach too little (light.estimate.length: auto)"
 
     def facts(self) -> dict[str, Any]:
         """The same as plain data."""
@@ -123,7 +118,7 @@ def check(work: Workspace, available: int | None = None) -> Check:
     stages, prefix = _own_stages(work, rehearsal)
     stages = {"plain": Need(rehearsal.plain(), work.steps), **stages}
     rows, tokens = rehearsal.shapes["input_ids"][0][:2]
-    return Check(stages, rows, tokens, prefix, available, _longest_estimation(work), removal)
+    return Check(stages, rows, tokens, prefix, available, removal)
 
 
 def _own_stages(work: Workspace, rehearsal: Rehearsal) -> tuple[dict[str, Need], int]:
@@ -138,11 +133,6 @@ def _own_stages(work: Workspace, rehearsal: Rehearsal) -> tuple[dict[str, Need],
         stages["full width"] = Need(rehearsal.full_width(), last)
     stages["evaluate"] = Need(evaluation, -(-len(work.test_rows) // work.config.training.eval_batch_size))
     return stages, prefix
-
-
-def _longest_estimation(work: Workspace) -> int:
-    # what has no classes is not known to have learned
-    return work.stage.longest if work.task.labels else work.stage.steps
 
 
 def memory_of_device() -> int:
