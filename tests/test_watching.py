@@ -23,6 +23,7 @@ from lightpeft.app.evaluation.milestones import (
     constant_score,
     course,
     doubts,
+    doubts_of_run,
     notices,
     sample,
 )
@@ -153,6 +154,47 @@ class TestDoubts:
 def watcher(**answers: Answers) -> Watcher:
     outcomes = {moment: Outcome(of_then) for moment, of_then in answers.items()}
     return Watcher(CLASSES, Dataset.from_dict({}), 100, lambda model: pytest.fail("asked"), outcomes)
+
+
+class TestDoubtsOfRun:
+    def test_worse_than_the_untouched_base(self) -> None:
+        before, after = classes(80, 20), classes(60, 40)
+        (line,) = doubts_of_run(watcher(untouched_base=before, in_the_end=after), {})
+        assert line.startswith("accuracy 0.6000 on 100 test rows is worse than the untouched base's 0.8000 (p = ")
+        assert line.endswith("; train at a lower learning rate, or cut less (light.remove.blocks)")
+        assert list(doubts_of_run(watcher(untouched_base=after, in_the_end=before), {})) == []
+        assert list(doubts_of_run(watcher(untouched_base=before, in_the_end=classes(78, 22)), {})) == []  # by chance
+
+    @pytest.mark.parametrize(
+        ("losses", "accuracies", "said"),
+        [
+            ((0.5, 0.7, 0.6), (0.8, 0.7), True),
+            ((0.5, 0.7, 0.6), (0.8, 0.8), True),
+            ((0.5, 0.7, 0.6), (0.8, 0.9), False),  # surer of fewer mistakes
+            ((0.5, 0.7, 0.51), (0.8, 0.7), False),  # brought back
+            ((0.5, 0.51, 0.7), (0.8, 0.7), False),  # not by the cut
+        ],
+    )
+    def test_a_loss_that_the_cut_raised(
+        self, losses: tuple[float, ...], accuracies: tuple[float, float], said: bool
+    ) -> None:
+        before, after = accuracies
+        moments = zip(("after_estimation", "after_the_cut", "in_the_end"), losses, (before, after, after), strict=True)
+        milestones = {name: {"accuracy": accuracy, "loss": loss} for name, loss, accuracy in moments}
+        lines = list(doubts_of_run(watcher(in_the_end=classes(80, 20)), milestones))
+        assert len(lines) == said
+        if said:
+            assert (
+                "the cut raised the loss on 100 test rows from 0.5000 to 0.7000, and training left it at 0.6000; "
+                in lines[0]
+            )
+
+    def test_a_loss_that_fewer_modules_raised(self) -> None:
+        losses = {"after_estimation": 0.5, "after_cutting_modules": 0.7, "in_the_end": 0.6}
+        milestones = {name: {"accuracy": 0.8, "loss": loss} for name, loss in losses.items()}
+        (line,) = doubts_of_run(watcher(in_the_end=classes(80, 20)), milestones)
+        assert line.startswith("the cut of PEFT modules raised the loss on 100 test rows from 0.5000 to 0.7000")
+        assert "light.modules" in line and "light.remove.blocks" not in line
 
 
 class TestCourse:

@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import nn
 
 from lightpeft.app.evaluation.scores import values_of
-from lightpeft.app.evaluation.statistics import LEVEL, Interval
+from lightpeft.app.evaluation.statistics import LEVEL, Interval, compare
 from lightpeft.app.tasks.answers import Answers, Outcome
 from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.app.tasks.respondent import Respondent
@@ -36,6 +36,8 @@ MOST_ROWS = 256
 """Rows of the sample at most: an accuracy of so many is known to 6 points (95%), for four passes over few rows."""
 MOST_WRITTEN = 32
 """The same where every answer is written token by token."""
+RAISED = 0.05
+"""Part by which a loss has to be higher to be called so: about the standard error of its mean over `MOST_ROWS` rows."""
 LOWER_IS_BETTER = ("loss", "mse", "perplexity")
 """Of all other metrics more is better."""
 
@@ -88,7 +90,9 @@ class Watcher:
     def facts(self) -> dict[str, Any]:
         """What a stage leaves in the log: `milestones` (main metric, and the loss if there is one) and `warnings`."""
         milestones = {name: milestone(of_then, self.task) for name, of_then in self.outcomes.items()}
-        return {"milestones": milestones, "warnings": self.warnings}
+        lines += doubts_of_run(watcher, milestones)
+
+    return {"milestones": milestones, "warnings": self.warnings}
 
 
 def milestone(of_then: Outcome, task: Task) -> Metrics:
@@ -139,6 +143,15 @@ def course(watcher: Watcher, earlier: Iterable[Mapping[str, Any]]) -> dict[str, 
 # -- what is said of it --------------------------------------------------------------------------------------------
 
 REMEDY = "train longer (training.epochs) or at another learning rate, such as three times this one, or on more rows"
+MILDER = "train at a lower learning rate, or cut less (light.remove.blocks)"
+_RAISERS = {
+    "after_the_cut": ("the cut", "cut less (light.remove.blocks)"),
+    "after_cutting_modules": (
+        "the cut of PEFT modules",
+        "keep more of them (light.modules)",
+    ),
+}
+"""Milestone -> what went before it, and what makes it cost less."""
 
 
 def notices(
@@ -162,6 +175,7 @@ def notices(
     noted = [entry["warnings"] for entry in (*earlier, watcher.facts()) if isinstance(entry.get("warnings"), list)]
     lines = [str(line) for warnings in noted for line in warnings]
     lines += doubts(answers, watcher.task, intervals.get(watcher.task.main_metric))
+    lines += doubts_of_run(watcher, milestones)
     return {"milestones": {"examples": watcher.examples, "metrics": milestones}, "warnings": lines}
 
 
@@ -183,6 +197,29 @@ def doubts(answers: Answers, task: Task, interval: Interval | None) -> Iterator[
         shown = f"{name} {value:.4f} ({LEVEL:.0%} interval {interval[0]:.4f} to {interval[1]:.4f})"
         verdict = "is worse than" if max(gains) < 0 else "cannot be told from"
         yield f"{shown} {verdict} the {floor:.4f} of always answering {_said(constant.predictions[0], task)}; {REMEDY}"
+
+
+def doubts_of_run(watcher: Watcher, milestones: Mapping[str, Metrics]) -> Iterator[str]:
+    """What the course of a run tells: less than the untouched base, or a loss that the cut raised and left there.
+
+    Args:
+        watcher: that of the last stage, which looked at the trained model.
+        milestones: of the whole run.
+    """
+    name, examples = watcher.task.main_metric, f"{watcher.examples} test rows"
+    if {"untouched_base", "in_the_end"} <= watcher.outcomes.keys():
+        base, trained = (watcher.outcomes[moment].answers for moment in ("untouched_base", "in_the_end"))
+        test = compare(base, trained, watcher.task.measures[0])[name]
+        if _gain(name, test.first, test.second) < 0 and test.p_value is not None and test.p_value < 1 - LEVEL:
+            values = f"{name} {test.second:.4f} on {examples} is worse than the untouched base's {test.first:.4f}"
+            yield f"{values} (p = {test.p_value:.2g}); {MILDER}"
+    before, end = (milestones.get(moment, {}) for moment in ("after_estimation", "in_the_end"))
+    moment = next((each for each in _RAISERS if each in milestones), "after_the_cut")
+    cut, (what, less) = milestones.get(moment, {}), _RAISERS[moment]
+    left = min(cut.get("loss", 0), end.get("loss", 0)) > (1 + RAISED) * before.get("loss", math.inf)
+    if left and _gain(name, before[name], end[name]) <= 0:  # else it is surer of its mistakes, and makes fewer of them
+        losses = f"from {before['loss']:.4f} to {cut['loss']:.4f}, and training left it at {end['loss']:.4f}"
+        yield f"{what} raised the loss on {examples} {losses}; {less}, or train longer (training.epochs)"
 
 
 def _gain(metric: str, before: float, after: float) -> float:
