@@ -90,9 +90,7 @@ class Watcher:
     def facts(self) -> dict[str, Any]:
         """What a stage leaves in the log: `milestones` (main metric, and the loss if there is one) and `warnings`."""
         milestones = {name: milestone(of_then, self.task) for name, of_then in self.outcomes.items()}
-        lines += doubts_of_run(watcher, milestones)
-
-    return {"milestones": milestones, "warnings": self.warnings}
+        return {"milestones": milestones, "warnings": self.warnings}
 
 
 def milestone(of_then: Outcome, task: Task) -> Metrics:
