@@ -46,12 +46,9 @@ class Bench(Workbench):
         self.questions = write_jsonl(folder / "data" / f"{split}.jsonl", self.rows)
 
     def settings(self, name: str = "run", **changes: Any) -> dict[str, Any]:
-        settings = super().settings(name)
+        settings = super().settings(name, **{"training.epochs": 4, "training.learning_rate": 2e-2, **changes})
         settings["data"] = {"task": self.task, "path": str(self.folder / "data"), "max_length": 36, "answer_tokens": 4}
-        settings["training"] |= {"epochs": 4, "learning_rate": 2e-2}
-        for path, value in changes.items():
-            section, key = path.split(".")
-            settings[section][key] = value
+        settings["data"] |= {path.removeprefix("data."): changes[path] for path in changes if path.startswith("data.")}
         return settings
 
     def ran(self, **changes: Any) -> Bench:

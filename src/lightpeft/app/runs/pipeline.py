@@ -377,9 +377,9 @@ def report(work: Workspace, model: Model, scores: Scores) -> dict[str, Any]:
 
 
 def _estimation_report(run: RunFolder) -> dict[str, Any]:
-    """How long estimation took and what it taught, as far as the log knows: older runs noted less."""
-    entry = run.finished_stages().get("estimate", {})
-    return {"estimation": {name: entry[name] for name in LEARNING}} if entry.keys() >= set(LEARNING) else {}
+    """How long estimation took and what it taught."""
+    entry = run.finished_stages().get("estimate")
+    return {"estimation": {name: entry[name] for name in LEARNING}} if entry is not None else {}
 
 
 def _stopped_report(run: RunFolder) -> dict[str, Any]:
@@ -398,7 +398,7 @@ def _vocabulary_report(work: Workspace, model: Model) -> dict[str, Any]:
 
 
 def _training_costs(run: RunFolder) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Stage by stage what training took, as far as the log knows: older runs noted seconds alone."""
+    """Stage by stage what training took."""
     names = [field.name for field in fields(StageCost)]
     for stage, entry in run.finished_stages().items():
         if entry.keys() >= set(names):

@@ -18,7 +18,7 @@ ENCODE_ROWS = 1000
 """Rows tokenised at a time."""
 NO_LIMIT = 10**9
 """Tokenizers without a length limit report a number far above this."""
-NOT_INPUTS = ("length", "group", "names", "right")
+NOT_INPUTS = ("length", "group", "names", "right", "row", "begins", "ends", "null", "context")
 """Columns of encoded rows that no model takes: what batches are sorted by, and what answers are compared with."""
 
 
