@@ -280,7 +280,7 @@ def test_amounts_that_cannot_go(bench: Workbench, capsys: pytest.CaptureFixture[
 def read_budget(folder: Path) -> float | None:
     """The heads ratio of a run's plan, if it has one."""
     path = folder / "plan.json"
-    return PrunePlan.load(path).budget["heads"] if path.exists() else None
+    return PrunePlan.load(path).budget["remove"]["heads"] if path.exists() else None
 
 
 # -- while running -----------------------------------------------------------------------------------------------
