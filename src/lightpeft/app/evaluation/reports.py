@@ -24,7 +24,7 @@ from lightpeft.app.folders.opening import find_model
 from lightpeft.app.tasks.answers import Answers, MeanMetric, Metric, Outcome
 from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.app.tasks.kinds.registry import task_class
-from lightpeft.app.tasks.loading import load_task, load_test, run_settings
+from lightpeft.app.tasks.loading import load_task, run_settings
 from lightpeft.app.tasks.tokens import check_max_length, check_tokens
 from lightpeft.config import RunConfig, overlaid, run_config_from_dict
 from lightpeft.errors import require
@@ -134,9 +134,7 @@ def _config(found: Found, given: dict[str, Any]) -> RunConfig:
 
 def _with_rows(found: Found, config: RunConfig) -> Task:
     """The task with the rows to measure on: those that the run held out, or those that are given."""
-    if found.run is not None:
-        return load_task(config.data, found.config, config.tasks)
-    return load_test(config.data, found.config, config.tasks)
+    return load_task(config.data, found.config, config.tasks, train=found.run is not None)
 
 
 def _for_model(found: Found, task: Task, said: Mapping[str, Any]) -> Task:
