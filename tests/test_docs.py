@@ -45,7 +45,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(ROOT / "configs", folder / "configs")
     for file in (folder / "configs").rglob("*.yaml"):
-        file.write_text(re.sub(r"length: \d+\b(?!\.)", "length: 0.25", file.read_text()))  # of fewer rows
+        file.write_text(re.sub(r"\blength: \d+\b(?!\.)", "length: 0.25", file.read_text()))  # of fewer rows
     for grid in workbench.GRIDS:
         smaller(folder / grid.relative_to(ROOT))
     with pytest.MonkeyPatch.context() as patch, workbench.forked():
