@@ -26,7 +26,7 @@ from lightpeft.app.runs.bench import Build, Made, adamw
 from lightpeft.app.runs.pipeline import Workspace
 from lightpeft.app.runs.reproduce import Arm
 from lightpeft.app.runs.reproduce.arms import Settings
-from lightpeft.app.tasks import task_facts
+from lightpeft.app.tasks.loading import task_facts
 from lightpeft.config import overlaid
 from lightpeft.config.validation import load_yaml
 from lightpeft.errors import require

@@ -15,7 +15,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from lightpeft.app.tasks import ENTRIES, Task
+from lightpeft.app.tasks.entries.registry import ENTRIES
+from lightpeft.app.tasks.kinds.base import Task
 
 WORDS = tuple(f"word{index}" for index in range(12))
 TELLING = ("red", "green", "blue", "black", "white")

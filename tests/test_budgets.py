@@ -28,8 +28,10 @@ from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.report.facts import read_run
 from lightpeft.app.runs.report.page import page
 from lightpeft.app.runs.trainers import LightRun
-from lightpeft.app.tasks import Answers, ClassificationTask, points_a_nat
+from lightpeft.app.tasks.answers import Answers
+from lightpeft.app.tasks.kinds.classification import ClassificationTask
 from lightpeft.app.tasks.metrics import METRICS
+from lightpeft.app.tasks.worth import points_a_nat
 from lightpeft.budget import finding
 from lightpeft.budget import room as searching_room
 from lightpeft.budget.finding import find_budget

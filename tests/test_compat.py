@@ -590,15 +590,6 @@ def test_hidden_channels_of_experts(name: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_chats_as_text() -> None:
-    template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}{% endfor %}"
-    chat = [{"role": "assistant", "content": "Yes"}]
-    with needed_for("training on chats, on the assistant's part alone"):
-        options = {"eos_token": ".", "return_assistant_tokens_mask": True}
-        assert of_transformers.rendered_chat(chat, template, **options) == ("Yes.", [(0, 3)])
-        assert of_transformers.rendered_chat(chat, template, eos_token="!") == ("Yes!", [])
-
-
 # PEFT
 
 

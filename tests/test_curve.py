@@ -103,8 +103,7 @@ def test_curve_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     shown = capsys.readouterr().out
     assert "40 training rows" in shown and "lightpeft report draws it" in " ".join(shown.split())
     found = read(tmp_path / "run" / "curve.json")
-    assert found["rows"] == 40 and len(found["step_times"]) == 2
-    assert all(point["step_time"] > 0 for point in found["points"])
+    assert found["rows"] == 40
     assert not (tmp_path / "run" / "plan.json").exists(), "nothing is decided"
     settings = (tmp_path / "run" / "config.yaml").read_bytes()
     assert (

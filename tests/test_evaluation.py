@@ -23,7 +23,8 @@ from transformers import (
 
 from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.evaluation.scores import evaluate
-from lightpeft.app.tasks import CausalLMTask, ClassificationTask
+from lightpeft.app.tasks.kinds.causal import CausalLMTask
+from lightpeft.app.tasks.kinds.classification import ClassificationTask
 from lightpeft.app.tasks.respondent import finite_logits
 from lightpeft.config import DataConfig
 from lightpeft.console import bars

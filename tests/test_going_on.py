@@ -1,8 +1,7 @@
-"""Runs of several processes that are killed: as many processes, or another number of them, come to the same end."""
+"""Runs of several processes that are killed: as many processes come to the same end."""
 
 from __future__ import annotations
 
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from lanes import telling, thorough
+from lanes import thorough
 from workbench import (
     ENGINES,
     Workbench,
     at_step,
-    before,
     checksums,
     in_children,
     in_other_process,
@@ -25,10 +23,8 @@ from workbench import (
 )
 
 from lightpeft.app.folders.run_folder import RunFolder
-from lightpeft.app.runs import pipeline, trainers
-from lightpeft.config import TrainingConfig
+from lightpeft.app.runs import pipeline
 from lightpeft.plans.records import PrunePlan
-from lightpeft.training.step_rows import shared
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs the gloo backend")
 
@@ -102,12 +98,6 @@ def run_alone(bench: Workbench) -> Path:
     return bench.folder / "alone"
 
 
-def copied(bench: Workbench, name: str, new: str) -> Path:
-    """The settings of a run like another one, whose folder it gets a copy of."""
-    shutil.copytree(bench.folder / name, bench.folder / new)
-    return bench.yaml(new, **SETTINGS, **OF_TWO)
-
-
 @thorough
 @pytest.mark.parametrize("model", ["real", "bench"])
 def test_a_launched_run_that_lost_a_process_in_training(request: pytest.FixtureRequest, model: str) -> None:
@@ -125,70 +115,24 @@ def test_a_launched_run_that_lost_a_process_in_training(request: pytest.FixtureR
     assert LOST in line and "goes on from the last checkpoint" in line
     assert "Traceback" not in done.stderr.partition(line)[0]
 
-    by_one = copied(bench, engine, f"{engine}-by-one")
-    assert lightpeft("run", "--config", by_one) == 0
-    assert_same_end(bench.folder / f"{engine}-by-one", undisturbed)
     done = in_other_process(*launch, worker, -1, "run", "--config", config)
     assert done.returncode == 0, done.stderr[-12000:]
     assert_same_end(bench.folder / engine, undisturbed)
 
 
-def test_a_run_that_lost_a_process_in_training(bench: Workbench) -> None:
+def test_a_run_that_lost_a_process_in_training(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
     undisturbed, name = run_alone(bench), "lost-in-training"
     config = bench.yaml(name, **SETTINGS, **OF_TWO)
     ends = in_children(2, killing(1, 11), "run", "--config", config, engine="fsdp2")
     assert ends[0][0] == 2 and ends[1][0] == -signal.SIGKILL
     assert ends[0][1].splitlines()[-1].startswith(f"lightpeft: {LOST}") and "Traceback" not in ends[0][1]
-    by_one = copied(bench, name, "trained-by-one")
-    assert lightpeft("run", "--config", by_one) == 0
-    assert_same_end(bench.folder / "trained-by-one", undisturbed)
+    left = checksums(bench.folder / name)
+    assert lightpeft("run", "--config", config) == 2, "by one, which takes other steps"
+    assert "took 8 rows a step, and this run takes 4" in capsys.readouterr().err
+    assert checksums(bench.folder / name) == left
     ends = in_children(2, lambda rank: None, "run", "--config", config, engine="fsdp2")
     assert [code for code, _ in ends] == [0, 0], ends
     assert_same_end(bench.folder / name, undisturbed)
-
-
-@thorough
-def test_a_run_that_lost_its_main_process_in_estimation(real: RealBench) -> None:
-    config = real.yaml("shared", **OF_TWO)
-    ends = in_children(2, killing(0, 4), "run", "--config", config, engine="fsdp2")
-    assert ends[0][0] == -signal.SIGKILL and ends[1][0] == 2
-    assert ends[1][1].startswith(f"lightpeft: {LOST}") and ends[1][1].count("\n") == 1
-    by_one = copied(real, "shared", "estimated-by-one")
-    assert lightpeft("run", "--config", by_one) == 0
-    assert_same_end(real.folder / "estimated-by-one", real.folder / "alone")
-    assert "4 rows at once, 2 time(s) a step" in str(_entries(real.folder / "estimated-by-one"))
-
-
-# -- whole models in every process ---------------------------------------------------------------------------------
-
-
-KILLS: dict[str, Callable[[], None]] = {
-    "training": at_step(11, signalling(signal.SIGKILL)),
-    "at-the-cut": before(trainers, "leave_plan", signalling(signal.SIGKILL)),
-}
-
-
-@telling(
-    ("method", "kill"),
-    [("light", "training"), ("light", "at-the-cut"), ("plain", "training")],
-    [("light", "training")],
-)
-def test_another_number_of_processes(bench: Workbench, method: str, kill: str) -> None:
-    settings = {**SETTINGS, "method": method, "light.modules.blocks": 0.5}  # with a cache of the lower block's outputs
-    undisturbed, name = f"{method}-alone", f"{method}-{kill}"
-    if not (bench.folder / undisturbed).exists():
-        pipeline.run(bench.config(undisturbed, **settings))
-    config, folder = bench.yaml(name, **settings, **OF_TWO), bench.folder / name
-    ends = in_children(2, lambda rank: KILLS[kill]() if rank else None, "run", "--config", config)
-    assert [code for code, _ in ends] == [2, -signal.SIGKILL], ends
-
-    left = checksums(folder)
-    for code, line in in_children(3, lambda rank: None, "run", "--config", config):
-        assert code == 2 and "8 rows a step, as it began, which 3 processes cannot share" in line
-        assert line.endswith("start one of 1, 2, 4, 8\n") and line.count("\n") == 1
-    assert checksums(folder) == left
-    assert lightpeft("run", "--config", config) == 0
-    assert_same_end(folder, bench.folder / undisturbed)
 
 
 def test_an_estimation_by_other_steps_is_not_taken(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,20 +143,3 @@ def test_an_estimation_by_other_steps_is_not_taken(bench: Workbench, capsys: pyt
     ):
         assert code == 2 and "took 8 rows a step, and this run takes 16" in line
     assert not (bench.folder / "taker").exists()
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "rows", "processes", "expected"),
-    [
-        (8, 16, 2, (8, 1)),
-        (8, 16, 1, (8, 2)),
-        (8, 8, 2, (4, 1)),
-        (8, 24, 1, (8, 3)),
-        (8, 36, 2, (6, 3)),
-        (3, 8, 1, (2, 4)),
-    ],
-)
-def test_processes_share_a_step(batch_size: int, rows: int, processes: int, expected: tuple[int, int]) -> None:
-    share = shared(TrainingConfig(batch_size=batch_size), rows, processes)
-    assert (share.batch_size, share.gradient_accumulation) == expected
-    assert share.batch_size * share.gradient_accumulation * processes == rows

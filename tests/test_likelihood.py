@@ -24,13 +24,9 @@ from transformers import (
 
 from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.evaluation.scores import evaluate
-from lightpeft.app.tasks import (
-    ClassificationByLikelihood,
-    LikelihoodTask,
-    MultipleChoiceByLikelihood,
-    MultipleChoiceTask,
-)
-from lightpeft.app.tasks.kinds.likelihood import ACCURACIES, encode_pairs
+from lightpeft.app.tasks.kinds.classification import ClassificationByLikelihood
+from lightpeft.app.tasks.kinds.likelihood import ACCURACIES, LikelihoodTask, encode_pairs
+from lightpeft.app.tasks.kinds.multiple_choice import MultipleChoiceByLikelihood, MultipleChoiceTask
 from lightpeft.config import DataConfig, TaskEntry
 from lightpeft.models.batches import IGNORED
 from lightpeft.prune.importance import RealTokens
@@ -108,12 +104,9 @@ class TestScores:
         right = []
         for context, options, index in zip(*(QUESTIONS[name] for name in QUESTIONS.column_names), strict=True):
             asked = [log_p(model, tokenizer, f"Question: {context}\nAnswer:", option) for option in options]
-            plain = [log_p(model, tokenizer, "Answer:", option) for option in options]
             scores = {
                 "sum": [sum(of_option) for of_option in asked],
-                "token": [sum(of_option) / len(of_option) for of_option in asked],
                 "byte": [sum(a) / len(option.encode()) for a, option in zip(asked, options, strict=True)],
-                "unconditional": [sum(a) - sum(p) for a, p in zip(asked, plain, strict=True)],
             }
             for rule, of_options in scores.items():
                 expected[rule].append(int(np.argmax(of_options)))
@@ -132,7 +125,7 @@ class TestScores:
         tokens = [p for of_option in right for p in of_option]
         assert metrics["loss"] == pytest.approx(-sum(tokens) / len(tokens), rel=1e-4)
         assert metrics["examples"] == len(QUESTIONS)
-        assert (next(iter(metrics)), task.main_metric) == ("accuracy_unconditional", "accuracy_unconditional")
+        assert (next(iter(metrics)), task.main_metric) == ("accuracy_norm", "accuracy_norm")
 
     def test_label_words_and_probabilities(self, llama: LlamaForCausalLM) -> None:
         entry = TaskEntry(labels=["bad", "good"], words=["no", "yes"], prompt="{text}\nAnswer:", metrics=["f1"])

@@ -7,9 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from lightpeft.app.tasks import METRICS
 from lightpeft.app.tasks.answers import Answers, MeanMetric
-from lightpeft.app.tasks.metrics import renamed
+from lightpeft.app.tasks.metrics import METRICS, renamed
 
 BINARY = Answers([1, 1, 0, 0, 1, 0], [1, 0, 0, 1, 1, 0])
 """Two true and one false positive, two true and one false negative."""

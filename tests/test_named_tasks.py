@@ -23,23 +23,13 @@ from transformers import (
     T5Config,
 )
 
-from lightpeft.app.tasks import (
-    ENTRIES,
-    KINDS,
-    METRICS,
-    ClassificationTask,
-    LikelihoodTask,
-    Task,
-    convert,
-    find_entry,
-    load_task,
-    restore_task,
-    task_class,
-    task_facts,
-)
-from lightpeft.app.tasks.entries.registry import CONVERTERS, check_entry
-from lightpeft.app.tasks.kinds.classification import label_names
-from lightpeft.app.tasks.kinds.registry import BY_LIKELIHOOD
+from lightpeft.app.tasks.entries.registry import CONVERTERS, ENTRIES, check_entry, find_entry
+from lightpeft.app.tasks.kinds.base import Task
+from lightpeft.app.tasks.kinds.classification import ClassificationTask, label_names
+from lightpeft.app.tasks.kinds.likelihood import LikelihoodTask
+from lightpeft.app.tasks.kinds.registry import BY_LIKELIHOOD, KINDS, task_class
+from lightpeft.app.tasks.loading import convert, load_task, restore_task, task_facts
+from lightpeft.app.tasks.metrics import METRICS
 from lightpeft.app.tasks.rows.reading import HUB_NAME
 from lightpeft.config import DataConfig, TaskEntry, load_config, run_config_from_dict
 from lightpeft.errors import LightPeftError

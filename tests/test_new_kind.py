@@ -19,9 +19,11 @@ from transformers import AutoModelForTokenClassification, DataCollatorForTokenCl
 from workbench import BAD, GOOD, NEUTRAL, Workbench, lightpeft, read
 
 from lightpeft.app.evaluation.reports import evaluate_model
-from lightpeft.app.tasks import Columns, Outcome, Respondent, Task, load_task, run_settings, task_facts
-from lightpeft.app.tasks.answers import answers_of, require_finite
+from lightpeft.app.tasks.answers import Columns, Outcome, answers_of, require_finite
+from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.app.tasks.kinds.registry import KINDS
+from lightpeft.app.tasks.loading import load_task, run_settings, task_facts
+from lightpeft.app.tasks.respondent import Respondent
 from lightpeft.app.tasks.rows.columns import check_strings, values
 from lightpeft.app.tasks.tokens import Collator, in_chunks
 from lightpeft.config import DataConfig, TaskEntry

@@ -16,8 +16,8 @@ from tiny import refusal
 from workbench import NEUTRAL, NOTICE, SPECIAL, Workbench, labelled, lightpeft, save_base, write_rows
 
 from lightpeft.app.evaluation.respondent import BatchedModel
-from lightpeft.app.tasks import load_task
 from lightpeft.app.tasks.answers import require_finite
+from lightpeft.app.tasks.loading import load_task
 from lightpeft.config import DataConfig, ModelConfig, TaskEntry
 from lightpeft.models.loading import load_model, load_tokenizer
 

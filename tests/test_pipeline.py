@@ -330,7 +330,7 @@ def test_another_budget_replans_until_pruned(bench: Workbench, capsys: pytest.Ca
     second = PrunePlan.load(folder / "plan.json")
     assert second.removed_ratio > first.removed_ratio
     assert lightpeft("prune", "--run", folder) == 0  # the new budget is the run's
-    assert read(folder / "pruned" / "lightpeft.json")["plan"]["budget"]["heads"] == 0.5
+    assert read(folder / "pruned" / "lightpeft.json")["plan"]["budget"]["remove"]["heads"] == 0.5
 
     before = stamps(folder)
     capsys.readouterr()

@@ -233,7 +233,7 @@ def test_shell_and_trainers_read_the_same(bench: Workbench, tmp_path: Path, monk
     config = bench.config("shell", **AUTO)
     work = pipeline.prepare(config)
     pipeline.estimate(work)
-    arguments = training_arguments(work.training_of_process, tmp_path, work.steps, config.seed, {})
+    arguments = training_arguments(work.config.training, tmp_path, work.steps, config.seed, {})
     LightTrainer(
         work.dense_model().model,
         arguments,

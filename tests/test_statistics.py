@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 from lanes import thorough
 from scipy.stats import binom, bootstrap, pearsonr
+from sklearn.metrics import f1_score, matthews_corrcoef
 
 from lightpeft.app.evaluation.statistics import Comparison, bootstrap_intervals, compare
 from lightpeft.app.tasks.answers import Answers, ClassMetric, MeanMetric
@@ -78,11 +80,20 @@ class TestIntervals:
         references = draw.choice(classes, 25, p=[0.9, *[0.1 / (classes - 1)] * (classes - 1)])
         predictions = np.where(draw.random(25) < 0.7, references, draw.integers(0, classes, 25))
         answers = Answers(predictions.tolist(), references.tolist(), probabilities=np.zeros((25, classes)))
-        for name in ("f1", "f1_macro", "matthews"):
+        f1 = partial(f1_score, zero_division=0)
+        theirs = {
+            "f1": partial(f1, average="binary" if classes == 2 else "macro"),
+            "f1_macro": partial(f1, average="macro"),
+            "matthews": matthews_corrcoef,
+        }
+        for name, of in theirs.items():
             metric = METRICS[name].compute
             assert isinstance(metric, ClassMetric)
-            slow = bootstrap_intervals(answers, metric.compute, resamples=100)
+            slow = bootstrap_intervals(
+                answers, lambda a, of=of, name=name: {name: of(a.references, a.predictions)}, resamples=100
+            )
             assert bootstrap_intervals(answers, metric, resamples=100)[name] == pytest.approx(slow[name])
+            assert metric(answers)[name] == of(answers.references, answers.predictions), "to the last bit"
 
     @thorough
     def test_coverage(self) -> None:

@@ -15,8 +15,11 @@ from layouts import cut_to
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, BertConfig, LlamaConfig, OPTConfig, PreTrainedTokenizerFast, RobertaConfig
 
-from lightpeft.app.tasks import CausalLMTask, ClassificationTask, check_max_length, load_task
+from lightpeft.app.tasks.kinds.causal import CausalLMTask
+from lightpeft.app.tasks.kinds.classification import ClassificationTask
+from lightpeft.app.tasks.loading import load_task
 from lightpeft.app.tasks.rows.reading import is_local, read_rows
+from lightpeft.app.tasks.tokens import check_max_length
 from lightpeft.config import DataConfig, TaskEntry
 from lightpeft.errors import LightPeftError
 from lightpeft.models.families.registry import max_positions

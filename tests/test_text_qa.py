@@ -23,15 +23,11 @@ from workbench import BAD, GOOD, Workbench, lightpeft, read
 
 from lightpeft import load_light
 from lightpeft.app.runs import pipeline
-from lightpeft.app.tasks import (
-    Answers,
-    SpanTask,
-    Task,
-    load_task,
-    restore_task,
-    task_facts,
-)
+from lightpeft.app.tasks.answers import Answers
+from lightpeft.app.tasks.kinds.base import Task
+from lightpeft.app.tasks.kinds.span import SpanTask
 from lightpeft.app.tasks.kinds.windows import answer_text, best_of_windows, best_span, make_windows
+from lightpeft.app.tasks.loading import load_task, restore_task, task_facts
 from lightpeft.app.tasks.text_metrics import text_match
 from lightpeft.config import DataConfig, ModelConfig
 from lightpeft.errors import LightPeftError
@@ -50,12 +46,9 @@ class Bench(Workbench):
         self.questions = write_jsonl(folder / "data" / f"{split}.jsonl", self.rows)
 
     def settings(self, name: str = "run", **changes: Any) -> dict[str, Any]:
-        settings = super().settings(name)
+        settings = super().settings(name, **{"training.epochs": 4, "training.learning_rate": 2e-2, **changes})
         settings["data"] = {"task": self.task, "path": str(self.folder / "data"), "max_length": 36, "answer_tokens": 4}
-        settings["training"] |= {"epochs": 4, "learning_rate": 2e-2}
-        for path, value in changes.items():
-            section, key = path.split(".")
-            settings[section][key] = value
+        settings["data"] |= {path.removeprefix("data."): changes[path] for path in changes if path.startswith("data.")}
         return settings
 
     def ran(self, **changes: Any) -> Bench:

@@ -10,29 +10,20 @@ import pytest
 from datasets import Dataset
 from tiny import refusal
 from transformers import AutoModel, BertConfig, LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase, T5Config
-from workbench import SPECIAL, Workbench, lightpeft
+from workbench import Workbench, lightpeft
 
-from lightpeft.app.evaluation.predicting import predict
-from lightpeft.app.runs import pipeline
-from lightpeft.app.tasks import check_tokens
+from lightpeft.app.tasks.tokens import check_tokens
 from lightpeft.config import ModelConfig
 from lightpeft.models.loading import load_tokenizer
 from lightpeft.models.tokenizers import check_vocabulary
 
 EMBEDDINGS = 36
 """Of the tiny bases."""
-UNKNOWN = SPECIAL.index("[UNK]")
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     return Workbench(tmp_path_factory.mktemp("tokens"))
-
-
-@pytest.fixture(scope="module")
-def finished(bench: Workbench) -> Path:
-    pipeline.run(bench.config("finished", **{"training.epochs": 1}))
-    return bench.folder / "finished"
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +35,12 @@ def encoded(*rows: Any) -> Dataset:
     return Dataset.from_dict({"input_ids": list(rows)})
 
 
-def without_tokenizer(base: Path, target: Path, embeddings: int | None = None) -> Path:
-    """The base without its tokenizer's files and, if asked for, with more embeddings."""
+def without_tokenizer(base: Path, target: Path, embeddings: int) -> Path:
+    """The base without its tokenizer's files, with more embeddings."""
     shutil.copytree(base, target, ignore=lambda _, names: [name for name in names if "token" in name])
-    if embeddings is not None:
-        model = AutoModel.from_pretrained(target)
-        model.resize_token_embeddings(embeddings, mean_resizing=False)
-        model.save_pretrained(target)
+    model = AutoModel.from_pretrained(target)
+    model.resize_token_embeddings(embeddings, mean_resizing=False)
+    model.save_pretrained(target)
     return target
 
 
@@ -72,74 +62,21 @@ class TestVocabulary:
 
 
 class TestTokens:
-    def test_rows_that_are_mostly_unknown(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Special tokens do not count; more than half of the rows must be so, and each by more than half."""
-        config = BertConfig(vocab_size=EMBEDDINGS)
-        known, half, unknown = [2, 5, 6, 3], [2, UNKNOWN, 6, 3], [2, UNKNOWN, UNKNOWN, 6, 3]
-        check_tokens(encoded(known, half, half, half), tokenizer, config, "rows")
-        check_tokens(encoded(known, unknown), tokenizer, config, "rows")
-        check_tokens(encoded([2, 3], []), tokenizer, config, "rows")
-        check_tokens(encoded([known, unknown], [known, known]), tokenizer, config, "rows")
-        for rows in ([known, unknown, unknown], [[unknown, unknown]]):
-            text = refusal(lambda rows=rows: check_tokens(encoded(*rows), tokenizer, config, "the test rows"))
-            assert (
-                text.startswith("the test rows: ") and "mostly tokens that the tokenizer does not know ([UNK])" in text
-            )
-
-    def test_an_unknown_token_that_also_ends_texts(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """As of tokenizers by bytes, which know everything."""
-        tokenizer.eos_token = "[UNK]"
-        try:
-            check_tokens(encoded([UNKNOWN, UNKNOWN]), tokenizer, BertConfig(vocab_size=EMBEDDINGS), "rows")
-        finally:
-            tokenizer.eos_token = None
-
-    def test_tokens_beyond_the_embeddings(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        check_tokens(encoded([2, 29, 3]), tokenizer, BertConfig(vocab_size=30), "rows")
+    def test_tokens_beyond_the_embeddings(self) -> None:
+        check_tokens(encoded([2, 29, 3]), BertConfig(vocab_size=30), "rows")
         for rows in ([[5], [2, 30, 3]], [[[5], [2, 30]]]):
-            text = refusal(lambda rows=rows: check_tokens(encoded(*rows), tokenizer, BertConfig(vocab_size=30), "rows"))
+            text = refusal(lambda rows=rows: check_tokens(encoded(*rows), BertConfig(vocab_size=30), "rows"))
             assert "gives token 30, and the model has embeddings of tokens 0 to 29" in text
 
 
-@pytest.mark.parametrize(
-    ("embeddings", "says"),
-    [(400, "the tokenizer knows 5 tokens, and the model has embeddings of 400"), (None, "64 of 64 rows are mostly")],
-)
 def test_a_base_without_tokenizer_files_is_not_trained(
-    bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str], embeddings: int | None, says: str
+    bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = without_tokenizer(bench.base, tmp_path / "base", embeddings)
+    base = without_tokenizer(bench.base, tmp_path / "base", 400)
     settings = {"model.name": str(base), "output": str(tmp_path / "run")}
     capsys.readouterr()
     assert lightpeft("run", "--config", bench.yaml("bare", **settings)) == 2
     written = capsys.readouterr()
-    assert says in written.err and written.err.count("\n") == 1
+    assert "the tokenizer knows 5 tokens, and the model has embeddings of 400" in written.err
+    assert written.err.count("\n") == 1
     assert not (tmp_path / "run").exists()
-
-
-def test_nor_is_it_measured(
-    bench: Workbench, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base = without_tokenizer(bench.base, tmp_path / "base")
-    capsys.readouterr()
-    assert lightpeft("evaluate", finished / "adapter", "--data.test", bench.test, "--base", base) == 2
-    written = capsys.readouterr()
-    assert "40 of 40 rows are mostly tokens that the tokenizer does not know" in written.err
-    assert written.err.count("\n") == 1 and written.out == ""
-
-
-def test_it_answers_with_a_warning(
-    bench: Workbench, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Nothing is learned or measured of such rows, and whoever gives them may have no others."""
-    capsys.readouterr()
-    for rows, warned in (("word1 rare\nword2 rare often\nseldom", True), ("word1\nword2 rare\nrare", False)):
-        (tmp_path / "texts.txt").write_text(rows, encoding="utf-8")
-        assert lightpeft("predict", finished, tmp_path / "texts.txt") == 0
-        written = capsys.readouterr()
-        assert written.out.count("\n") == 4
-        line = "warning: the input: 2 of 3 rows are mostly tokens that the tokenizer does not know ([UNK]); "
-        assert written.err.startswith(line) if warned else not written.err
-        assert written.err.count("\n") == warned
-    with pytest.warns(UserWarning, match="1 of 1 rows are mostly tokens"):
-        predict(finished, example="rare", output=tmp_path / "out.csv")

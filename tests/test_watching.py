@@ -31,15 +31,12 @@ from lightpeft.app.evaluation.reports import evaluate_model
 from lightpeft.app.evaluation.statistics import bootstrap_intervals
 from lightpeft.app.folders.results import open_peft
 from lightpeft.app.runs import pipeline
-from lightpeft.app.tasks import (
-    CausalLMTask,
-    ClassificationTask,
-    GenerationTask,
-    Outcome,
-    RegressionTask,
-    Task,
-)
-from lightpeft.app.tasks.answers import Answers
+from lightpeft.app.tasks.answers import Answers, Outcome
+from lightpeft.app.tasks.kinds.base import Task
+from lightpeft.app.tasks.kinds.causal import CausalLMTask
+from lightpeft.app.tasks.kinds.classification import ClassificationTask
+from lightpeft.app.tasks.kinds.generation import GenerationTask
+from lightpeft.app.tasks.kinds.regression import RegressionTask
 from lightpeft.config import DataConfig
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import EstimationRecord

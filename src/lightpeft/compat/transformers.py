@@ -39,10 +39,6 @@ try:
     from transformers.trainer_pt_utils import LengthGroupedSampler as LengthGroupedSampler
 except ImportError as _error:
     LengthGroupedSampler = missing("Batches of rows that are equally long", _error)
-try:
-    from transformers.utils.chat_template_utils import render_jinja_template
-except ImportError as _error:
-    render_jinja_template = missing("A chat as text", _error)
 
 TRAINER_STATE_NAME = "trainer_state.json"
 """What a trainer calls the file that says how far it has come."""
@@ -327,21 +323,6 @@ def with_backend(tokenizer: PreTrainedTokenizerBase, backend: Tokenizer) -> PreT
     copied.init_kwargs.pop("added_tokens_decoder", None)  # by the ids of the other one
     copied.vocab_file = None  # which has the tokens of the other one
     return copied
-
-
-# Chats
-
-
-def rendered_chat(
-    messages: Sequence[Mapping[str, Any]], template: str, **options: Any
-) -> tuple[str, list[tuple[int, int]]]:
-    """A chat as text, without tokenising it, and where in it are the parts that the template marks as generated.
-
-    Args:
-        options: those of `apply_chat_template`, and what else the template may read.
-    """
-    texts, marked = render_jinja_template(conversations=[messages], chat_template=template, **options)
-    return texts[0], marked[0] if marked else []
 
 
 # Experts

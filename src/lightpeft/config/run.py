@@ -16,7 +16,7 @@ from lightpeft.errors import require
 
 Auto = Literal["auto"]
 AnswerBy = Literal["auto", "head", "likelihood"]
-LikelihoodRule = Literal["sum", "token", "byte", "unconditional"]
+LikelihoodRule = Literal["sum", "byte"]
 PrefixPlace = Literal["file", "memory", "off"]
 
 _LONGEST = 2**24
@@ -119,8 +119,7 @@ class DataConfig:
     """How a model answers. head: a layer trained for the task; likelihood: the causal language model's own
     probabilities of label words or options; auto: a head, but likelihood for multiple choice on decoders."""
     likelihood: LikelihoodRule = "sum"
-    """Which score of an option counts (answer: likelihood). sum: its log-probability; token, byte: the mean over its
-    tokens or bytes; unconditional: how much the prompt raises it over a prompt without the question."""
+    """Which score of an option counts (answer: likelihood). sum: its log-probability; byte: the mean over its bytes."""
     path: str | None = None
     """Folder with the task's own splits as files, in the hub's columns, instead of the hub."""
     train: str = ""

@@ -114,29 +114,19 @@ def load_model(
 
 
 def untrained_model(
-    config: ModelConfig,
-    head: TaskHead,
-    labels: Sequence[str] = (),
-    *,
-    device: str | torch.device = "meta",
-    blocks: int | None = None,
-    to_prune: bool = True,
+    config: ModelConfig, head: TaskHead, labels: Sequence[str] = (), *, to_prune: bool = True
 ) -> LoadedModel:
-    """The same model as its configuration alone tells of it: no weight is read.
+    """The same model as its configuration alone tells of it, on the meta device: no weight is read.
 
     Args:
-        device: where its weights are made, at random; on the meta device they are shapes.
-        blocks: how many it has; None: as many as it says.
         to_prune: as of `load_model`.
 
     Raises:
-        LightPeftError: no such model, one that cannot be pruned, or one of another number of blocks than it can have.
+        LightPeftError: no such model, or one that cannot be pruned.
     """
     hf_config, options = _configured(config, head, labels, to_prune)
-    if blocks is not None:
-        hf_config.get_text_config().num_hidden_layers = blocks
     dtype = getattr(hf_config, "dtype", None) if config.dtype == "auto" else getattr(torch, config.dtype)
-    with _opening(config), torch.device(device):
+    with _opening(config), torch.device("meta"):
         model = head.auto.from_config(
             hf_config, dtype=dtype or torch.float32, trust_remote_code=config.trust_remote_code, **options
         )

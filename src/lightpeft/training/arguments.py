@@ -125,8 +125,10 @@ def training_arguments(
         arguments = TrainingArguments(**{**fields, **(given or {})})
         if arguments.report_to:
             with needed_for("trainer.report_to"):
-                from transformers.integrations import get_reporting_integration_callbacks
+                from transformers.integrations import get_reporting_integration_callbacks, is_tensorboard_available
             get_reporting_integration_callbacks(arguments.report_to)  # which knows and imports them
+            there = "tensorboard" not in arguments.report_to or is_tensorboard_available()
+            require(there, "trainer.report_to: tensorboard is not installed; pip install tensorboard")
         return arguments
     except (TypeError, ValueError, KeyError, ImportError) as error:
         raise LightPeftError(f"trainer: {one_line(error, 300)}") from error

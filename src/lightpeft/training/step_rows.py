@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from transformers import TrainingArguments
 
-from lightpeft.config import TrainingConfig
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import require
 from lightpeft.files import read_json, understandable, write_json
-from lightpeft.training.checkpoints import step_of
 
 _STEP = "lightpeft_step.json"
 """What says in a checkpoint how many rows a step takes, and by how many processes."""
@@ -49,37 +46,7 @@ def check_step(folder: Path, args: TrainingArguments) -> None:
     )
 
 
-def rows_a_step_before(checkpoints: Path) -> int | None:
-    """Rows of a step by what the newest whole note in a folder of checkpoints says; None without any."""
-    for checkpoint in sorted((file.parent for file in checkpoints.glob(f"checkpoint-*/{_STEP}")), key=step_of)[::-1]:
-        try:
-            return _read_step(checkpoint)[0]
-        except LightPeftError:  # who resumes names and removes what is damaged
-            continue
-    return None
-
-
 def _read_step(folder: Path) -> tuple[int, int]:
     step = read_json(folder / _STEP)
     with understandable(folder / _STEP):
         return int(step["rows"]), int(step["processes"])
-
-
-def shared(config: TrainingConfig, rows: int, processes: int) -> TrainingConfig:
-    """The settings by which each of some processes takes its part of a step, and never more at once than the config's.
-
-    Args:
-        rows: of a step, of all processes together.
-
-    Raises:
-        LightPeftError: the processes cannot take equally many.
-    """
-    fitting = [str(count) for count in range(1, 4 * processes) if rows % count == 0]
-    require(
-        rows % processes == 0,
-        f"training goes on with {rows} rows a step, as it began, which {processes} processes cannot share equally; "
-        f"start one of {', '.join(fitting)}",
-    )
-    share = rows // processes
-    at_once = next(size for size in range(min(config.batch_size, share), 0, -1) if share % size == 0)
-    return replace(config, batch_size=at_once, gradient_accumulation=share // at_once)

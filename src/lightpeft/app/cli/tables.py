@@ -96,18 +96,16 @@ def per_class_table(classes: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def curve_table(found: Mapping[str, Any]) -> Table:
-    """What budgets cost and save, one a row: what `lightpeft plan --curve` measures."""
+    """What budgets cost, one a row: what `lightpeft plan --curve` measures."""
     title = f"before training goes on, on {found['rows']:,} training rows: loss {found['loss']:.3f} with nothing cut"
-    table = _numbers_table(title, "part of the blocks", "goes of all", "loss", "rise", "± (95%)", "time of a step")
+    table = _numbers_table(title, "part of the blocks", "goes of all", "loss", "rise", "± (95%)")
     for point in found["points"]:
-        measured = "" if f"{point['blocks']:g}" in found["step_times"] else "about "
         table.add_row(
             f"{point['blocks']:g}",
             f"{point['removed_of_base']:.0%}",
             f"{point['loss']:.3f}",
             f"{point['rise']:+.3f}",
             f"{point['interval'][1] - point['rise']:.3f}",
-            f"{measured}{point['step_time']:.2f}",
         )
     return table
 
@@ -179,29 +177,17 @@ def _fine(value: float) -> str:
 
 def needs_table(found: Check) -> Table:
     """What each stage of a run needs, one a row, with plain PEFT first; memory in MiB."""
-    measured = found.time_of_plain is not None
     title = f"what a run needs, MiB; batches of {found.rows} rows of at most {found.tokens} tokens"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("stage")
     for name in ("steps", "weights", "trained", "activa-\ntions", "kernels,\ngaps", "in all", "GFLOPs\na step"):
         table.add_column(name, justify="right", no_wrap=True)
-    if measured:
-        table.add_column("time", justify="right")
     for name, need in found.stages.items():
         held = need.holding
         parts = (held.weights, held.trained, held.activations, held.overhead, held.total)
-        row = [name, str(need.steps), *(f"{part / 2**20:,.0f}" for part in parts), f"{held.flops / 1e9:,.0f}"]
-        table.add_row(*row, *([_seconds(need.seconds)] if measured else []))
+        in_mib = (f"{part / 2**20:,.0f}" for part in parts)
+        table.add_row(name, str(need.steps), *in_mib, f"{held.flops / 1e9:,.0f}")
     return table
-
-
-def _seconds(seconds: float | None) -> str:
-    """In the unit that suits it; nothing for None."""
-    if seconds is None:
-        return ""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def plain_name(config: Mapping[str, Any]) -> str:

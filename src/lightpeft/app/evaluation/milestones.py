@@ -16,7 +16,9 @@ from torch import nn
 
 from lightpeft.app.evaluation.scores import values_of
 from lightpeft.app.evaluation.statistics import LEVEL, Interval, compare
-from lightpeft.app.tasks import Answers, Outcome, Respondent, Task
+from lightpeft.app.tasks.answers import Answers, Outcome
+from lightpeft.app.tasks.kinds.base import Task
+from lightpeft.app.tasks.respondent import Respondent
 from lightpeft.errors import LightPeftError
 from lightpeft.plans.records import PrunePlan
 

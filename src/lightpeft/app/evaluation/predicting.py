@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
@@ -19,13 +17,13 @@ from lightpeft.app.evaluation.prediction_files import check_predictions_path, re
 from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.folders.forms import Found, Wanted
 from lightpeft.app.folders.opening import find_model
-from lightpeft.app.tasks import Columns, Task, convert, doubt_of_tokens, input_columns, restore_task
+from lightpeft.app.tasks.answers import Columns
+from lightpeft.app.tasks.kinds.base import Task
+from lightpeft.app.tasks.loading import convert, input_columns, restore_task
+from lightpeft.app.tasks.tokens import check_tokens
 from lightpeft.errors import require
 from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token
 from lightpeft.models.unwrap import transformers_model
-
-Announce = Callable[[str], object]
-"""Shows a line to whoever asked."""
 
 
 def predict(
@@ -42,7 +40,6 @@ def predict(
     bf16: bool | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
-    announce: Announce = warnings.warn,
 ) -> None:
     """Answer the rows of a file, or one row, and write them with the answers.
 
@@ -60,7 +57,6 @@ def predict(
         bf16: compute in bfloat16 or, if False, in the precision of the weights; None: as the run evaluated.
         trust_remote_code: run Python code that comes with the base, if it needs any.
         allow_pickle: read the base's weights from pickle files if it has no others; weights alone are unpickled.
-        announce: takes a line about input that the model can hardly read.
 
     Raises:
         LightPeftError: bad input, or a model that does not say what its task is.
@@ -84,7 +80,6 @@ def predict(
         batch_size=batch_size,
         autocast=_precision(found, bf16),
         padding=found.padding(task.config.max_length),
-        announce=announce,
     )
     write_predictions(None if output is None else Path(output), rows, columns)
 
@@ -98,7 +93,6 @@ def answer_rows(
     batch_size: int | None = None,
     autocast: torch.dtype | None = None,
     padding: int | None = None,
-    announce: Announce = warnings.warn,
 ) -> Columns:
     """What a live model answers.
 
@@ -109,7 +103,6 @@ def answer_rows(
         batch_size: rows a forward pass; None: as many as are usual on the device.
         autocast: half precision to compute in; None: that of the weights.
         padding: batches are padded to a multiple of so many tokens; None: to their longest row.
-        announce: takes a line about rows that are mostly unknown tokens.
 
     Returns:
         Columns `label` and `p_<label>` of classes, `value` of regression, `answer` and `probability` of options,
@@ -122,9 +115,7 @@ def answer_rows(
     check_vocabulary(tokenizer, config)
     ensure_pad_token(tokenizer, config)
     encoded = task.encode_inputs(rows, tokenizer)
-    doubt = doubt_of_tokens(encoded, tokenizer, config, "the input")
-    if doubt is not None:
-        announce(doubt)
+    check_tokens(encoded, config, "the input")
     return task.predict(BatchedModel(model, task.collator(tokenizer, padding), batch_size, autocast), encoded, rows)
 
 

@@ -21,18 +21,11 @@ from lightpeft.app.evaluation.scores import prefixed, scores_of
 from lightpeft.app.evaluation.statistics import LEVEL, RESAMPLES, Comparison, compare
 from lightpeft.app.folders.forms import Found, Wanted
 from lightpeft.app.folders.opening import find_model
-from lightpeft.app.tasks import (
-    Answers,
-    Outcome,
-    Task,
-    check_max_length,
-    check_tokens,
-    load_task,
-    load_test,
-    run_settings,
-    task_class,
-)
-from lightpeft.app.tasks.answers import MeanMetric, Metric
+from lightpeft.app.tasks.answers import Answers, MeanMetric, Metric, Outcome
+from lightpeft.app.tasks.kinds.base import Task
+from lightpeft.app.tasks.kinds.registry import task_class
+from lightpeft.app.tasks.loading import load_task, run_settings
+from lightpeft.app.tasks.tokens import check_max_length, check_tokens
 from lightpeft.config import RunConfig, overlaid, run_config_from_dict
 from lightpeft.errors import require
 from lightpeft.files import write_json
@@ -141,9 +134,7 @@ def _config(found: Found, given: dict[str, Any]) -> RunConfig:
 
 def _with_rows(found: Found, config: RunConfig) -> Task:
     """The task with the rows to measure on: those that the run held out, or those that are given."""
-    if found.run is not None:
-        return load_task(config.data, found.config, config.tasks)
-    return load_test(config.data, found.config, config.tasks)
+    return load_task(config.data, found.config, config.tasks, train=found.run is not None)
 
 
 def _for_model(found: Found, task: Task, said: Mapping[str, Any]) -> Task:
@@ -207,7 +198,7 @@ def _measure(found: Found, task: Task, batch_size: int | None, autocast: torch.d
     check_max_length(task.config.max_length, max_positions(found.config), tokenizer)
     encoded = {prefix: task.encode_test(rows, tokenizer) for prefix, rows in _splits(task)}
     for rows in encoded.values():
-        check_tokens(rows, tokenizer, found.config, "the test rows")
+        check_tokens(rows, found.config, "the test rows")
     model = found.open(Wanted.of(task))
     ensure_pad_token(tokenizer, transformers_model(model).config)
     collator = task.collator(tokenizer, found.padding(task.config.max_length))

@@ -12,8 +12,9 @@ from torch import nn
 
 from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.evaluation.statistics import Interval, bootstrap_intervals
-from lightpeft.app.tasks import Collator, Outcome, Task
-from lightpeft.app.tasks.answers import BESIDES
+from lightpeft.app.tasks.answers import BESIDES, Outcome
+from lightpeft.app.tasks.kinds.base import Task
+from lightpeft.app.tasks.tokens import Collator
 
 T = TypeVar("T")
 

@@ -18,7 +18,9 @@ from lightpeft.adapters.auto_classes import LightModelConfig
 from lightpeft.adapters.light_adapter import load_light
 from lightpeft.adapters.merging import load_merged, merged_config
 from lightpeft.app.folders.results import Model
-from lightpeft.app.tasks import Task, padding_within, restore_task
+from lightpeft.app.tasks.kinds.base import Task
+from lightpeft.app.tasks.loading import restore_task
+from lightpeft.app.tasks.tokens import padding_within
 from lightpeft.config import ModelConfig, RunConfig
 from lightpeft.config.validation import from_dict
 from lightpeft.errors import LightPeftError, one_line, require

@@ -21,7 +21,7 @@ from lightpeft.app.folders.forms import (
 )
 from lightpeft.app.folders.results import Model
 from lightpeft.app.folders.run_folder import CONFIG, RunFolder, is_run
-from lightpeft.app.tasks import Task
+from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import check_sealed, read_json

@@ -40,7 +40,8 @@ from lightpeft.app.runs.stages import (
 from lightpeft.app.runs.stopping import stopped, stopped_line
 from lightpeft.app.runs.trainers import DenseRun, LightRun, WideRun
 from lightpeft.app.runs.workspace import Workspace, prepare
-from lightpeft.app.tasks import Outcome, task_facts
+from lightpeft.app.tasks.answers import Outcome
+from lightpeft.app.tasks.loading import task_facts
 from lightpeft.config import SWITCHES, RunConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json
@@ -376,9 +377,9 @@ def report(work: Workspace, model: Model, scores: Scores) -> dict[str, Any]:
 
 
 def _estimation_report(run: RunFolder) -> dict[str, Any]:
-    """How long estimation took and what it taught, as far as the log knows: older runs noted less."""
-    entry = run.finished_stages().get("estimate", {})
-    return {"estimation": {name: entry[name] for name in LEARNING}} if entry.keys() >= set(LEARNING) else {}
+    """How long estimation took and what it taught."""
+    entry = run.finished_stages().get("estimate")
+    return {"estimation": {name: entry[name] for name in LEARNING}} if entry is not None else {}
 
 
 def _stopped_report(run: RunFolder) -> dict[str, Any]:
@@ -388,16 +389,16 @@ def _stopped_report(run: RunFolder) -> dict[str, Any]:
 
 
 def _vocabulary_report(work: Workspace, model: Model) -> dict[str, Any]:
-    """Where a run keeps some tokens alone: how many, what went with the others, and how the test rows fare."""
-    if work.vocabulary is None or work.coverage is None:
+    """Where a run keeps some tokens alone: how many, and what went with the others."""
+    if work.vocabulary is None:
         return {}
     counts = {"tokens": len(work.vocabulary), "of": work.vocabulary.size}
     lost = {"removed_parameters": cut_parameters(transformers_model(model))}
-    return {"vocabulary": {**counts, **lost, "coverage": asdict(work.coverage)}}
+    return {"vocabulary": {**counts, **lost}}
 
 
 def _training_costs(run: RunFolder) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Stage by stage what training took, as far as the log knows: older runs noted seconds alone."""
+    """Stage by stage what training took."""
     names = [field.name for field in fields(StageCost)]
     for stage, entry in run.finished_stages().items():
         if entry.keys() >= set(names):

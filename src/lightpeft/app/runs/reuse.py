@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightpeft.app.folders.run_folder import RunFolder, flat, is_run
+from lightpeft.app.runs.workspace import check_steps
 from lightpeft.config import READ_AFTERWARDS, READ_BY_PLANS, SWITCHES, RunConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import append_line, read_json, replacing_folder, write_json
@@ -54,22 +55,10 @@ def find_estimation(config: RunConfig, folder: Path) -> RunFolder:
     )
     record = EstimationRecord.load(donor.estimation)  # it is whole
     record.check_scored(config.light)
-    _check_steps(config, donor, record)
+    check_steps(config, donor, record)
     if not config.light.is_auto:
         make_plan(record, config.light)  # and the budget can be met
     return donor
-
-
-def _check_steps(config: RunConfig, donor: RunFolder, record: EstimationRecord) -> None:
-    """Refuse an estimation by steps of other rows than those of a run that has none yet."""
-    run, training = RunFolder(Path(config.output), config), config.training
-    rows = training.batch_size * training.gradient_accumulation * processes().num_processes
-    there = record.meta.get("rows_a_step", rows)
-    require(
-        there == rows or (run.goes_on and run.has("estimate")),
-        f"the estimation of {donor.path} took {there} rows a step, and this run takes {rows}; start as many processes "
-        "as that run was begun by",
-    )
 
 
 def take_estimation(run: RunFolder, donor: RunFolder) -> None:

@@ -12,7 +12,7 @@ from lightpeft.app.evaluation.milestones import moment_behind
 from lightpeft.app.folders.results import open_peft, save_peft
 from lightpeft.app.folders.run_folder import RunFolder, flat
 from lightpeft.app.runs.workspace import Workspace
-from lightpeft.app.tasks import task_facts
+from lightpeft.app.tasks.loading import task_facts
 from lightpeft.budget.found import FoundBudget
 from lightpeft.config import READ_BY_PLANS, LightConfig
 from lightpeft.errors import LightPeftError, require

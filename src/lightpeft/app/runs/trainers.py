@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +19,8 @@ from lightpeft.app.evaluation.scores import scores_of
 from lightpeft.app.runs.stages import StageCost, leave_budget, leave_estimation, leave_plan, leave_pruned
 from lightpeft.app.runs.stopping import loss_aside, stopping_arguments, stopping_callbacks
 from lightpeft.app.runs.workspace import Workspace
-from lightpeft.app.tasks import Answers, points_a_nat
-from lightpeft.compat.missing import needed_for
+from lightpeft.app.tasks.answers import Answers
+from lightpeft.app.tasks.worth import points_a_nat
 from lightpeft.config import Tolerance
 from lightpeft.errors import LightPeftError, one_line
 from lightpeft.plans.records import EstimationRecord, PrunePlan
@@ -33,8 +33,6 @@ from lightpeft.training.callbacks import LogLines, ProgressBar, SealCheckpoint
 from lightpeft.training.fitting import meeting_others, train_in_float32
 from lightpeft.training.step_rows import write_step
 from lightpeft.training.trainer import Training
-
-TENSORBOARD = "tensorboard"
 
 
 class Meter:
@@ -78,9 +76,9 @@ class RunTrainer(Training, Trainer):
     def settle(self) -> None:
         """Take the run folder, which is there and held, as the place for checkpoints and what trackers write."""
         self.args.output_dir = str(self.work.run.checkpoints(self.stage))
-        self.work.announce_processes(self.stage)
-        if _wants_tensorboard(self.work.config.trainer):
-            self.add_callback(_tensorboard(self.work.run.path / TENSORBOARD))
+        for callback in self.callback_handler.callbacks:
+            if type(callback).__name__ == "TensorBoardCallback":
+                callback.logging_dir = str(self.work.run.path / "tensorboard")  # checkpoints go, and this stays
         self.add_callback(SealCheckpoint())  # last: all that others write is in the checkpoint then
 
     def _keep_prefix(self) -> None:
@@ -294,10 +292,8 @@ def _options(
     """What all trainers of a run are made with; arguments as for `DenseRun`."""
     steps, rate = work.steps if steps is None else steps, work.rate if rate is None else rate
     config = work.config
-    training = replace(work.training_of_process, learning_rate=rate)
+    training = replace(work.config.training, learning_rate=rate)
     given = dict(config.trainer)
-    if _wants_tensorboard(given):
-        given["report_to"] = [name for name in _names(given) if name != TENSORBOARD]
     # a trainer makes its folder at once, and a run nothing before all is found good: see `RunTrainer.settle`
     stops = steps == work.steps
     if stops and work.stops_early:
@@ -316,23 +312,3 @@ def _options(
             LogLines(work.run.log),
         ],
     }
-
-
-def _names(given: Mapping[str, Any]) -> list[str]:
-    named = given.get("report_to") or []
-    return [named] if isinstance(named, str) else list(named)
-
-
-def _wants_tensorboard(given: Mapping[str, Any]) -> bool:
-    return TENSORBOARD in _names(given)
-
-
-def _tensorboard(folder: Path) -> TrainerCallback:
-    """TensorBoard's callback, whose files stay in the run folder when the checkpoints go."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise LightPeftError("trainer.report_to: tensorboard is not installed; pip install tensorboard") from error
-    with needed_for("trainer.report_to"):
-        from transformers.integrations import TensorBoardCallback
-    return TensorBoardCallback(SummaryWriter(str(folder)))

@@ -15,19 +15,11 @@ from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.folders.forms import Wanted
 from lightpeft.app.folders.opening import open_base
 from lightpeft.app.folders.run_folder import RunFolder
-from lightpeft.app.tasks import (
-    Collator,
-    Coverage,
-    Task,
-    answers_are_classes,
-    check_max_length,
-    check_tokens,
-    coverage,
-    load_task,
-    padding_within,
-    share_at_limit,
-    task_tokens,
-)
+from lightpeft.app.tasks.kinds.base import Task
+from lightpeft.app.tasks.loading import load_task
+from lightpeft.app.tasks.tokens import Collator, check_max_length, check_tokens, padding_within, share_at_limit
+from lightpeft.app.tasks.vocabulary import task_tokens
+from lightpeft.app.tasks.worth import answers_are_classes
 from lightpeft.config import WRITTEN, RunConfig, Tolerance, TrainingConfig, cut_of_writer, tolerance_of
 from lightpeft.errors import require
 from lightpeft.files import read_json, understandable
@@ -45,7 +37,6 @@ from lightpeft.prune.length import Stage, able, few_examples, fitted
 from lightpeft.training.arguments import USUAL, check_given
 from lightpeft.training.prefix import PrefixCache
 from lightpeft.training.schedule import Pace, rows_held, scored_steps, settled
-from lightpeft.training.step_rows import rows_a_step_before, shared
 
 STOPPING = frozenset({"eval_strategy", "load_best_model_at_end", "metric_for_best_model"})
 """Fields of `TrainingArguments` by which somebody says himself what training is stopped by, or kept of it."""
@@ -70,10 +61,6 @@ class Workspace:
     """The run's settings, with numbers for what is auto in `training`, and for a depth that was found."""
     vocabulary: Vocabulary | None = None
     """Tokens that the base has alone, and `tokenizer` knows; None: all."""
-    coverage: Coverage | None = None
-    """How the test rows fare with these."""
-    begun_by: int | None = None
-    """How many processes the run was begun by, whose steps it goes on with; None: those that there are."""
     unable: str | None = None
     """Why the run, which was told nothing about what to remove, has no room for an estimation; None: it has."""
     held_rows: Dataset | None = None
@@ -88,13 +75,7 @@ class Workspace:
     @property
     def pace(self) -> Pace:
         """How fast the run goes through its rows."""
-        return Pace.of(len(self.train_rows), self.config.training, self.begun_by or processes().num_processes)
-
-    @property
-    def training_of_process(self) -> TrainingConfig:
-        """The settings of training, of which each process takes its part: a step has the rows that it had before."""
-        pace, there = self.pace, processes().num_processes
-        return shared(self.config.training, pace.batch_size * pace.accumulation, there)
+        return Pace.of(len(self.train_rows), self.config.training, processes().num_processes)
 
     @property
     def steps(self) -> int:
@@ -224,23 +205,12 @@ class Workspace:
         share = share_at_limit(self.train_rows, limit) if self.task.cuts else 0.0
         if share >= NOTABLE_CUTS:
             self.run.announce(stage, f"{share:.0%} of the training rows are cut to data.max_length: {limit} tokens")
-        if self.vocabulary is not None and self.coverage is not None:
+        if self.vocabulary is not None:
             tokens = f"{len(self.vocabulary):,} of {self.vocabulary.size:,} tokens stay (light.remove.vocabulary: task)"
-            more = f"{self.coverage.after / self.coverage.before - 1:+.1%} tokens a row"
-            as_before = f"{self.coverage.identical:.0%} are tokenised as before"
-            self.run.announce(stage, f"{tokens}; the test rows take {more}, and {as_before}")
+            self.run.announce(stage, tokens)
         if autocast_dtype(training) is torch.bfloat16 and not has_bf16():
             slow = "training.precision: bf16 is slow here, without bfloat16 arithmetic; auto takes float32 instead"
             self.run.announce(stage, slow)
-
-    def announce_processes(self, stage: str) -> None:
-        """Say, where training goes on with another number of processes than it began with, how they share its steps."""
-        if self.begun_by in (None, processes().num_processes):
-            return
-        of_process, pace = self.training_of_process, self.pace
-        step = f"steps of {pace.batch_size * pace.accumulation} rows, as the run began"
-        parts = f"{of_process.batch_size} rows at once, {of_process.gradient_accumulation} time(s) a step"
-        self.run.announce(stage, f"training goes on with {step}: each process takes {parts}")
 
 
 def with_found_depth(config: RunConfig, run: RunFolder) -> RunConfig:
@@ -280,21 +250,21 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     check_max_length(config.data.max_length, positions, tokenizer)
     check_vocabulary(tokenizer, model_config)
     ensure_pad_token(tokenizer, model_config)
-    vocabulary, whole = _vocabulary(config, task, tokenizer, model_config), tokenizer
+    vocabulary = _vocabulary(config, task, tokenizer, model_config)
     if vocabulary is not None:
         tokenizer, model_config = cut_tokenizer(tokenizer, vocabulary), cut_config(model_config, vocabulary)
     train_rows = task.encode(task.train, tokenizer)
     test_rows = task.encode_test(task.test, tokenizer)
     more = {prefix: task.encode_test(rows, tokenizer) for prefix, rows in task.more_tests.items()}
     for what, rows in {"the training rows": train_rows, "the test rows": test_rows, **more}.items():
-        check_tokens(rows, tokenizer, model_config, what)
+        check_tokens(rows, model_config, what)
     width = getattr(model_config.get_text_config(), "hidden_size", None)
     train_rows, held_rows = _set_aside(config, train_rows, width)
     config, unable = _able(config, train_rows, width)
     run = RunFolder.open(config, replan=replan, overwrite=overwrite)
-    begun_by = _begun_by(run)
-    steps_of = begun_by or processes().num_processes
-    training: TrainingConfig = settled(config.training, len(train_rows), width, steps_of, has_peft=config.way.has_peft)
+    training: TrainingConfig = settled(
+        config.training, len(train_rows), width, processes().num_processes, has_peft=config.way.has_peft
+    )
     config = replace(config, training=training)
     if run.has("depth") and run.goes_on:
         config = with_found_depth(config, run)
@@ -308,14 +278,11 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
         positions,
         config,
         vocabulary,
-        begun_by=begun_by,
         unable=unable,
         held_rows=held_rows,
     )
-    if vocabulary is not None:
-        work.coverage = coverage(task.encode_test(task.test, whole), test_rows, vocabulary.kept)
-    if not run.has(run.last_training):
-        _ = work.training_of_process  # whether these processes can share what is left
+    if config.way.prunes and run.goes_on and run.has("estimate") and not run.has(run.last_training):
+        check_steps(config, run, EstimationRecord.load(run.estimation))
     if config.way.prunes and (overwrite or not run.has("estimate")):
         _ = work.stage  # whether estimation leaves steps to train with, and sees enough
     return work
@@ -345,21 +312,23 @@ def _able(config: RunConfig, rows: Dataset, width: int | None) -> tuple[RunConfi
     return replace(config, light=light), unable
 
 
-def _begun_by(run: RunFolder) -> int | None:
-    """How many processes the training that is in a run's folder was begun by; None: nothing there tells.
+def check_steps(config: RunConfig, donor: RunFolder, record: EstimationRecord) -> None:
+    """Refuse to go on from an estimation by steps of other rows: what it has seen would be wrong.
+
+    Args:
+        config: of the run that goes on.
+        donor: has the estimation.
 
     Raises:
-        LightPeftError: the estimation there is damaged.
+        LightPeftError: its steps took more or fewer rows.
     """
-    if not run.goes_on:
-        return None
-    rows = rows_a_step_before(run.checkpoints("train"))
-    if rows is None and run.config.way.prunes and run.has("estimate"):
-        noted = EstimationRecord.load(run.estimation).meta.get("rows_a_step")
-        with understandable(run.estimation):
-            rows = None if noted is None else int(noted)
-    of_process = run.config.training.batch_size * run.config.training.gradient_accumulation
-    return None if rows is None else max(1, rows // of_process)
+    rows = config.training.batch_size * config.training.gradient_accumulation * processes().num_processes
+    there = record.meta.get("rows_a_step", rows)
+    require(
+        there == rows,
+        f"the estimation of {donor.path} took {there} rows a step, and this run takes {rows}; start as many processes "
+        "as that run was begun by",
+    )
 
 
 def _vocabulary(

@@ -14,7 +14,7 @@ from lightpeft.app.tasks.entries.registry import ENTRIES, check_entry, converter
 from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.app.tasks.kinds.likelihood import LikelihoodTask
 from lightpeft.app.tasks.kinds.registry import KINDS, task_class
-from lightpeft.app.tasks.rows.sources import Split, read_splits, read_tests
+from lightpeft.app.tasks.rows.sources import Split, read_splits
 from lightpeft.app.tasks.rows.splitting import limited, split_rows
 from lightpeft.config import DataConfig, TaskEntry
 from lightpeft.config.validation import from_dict
@@ -24,51 +24,40 @@ READING = ("max_length", "null_threshold", "answer_tokens")
 
 
 def load_task(
-    config: DataConfig, model: PretrainedConfig | None = None, own: Mapping[str, TaskEntry] | None = None
+    config: DataConfig,
+    model: PretrainedConfig | None = None,
+    own: Mapping[str, TaskEntry] | None = None,
+    *,
+    train: bool = True,
 ) -> Task:
     """Read, convert, check and split the rows that `config` names.
 
     Args:
         model: configuration of the foundation model, which decides how it answers; None: one that has every head.
         own: tasks of the user by name.
+        train: off: only rows to evaluate on are wanted. `train` is empty, and labels are those of these rows, unless
+            they have to be held out of training rows.
 
     Raises:
         LightPeftError: a source cannot be read, its rows don't fit the task, or the model cannot answer it.
     """
     entry = find_entry(config, own)
     kind = task_class(entry.kind, config.answer, model)
-    splits = read_splits(entry, config)
-    assert splits.train is not None
-    train = _ready(splits.train, entry, kind)
+    splits = read_splits(entry, config, train)
+    rows = _ready(splits.train, entry, kind) if splits.train is not None else None
     test = _ready(splits.test, entry, kind) if splits.test is not None else None
-    labels = kind.label_set(train, entry)
-    train, test = split_rows(train, test, config)
     more = {
         prefix: limited(_ready(split, entry, kind), config.limit_test) for prefix, split in splits.more_tests.items()
     }
-    for rows in (test, *more.values()):
-        kind.check_split(train, rows, labels, entry)
-    return kind(config, train, test, labels, entry, more)
-
-
-def load_test(
-    config: DataConfig, model: PretrainedConfig | None = None, own: Mapping[str, TaskEntry] | None = None
-) -> Task:
-    """Read, convert and check the rows to evaluate on; `train` is empty, and the labels are those of these rows.
-
-    Where the rows have to be held out from training rows, it is what `load_task` gives. Arguments and errors as there.
-    """
-    entry = find_entry(config, own)
-    kind = task_class(entry.kind, config.answer, model)
-    splits = read_tests(entry, config)
-    if splits is None:
-        return load_task(config, model, own)
-    assert splits.test is not None
-    test, *others = (
-        limited(_ready(split, entry, kind), config.limit_test) for split in (splits.test, *splits.more_tests.values())
-    )
-    more = dict(zip(splits.more_tests, others, strict=True))
-    return kind(config, test.select([]), test, kind.label_set(test, entry), entry, more)
+    if rows is None:
+        assert test is not None
+        test = limited(test, config.limit_test)
+        return kind(config, test.select([]), test, kind.label_set(test, entry), entry, more)
+    labels = kind.label_set(rows, entry)
+    rows, test = split_rows(rows, test, config)
+    for each in (test, *more.values()):
+        kind.check_split(rows, each, labels, entry)
+    return kind(config, rows, test, labels, entry, more)
 
 
 def _ready(split: Split, entry: TaskEntry, kind: type[Task]) -> Dataset:

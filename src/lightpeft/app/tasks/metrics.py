@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import f1_score, matthews_corrcoef
 
-from lightpeft.app.tasks.answers import Answers, ClassMetric, MeanMetric, Metric, class_count
+from lightpeft.app.tasks.answers import Answers, ClassMetric, MeanMetric, Metric
 from lightpeft.app.tasks.text_metrics import by_answerability, text_match
 
 
@@ -38,25 +37,16 @@ accuracy = MeanMetric(_right)
 """Part of the answers that are right; where several are, one of them will do."""
 
 
-def _f1(answers: Answers) -> dict[str, float]:
-    average = "binary" if class_count(answers) == 2 else "macro"
-    return {"f1": float(f1_score(answers.references, answers.predictions, average=average, zero_division=0))}
-
-
 def _f1_of_counts(counts: np.ndarray) -> dict[str, float]:
     by_class, _ = _f1_by_class(counts)
     return {"f1": float(by_class[1])} if len(counts) == 2 else {"f1": _macro(counts)}
 
 
-f1 = ClassMetric(_f1, _f1_of_counts)
+f1 = ClassMetric(_f1_of_counts)
 """F1 of the second class where there are two, else the mean over classes (macro)."""
 
 
-def _f1_macro(answers: Answers) -> dict[str, float]:
-    return {"f1_macro": float(f1_score(answers.references, answers.predictions, average="macro", zero_division=0))}
-
-
-f1_macro = ClassMetric(_f1_macro, lambda counts: {"f1_macro": _macro(counts)})
+f1_macro = ClassMetric(lambda counts: {"f1_macro": _macro(counts)})
 """Mean of all classes' F1, as SuperGLUE measures CB."""
 
 
@@ -72,10 +62,6 @@ def _f1_by_class(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return 2 * np.diag(counts) / np.maximum(total, 1), total > 0
 
 
-def _matthews(answers: Answers) -> dict[str, float]:
-    return {"matthews": float(matthews_corrcoef(answers.references, answers.predictions))}
-
-
 def _matthews_of_counts(counts: np.ndarray) -> dict[str, float]:
     """Gorodkin 2004, equation 8."""
     right, answered, total = counts.sum(1, dtype=float), counts.sum(0, dtype=float), float(counts.sum())
@@ -83,7 +69,7 @@ def _matthews_of_counts(counts: np.ndarray) -> dict[str, float]:
     return {"matthews": float((np.trace(counts) * total - right @ answered) / math.sqrt(spread)) if spread else 0.0}
 
 
-matthews = ClassMetric(_matthews, _matthews_of_counts)
+matthews = ClassMetric(_matthews_of_counts)
 """Matthews' correlation coefficient, in [-1, 1]; 0 where all answers are the same."""
 
 
@@ -156,7 +142,7 @@ def renamed(metric: Metric, names: Mapping[str, str]) -> Metric:
         return MeanMetric(lambda answers: rename(scores(answers)))
     if isinstance(metric, ClassMetric):
         of_counts = metric.of_counts
-        return ClassMetric(lambda answers: rename(metric(answers)), lambda counts: rename(of_counts(counts)))
+        return ClassMetric(lambda counts: rename(of_counts(counts)))
     return lambda answers: rename(metric(answers))
 
 

@@ -11,17 +11,15 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lightpeft.console import bars
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import require
 from lightpeft.models.tokenizers import embeddings_of
 
 ENCODE_ROWS = 1000
 """Rows tokenised at a time."""
 NO_LIMIT = 10**9
 """Tokenizers without a length limit report a number far above this."""
-NOT_INPUTS = ("length", "group", "names", "right")
+NOT_INPUTS = ("length", "group", "names", "right", "row", "begins", "ends", "null", "context")
 """Columns of encoded rows that no model takes: what batches are sorted by, and what answers are compared with."""
-MOSTLY = 0.5
-"""From this part on, unknown tokens are most of a row, and such rows most of the data."""
 
 
 def check_max_length(max_length: int, positions: int | None, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -53,32 +51,17 @@ def padding_within(max_length: int, positions: int | None) -> int | None:
     return PADDED_TO if fits else None
 
 
-def check_tokens(
-    encoded: Dataset, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig, what: str
-) -> None:
-    """Refuse encoded rows that the model cannot read, because they are another tokenizer's, or in another script.
+def check_tokens(encoded: Dataset, model_config: PretrainedConfig, what: str) -> None:
+    """Refuse encoded rows of another model's tokenizer.
 
     Args:
         encoded: with input_ids; of several options, as lists.
         what: names the rows in error lines.
 
     Raises:
-        LightPeftError: a token has no embedding, or most rows are mostly unknown tokens.
-    """
-    doubt = doubt_of_tokens(encoded, tokenizer, model_config, what)
-    if doubt is not None:
-        raise LightPeftError(doubt)
-
-
-def doubt_of_tokens(
-    encoded: Dataset, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig, what: str
-) -> str | None:
-    """What `check_tokens` refuses most rows for, as its line; None where they are known.
-
-    Raises:
         LightPeftError: a token has no embedding.
     """
-    embeddings, unread = embeddings_of(model_config), 0
+    embeddings = embeddings_of(model_config)
     for ids in _token_lists(encoded):
         highest = max(ids, default=0)
         require(
@@ -86,26 +69,6 @@ def doubt_of_tokens(
             f"{what}: the tokenizer gives token {highest}, and the model has embeddings of tokens 0 to "
             f"{(embeddings or 0) - 1}; put the tokenizer that belongs to it into its folder",
         )
-        unread += _mostly_unknown(ids, tokenizer)
-    if unread <= MOSTLY * len(encoded):
-        return None
-    return (
-        f"{what}: {unread} of {len(encoded)} rows are mostly tokens that the tokenizer does not know "
-        f"({tokenizer.unk_token}); give a model whose vocabulary fits these texts, or its own tokenizer"
-    )
-
-
-def _mostly_unknown(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether most of a row's tokens, special ones apart, stand for what is not in the vocabulary.
-
-    Tokenizers by bytes know everything, and call the end of a text unknown.
-    """
-    unknown = tokenizer.unk_token_id
-    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id)
-    if unknown is None or unknown in others or unknown not in ids:
-        return False
-    special = set(tokenizer.all_special_ids) - {unknown}
-    return ids.count(unknown) > MOSTLY * sum(token not in special for token in ids)
 
 
 def _token_lists(encoded: Dataset) -> Iterator[list[int]]:

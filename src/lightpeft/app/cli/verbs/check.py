@@ -10,7 +10,7 @@ from lightpeft.app.cli.settings import run_config
 from lightpeft.app.cli.verbs.verb import Verb
 
 
-def _check(given: dict[str, Any], memory: float | None = None, measure: bool = False, json: str | None = None) -> None:
+def _check(given: dict[str, Any], memory: float | None = None, json: str | None = None) -> None:
     from lightpeft.app.cli.tables import needs_table
     from lightpeft.app.runs.checking import check
     from lightpeft.app.runs.pipeline import prepare
@@ -20,7 +20,7 @@ def _check(given: dict[str, Any], memory: float | None = None, measure: bool = F
     if memory is not None:
         require(0 < memory < 2**20, f"--memory is {memory:g}; give GiB, above 0")
     available = None if memory is None else int(memory * 2**30)
-    found = check(prepare(run_config(given), overwrite=True), available, measure=measure)
+    found = check(prepare(run_config(given), overwrite=True), available)
     screen.print(needs_table(found))
     for line in found.summary():
         screen.say(line)
@@ -30,11 +30,10 @@ def _check(given: dict[str, Any], memory: float | None = None, measure: bool = F
 
 CHECK = Verb(
     "check",
-    "What a run would need, before its model is loaded: memory by stage, computation, and, if asked, time.",
+    "What a run would need, before its model is loaded: memory by stage, and computation.",
     _check,
     options=(
         Option("--memory", "GiB that it may take (default: what this machine, or its accelerator, has).", type=float),
-        Option("--measure", "Time real steps of a few blocks of the model's size, with random weights.", flag=True),
         Option("--json", "File for every number."),
     ),
     on_runs=True,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from lightpeft.app.cli.options import Option
-from lightpeft.app.cli.screen import screen
 from lightpeft.app.cli.verbs.verb import Verb
 from lightpeft.errors import require
 
@@ -22,7 +21,7 @@ def _predict(model: str, input: str | None = None, no_bf16: bool = False, **opti
 
     require(not (no_bf16 and "bf16" in options), "--bf16 and --no_bf16 exclude each other; give one of them")
     options |= {"bf16": False} if no_bf16 else {}
-    predict(model, input, **options, announce=lambda line: screen.warn([line]))
+    predict(model, input, **options)
 
 
 PREDICT = Verb(

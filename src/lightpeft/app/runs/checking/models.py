@@ -55,20 +55,13 @@ def check_in_memory(work: Workspace) -> None:
     )
 
 
-def with_peft(
-    work: Workspace, config: RunConfig, *, on: str | torch.device = "meta", blocks: int | None = None
-) -> PeftModel:
-    """The run's model with PEFT modules, its weights at random.
-
-    Args:
-        on: device.
-        blocks: how many it has; None: as many as it says.
-    """
-    loaded = untrained_model(config.model, work.task.head, work.task.labels, device=on, blocks=blocks)
+def with_peft(work: Workspace, config: RunConfig) -> PeftModel:
+    """The run's model with PEFT modules, on the meta device."""
+    loaded = untrained_model(config.model, work.task.head, work.task.labels)
     ensure_family(loaded.model)
     if work.vocabulary is not None:
         cut_model(loaded.model, work.vocabulary)
-    with torch.device(on):
+    with torch.device("meta"):
         model = add_peft(loaded, config)
     if config.training.gradient_checkpointing:
         model.enable_input_require_grads()

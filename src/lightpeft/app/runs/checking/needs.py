@@ -1,4 +1,4 @@
-"""What a run needs: memory, floating-point operations and time of its stages; what to change where it is too much."""
+"""What a run needs: memory and floating-point operations of its stages; what to change where it is too much."""
 
 from __future__ import annotations
 
@@ -13,16 +13,10 @@ from rich.filesize import decimal
 from lightpeft.app.runs.checking.models import check_in_memory
 from lightpeft.app.runs.checking.removal import expected_light, expected_removal
 from lightpeft.app.runs.checking.stages import Rehearsal
-from lightpeft.app.runs.checking.timing import seconds_of_steps
 from lightpeft.app.runs.workspace import Workspace
-from lightpeft.config import TrainingConfig
 from lightpeft.machine import accelerator
-from lightpeft.models.loading import supports_checkpointing
 from lightpeft.profiling.rehearsal import Holding
 from lightpeft.profiling.surroundings import hardware
-
-_WORTH = 0.9
-"""Part of plain PEFT's time above which a light run is hardly worth it."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +26,6 @@ class Need:
     holding: Holding
     steps: int
     """Optimizer steps; of evaluation, batches."""
-    seconds: float | None = None
-    """That the stage takes; None: not measured."""
 
     @property
     def flops(self) -> int:
@@ -55,12 +47,8 @@ class Check:
     """What the outputs of frozen blocks take, in memory or on disk; 0 where none are kept."""
     available: int
     """Bytes of memory of the device."""
-    longest_estimation: int
-    """Steps that estimation may take, where it teaches too little in fewer."""
     removal: list[str]
     """What the run is going to remove, and why; where it stops."""
-    instead: dict[str, int]
-    """Where it does not fit: settings -> bytes that the largest stage takes with them; none where nothing is `left`."""
 
     @property
     def largest(self) -> str:
@@ -85,16 +73,7 @@ class Check:
     @property
     def flops_of_plain(self) -> float:
         """What the run's training computes, as a part of plain PEFT's."""
-        return self._trained("flops") / self.stages["plain"].flops
-
-    @property
-    def time_of_plain(self) -> float | None:
-        """The time of the run's training, as a part of plain PEFT's; None: not measured."""
-        plain = self.stages["plain"].seconds
-        return None if plain is None else self._trained("seconds") / plain
-
-    def _trained(self, what: str) -> float:
-        return float(sum(getattr(self.stages[name], what) for name in self.own if name != "evaluate"))
+        return sum(self.stages[name].flops for name in self.own if name != "evaluate") / self.stages["plain"].flops
 
     def summary(self) -> Iterator[str]:
         """Whether it fits, whether it pays, and what to change, a line each."""
@@ -102,40 +81,29 @@ class Check:
         need, room = self.stages[self.largest].holding.total, f"{self.available / 2**30:.1f} GiB"
         verdict = "fits into" if self.fits else "does not fit into"
         yield f"the largest stage, {self.largest}, takes {need / 2**30:.1f} GiB and {verdict} the {room} that there are"
-        for settings, size in self.instead.items():
-            yield f"  with {settings}: {size / 2**30:.1f} GiB"
-        if self.left <= 0:
+        if not self.fits and self.left > 0:
+            yield "  set training.gradient_checkpointing, or smaller batches with training.gradient_accumulation"
+        elif self.left <= 0:
             alone = f"weights, and what trains, take {(self.available - self.left) / 2**30:.1f} GiB by themselves"
             yield f"  {alone}, whatever the batch: set model.dtype, model.quantization or model.low_memory"
         if self.prefix_bytes:
             yield f"the prefix cache takes {decimal(self.prefix_bytes)} (training.prefix_cache says where)"
         if "train" in self.stages:
             together = "estimation and training compute" if "estimate" in self.stages else "training computes"
-            yield f"{together} {self.flops_of_plain:.2f} of what plain PEFT does{self._pays()}"
-        if "estimate" in self.stages and self.longest_estimation > self.stages["estimate"].steps:
-            steps = f"{self.stages['estimate'].steps} steps, and up to {self.longest_estimation}"
-            yield f"estimation takes {steps} where they teach too little (light.estimate.length: auto)"
-
-    def _pays(self) -> str:
-        part = self.time_of_plain
-        if part is None:
-            return "; how much time that saves, --measure tells"
-        worth = "" if part < _WORTH else ": hardly worth it for so few steps, or so small a cut"
-        return f", in {part:.2f} of its time{worth}"
+            yield f"{together} {self.flops_of_plain:.2f} of what plain PEFT does"
 
     def facts(self) -> dict[str, Any]:
         """The same as plain data."""
         stages = {name: {**asdict(need), "total": need.holding.total} for name, need in self.stages.items()}
-        found = {name: getattr(self, name) for name in ("largest", "fits", "flops_of_plain", "time_of_plain")}
+        found = {name: getattr(self, name) for name in ("largest", "fits", "flops_of_plain")}
         return {**asdict(self), "stages": stages, **found, "hardware": hardware()}
 
 
-def check(work: Workspace, available: int | None = None, *, measure: bool = False) -> Check:
+def check(work: Workspace, available: int | None = None) -> Check:
     """Go through the stages of a run on its longest batch.
 
     Args:
         available: bytes of memory that the run may take; None: what the accelerator, or without one the machine, has.
-        measure: time real steps of a few blocks as well.
 
     Raises:
         LightPeftError: the model cannot be pruned, PEFT cannot be put on it, or the budget cannot be met; its weights
@@ -149,12 +117,8 @@ def check(work: Workspace, available: int | None = None, *, measure: bool = Fals
     rehearsal = Rehearsal(work)
     stages, prefix = _own_stages(work, rehearsal)
     stages = {"plain": Need(rehearsal.plain(), work.steps), **stages}
-    if measure:
-        seconds = seconds_of_steps(work)
-        stages = {name: replace(need, seconds=_times(need, seconds.get(name))) for name, need in stages.items()}
     rows, tokens = rehearsal.shapes["input_ids"][0][:2]
-    found = Check(stages, rows, tokens, prefix, available, _longest_estimation(work), removal, {})
-    return found if found.fits or found.left <= 0 else replace(found, instead=dict(_smaller(work, available)))
+    return Check(stages, rows, tokens, prefix, available, removal)
 
 
 def _own_stages(work: Workspace, rehearsal: Rehearsal) -> tuple[dict[str, Need], int]:
@@ -171,47 +135,9 @@ def _own_stages(work: Workspace, rehearsal: Rehearsal) -> tuple[dict[str, Need],
     return stages, prefix
 
 
-def _longest_estimation(work: Workspace) -> int:
-    # what has no classes is not known to have learned
-    return work.stage.longest if work.task.labels else work.stage.steps
-
-
-def _times(need: Need, seconds: float | None) -> float | None:
-    return None if seconds is None else seconds * need.steps
-
-
 def memory_of_device() -> int:
     """Bytes of the accelerator, or without one of the machine."""
     device = accelerator()
     if device is not None and device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return int(psutil.virtual_memory().total)
-
-
-def _smaller(work: Workspace, available: int) -> Iterator[tuple[str, int]]:
-    """Settings that take less memory, one on top of another until the run's largest stage fits."""
-    able = supports_checkpointing(work.config.model, work.task.head, work.task.labels)
-    for name, training in _savings(work.config.training, able):
-        smaller = replace(work, config=replace(work.config, training=training))
-        rehearsal = Rehearsal(smaller)
-        stages, _ = _own_stages(smaller, rehearsal)
-        largest = max([need.holding.total for need in stages.values()] or [rehearsal.plain().total])
-        yield name, largest
-        if largest <= available:
-            return
-
-
-def _savings(training: TrainingConfig, checkpointing: bool) -> Iterator[tuple[str, TrainingConfig]]:
-    """Settings, each with what it changes of those before.
-
-    Args:
-        checkpointing: whether the model supports it.
-    """
-    if checkpointing and not training.gradient_checkpointing:
-        training = replace(training, gradient_checkpointing=True)
-        yield "training.gradient_checkpointing: true", training
-    while training.batch_size > 1 or training.eval_batch_size > 1:
-        rows, asked = max(1, training.batch_size // 2), max(1, training.eval_batch_size // 2)
-        passes = training.gradient_accumulation * training.batch_size // rows
-        training = replace(training, batch_size=rows, gradient_accumulation=passes, eval_batch_size=asked)
-        yield f"batches of {rows} and {passes} passes a step, {asked} rows in evaluation", training

@@ -19,7 +19,7 @@ def why_fixed(work: Workspace) -> str | None:
     pace, depth = work.pace, light.remove.depth
     room = SearchRoom(
         rows=pace.rows,
-        batch_size=work.training_of_process.batch_size,
+        batch_size=work.config.training.batch_size,
         rows_a_step=pace.batch_size * pace.accumulation,
         processes=processes().num_processes,
         points=work.tolerance.unit == "points",
@@ -37,7 +37,7 @@ def expected_light(work: Workspace) -> LightConfig:
 
 
 def expected_removal(work: Workspace) -> Iterator[str]:
-    """What a light run will remove and why, and where it will stop, a line each."""
+    """What a light run that is told no budget will remove and why, and where any run will stop, a line each."""
     light = work.config.light
     fixed = why_fixed(work)
     if work.unable is not None:
@@ -49,10 +49,5 @@ def expected_removal(work: Workspace) -> Iterator[str]:
     elif light.is_auto:
         most = f"in at most {SEARCH_FRACTION:.0%} of the time of plain PEFT's run"
         yield f"searches for the part of the blocks that {work.tolerance} bears, when estimation is over, {most}"
-    elif (part := light.known_blocks) is not None:
-        yield f"removes {part:.0%} of the blocks (light.remove.blocks)"
-    else:
-        units = f"{light.remove.heads or 0:.0%} of the heads and {light.remove.neurons or 0:.0%} of the neurons"
-        yield f"removes {units} (light.remove.heads, light.remove.neurons)"
     if work.held_rows is not None and work.stops_early:
         yield f"stops before its {work.steps} steps are over if the loss on {len(work.held_rows)} rows aside turns"

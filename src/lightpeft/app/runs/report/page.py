@@ -114,8 +114,7 @@ def _metrics(run: RunFacts) -> list[str]:
 
 
 def _price(point: dict[str, Any]) -> tuple[str, str, str, str]:
-    """One budget of a curve: the part that is gone, the rise of the loss, its interval, the time of a step."""
-    time = f"{point['step_time']:.2f}" if "step_time" in point else ""
+    """One budget of a curve: the part that is gone, the rise of the loss, its interval."""
     low, high = point["interval"]
     return share(point["removed_of_blocks"]), f"{point['rise']:+.3f}", f"{low:+.3f} to {high:+.3f}", time
 

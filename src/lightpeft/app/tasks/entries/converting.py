@@ -11,7 +11,7 @@ from datasets import Dataset, Features
 from lightpeft.app.tasks.kinds.registry import KINDS
 from lightpeft.app.tasks.rows.columns import is_template, place
 from lightpeft.config import TaskEntry
-from lightpeft.errors import LightPeftError, nearest, one_line, require
+from lightpeft.errors import LightPeftError, nearest, require
 
 Convert = Callable[[Mapping[str, Any]], dict[str, Any]]
 """A row of the data -> a row in the columns of a kind. Pure; reads columns by `row["name"]`, and those that rows to
@@ -41,10 +41,7 @@ def convert_rows(rows: Dataset, entry: TaskEntry, what: str, convert: Convert | 
     if any(is_template(source) for source in sources.values()):
         return _from_rows(_convert_each(rows, _filler(sources), entry, what))
     features = Features({column: rows.features[source] for column, source in sources.items()})
-    try:
-        return Dataset.from_dict({column: rows[source][:] for column, source in sources.items()}, features=features)
-    except OverflowError as error:
-        raise LightPeftError(f"{what} has {_TOO_LARGE}: {one_line(error)}") from error
+    return Dataset.from_dict({column: rows[source][:] for column, source in sources.items()}, features=features)
 
 
 def source_columns(source: str) -> list[str]:
@@ -97,36 +94,29 @@ def _reader(entry: TaskEntry, column: str, source: str) -> str:
     return f'data.task {entry.kind} reads "{source}"'
 
 
-class _Row(Mapping[str, Any]):
+class _Row(dict[str, Any]):
     """A row of the data that knows which column was read last, so that errors can name it."""
 
-    def __init__(self, row: dict[str, Any], entry: TaskEntry, what: str, number: int) -> None:
-        self.row, self.entry, self.what, self.number, self.read = row, entry, what, number, ""
+    def __init__(self, values: dict[str, Any], entry: TaskEntry, what: str, number: int) -> None:
+        super().__init__(values)
+        self.entry, self.what, self.number, self.read = entry, what, number, ""
 
     def __getitem__(self, column: str) -> Any:
         self.read = column
-        if column not in self.row:
-            raise LightPeftError(_missing(column, self.row, _reader(self.entry, column, column), self.what))
-        require(self.row[column] is not None, f"{place(self.what, self.number, column)}: {NOT_THERE}")
-        return self.row[column]
+        if column not in self:
+            raise LightPeftError(_missing(column, self, _reader(self.entry, column, column), self.what))
+        value = super().__getitem__(column)
+        require(value is not None, f"{place(self.what, self.number, column)}: {NOT_THERE}")
+        return value
 
     def get(self, column: str, default: Any = None) -> Any:
         self.read = column
-        return self.row.get(column, default)
-
-    def __contains__(self, column: object) -> bool:
-        return column in self.row
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.row)
-
-    def __len__(self) -> int:
-        return len(self.row)
+        return super().get(column, default)
 
 
 def _convert_each(rows: Dataset, convert: Convert, entry: TaskEntry, what: str) -> Iterator[dict[str, Any]]:
     """Converted rows; one that cannot be converted is an error that names the column read last."""
-    for number, values in enumerate(_each(rows, what), 1):
+    for number, values in enumerate(rows.to_list(), 1):
         row = _Row(values, entry, what, number)
         try:
             yield convert(row)
@@ -135,19 +125,6 @@ def _convert_each(rows: Dataset, convert: Convert, entry: TaskEntry, what: str) 
         except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
             where, reason = place(what, number, row.read), f"{type(error).__name__}: {error}"
             raise LightPeftError(f"{where}: the row does not have the task's form ({reason})") from error
-
-
-def _each(rows: Dataset, what: str) -> Iterator[dict[str, Any]]:
-    """The rows one by one, read in blocks, which takes a fraction of the time."""
-    try:
-        for block in rows.iter(batch_size=1000):
-            for values in zip(*block.values(), strict=True):
-                yield dict(zip(block, values, strict=True))
-    except OverflowError as error:
-        raise LightPeftError(f"{what} has {_TOO_LARGE}: {one_line(error)}") from error
-
-
-_TOO_LARGE = "a number, a time or a duration that is too large to be read"
 
 
 def _filler(sources: Mapping[str, str]) -> Convert:

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from lightpeft.app.tasks.kinds.completions import CompletionTask, prompt_columns
 from lightpeft.app.tasks.rows.columns import values
 from lightpeft.app.tasks.tokens import in_chunks
-from lightpeft.compat.transformers import rendered_chat
 from lightpeft.config import TaskEntry
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.models.batches import IGNORED
@@ -144,9 +143,9 @@ def encode_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> t
     """
     messages = _plain(chat)
     if _MARKS_ASSISTANT.search(str(tokenizer.chat_template)):
-        text, turns = _rendered(tokenizer, messages, place, return_assistant_tokens_mask=True)
-    else:
-        text, turns = _turns(messages, tokenizer, place)
+        written = _written(tokenizer, messages, place, return_dict=True, return_assistant_tokens_mask=True)
+        return list(written["input_ids"]), [bool(mark) for mark in written["assistant_masks"]]
+    text, turns = _turns(messages, tokenizer, place)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     marks = [any(end > first and begin < last for first, last in turns) for begin, end in encoded["offset_mapping"]]
     return list(encoded["input_ids"]), marks
@@ -158,7 +157,7 @@ def encode_prompt(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) ->
     if messages[-1]["role"] == ASSISTANT:
         messages.pop()
     require(messages, f"{place}: there is no message to answer")
-    text, _ = _rendered(tokenizer, messages, place, add_generation_prompt=True)
+    text = _written(tokenizer, messages, place, tokenize=False, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -171,14 +170,14 @@ def _turns(
     messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, place: str
 ) -> tuple[str, list[tuple[int, int]]]:
     """The chat's text, and where the turns of the assistant begin and end in it."""
-    text, _ = _rendered(tokenizer, messages, place)
+    text = _written(tokenizer, messages, place, tokenize=False)
     turns = []
     for number, message in enumerate(messages):
         if message["role"] != ASSISTANT:
             continue
         require(number > 0, f"{place}: the assistant speaks first; begin with a message of the user or the system")
-        before, _ = _rendered(tokenizer, messages[:number], place, add_generation_prompt=True)
-        through, _ = _rendered(tokenizer, messages[: number + 1], place)
+        before = _written(tokenizer, messages[:number], place, tokenize=False, add_generation_prompt=True)
+        through = _written(tokenizer, messages[: number + 1], place, tokenize=False)
         require(
             text.startswith(through) and through.startswith(before),
             f"{place}: the chat template writes message {number + 1} differently within the whole chat, so the "
@@ -188,12 +187,10 @@ def _turns(
     return text, turns
 
 
-def _rendered(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], place: str, **options: bool
-) -> tuple[str, list[tuple[int, int]]]:
-    """The text that the template makes of a chat, and where in it are the parts that it marks."""
+def _written(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], place: str, **options: bool) -> Any:
+    """What the template makes of a chat; options as for `apply_chat_template`."""
     try:
-        return rendered_chat(messages, tokenizer.get_chat_template(), **tokenizer.special_tokens_map, **options)
+        return tokenizer.apply_chat_template(messages, **options)
     except (
         TemplateError,
         ValueError,

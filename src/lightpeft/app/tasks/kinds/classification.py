@@ -27,8 +27,6 @@ from lightpeft.models.task_heads import CLASSIFICATION, TaskHead
 
 INTEGER = re.compile(r"-?\d{1,18}")
 """A label that is sorted and read as a number: one of more digits is a name like any other."""
-LONGEST_LABEL = 1000
-"""Characters of a label's name: columns of lines of error, of tables and of a model's config are called so."""
 SHOWN_LABELS = 5
 """Labels that an error line lists at most."""
 PROMPT = "{text}\nAnswer:"
@@ -153,9 +151,6 @@ def _label_name(value: Any, names: list[str] | None, numbered: bool, where: str)
     require(
         isinstance(value, (bool, int, str)), f"{where}: {shown(value)} is no label; use an integer, string or boolean"
     )
-    size = len(value) if isinstance(value, str) else 0
-    long = f"{where}: {shown(value)} has {size:,} characters, and a label at most {LONGEST_LABEL:,}; is it a label?"
-    require(size <= LONGEST_LABEL, long)
     if names is None or (str(value) in names and not numbered):
         return str(value)
     return _by_number(value, names, where)

@@ -26,14 +26,7 @@ from lightpeft.errors import require
 from lightpeft.models.batches import IGNORED
 from lightpeft.models.task_heads import CAUSAL_LM, TaskHead
 
-UNCONDITIONAL = "Answer:"
-"""The prompt without a question, which says how probable an option is anyway (Brown et al. 2020, section 2.4)."""
-ACCURACIES: dict[LikelihoodRule, str] = {
-    "sum": "accuracy",
-    "token": "accuracy_token",
-    "byte": "accuracy_norm",
-    "unconditional": "accuracy_unconditional",
-}
+ACCURACIES: dict[LikelihoodRule, str] = {"sum": "accuracy", "byte": "accuracy_norm"}
 """Rule that picks an option -> what the accuracy of its picks is called."""
 
 
@@ -75,22 +68,18 @@ class LikelihoodTask(OptionsTask):
         return self.carry(rows, encoded.add_column("labels", self.right_options(rows)))
 
     def encode_inputs(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """A row's options as lists: input_ids, start (of the option in them), the same unconditional_, and bytes."""
-        most = self.config.max_length
+        """A row's options as lists: input_ids, start (of the option in them), and bytes."""
 
         def encode(chunk: dict[str, list[Any]], _: int) -> dict[str, list[Any]]:
             scored = list(self.scored(chunk))
             counts = [len(row.completions) for row in scored]
             prompts = [prompt for row in scored for prompt in row.prompts]
             completions = [completion for row in scored for completion in row.completions]
-            asked = encode_pairs(prompts, completions, tokenizer, most)
-            plain = encode_pairs([UNCONDITIONAL] * len(prompts), completions, tokenizer, most)
+            asked = encode_pairs(prompts, completions, tokenizer, self.config.max_length)
             sizes = [len(completion.strip().encode()) for completion in completions]
             return {
                 "input_ids": nested([prompt + completion for prompt, completion in asked], counts),
                 "start": nested([len(prompt) for prompt, _ in asked], counts),
-                "unconditional_ids": nested([prompt + completion for prompt, completion in plain], counts),
-                "unconditional_start": nested([len(prompt) for prompt, _ in plain], counts),
                 "bytes": nested(sizes, counts),
             }
 
@@ -172,64 +161,11 @@ def encode_pairs(
 
 
 @dataclass(frozen=True)
-class Sequences:
-    """The sequences that score the options of encoded rows; equal ones are there once."""
-
-    rows: Dataset
-    """input_ids, attention_mask, labels (-100 on the prompt) and length."""
-    asked: list[list[int]]
-    """Sequence of every row's every option behind its prompt."""
-    unconditional: list[list[int]]
-    """The same behind the prompt without a question."""
-
-
-def option_sequences(encoded: Dataset) -> Sequences:
-    """What is to be scored of rows that `LikelihoodTask.encode_test` gave."""
-    numbers: dict[tuple[int, tuple[int, ...]], int] = {}
-
-    def place(ids: str, starts: str) -> list[list[int]]:
-        return [
-            [numbers.setdefault((start, tuple(tokens)), len(numbers)) for tokens, start in zip(*options, strict=True)]
-            for options in zip(encoded[ids], encoded[starts], strict=True)
-        ]
-
-    asked, unconditional = place("input_ids", "start"), place("unconditional_ids", "unconditional_start")
-    rows = Dataset.from_dict(
-        {
-            **completion_columns((list(ids[:start]), list(ids[start:])) for start, ids in numbers),
-            "length": [len(ids) for _, ids in numbers],
-        }
-    )
-    return Sequences(rows, asked, unconditional)
-
-
-def option_scores(
-    sequences: Sequences, log_p: np.ndarray, tokens: np.ndarray, sizes: list[list[int]]
-) -> dict[LikelihoodRule, list[np.ndarray]]:
-    """Every rule's scores of every row's options; the highest is the answer.
-
-    Args:
-        log_p: [sequences], sums of log-probabilities of the scored tokens.
-        tokens: [sequences], their numbers.
-        sizes: bytes of every row's options.
-    """
-    sums = [log_p[numbers] for numbers in sequences.asked]
-    return {
-        "sum": sums,
-        "token": [log_p[numbers] / tokens[numbers] for numbers in sequences.asked],
-        "byte": [of_row / np.asarray(size) for of_row, size in zip(sums, sizes, strict=True)],
-        "unconditional": [
-            of_row - log_p[numbers] for of_row, numbers in zip(sums, sequences.unconditional, strict=True)
-        ],
-    }
-
-
-@dataclass(frozen=True)
 class Likelihoods:
     """How probable a model finds the options of rows."""
 
     scores: dict[LikelihoodRule, list[np.ndarray]]
-    """Every rule's scores of every row's options."""
+    """Every rule's scores of every row's options; the highest is the answer."""
     sequences: list[list[int]]
     """Number of the sequence of every row's every option."""
     losses: np.ndarray
@@ -241,12 +177,24 @@ class Likelihoods:
 def likelihoods(respondent: Respondent, encoded: Dataset) -> Likelihoods:
     """Scores of every row's options, of what `LikelihoodTask.encode_test` or `encode_inputs` returned.
 
+    Equal sequences are scored once.
+
     Raises:
         LightPeftError: there is no row, or a probability is no number.
     """
-    sequences = option_sequences(encoded)
-    losses, _, tokens = token_sums(respondent, sequences.rows).T
-    asked = zip(sequences.asked, sequences.unconditional, strict=True)
-    require_finite([bool(np.isfinite(losses[[*options, *plain]]).all()) for options, plain in asked])
-    scores = option_scores(sequences, -losses, tokens, encoded["bytes"][:])
-    return Likelihoods(scores, sequences.asked, losses, tokens)
+    numbers: dict[tuple[int, tuple[int, ...]], int] = {}
+    asked = [
+        [numbers.setdefault((start, tuple(tokens)), len(numbers)) for tokens, start in zip(*options, strict=True)]
+        for options in zip(encoded["input_ids"], encoded["start"], strict=True)
+    ]
+    rows = Dataset.from_dict(
+        {
+            **completion_columns((list(ids[:start]), list(ids[start:])) for start, ids in numbers),
+            "length": [len(ids) for _, ids in numbers],
+        }
+    )
+    losses, _, tokens = token_sums(respondent, rows).T
+    require_finite([bool(np.isfinite(losses[options]).all()) for options in asked])
+    sums = [-losses[options] for options in asked]
+    by_byte = [of_row / np.asarray(sizes) for of_row, sizes in zip(sums, encoded["bytes"][:], strict=True)]
+    return Likelihoods({"sum": sums, "byte": by_byte}, asked, losses, tokens)

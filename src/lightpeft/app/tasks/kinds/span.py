@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from lightpeft.app.tasks.answers import Answers, Columns, Outcome, require_finite, rounded
 from lightpeft.app.tasks.kinds.base import Task
@@ -123,8 +124,10 @@ class SpanTask(Task):
         return in_chunks(rows, encode)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int | None = None) -> Collator:
-        """Batches padded to their longest window (or the next multiple); on the left, labels move along."""
-        return Collator(_WindowPadding(tokenizer, multiple_of))
+        """Batches padded to their longest window (or the next multiple), on the right, so that labels stay in place."""
+        right = copy.copy(tokenizer)
+        right.padding_side = "right"
+        return Collator(DataCollatorWithPadding(right, pad_to_multiple_of=multiple_of))
 
     def answer(self, respondent: Respondent, encoded: Dataset) -> Outcome:
         """The best span of a row's windows, or none."""
@@ -166,23 +169,6 @@ class SpanTask(Task):
                     losses.append(cross_entropy(of_tokens, targets).item())
         require_finite([finite[row] for row in range(len(spans))])
         return [best_of_windows(spans[row]) for row in range(len(spans))], losses
-
-
-class _WindowPadding:
-    """Pads windows, and keeps of their columns what a model takes."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int | None) -> None:
-        self.tokenizer, self.multiple_of = tokenizer, multiple_of
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in rows[0]]
-        inputs = {name: [row[name] for row in rows] for name in names}
-        batch = dict(self.tokenizer.pad(inputs, pad_to_multiple_of=self.multiple_of, return_tensors="pt"))
-        width, left = batch["input_ids"].shape[1], self.tokenizer.padding_side == "left"
-        for name in SPAN_LABELS if SPAN_LABELS[0] in rows[0] else ():
-            shifts = [width - len(row["input_ids"]) if left else 0 for row in rows]
-            batch[name] = torch.tensor([row[name] + shift for row, shift in zip(rows, shifts, strict=True)])
-        return batch
 
 
 def _by_row(encoded: Dataset, column: str) -> list[Any]:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import datasets
 import pyarrow  # type: ignore[import-untyped,unused-ignore]
 import pyarrow.parquet  # type: ignore[import-untyped,unused-ignore]
 from datasets import Dataset
 
-from lightpeft.app.tasks.rows.columns import place
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files.foreign import parsing
 from lightpeft.models import hub
@@ -79,11 +77,6 @@ def with_suffix(path: Path) -> Path | None:
     return next((file for suffix in READERS if (file := path.with_name(path.name + suffix)).is_file()), None)
 
 
-def suffixes() -> list[str]:
-    """Suffixes of files that can be read."""
-    return list(READERS)
-
-
 class HubNotReachedError(LightPeftError):
     """There is no network, or the hub is down."""
 
@@ -93,15 +86,15 @@ class _MalformedError(Exception):
 
 
 def _read_csv(path: Path) -> Dataset:
-    return _delimited(path, delimiter=",", quoting=csv.QUOTE_MINIMAL)
+    return _delimited(path, ",", csv.QUOTE_MINIMAL)
 
 
 def _read_tsv(path: Path) -> Dataset:
     try:
-        return _delimited(path, delimiter="\t", quoting=csv.QUOTE_MINIMAL)
+        return _delimited(path, "\t", csv.QUOTE_MINIMAL)
     except _MalformedError:
-        # Corpora are often tab separated without any quoting, so that a stray quote character is just text.
-        return _delimited(path, delimiter="\t", quoting=csv.QUOTE_NONE)
+        # corpora are often tab separated without any quoting, so that a stray quote character is just text
+        return _delimited(path, "\t", csv.QUOTE_NONE)
 
 
 def _delimited(path: Path, delimiter: str, quoting: Any) -> Dataset:
@@ -110,7 +103,11 @@ def _delimited(path: Path, delimiter: str, quoting: Any) -> Dataset:
         reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
         try:
             header = next(reader, [])
-            _check_header(header, path)
+            twice = sorted({name for name in header if header.count(name) > 1})
+            if twice:
+                raise _MalformedError(
+                    f'{path} line 1 names column "{twice[0]}" twice; the first line holds the column names'
+                )
             rows = []
             for row in reader:
                 if row and len(row) != len(header):
@@ -124,12 +121,6 @@ def _delimited(path: Path, delimiter: str, quoting: Any) -> Dataset:
     return _from_columns({name: [row[i] for row in rows] for i, name in enumerate(header)}, path)
 
 
-def _check_header(header: list[str], path: Path) -> None:
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise _MalformedError(f'{path} line 1 names column "{twice[0]}" twice; the first line holds the column names')
-
-
 def read_json_text(text: str, what: str) -> Dataset:
     """The rows of a list of objects, or of one object a line; `what` names them.
 
@@ -137,7 +128,7 @@ def read_json_text(text: str, what: str) -> Dataset:
         LightPeftError: malformed or empty.
     """
     try:
-        rows = _json_rows(io.StringIO(text), what)
+        rows = _json_rows(text, what)
     except _MalformedError as error:
         raise LightPeftError(str(error)) from error
     require(rows.num_rows > 0, f"{what} has no rows")
@@ -145,28 +136,23 @@ def read_json_text(text: str, what: str) -> Dataset:
 
 
 def _read_json(path: Path) -> Dataset:
-    with path.open(encoding="utf-8-sig") as file:
-        return _json_rows(file, path)
+    return _json_rows(path.read_text(encoding="utf-8-sig"), path)
 
 
-def _json_rows(file: TextIO, path: Path | str) -> Dataset:
-    """A list of objects, or one object a line, whichever the file holds."""
-    is_list = file.read(1024).lstrip().startswith("[")
-    file.seek(0)
-    if is_list:
-        rows = _json_value(file.read(), path, 1)
-        places = [f"entry {i}" for i in range(1, len(rows) + 1)]
+def _json_rows(text: str, path: Path | str) -> Dataset:
+    """A list of objects, or one object a line, whichever the text holds."""
+    if text.lstrip().startswith("["):
+        placed = [(f"entry {number}", row) for number, row in enumerate(_json_value(text, path, 1), 1)]
     else:
-        numbered = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
-        rows = [_json_value(line.strip(), path, number) for number, line in numbered]
-        places = [f"line {number}" for number, _ in numbered]
-    for where, row in zip(places, rows, strict=True):
+        lines = enumerate(text.split("\n"), 1)
+        placed = [(f"line {number}", _json_value(line, path, number)) for number, line in lines if line.strip()]
+    for where, row in placed:
         if not isinstance(row, dict):
             raise _MalformedError(
                 f"{path} {where} is not an object; a file holds a list of objects or one object a line"
             )
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return _from_columns({name: [row.get(name) for row in rows] for name in names}, path)
+    names = dict.fromkeys(name for _, row in placed for name in row)
+    return _from_columns({name: [row.get(name) for _, row in placed] for name in names}, path)
 
 
 def _json_value(text: str, path: Path | str, first_line: int) -> Any:
@@ -177,58 +163,26 @@ def _json_value(text: str, path: Path | str, first_line: int) -> Any:
         raise _MalformedError(
             f"{path} line {line} is not JSON (list of objects, or one object a line): {error.msg}"
         ) from error
-    except RecursionError as error:
-        raise _MalformedError(f"{path} line {first_line} is nested too deep to be read") from error
-    except ValueError as error:  # more digits than Python reads
-        raise _MalformedError(f"{path} line {first_line} has {_TOO_LONG}") from error
+    except (ValueError, RecursionError) as error:  # too many digits, or brackets
+        raise _MalformedError(f"{path} line {first_line} cannot be read: {one_line(error)}") from error
 
 
 def _read_parquet(path: Path) -> Dataset:
-    with parsing(f"{path} is not a readable Parquet file"):  # what `datasets` says of its own metadata there as well
-        table = pyarrow.parquet.read_table(path)
-        table.validate(full=True)  # texts that are no UTF-8 would be found by who reads them
-        return Dataset(table)
+    with parsing(f"{path} is not a readable Parquet file"):
+        return Dataset(pyarrow.parquet.read_table(path))
 
 
 def _from_columns(columns: dict[str, list[Any]], path: Path | str) -> Dataset:
     arrays = {}
     for name, values in columns.items():
-        if not _is_whole(name):
-            raise _MalformedError(f"{path}: a column is called {name!a}, with {_HALF}")
         try:
             arrays[name] = pyarrow.array(values)
         except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError) as error:
-            _check_each(name, values, path)
             raise _MalformedError(f'{path}: column "{name}" mixes types: {one_line(error)}') from error
     try:
         return Dataset(pyarrow.table(arrays))
-    except (pyarrow.ArrowException, RecursionError) as error:
+    except (pyarrow.ArrowException, UnicodeEncodeError, RecursionError) as error:
         raise _MalformedError(f"{path} cannot be read: {one_line(error)}") from error
-
-
-def _check_each(name: str, values: list[Any], path: Path | str) -> None:
-    """Refuse the first value of a column that a table has no room for, whatever the others are."""
-    for number, value in enumerate(values, 1):
-        try:
-            pyarrow.array([value])
-        except OverflowError as error:
-            raise _MalformedError(f"{place(str(path), number, name)}: there is {_TOO_LONG}") from error
-        except UnicodeEncodeError as error:
-            raise _MalformedError(f"{place(str(path), number, name)}: there is {_HALF}") from error
-        except pyarrow.ArrowException:
-            continue
-
-
-_TOO_LONG = "a whole number of more than 64 bits, which no table has room for; write it as text"
-_HALF = "half a character (a lone surrogate), which no text has; take it out"
-
-
-def _is_whole(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 READERS: dict[str, Callable[[Path], Dataset]] = {

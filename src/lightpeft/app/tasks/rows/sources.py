@@ -10,12 +10,12 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets
 
 from lightpeft.app.tasks.rows.reading import (
+    READERS,
     HubNotReachedError,
     is_local,
     read_file,
     read_hub,
     read_rows,
-    suffixes,
     with_suffix,
 )
 from lightpeft.config import DataConfig, TaskEntry
@@ -39,48 +39,34 @@ class Splits:
     """The rows of a task as they were read."""
 
     train: Split | None
-    """None: they were not asked for."""
+    """None: they were not needed."""
     test: Split | None
     """None: a part of the training rows is to be held out."""
     more_tests: dict[str, Split]
     """By the prefix of their metrics."""
 
 
-def read_splits(entry: TaskEntry, config: DataConfig) -> Splits:
+def read_splits(entry: TaskEntry, config: DataConfig, train: bool = True) -> Splits:
     """The task's rows: `data.train` and `data.test`, else the folder `data.path` or the entry's, else the hub.
+
+    Args:
+        train: off: rows to train on are read only where those to evaluate on have to be held out of them.
 
     Raises:
         LightPeftError: a source is missing or cannot be read, or the hub was not reached.
     """
     path = config.path or entry.path
-    if config.train or (path is None and entry.hub is None):
-        test = _named(config.test, "data.test") if config.test is not None else None
+    test = _named(config.test, "data.test") if config.test is not None and (config.train or not train) else None
+    if test is not None and not train:
+        return Splits(None, test, {})
+    if config.train or (train and path is None and entry.hub is None):
         return Splits(_named(config.train, "data.train"), test, {})
     require(config.test is None, "data.test needs data.train: give both, or the folder of a task as data.path")
-    return _of_folder(Path(path).expanduser(), entry) if path is not None else _of_hub(entry)
-
-
-def read_tests(entry: TaskEntry, config: DataConfig) -> Splits | None:
-    """The task's rows to evaluate on, without those to train on: `data.test`, else the test splits of the folder
-    `data.path` or the entry's, else the hub's; None where they have to be held out from training rows.
-
-    Raises:
-        LightPeftError: there is no source, or it is missing, cannot be read, or the hub was not reached.
-    """
-    if config.test is not None:
-        return Splits(None, _named(config.test, "data.test"), {})
-    path = config.path or entry.path
-    if config.train or entry.test is None:
-        return None
     require(
         path is not None or entry.hub is not None,
         "there are no rows to evaluate on; give a file as --data.test, or a task that has its own as --data.task",
     )
-    if path is None:
-        with _hub_named(entry):
-            return Splits(None, *_hub_tests(entry))
-    test, more_tests = _folder_tests(Path(path).expanduser(), entry)
-    return Splits(None, test, more_tests) if test is not None else None
+    return _of_hub(entry, train) if path is None else _of_folder(Path(path).expanduser(), entry, train)
 
 
 def _named(source: str, setting: str) -> Split:
@@ -89,22 +75,20 @@ def _named(source: str, setting: str) -> Split:
     return Split(rows, f"{source}: {setting}" if is_local(source) else setting)
 
 
-def _of_folder(folder: Path, entry: TaskEntry) -> Splits:
-    test, more_tests = _folder_tests(folder, entry)
-    train = _split_files(folder, entry, entry.train)
-    require(train, f"data.path: {folder} has no {_expected(entry, entry.train)}")
-    return Splits(_read_files(train), test, more_tests)
-
-
-def _folder_tests(folder: Path, entry: TaskEntry) -> tuple[Split | None, dict[str, Split]]:
+def _of_folder(folder: Path, entry: TaskEntry, train: bool) -> Splits:
     require(folder.is_dir(), f"data.path: folder {folder} does not exist")
     test = _split_files(folder, entry, entry.test) if entry.test is not None else []
     # a kind's files are the user's own, which need no test split; a named task is measured on its own one
     needed = bool(entry.name) and entry.test is not None
     require(test or not needed, f"data.path: {folder} has no {_expected(entry, entry.test or '')}")
     more = {prefix: _split_files(folder, entry, split) for prefix, split in entry.more_tests.items()}
-    more_tests = {prefix: _read_files(files) for prefix, files in more.items() if files}
-    return _read_files(test) if test else None, more_tests
+    to_train = _split_files(folder, entry, entry.train) if train or not test else []
+    require(to_train or (test and not train), f"data.path: {folder} has no {_expected(entry, entry.train)}")
+    return Splits(
+        _read_files(to_train) if to_train else None,
+        _read_files(test) if test else None,
+        {prefix: _read_files(files) for prefix, files in more.items() if files},
+    )
 
 
 def _split_files(folder: Path, entry: TaskEntry, split: str) -> list[Path]:
@@ -124,14 +108,13 @@ def _read_files(files: list[Path]) -> Split:
     return Split(concatenate_datasets([read_file(file, "data.path") for file in files]), str(files[0].parent))
 
 
-def _of_hub(entry: TaskEntry) -> Splits:
+def _of_hub(entry: TaskEntry, train: bool) -> Splits:
     with _hub_named(entry):
-        return Splits(_hub_split(entry, entry.train), *_hub_tests(entry))
-
-
-def _hub_tests(entry: TaskEntry) -> tuple[Split | None, dict[str, Split]]:
-    test = _hub_split(entry, entry.test) if entry.test is not None else None
-    return test, {prefix: _hub_split(entry, split) for prefix, split in entry.more_tests.items()}
+        return Splits(
+            _hub_split(entry, entry.train) if train or entry.test is None else None,
+            _hub_split(entry, entry.test) if entry.test is not None else None,
+            {prefix: _hub_split(entry, split) for prefix, split in entry.more_tests.items()},
+        )
 
 
 @contextmanager
@@ -154,7 +137,7 @@ def _hub_split(entry: TaskEntry, split: str) -> Split:
 
 def _expected(entry: TaskEntry, split: str) -> str:
     _, _, configuration = _hub_parts(entry)
-    return f"{configuration + '/' if configuration else ''}{split}{{{','.join(suffixes())}}}"
+    return f"{configuration + '/' if configuration else ''}{split}{{{','.join(READERS)}}}"
 
 
 def _hub_parts(entry: TaskEntry) -> tuple[str, str, str]:
