@@ -17,7 +17,7 @@ from lightpeft.config import ModelConfig
 from lightpeft.models.loading import load_tokenizer
 from lightpeft.models.tokenizers import check_vocabulary
 
-EMBEDDINGS = 36
+EMBEDDINGS, UNKNOWN = 36, 1
 """Of the tiny bases."""
 
 
@@ -62,6 +62,16 @@ class TestVocabulary:
 
 
 class TestTokens:
+    def test_rows_that_are_mostly_unknown(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Special tokens do not count; more than half of the rows must be so, and each by more than half."""
+        config = BertConfig(vocab_size=EMBEDDINGS)
+        known, half, unknown = [2, 5, 6, 3], [2, UNKNOWN, 6, 3], [2, UNKNOWN, UNKNOWN, 6, 3]
+        for rows in ([known, half, half, half], [known, unknown], [[2, 3], []]):
+            check_tokens(encoded(*rows), config, "rows", tokenizer)
+        for rows in ([known, unknown, unknown], [[unknown, unknown]]):
+            text = refusal(lambda rows=rows: check_tokens(encoded(*rows), config, "the test rows", tokenizer))
+            assert text.startswith("the test rows: ") and "mostly tokens that the tokenizer does not know" in text
+
     def test_tokens_beyond_the_embeddings(self) -> None:
         check_tokens(encoded([2, 29, 3]), BertConfig(vocab_size=30), "rows")
         for rows in ([[5], [2, 30, 3]], [[[5], [2, 30]]]):

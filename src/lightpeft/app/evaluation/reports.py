@@ -198,7 +198,7 @@ def _measure(found: Found, task: Task, batch_size: int | None, autocast: torch.d
     check_max_length(task.config.max_length, max_positions(found.config), tokenizer)
     encoded = {prefix: task.encode_test(rows, tokenizer) for prefix, rows in _splits(task)}
     for rows in encoded.values():
-        check_tokens(rows, found.config, "the test rows")
+        check_tokens(rows, found.config, "the test rows", tokenizer)
     model = found.open(Wanted.of(task))
     ensure_pad_token(tokenizer, transformers_model(model).config)
     collator = task.collator(tokenizer, found.padding(task.config.max_length))

@@ -257,7 +257,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     test_rows = task.encode_test(task.test, tokenizer)
     more = {prefix: task.encode_test(rows, tokenizer) for prefix, rows in task.more_tests.items()}
     for what, rows in {"the training rows": train_rows, "the test rows": test_rows, **more}.items():
-        check_tokens(rows, model_config, what)
+        check_tokens(rows, model_config, what, tokenizer)
     width = getattr(model_config.get_text_config(), "hidden_size", None)
     train_rows, held_rows = _set_aside(config, train_rows, width)
     config, unable = _able(config, train_rows, width)

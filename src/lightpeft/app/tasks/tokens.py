@@ -20,6 +20,8 @@ NO_LIMIT = 10**9
 """Tokenizers without a length limit report a number far above this."""
 NOT_INPUTS = ("length", "group", "names", "right", "row", "begins", "ends", "null", "context")
 """Columns of encoded rows that no model takes: what batches are sorted by, and what answers are compared with."""
+MOSTLY = 0.5
+"""From this part on, unknown tokens are most of a row, and such rows most of the data."""
 
 
 def check_max_length(max_length: int, positions: int | None, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -51,17 +53,20 @@ def padding_within(max_length: int, positions: int | None) -> int | None:
     return PADDED_TO if fits else None
 
 
-def check_tokens(encoded: Dataset, model_config: PretrainedConfig, what: str) -> None:
-    """Refuse encoded rows of another model's tokenizer.
+def check_tokens(
+    encoded: Dataset, model_config: PretrainedConfig, what: str, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Refuse encoded rows that the model cannot read: another tokenizer's, or in another script.
 
     Args:
         encoded: with input_ids; of several options, as lists.
         what: names the rows in error lines.
+        tokenizer: that encoded them; None: unknown tokens are not counted.
 
     Raises:
-        LightPeftError: a token has no embedding.
+        LightPeftError: a token has no embedding, or most rows are mostly unknown tokens.
     """
-    embeddings = embeddings_of(model_config)
+    embeddings, unread = embeddings_of(model_config), 0
     for ids in _token_lists(encoded):
         highest = max(ids, default=0)
         require(
@@ -69,6 +74,25 @@ def check_tokens(encoded: Dataset, model_config: PretrainedConfig, what: str) ->
             f"{what}: the tokenizer gives token {highest}, and the model has embeddings of tokens 0 to "
             f"{(embeddings or 0) - 1}; put the tokenizer that belongs to it into its folder",
         )
+        unread += tokenizer is not None and _mostly_unknown(ids, tokenizer)
+    require(
+        unread <= MOSTLY * len(encoded),
+        f"{what}: {unread} of {len(encoded)} rows are mostly tokens that the tokenizer does not know; "
+        "give a model whose vocabulary fits these texts, or its own tokenizer",
+    )
+
+
+def _mostly_unknown(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether most of a row's tokens, special ones apart, stand for what is not in the vocabulary.
+
+    Tokenizers by bytes know everything, and call the end of a text unknown.
+    """
+    unknown = tokenizer.unk_token_id
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id)
+    if unknown is None or unknown in others or unknown not in ids:
+        return False
+    special = set(tokenizer.all_special_ids) - {unknown}
+    return ids.count(unknown) > MOSTLY * sum(token not in special for token in ids)
 
 
 def _token_lists(encoded: Dataset) -> Iterator[list[int]]:

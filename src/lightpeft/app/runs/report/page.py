@@ -113,10 +113,10 @@ def _metrics(run: RunFacts) -> list[str]:
     return [] if run.report is None else [name for name in run.report.metrics if name not in counts]
 
 
-def _price(point: dict[str, Any]) -> tuple[str, str, str, str]:
+def _price(point: dict[str, Any]) -> tuple[str, str, str]:
     """One budget of a curve: the part that is gone, the rise of the loss, its interval."""
     low, high = point["interval"]
-    return share(point["removed_of_blocks"]), f"{point['rise']:+.3f}", f"{low:+.3f} to {high:+.3f}", time
+    return share(point["removed_of_blocks"]), f"{point['rise']:+.3f}", f"{low:+.3f} to {high:+.3f}"
 
 
 def _figures(run: RunFacts) -> dict[str, Any]:
