@@ -110,7 +110,7 @@ def test_classify(run: Run, home: Path) -> None:
     printed = reviews(run, home)
     assert number(printed, r"accuracy: ([\d.]+)") > 0.7
     light = load_light(home / "out/reviews/adapter")
-    assert light.light_plan.removed_of_blocks > 0.5 and light.light_plan.summary() in printed
+    assert light.light_plan.removed_of_blocks >= 0.4 and light.light_plan.summary() in printed
 
 
 @thorough
