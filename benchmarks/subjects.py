@@ -25,7 +25,7 @@ from lightpeft.profiling.comparing import alternate, ratio, summarize
 from lightpeft.profiling.surroundings import hardware
 
 Subjects = Mapping[str, tuple[str | Build, RunConfig]]
-"""By name: what to measure, as `lightpeft.bench.Subject` takes it, and its run."""
+"""By name: what to measure, as `lightpeft.app.runs.bench.Subject` takes it, and its run."""
 
 
 def pruned(config: RunConfig, folder: Path) -> RunConfig:

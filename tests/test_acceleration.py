@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from steps import LINEAR, applied, count_layers, gradients, mix, two_adapters, watch
+from single_steps import LINEAR, applied, count_layers, gradients, mix, two_adapters, watch
 from tiny import LAYOUTS, every_family, inputs_for, make, relative_difference, with_lora
 from torch import Tensor, nn
 from transformers import TrainerCallback

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from steps import LINEAR, count_layers, mix, two_adapters, watch
+from single_steps import LINEAR, count_layers, mix, two_adapters, watch
 from tiny import GENERATORS, LAYOUTS, inputs_for, make, relative_difference, with_lora, without_dropout
 from torch import Tensor, nn
 

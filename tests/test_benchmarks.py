@@ -791,7 +791,7 @@ def test_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 def test_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Workbench(tmp_path / "bench", "llama", "causal-lm")
     monkeypatch.chdir(tmp_path)
-    config = bench.yaml("tiny", **{"light.after.keep": "full"})
+    config = bench.yaml("tiny", **{"light.after.keep": "full", "light.remove.head_unit": "group"})  # has few heads
     assert writers.main([str(config), "--rounds", "2", "--steps", "1", "--out", str(tmp_path / "out.json")]) == 0
     results = read(tmp_path / "out.json")
     weights = list(results["weights_bytes"].values())

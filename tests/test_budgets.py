@@ -1,4 +1,4 @@
-"""`light.blocks: auto`: the search, what it asks, what points are worth, and runs and trainers that take it."""
+"""`light: auto`: the search, what it asks, what points are worth, and runs and trainers that take it."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from lanes import thorough
 from lights import light_of
 from peft import PeftModel
 from quantised import CONFIGS, SIZES, densified
-from steps import gradients
+from single_steps import gradients
 from support import logits
 from tiny import DROPPED, LAYOUTS, USUAL, inputs_for, make, masked, plan_for, relative_difference, with_lora
 from torch import Tensor, nn

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
-from steps import Watched, applied, gradients
+from single_steps import Watched, applied, gradients
 from tiny import LAYOUTS, inputs_for, make, relative_difference, with_lora
 from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm

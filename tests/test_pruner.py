@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from lights import light_of
-from steps import HALF, losses, stage
+from single_steps import HALF, losses, stage
 from tiny import batch, make, with_lora
 from training import inputs, student, trainer
 from transformers import BertModel

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lights import light_of
-from steps import Watched, gradients
+from single_steps import Watched, gradients
 from tiny import LAYOUTS, inputs_for, make, with_lora
 from torch import Tensor, nn
 from training import inputs, student

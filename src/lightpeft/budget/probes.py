@@ -121,7 +121,7 @@ def make_probe(
         steps: of the whole run.
         seen: numbers of rows that estimation has gone through; None: not known. Rows are set aside from the others, if
             there are enough of them.
-        rate: of plain PEFT: copies keep all ranks, and `learning_rate_scale` is for few.
+        rate: of plain PEFT: copies keep all ranks, and `light.rates.scale` is for few.
         fast: whether the steps are the faster ones.
         gone: part of the blocks that is gone before.
     """

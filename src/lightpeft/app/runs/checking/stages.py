@@ -50,7 +50,7 @@ class Rehearsal:
             return self._steps(model, watch, estimating(self.work, model), accelerating(self.work, model))
 
     def full_width(self) -> Holding:
-        """Steps of the whole model with what the small one has learned (`light.full_width_steps`)."""
+        """Steps of the whole model with what the small one has learned (`light.after.full_width_steps`)."""
         model = with_peft(self.work, self.work.config)
         with rehearsing(model, device(), self._labelled) as watch:
             return self._steps(model, watch, adamw(self.work), accelerating(self.work, model))
