@@ -24,9 +24,14 @@ from lightpeft.prune.light_model import LightModel, as_light
 from lightpeft.prune.surgery import apply_plan
 
 
-def light_over(base: PreTrainedModel, metrics: dict[str, Any] | None = None, **budget: Any) -> LightModel:
+def light_over(
+    base: PreTrainedModel,
+    metrics: dict[str, Any] | None = None,
+    lora: dict[str, Any] | None = None,
+    **budget: Any,
+) -> LightModel:
     """A light model with trained-looking LoRA and head."""
-    model = with_lora(base, lora_dropout=0.05)
+    model = with_lora(base, lora_dropout=0.05, **(lora or {}))
     plan = plan_for(model, **budget)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

@@ -118,6 +118,7 @@ COMMANDS: dict[str, str] = {
     "run --config {folder}": "is not a regular file",
     "run --config {settings} --output {circle}": "File exists",
     "run --config {settings} --estimation {circle}": "is not a run folder",
+    "export {adapter} {circle}": "nothing was changed",
     "predict {adapter} {test} --output {circle}/below.csv": "File exists; nothing was changed",
     "predict {adapter} /dev/zero": "is no regular file",
     "predict {adapter} {test} --output {long}.csv": "File name too long",
@@ -327,6 +328,7 @@ def test_bad_predictions(bench: Workbench, adapter: Path, refused: Refused) -> N
     assert "cannot be read" in refused("predict", adapter, bench.folder / "none.txt")
     assert 'data.columns.text is "words"' in refused("predict", adapter, bench.test, "--text", "words")
     assert "it must be at least 1" in refused("predict", adapter, bench.test, "--batch_size", "0")
+    assert "the example is not UTF-8 text" in refused("predict", adapter, "--example", "\udcff")
     blank = bench.folder / "blank.txt"
     blank.write_text("\n \n", encoding="utf-8")
     assert "every line is blank" in refused("predict", adapter, blank)

@@ -463,11 +463,11 @@ def test_a_run_finds_its_budget(whole: Path) -> None:
     assert found["tolerance"] == pytest.approx(30 / found["points_a_nat"])
     entries = [entry for entry in RunFolder.at(whole).log_entries() if entry.get("stage") == "budget"]
     *copies, summary = [entry["note"] for entry in entries if "note" in entry]
-    assert copies[0] == f"light: auto, copy 1 of 3 at most: nothing cut, {found['steps']} steps"
+    assert copies[0] == f"light: auto, copy 1 of 4 at most: nothing cut, {found['steps']} steps"
     probed = [f"{each['blocks']:.0%} of the blocks cut" for each in found["probed"]]
     assert sorted(line.split(": ")[2].split(",")[0] for line in copies[1:]) == sorted(probed)
     numbers = range(1, len(copies) + 1)
-    assert [line.split(": ")[1] for line in copies] == [f"auto, copy {number} of 3 at most" for number in numbers]
+    assert [line.split(": ")[1] for line in copies] == [f"auto, copy {number} of 4 at most" for number in numbers]
     assert "the tolerance is 30 points (" in summary and " nats)" in summary
     assert f"cost {cost_in_words(found['expected']['left'], found['points_a_nat'])}, at most" in summary
 
@@ -634,6 +634,7 @@ def test_passes_of_a_search_are_those_that_it_makes(unit: Any, monkeypatch: pyte
     assert found.of_plain == cost.of_plain([each.blocks for each in found.probed])
 
 
+@pytest.mark.usefixtures("not_free")
 def test_a_run_too_short_for_a_search_has_a_fixed_budget(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

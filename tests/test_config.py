@@ -10,6 +10,7 @@ import pytest
 from workbench import RUNS
 
 from lightpeft.config import (
+    PRESETS,
     DataConfig,
     Estimate,
     ModelConfig,
@@ -168,3 +169,17 @@ def test_shipped_configurations_are_read(path: Path) -> None:
     config = load_config(path)
     assert config.model.name and (config.data.train or config.data.path)
     assert config.light == run_config_from_dict(dataclasses.asdict(config)).light
+
+
+def leaves(section: Any, prefix: str = "") -> list[str]:
+    """Names of all settings below one of a run's sections."""
+    found = []
+    for each in dataclasses.fields(section):
+        value = getattr(section, each.name)
+        found += leaves(value, f"{prefix}{each.name}.") if dataclasses.is_dataclass(value) else [prefix + each.name]
+    return found
+
+
+def test_there_are_few_settings_and_three_presets() -> None:
+    assert len(leaves(RunConfig())) <= 70
+    assert PRESETS == ("fast", "accurate", "paper")

@@ -176,6 +176,6 @@ def test_a_whole_run(bench: Workbench, peft: str) -> None:
     assert {site.block for site in record.sites} == {0} and len(plan.left_out) == 1
     assert plan.removed_of_blocks > 0.5
     assert result["parameters"]["base_removed_ratio"] == pytest.approx(plan.removed_ratio)
-    assert read(folder / "metrics.json")["config"]["light"]["depth"] == 0.5
+    assert read(folder / "metrics.json")["config"]["light"]["remove"]["depth"] == 0.5
     light = load_light(folder / "adapter")
     assert len(blocks_of(light)) == 1

@@ -306,7 +306,8 @@ def test_experts_compete_and_enough_of_them_stay(name: str, blocks: float) -> No
 
 
 def test_a_budget_that_leaves_too_few_experts() -> None:
-    says = "experts 0.75 would leave 1 of 4 experts, and each token is routed to 2; set light.experts to 0.5 or less"
+    leaves = "experts 0.75 would leave 1 of 4 experts, and each token is routed to 2"
+    says = f"{leaves}; set light.remove.experts to 0.5 or less"
     model = with_lora(make("mixtral"))
     before = {name: p.clone() for name, p in model.named_parameters()}
     assert refusal(lambda: EarlyPruner(model, light_of(experts=0.75))) == says
@@ -320,7 +321,7 @@ def test_a_budget_that_leaves_too_few_experts_of_a_group() -> None:
     model = with_lora(make("deepseek_v3"))
     assert refusal(lambda: plan_for(model, experts=0.75)) == (
         "experts 0.75 would leave 2 of 8 experts, and each token is routed to 2, for which its router needs 4 in 2 "
-        "equal groups; set light.experts to 0.5 or less"
+        "equal groups; set light.remove.experts to 0.5 or less"
     )
     plan = plan_for(model, experts=0.5)
     assert [len(block.experts) for block in plan.blocks] == [0, 4, 4]
@@ -356,7 +357,7 @@ def test_edited_plans(change: dict[str, str], says: str) -> None:
 def test_merged_checkpoints(name: str, tmp_path: Path) -> None:
     """With equal layers transformers alone loads it where no norm runs over all heads; with unequal ones, lightpeft."""
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
-    for place, budget in (("even", EVEN), ("uneven", {**PARTS, "blocks": 0.5})):
+    for place, budget in (("even", EVEN), ("uneven", {"heads": None, "blocks": 0.5, "modules": 0.0})):
         light = light_over(make(name), **budget)
         native = save_merged(light, tmp_path / place)
         assert native == (place == "even" and name != "olmoe")

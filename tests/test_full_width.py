@@ -127,7 +127,8 @@ def test_depth_comes_back_without_modules() -> None:
 
 def test_one_rank_for_all_modules() -> None:
     """Servers read one rank and one alpha; modules of fewer ranks have zeros."""
-    light = light_over(make("llama-gqa"), ranks=0.5)
+    wider = {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 16}}
+    light = light_over(make("llama-gqa"), lora=wider, ranks=0.5)
     ranks = {len(kept) for kept in light.light_plan.sites.values()}
     wide = check(light, "llama-gqa")
     config = wide.peft_config[own_adapter(wide)]

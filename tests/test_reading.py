@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +143,7 @@ def test_a_run_is_one_of_the_depth_that_it_finds(bench: Workbench, half: list[in
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
     assert result["depth"] == read(bench.folder / "auto" / "metrics.json")["depth"]
     assert result["depth"]["depth"] == 0.5 and result["seconds"]["depth"] > 0
-    assert PrunePlan.load(bench.folder / "auto" / "plan.json").budget["depth"] == 0.5
+    assert PrunePlan.load(bench.folder / "auto" / "plan.json").budget["remove"]["depth"] == 0.5
     assert half == [64]
     pipeline.run(bench.config("auto", **AUTO))
     assert half == [64], "it is found once"
@@ -237,7 +236,7 @@ def test_shell_and_trainers_read_the_same(bench: Workbench, tmp_path: Path, monk
     LightTrainer(
         work.dense_model().model,
         arguments,
-        light=replace(light_of(), depth="auto"),
+        light=light_of(depth="auto"),
         peft_config=LoraConfig(r=4, task_type="SEQ_CLS"),
         train_dataset=work.train_rows,
         data_collator=work.collator,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import shutil
@@ -141,7 +142,7 @@ def replacing_folder(
     outcome = "nothing was changed"
     temporary: Path | None = None
     try:
-        target = folder.resolve()
+        target = Path(os.path.realpath(folder))  # which takes links in a circle, too
         there = target.exists()
         require(not there or target.is_dir(), f"cannot write {folder}: it is a file; nothing was changed")
         temporary = _temporary(target if there else target.parent, target.name)  # on one disk with what it will be

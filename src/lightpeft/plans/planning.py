@@ -56,6 +56,8 @@ def make_plan(record: EstimationRecord, light: Light, order: Order | None = None
     too_deep = light.blocks_left(len(specs)) < len(record.blocks)
     gone = f"depth {light.remove.depth} leaves out blocks that the estimation had"
     require(not too_deep, f"{gone}; estimate with this depth")
+    for spec in record.blocks:
+        check_experts(spec, light)
     blocks = _Blocks(record, light, order or weakest_first).stay()
     emptied = not any(block.heads or block.neurons or block.experts for block in blocks)
     require(not emptied, "the budget would empty the model: no head and no neuron would stay; lower the amounts")

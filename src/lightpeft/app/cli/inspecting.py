@@ -67,7 +67,9 @@ def _model(found: Found) -> list[Table]:
     instead = "give a light adapter, a merged light model, a plan.json or a run"
     require(description, f"{found.name} is a {found.kind}, which has no plan to show; {instead}")
     base = {name: description["base"][name] for name in ("id", "revision", "architecture", "dtype")}
-    facts = facts_table({**base, **_tokens(found), **description["metrics"]}, f"{found.kind} {found.name}")
+    metrics = description["metrics"]
+    require(isinstance(metrics, dict), f"{found.name} is damaged: metrics is {metrics!r}, and must be a mapping")
+    facts = facts_table({**base, **_tokens(found), **metrics}, f"{found.kind} {found.name}")
     return [facts, plan_table(PrunePlan.from_dict(description["plan"]))]
 
 

@@ -150,6 +150,7 @@ def _read(task: Task, source: str | Path | None, example: str | None) -> tuple[D
     column = columns[0] if len(columns) == 1 else None
     opened: Path | TextIO
     if example is not None:
+        require(not any("\ud800" <= letter <= "\udfff" for letter in example), "the example is not UTF-8 text")
         opened, what = io.StringIO(example.replace("\n", " ") if column else example), "the example"
     elif str(source) == "-":
         opened, what = sys.stdin, "standard input"

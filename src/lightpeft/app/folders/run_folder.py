@@ -358,6 +358,14 @@ class Quality:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Milestones:
+    """What a run was worth on its way."""
+
+    examples: int
+    metrics: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """What people and tables read of a metrics.json."""
 
@@ -371,6 +379,7 @@ class Report:
     training: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     adapter_bytes: int | None = None
     full_width: Quality | None = None
+    milestones: Milestones | None = None
     warnings: list[str] = dataclasses.field(default_factory=list)
     hardware: dict[str, Any] = dataclasses.field(default_factory=dict)
 
