@@ -279,7 +279,7 @@ class Estimator:
     def _unit_scores(self, sums: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
         """Scores of heads, neurons and experts under every criterion, keyed as in `EstimationRecord`."""
         facts: Facts = {"masks": self.masks.values.detach().cpu(), "squares": self._squares}
-        facts |= {"count": len(self.masks.values), "generator": torch.Generator().manual_seed(torch.initial_seed())}
+        facts |= {"count": len(self.masks.values), "generator": torch.Generator().manual_seed(0)}
         scores: dict[str, Tensor] = {}
         for name, criterion in criteria(*self._units).items():
             flat = sums[f"masks/{name}"] / steps if criterion.every_step else criterion(facts)
@@ -290,7 +290,7 @@ class Estimator:
 
     def _site_scores(self, sums: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
         """Scores of PEFT modules and of their ranks under every criterion, keyed as in `EstimationRecord`."""
-        sizes, random = [site.spec.rank for site in self.sites], torch.Generator().manual_seed(torch.initial_seed())
+        sizes, random = [site.spec.rank for site in self.sites], torch.Generator().manual_seed(0)
         means = {key: (sums[key] / steps).split(sizes) for key in self._summed if key.startswith("ranks/")}
         facts: Facts = {"ratios": sums["modules"], "rank_taylor": means["ranks/taylor"]}
         facts |= {"count": len(self.sites), "generator": random}
