@@ -21,18 +21,15 @@ import hypothesis
 import jinja2
 import pytest
 import torch
-import transformers
-from lanes import FULL
+from lanes import FULL, too_new
 from transformers import set_seed
 
-from lightpeft.models.families.registry import FAMILIES
 from lightpeft.prune import length
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("any machine", deadline=None, max_examples=100 if FULL else 25)
 hypothesis.settings.load_profile("any machine")
 
-RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 CACHE = Path(__file__).parents[1] / "demo" / "cache"
 
 LONG = ("support", "benchmarks", "graphs", "resume", "parity", "docs", "going_on", "surgery", "reproduce", "checking")
@@ -49,9 +46,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("thorough")]
     for item in items:
         named = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
-        for family in (FAMILIES.get(str(value).partition("-")[0]) for value in named):
-            if family is not None and family.since > RELEASE:
-                item.add_marker(pytest.mark.skip(f"{family.model_type} needs a newer transformers"))
+        for name in (str(value) for value in named):
+            if too_new(name):
+                item.add_marker(pytest.mark.skip(f"{name} needs a newer transformers"))
     rank = {f"test_{name}": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
