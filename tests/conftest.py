@@ -21,7 +21,7 @@ import hypothesis
 import jinja2
 import pytest
 import torch
-from lanes import FULL, too_new
+from lanes import FULL, needs_other_types, too_new
 from transformers import set_seed
 
 from lightpeft.prune import length
@@ -36,6 +36,8 @@ LONG = ("support", "benchmarks", "graphs", "resume", "parity", "docs", "going_on
 LONG += ("real_models", "faults", "sharded", "peft_variants", "full_width", "switching", "pipeline", "checkpoint")
 LONG += ("hostile", "gpu", "task_entries", "start", "discovery", "on_disk", "exporting", "prefix", "bad_input")
 """Test files that take longest, the longest first."""
+OF_OTHER_TYPE = ("bottleneck", "houlsby", "pfeiffer", "adapters")
+"""In names of cases: those of bottleneck adapters."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -49,6 +51,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for name in (str(value) for value in named):
             if too_new(name):
                 item.add_marker(pytest.mark.skip(f"{name} needs a newer transformers"))
+        if any(kind in item.name.partition("[")[2] for kind in OF_OTHER_TYPE):
+            item.add_marker(needs_other_types)
     rank = {f"test_{name}": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import transformers
+from peft.tuners.tuners_utils import BaseTuner
 
 from lightpeft.models.families.registry import FAMILIES
 
 RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 FULL = os.environ.get("LIGHTPEFT_TESTS") == "all"
 """Whether all tests run (make test-all), and not one case of each."""
+SAVES_OTHER_TYPES = hasattr(BaseTuner, "_remove_adapter_name_from_key")
+needs_other_types = pytest.mark.skipif(not SAVES_OTHER_TYPES, reason="PEFT before 0.21 saves no bottleneck adapters")
 thorough = pytest.mark.thorough
 """Of a test that repeats what another one tells, or takes long for what it tells: `make test` leaves it out."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lanes import needs_other_types
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft_models import adapted, layers, train_by_hand
@@ -26,6 +27,8 @@ from lightpeft.peft_kinds.bottleneck import (
     BottleneckModel,
 )
 from lightpeft.peft_kinds.bottleneck.registration import BOTTLENECK, register
+
+pytestmark = needs_other_types
 
 PLACEMENTS = ("houlsby", "pfeiffer")
 FAMILIES = ("bert", "llama-gqa", "opt")

@@ -25,6 +25,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from huggingface_hub import constants
+from lanes import SAVES_OTHER_TYPES
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors.torch import load_file
@@ -59,6 +60,8 @@ from lightpeft.compat.accelerate import as_it_is, forget_optimizers
 from lightpeft.compat.fsdp import out_of_fsdp
 from lightpeft.compat.stand_ins import StandIn, StorageWatch
 from lightpeft.compat.transformers import Checkpoint
+from lightpeft.errors import LightPeftError
+from lightpeft.peft_kinds.bottleneck import BottleneckConfig
 from lightpeft.profiling.flops import flop_counter
 from lightpeft.recipe.trainer import LightTrainer, LightTraining
 from lightpeft.training.host import Host
@@ -109,7 +112,15 @@ HOOKS: dict[type, dict[str, str]] = {
 
 @pytest.mark.parametrize(("owner", "name"), [(owner, name) for owner, names in HOOKS.items() for name in names])
 def test_what_subclasses_extend(owner: type, name: str) -> None:
+    if HOOKS[owner][name] == "saving bottleneck adapters" and not SAVES_OTHER_TYPES:
+        pytest.skip("PEFT before 0.21 saves no bottleneck adapters")
     assert hasattr(owner, name), f"lightpeft needs {owner.__name__}.{name} for {HOOKS[owner][name]}"
+
+
+def test_bottleneck_adapters_need_a_peft_that_saves_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(BaseTuner, "_remove_adapter_name_from_key", raising=False)
+    with pytest.raises(LightPeftError, match=r"PEFT by bottleneck adapters needs peft 0\.21 or newer; here is \d+\."):
+        BottleneckConfig(placement="houlsby")
 
 
 def of_trainer(owner: type) -> set[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from lanes import thorough
+from lanes import needs_other_types, thorough
 from lights import light_of, preset
 from peft import IA3Config, LoraConfig, get_peft_model
 from tiny import make
@@ -113,6 +113,7 @@ def test_ia3_by_habit_and_where_somebody_says(llama: Workbench) -> None:
     assert targets(llama.folder / "expression", "feedforward_modules") == {"down_proj"}
 
 
+@needs_other_types
 def test_modules_stay_in_the_allowed_blocks(llama: Workbench) -> None:
     for kind in ("lora", "ia3", "bottleneck"):
         settings = {"peft": kind, "light.modules.blocks": 0.5, "light.modules.remove": 0.0}

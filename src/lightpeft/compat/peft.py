@@ -9,6 +9,7 @@ import peft
 from peft import PeftModel
 
 from lightpeft.compat.missing import missing, needed_for
+from lightpeft.errors import require
 
 # Classes of modules
 
@@ -63,6 +64,7 @@ __all__ = [
     "ModulesToSaveWrapper",
     "ParamWrapper",
     "adapters_in",
+    "check_saves_other_types",
     "forget_norms",
     "let_hooks_see",
     "names_of_experts",
@@ -99,6 +101,16 @@ def let_hooks_see(model: PeftModel) -> None:
 
 def _with_hooks(tuner: Any, *args: Any, **options: Any) -> Any:
     return tuner.model(*args, **options)
+
+
+def check_saves_other_types() -> None:
+    """PEFT before 0.21 trains types that are not its own, and fails where it saves them.
+
+    Raises:
+        LightPeftError: such a release is here.
+    """
+    saves = hasattr(BaseTuner, "_remove_adapter_name_from_key")
+    require(saves, f"PEFT by bottleneck adapters needs peft 0.21 or newer; here is {peft.__version__}")
 
 
 # Tables

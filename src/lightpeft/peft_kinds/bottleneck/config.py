@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from peft import PeftConfig
 
-from lightpeft.compat.peft import register_prefix
+from lightpeft.compat.peft import check_saves_other_types, register_prefix
 from lightpeft.compat.transformers import ACT2FN
 from lightpeft.errors import require
 from lightpeft.peft_kinds.bottleneck.registration import BOTTLENECK, PREFIX
@@ -56,6 +56,7 @@ class BottleneckConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = BOTTLENECK
+        check_saves_other_types()
         register_prefix(BOTTLENECK, PREFIX)
         self.size_pattern = self.size_pattern or {}
         for names in ("target_modules", "exclude_modules"):
