@@ -45,8 +45,9 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 def parse_yaml(text: str, path: str | Path) -> Any:
     """A YAML value; `path` names it in the line about what is wrong with it."""
     in_c = yaml.__version__ != "6.0.3" and hasattr(yaml, "CSafeLoader")  # which crashes on a file of open brackets
-    loader: Any = (yaml.CSafeLoader if in_c else yaml.SafeLoader)(text)
     try:
+        # Inside, because the one in Python reads the text as it is made.
+        loader: Any = (yaml.CSafeLoader if in_c else yaml.SafeLoader)(text)
         node = loader.get_single_node()
         _check_size(node, path)
         return None if node is None else loader.construct_document(node)
@@ -54,8 +55,6 @@ def parse_yaml(text: str, path: str | Path) -> Any:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that is none
         raise LightPeftError(f"{path} is not YAML: {one_line(error, 300)}") from error
-    finally:
-        loader.dispose()
 
 
 def _check_size(root: yaml.Node | None, path: str | Path) -> None:
