@@ -26,6 +26,7 @@ from rich.console import Console
 from lightpeft.app.runs.reproduce import Results, Row, read_results
 from lightpeft.app.runs.reproduce.grid import cell_name
 from lightpeft.app.runs.reproduce.results import Report
+from lightpeft.budget.search import BudgetSearch, Probed
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json
 
@@ -41,6 +42,8 @@ class Found:
     seed: int
     blocks: float
     """The budget it found."""
+    again: float
+    """The budget that today's search finds by the same probes."""
     expected: float | None
     """What that would cost, as the run said; None where nothing was cut."""
     cost: float
@@ -116,6 +119,7 @@ def _pair(results: Results, rows: Mapping[str, Row], budgets: Sequence[str]) -> 
         Found(
             seed,
             told[seed]["blocks"],
+            again(told[seed]),
             told[seed]["expected"] and told[seed]["expected"]["left"] * worth[seed],
             cost,
         )
@@ -138,6 +142,13 @@ def _reports(results: Results, row: Row) -> dict[int, Report]:
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------
+
+
+def again(budget: Report) -> float:
+    """The budget that today's search finds by the probes that one has recorded."""
+    search = BudgetSearch({each["blocks"]: each["rise"] for each in budget["before"]}, budget["tolerance"])
+    search.probed = [Probed(**each) for each in budget["probed"]]
+    return search.found if search.probed else 0.0
 
 
 def table(pairs: Sequence[Pair]) -> str:
@@ -181,9 +192,11 @@ def verdict(pairs: Sequence[Pair]) -> str:
     near = sum(
         abs(statistics.fmean(found.blocks for found in pair.found) - pair.oracle) <= 0.1 + 1e-9 for pair in pairs
     )
+    then, now = (statistics.fmean(values) for values in zip(*((f.blocks, f.again) for _, f in runs), strict=True))
     return (
         f"In the mean over seeds {within} of {len(pairs)} pairs are within their tolerance, and {singly} of "
-        f"{len(runs)} single runs; {near} of {len(pairs)} are within 10 points of budget of the oracle."
+        f"{len(runs)} single runs; {near} of {len(pairs)} are within 10 points of budget of the oracle. "
+        f"They found {then:.1%} in the mean; today's search finds {now:.1%} by the same probes."
     )
 
 

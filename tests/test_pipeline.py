@@ -131,10 +131,18 @@ def test_light_run_leaves_every_artifact(benches: dict[tuple[str, str], Workbenc
 
 
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
-def test_plain_lora_run_takes_as_many_steps(benches: dict[tuple[str, str], Workbench], kind: tuple[str, str]) -> None:
+def test_plain_lora_run_takes_as_many_steps(
+    benches: dict[tuple[str, str], Workbench],
+    kind: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     bench = benches[kind]
     pipeline.run(bench.config("light"))
+    monkeypatch.setattr("lightpeft.prune.length.LEAST_EXAMPLES", 256)
+    capsys.readouterr()
     result = pipeline.run(bench.config("lora", method="plain"))
+    assert "estimation" not in capsys.readouterr().err, "there is none"
     folder = bench.folder / "lora"
     assert {path.name for path in folder.iterdir()} == {
         ".lock",

@@ -17,7 +17,7 @@ TRIED = {
     "datasets": "4.0 to 5.2",
     "huggingface_hub": "1.5 to 2.4",
 }
-"""Versions of libraries that lightpeft was tested with."""
+"""Releases of libraries that pyproject.toml allows, up to the newest that there was."""
 
 
 def unavailable(feature: str, lacking: object) -> LightPeftError:

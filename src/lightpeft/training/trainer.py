@@ -93,7 +93,7 @@ class Training(_Below):
         self._checkpoints.load_states(checkpoint, super()._load_optimizer_and_scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Right behind the cut there is none, and other numbers of processes have others."""
+        """Right behind the cut there is none."""
         self._checkpoints.load_random_state(checkpoint, super()._load_rng_state)
 
     # -- a step --------------------------------------------------------------------------------------------------

@@ -198,8 +198,8 @@ class Workspace:
             self.run.announce(stage, f"{nothing}; a number, such as light: 0.2, cuts it all the same")
         elif writes and (line := cut_of_writer(light)) is not None:
             self.run.announce(stage, line)
-        scored = self.pace.least_examples(scored_steps(self.stage.steps)) if self.config.way.prunes else 0
-        if (few := few_examples(light, scored)) is not None:
+        scored = self.pace.least_examples(scored_steps(self.stage.steps))
+        if self.config.way.prunes and (few := few_examples(light, scored)) is not None:
             self.run.announce(stage, f"warning: {few}")
         limit = self.config.data.max_length
         share = share_at_limit(self.train_rows, limit) if self.task.cuts else 0.0
