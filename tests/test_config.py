@@ -78,7 +78,7 @@ def test_sections_that_say_no_task(data: dict[str, Any]) -> None:
         ({"training": {"warmup": None}}, "training.warmup is None"),
         ({"light": {"remove": {"multiple_of": 1.5}}}, "light.remove.multiple_of is 1.5; it must be a whole number"),
         ({"model": {"low_memory": "yes"}}, "model.low_memory is 'yes'; it must be true or false"),
-        ({"model": "bert"}, "model. must be a mapping, not 'bert'"),
+        ({"model": "bert"}, "model must be a mapping, not 'bert'"),
         ({"model": {"name": 3}}, "model.name is 3; it must be text"),
         ({"data": {"columns": "text"}}, "data.columns is 'text'; it must be a mapping"),
         ({"data": {"columns": {"text": 2}}}, "data.columns.text is 2; it must be text"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from lightpeft.config import (
     run_config_from_dict,
 )
 from lightpeft.config.derived import TABLE
-from lightpeft.config.light import SHARES
+from lightpeft.config.light import SHARES, After, Remove
 from lightpeft.errors import LightPeftError
 
 
@@ -101,7 +102,7 @@ def test_what_is_refused(leaves: dict[str, Any], says: str) -> None:
         ({"preset": "slow"}, "light.preset is 'slow'"),
         ({"heads": 0.5}, "unknown key light.heads; did you mean light.remove.heads?"),
         ({"learning_rate_scale": 2.0}, "unknown key light.learning_rate_scale"),
-        ({"remove": 0.4}, "light.remove. must be a mapping"),
+        ({"remove": 0.4}, "light.remove must be a mapping"),
     ],
 )
 def test_forms_that_are_refused(light: Any, says: str) -> None:
@@ -262,6 +263,18 @@ def test_what_is_saved_is_read_again() -> None:
         for data in ({}, {"data": {"task": "chat"}}, {"peft": "bottleneck"}):
             config = run_config_from_dict({**data, "light": light})
             assert run_config_from_dict(dataclasses.asdict(config)) == config
+
+
+def test_sections_are_given_as_mappings_in_python_as_well() -> None:
+    light = LightConfig(remove={"blocks": 0.4}, after={"keep": "full"})
+    assert light == LightConfig(remove=Remove(blocks=0.4), after=After(keep="full"))
+    for section, said in (
+        ({"remove": {"blocks": 1.4}}, "light.remove.blocks is 1.4"),
+        ({"remove": {"bloks": 0.4}}, "unknown key light.remove.bloks; did you mean light.remove.blocks?"),
+        ({"after": 3}, "light.after must be a mapping, not 3"),
+    ):
+        with pytest.raises(LightPeftError, match=re.escape(said)):
+            LightConfig(**section)
 
 
 def test_a_file_says_it_in_any_form(tmp_path: Path) -> None:

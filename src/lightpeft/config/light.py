@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from lightpeft.config.validation import check_values
+from lightpeft.config.validation import check_values, from_dict
 from lightpeft.errors import LightPeftError, require
 
 Scope = Literal["layerwise", "global"]
@@ -261,6 +261,11 @@ class LightConfig:
     """What is left."""
 
     def __post_init__(self) -> None:
+        for section in (Remove, Estimate, Modules, Rates, After):
+            name = section.__name__.lower()
+            given = getattr(self, name)
+            if not isinstance(given, section):
+                setattr(self, name, from_dict(section, given, f"light.{name}."))
         check_values(self)
         whole = "full and both are of the whole base, with all of its tokens; keep the vocabulary, or only light"
         require(self.after.keep == "light" or self.remove.vocabulary == "keep", f"light.after.keep: {whole}")

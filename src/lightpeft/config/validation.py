@@ -104,7 +104,7 @@ def checked_fields(cls: type, data: dict[str, Any], where: str = "", without: Co
     Raises:
         LightPeftError: a key is no field, or a value is of another type.
     """
-    require(isinstance(data, dict), f"{where or 'the configuration'} must be a mapping, not {shown(data)}")
+    require(isinstance(data, dict), f"{where.rstrip('.') or 'the configuration'} must be a mapping, not {shown(data)}")
     names = [field.name for field in dataclasses.fields(cls) if field.name not in without]
     hints = _hints(typing.cast(Any, cls))
     values: dict[str, Any] = {}
