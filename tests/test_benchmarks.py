@@ -165,20 +165,23 @@ def test_the_documented_table_of_found_budgets_is_the_published_one(capsys: pyte
 def test_costs_of_a_tolerance_in_nats_are_those_of_the_loss(tmp_path: Path) -> None:
     """Whatever the task's own metric is; a run that cuts nothing expects nothing."""
     losses = {"nothing cut": 2.0, "20%": 2.03, "auto": 2.01}
-    asked = {"tolerance": 0.05, "points_a_nat": None, "blocks": 0.1, "expected": {"left": 0.02}}
+    seen = {"before": [{"blocks": 0.2, "rise": 0.1}], "probed": []}
+    asked = {"tolerance": 0.05, "points_a_nat": None, "blocks": 0.1, "expected": {"left": 0.02}, **seen}
     reports = {
         f"m/t/{method}/{seed}": {"metrics": {"accuracy": 0.5, "loss": loss + seed}, "budget": asked}
         for method, loss in losses.items()
         for seed in (0, 1)
     }
+    probed = [{"blocks": 0.2, "before": 0.1, "after": 0.04, "error": 0.001}]
+    reports["m/t/auto/0"]["budget"] = asked | {"probed": probed}
     reports["m/t/auto/1"]["budget"] = asked | {"blocks": 0.0, "expected": None}
     rows = [Row("m", "t", method, "accuracy", [0, 1], [0.5, 0.5], None, None, {}) for method in losses]
     (pair,) = found_budgets.pairs_of(Results(rows, "nothing cut", 6, "", reports))
     assert (pair.metric, pair.unit, pair.tolerance, pair.dense) == ("loss", "nats", 0.05, 2.5)
     assert pair.costs == {0.2: [pytest.approx(0.03)] * 2}
-    assert [(f.blocks, f.expected, f.cost) for f in pair.found] == [
-        (0.1, 0.02, pytest.approx(0.01)),
-        (0.0, None, pytest.approx(0.01)),
+    assert [(f.blocks, f.again, f.expected, f.cost) for f in pair.found] == [
+        (0.1, 0.2, 0.02, pytest.approx(0.01)),
+        (0.0, 0.0, None, pytest.approx(0.01)),
     ]
     assert pair.oracle == pytest.approx(0.2)
 
