@@ -30,7 +30,7 @@ from lightpeft.app.runs.reproduce import running
 from lightpeft.budget import room
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DOCUMENTS.remove(ROOT / "docs/start.md")  # test_start.py runs it, in processes and a clone of its own
 LONG = {"guide", "shell"}
 """Pages whose commands take longest: `make test-all` runs them."""

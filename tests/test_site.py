@@ -73,7 +73,7 @@ def test_readme_is_a_pitch() -> None:
     assert len(blocks(ROOT / "README.md", "python")) == 1 and len(blocks(ROOT / "README.md", "")[0].splitlines()) == 3
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.stem)
 def test_a_page_begins_with_the_question_that_it_answers(page: Path) -> None:
     title, empty, first, *_ = page.read_text(encoding="utf-8").splitlines()
     assert title.startswith("# ") and not empty and re.match(r"[\w`\[]", first), "a title, and then a paragraph"
