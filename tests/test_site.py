@@ -202,7 +202,7 @@ PAPER = "return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).s
 def test_pages_in_a_browser(scheme: str, browser: Any, address: str) -> None:
     """Nothing goes wrong, nothing is wider than a window, and colours are those that the reader's system asks for."""
     wanted = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    for name in ("index.html", "docs/guide.html", "docs/quality.html", "docs/api/config.html"):
+    for name in ("index.html", "docs/guide.html", "docs/explanation/results.html", "docs/api/config.html"):
         for width in WIDTHS:
             window = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
             browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", window)
