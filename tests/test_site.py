@@ -216,6 +216,7 @@ def test_pages_in_a_browser(scheme: str, browser: Any, address: str) -> None:
     for name in (
         "index.html",
         "docs/how-to/budget.html",
+        "docs/explanation/results.html",
         "docs/reference/families.html",
         "docs/reference/api/config.html",
     ):
