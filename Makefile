@@ -105,6 +105,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python docs/style.py --prose build/prose
+	$(BIN)/proselint check --config docs/proselint.json build/prose
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
