@@ -218,6 +218,7 @@ def test_pages_in_a_browser(scheme: str, browser: Any, address: str) -> None:
         "docs/how-to/budget.html",
         "docs/explanation/results.html",
         "docs/reference/families.html",
+        "docs/explanation/results.html",
         "docs/reference/api/config.html",
     ):
         for width in WIDTHS:

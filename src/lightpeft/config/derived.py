@@ -81,7 +81,7 @@ TABLE = (
     ),
     Rule(
         {"modules": {"remove": 0.0, "remove_ranks": 0.0}, "rates": {"scale": 0.1, "estimation_scale": 2.0}},
-        "docs/train_all.md",
+        "docs/how-to/train_all.md",
         train="all",
     ),
     Rule(
