@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 DONE = ("README.md", "docs/**/*.md", "benchmarks/README.md")
-"""Pages in plain English. Add a page here when its prose is edited."""
+"""Pages in plain English, as patterns. Add a page here when its prose is edited."""
 GENERATED = ("docs/reference/settings.md",)
 
 LONGEST_SENTENCE = 40
@@ -26,6 +26,8 @@ WIDTH = 100
 """Columns of a line, the targets of links apart."""
 
 NOT_PROSE = re.compile(r"^```.*?^```$|<!-- results: .*?<!-- /results: .*?-->|<!--.*?-->", re.MULTILINE | re.DOTALL)
+OTHER = ("|", "#", ":::", "![")
+"""How lines of tables, headings, references and pictures begin."""
 ITEM = re.compile(r"\s*(?:[-*]|\d+\.)\s+")
 TARGET = re.compile(r"\]\([^)]*\)")
 END = re.compile(r"(?<=[.!?])[)*\"]*\s+(?=[A-Z`*\[(\"])")
@@ -43,7 +45,7 @@ def lines(page: str) -> list[Line]:
     """The lines of a page; those that are not prose are empty, so that numbers stay."""
     blanked = NOT_PROSE.sub(lambda found: "\n" * found.group().count("\n"), page)
     return [
-        Line(number, "" if text.lstrip().startswith(("|", "#", ":::", "![", "    ")) else text.rstrip())
+        Line(number, "" if text.startswith("    ") or text.lstrip().startswith(OTHER) else text.rstrip())
         for number, text in enumerate(blanked.split("\n"), 1)
     ]
 

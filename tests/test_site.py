@@ -20,6 +20,7 @@ from documents import blocks
 from lanes import telling
 
 import lightpeft
+from lightpeft.app.evaluation import milestones
 from lightpeft.errors import LightPeftError
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +96,37 @@ def test_every_public_name_has_one_place_in_the_reference() -> None:
     public = [name.removeprefix("lightpeft.") for name in placed if name.count(".") == 1]
     assert sorted(public) == sorted(lightpeft.__all__)
     assert len(placed) == len(set(placed))
+
+
+SETTING = re.compile(r"(?<![\w.-])(?:light|training|data|tasks\.NAME)(?:\.[a-z_]+)+(?![\w(])")
+COLUMNS = re.compile(r"data\.columns\.\w+")
+
+
+def test_settings_that_pages_name_exist() -> None:
+    """In prose and in commands; of a mapping, any key will do."""
+    table = (ROOT / "docs/reference/settings.md").read_text(encoding="utf-8")
+    known = set(re.findall(r"^\| `([\w.]+)`", table, re.MULTILINE))
+    known |= {name.rpartition(".")[0] for name in known}
+    unknown = {}
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        text = page.read_text("utf-8").partition("## Failed experiments")[0]  # of which some settings are gone
+        text = COLUMNS.sub("", re.sub(r"\]\([^)]*\)|```python.*?```", "", text, flags=re.DOTALL))
+        if found := set(SETTING.findall(text)) - known:
+            unknown[page.relative_to(ROOT).as_posix()] = found
+    assert not unknown
+
+
+def test_names_that_the_reference_quotes_exist() -> None:
+    def first(page: str, heading: str) -> list[str]:
+        section = (ROOT / "docs/reference" / page).read_text("utf-8").partition(heading)[2].partition("\n## ")[0]
+        return [row.split("|")[1] for row in section.splitlines() if row.startswith("| `")]
+
+    assert [cell.strip(" `") for cell in first("files.md", "## Milestones")] == [
+        name for name in milestones.MILESTONES if name != "after_pruning_modules"
+    ]
+    calls = (ROOT / "docs/reference/python.md").read_text("utf-8").partition("## ")[0]
+    named = re.findall(r"`(\w+)(?:\(\w+\))?`", "".join(row.split("|")[2] for row in calls.splitlines() if "|" in row))
+    assert named and not {name for name in named if name not in {*lightpeft.__all__, "register_family"}} - {"Trainer"}
 
 
 @pytest.mark.parametrize(
@@ -216,6 +248,7 @@ def test_pages_in_a_browser(scheme: str, browser: Any, address: str) -> None:
     for name in (
         "index.html",
         "docs/how-to/budget.html",
+        "docs/explanation/results.html",
         "docs/reference/families.html",
         "docs/explanation/results.html",
         "docs/reference/api/config.html",

@@ -37,6 +37,7 @@ def test_a_fault_is_found(page: str, fault: str) -> None:
     [
         f"```\n{LONG}. What is cut is gone. {'x' * 101}\n```",
         f"| {SHORT} {' word' * 41} | What is cut. |",
+        f"    {'word ' * 41}",
         f"# What is cut {'x' * 101}",
         f"<!-- {LONG}\n{'x' * 101} -->",
         "What is cut? The heads.",
