@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,22 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from workbench import SPECIAL, _tokenizer
+from workbench import (
+    BAD,
+    GOOD,
+    NEUTRAL,
+    SPECIAL,
+    Workbench,
+    _tokenizer,
+    labelled,
+    lightpeft,
+    read,
+    save_base,
+    write_rows,
+)
 
 from lightpeft import LightTrainer, light_trainer
+from lightpeft.app.runs import pipeline
 from lightpeft.training.teaching import TEMPERATURE
 
 ROWS, BATCH = 24, 8
@@ -169,3 +183,40 @@ def test_the_loss_is_the_formula(kind: str, parts: int, tmp_path: Path) -> None:
     assert losses(trained) == pytest.approx(found, rel=1e-3)
     for name, weight in weights(expected).items():
         assert weight.allclose(trained.model.get_parameter(name), rtol=0, atol=1e-5), name
+
+
+# -- runs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    """A student whose labels say nothing, and a teacher of another family, which knows the same words by other ids."""
+    made = Workbench(tmp_path_factory.mktemp("teaching"))
+    other = _tokenizer([*SPECIAL, *BAD, *GOOD, *NEUTRAL], "mpnet")
+    save_base(made.folder / "other", "mpnet", seed=3, tokenizer=other)
+    changes = {"method": "full", "model.name": str(made.folder / "other"), "training.learning_rate": 3e-3}
+    pipeline.run(made.config("teacher", **changes, **{"training.epochs": 10}))
+    draw = random.Random(0)
+    spoilt = [{**row, "label": draw.choice(["positive", "negative"])} for row in labelled(64, seed=1)]
+    write_rows(made.train, spoilt)
+    return made
+
+
+def taught(bench: Workbench, name: str, **changes: Any) -> Any:
+    teacher = {"training.teacher": str(bench.folder / "teacher"), "training.teacher_weight": 1.0}
+    return bench.config(name, **{**teacher, "training.epochs": 6, **changes})
+
+
+def accuracy(report: dict[str, Any]) -> float:
+    return float(report["metrics"]["accuracy"])
+
+
+@pytest.mark.parametrize("method", ["light", "plain", "full"])
+def test_a_run_learns_from_a_teacher_with_another_tokenizer(bench: Workbench, method: str) -> None:
+    changes = {"method": method} | ({"training.learning_rate": 3e-3} if method == "full" else {})
+    assert accuracy(read(bench.folder / "teacher/metrics.json")) > 0.95
+    report = pipeline.run(taught(bench, method, **changes))
+    assert accuracy(report) > 0.9
+    assert report["seconds"]["teach"] > 0
+    alone = pipeline.run(taught(bench, f"{method}-alone", **changes, **{"training.teacher": None}))
+    assert accuracy(alone) < 0.8
