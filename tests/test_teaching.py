@@ -15,7 +15,7 @@ import pytest
 import torch
 from adapters import save_light
 from datasets import Dataset
-from lights import light_of
+from lights import but, light_of
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, make, refusal, with_lora, without_dropout
@@ -202,7 +202,7 @@ def test_the_loss_is_the_formula(kind: str, parts: int, tmp_path: Path) -> None:
         assert weight.allclose(trained.model.get_parameter(name), rtol=0, atol=1e-5), name
 
 
-@pytest.mark.parametrize("light", [NOTHING, CUT], ids=["nothing", "cut"])
+@pytest.mark.parametrize("light", [NOTHING, CUT, but(CUT, train="all")], ids=["nothing", "cut", "all"])
 def test_a_column_is_a_teacher(light: Any, tmp_path: Path) -> None:
     """The rows that a trainer has asked a teacher about need no teacher, and no column that the model does not know."""
     settings = {"max_steps": 6, "num_train_epochs": 2}
