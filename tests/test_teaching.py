@@ -232,9 +232,11 @@ def test_a_student_learns_what_its_teacher_says_and_labels_do_not(kind: str, tmp
     assert agreed[0] > 0.9 > 0.8 > agreed[1]
 
 
-def test_evaluation_is_on_labels_alone(tmp_path: Path) -> None:
-    rows = rows_of("classes")
-    made = trainer("classes", tmp_path, teacher=KINDS["classes"][0](7), eval_dataset=rows)
+@pytest.mark.parametrize("kind", ["classes", "tokens", "options"])
+def test_evaluation_is_on_labels_alone(kind: str, tmp_path: Path) -> None:
+    """Also of rows that have a teacher's logits."""
+    rows, settings = rows_of(kind), {"per_device_eval_batch_size": ROWS}
+    made = trainer(kind, tmp_path, teacher=KINDS[kind][0](7), eval_dataset=rows, settings=settings)
     batch = dict(made.data_collator([rows[index] for index in range(ROWS)]))
     expected = float(made.model.eval()(**batch).loss)
     assert made.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-5)

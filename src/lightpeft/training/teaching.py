@@ -6,7 +6,7 @@ squared difference in the divergence's place. (Hinton et al. 2015, "Distilling t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -160,11 +160,15 @@ class Teaching:
             require(fits, f"{where} is {list(given.shape)}, and {type(model).__name__} needs {shape}")
 
     @contextmanager
-    def batching(self) -> Iterator[None]:
-        """Inside the block the trainer makes batches of training rows, with the teacher's logits in them."""
+    def batching(self, *, training: bool) -> Iterator[None]:
+        """Inside the block the trainer makes batches of rows that have the teacher's logits.
+
+        Args:
+            training: whether batches have them, too; rows to evaluate on lose them.
+        """
         trainer, own = self._trainer, self._trainer.data_collator
         if has_answers(trainer.train_dataset):
-            trainer.data_collator = _WithAnswers(own)
+            trainer.data_collator = (_WithAnswers if training else _WithoutAnswers)(own)
         try:
             yield
         finally:
@@ -185,10 +189,8 @@ class Teaching:
 
     def lesson(self, model: nn.Module, inputs: Any) -> Lesson | None:
         """What the teacher says of a batch, which is taken out of it; None where the model is not to learn it."""
-        if not has_answers(self._trainer.train_dataset):
-            return None
-        logits = inputs.pop(TEACHER_LOGITS, None)
-        if not model.training:
+        logits = inputs.pop(TEACHER_LOGITS, None) if isinstance(inputs, MutableMapping) else None
+        if not model.training or not has_answers(self._trainer.train_dataset):
             return None
         if logits is None:
             raise LightPeftError(f"a batch has lost {TEACHER_LOGITS} on its way from the training rows to the loss")
@@ -239,14 +241,22 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class _WithAnswers:
-    """A collator whose batches have the teacher's logits of their rows."""
+class _WithoutAnswers:
+    """A collator whose rows may have a teacher's logits, which it leaves out."""
 
     collate: Callable[[list[dict[str, Any]]], Any]
 
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        return self.collate([{name: row[name] for name in row if name != TEACHER_LOGITS} for row in rows])
+
+
+@dataclass(frozen=True)
+class _WithAnswers(_WithoutAnswers):
+    """A collator whose batches have the teacher's logits of their rows."""
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
         logits = [torch.as_tensor(row[TEACHER_LOGITS], dtype=torch.float32) for row in rows]
-        batch = self.collate([{name: row[name] for name in row if name != TEACHER_LOGITS} for row in rows])
+        batch = super().__call__(rows)
         if logits[0].dim() == 2:
             batch[TEACHER_LOGITS] = _at_labels(logits, rows, batch["labels"])
         else:

@@ -80,8 +80,13 @@ class Training(_Below):
 
     def get_train_dataloader(self) -> Any:
         """Collators know nothing of a teacher's logits."""
-        with self._teaching.batching():
+        with self._teaching.batching(training=True):
             return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, *args: Any, **options: Any) -> Any:
+        """Rows to evaluate on may have such logits, and no use for them."""
+        with self._teaching.batching(training=False):
+            return super().get_eval_dataloader(*args, **options)
 
     def _set_signature_columns_if_needed(self) -> None:
         """`Trainer` drops columns that are neither arguments of the model nor labels."""

@@ -160,7 +160,7 @@ def _find_budget(work: Workspace) -> None:
     record = EstimationRecord.load(work.run.estimation)
     set_seed(work.config.seed)
     light = work.config.light.with_depth(0.0)  # those blocks are gone
-    work = replace(work, config=replace(work.config, light=light))
+    work = replace(work, config=replace(work.config, light=light), teacher=None)  # labels alone tell
     LightRun(work, estimated_model(work, record)).leave_light_budget(record)
 
 
