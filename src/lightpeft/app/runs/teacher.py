@@ -48,6 +48,14 @@ _LOGITS, _FACTS = "logits.safetensors", "teacher.json"
 _UNNAMED = re.compile(r"LABEL_\d+")
 
 
+def check_teachable(config: RunConfig, task: Task) -> None:
+    """Raise `LightPeftError` if a run asks for a teacher, and its task has no logits to learn."""
+    told = f"training.teacher: task {config.data.task} (answered by {task.head}) gives no logits to learn"
+    kinds = "classification, regression and multiple-choice answered by a head"
+    teachable = config.training.teacher is None or task.head in TEACHABLE
+    require(teachable, f"{told}; only {kinds} can be taught")
+
+
 @dataclass(frozen=True)
 class RunTeacher:
     """A teacher that was found good for a run; nothing of it is loaded yet."""
@@ -66,16 +74,11 @@ class RunTeacher:
             rows: that it trains on, in the columns of the task's kind.
 
         Raises:
-            LightPeftError: there is no such model, or it cannot teach this task.
+            LightPeftError: there is no such model, or it was trained for another task or other labels.
         """
         name = config.training.teacher
         if name is None:
             return None
-        told = f"task {config.data.task}" + ("" if task.head in TEACHABLE else f" (answered by {task.head})")
-        kinds = "classification, regression and multiple-choice answered by a head"
-        require(
-            task.head in TEACHABLE, f"training.teacher: {told} gives no logits to learn; only {kinds} can be taught"
-        )
         switches = {name: getattr(config.model, name) for name in SWITCHES}
         try:
             found = find_model(name, None, switches)

@@ -15,7 +15,7 @@ from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.folders.forms import Wanted
 from lightpeft.app.folders.opening import open_base
 from lightpeft.app.folders.run_folder import RunFolder
-from lightpeft.app.runs.teacher import RunTeacher
+from lightpeft.app.runs.teacher import RunTeacher, check_teachable
 from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.app.tasks.loading import load_task
 from lightpeft.app.tasks.tokens import Collator, check_max_length, check_tokens, padding_within, share_at_limit
@@ -254,6 +254,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     check_peft_settings(config)
     model_config = load_model_config(config.model)
     task = load_task(config.data, model_config, config.tasks)
+    check_teachable(config, task)
     if config.training.gradient_checkpointing:
         able = supports_checkpointing(config.model, task.head, task.labels, to_prune=config.way.prunes)
         cannot = f"{config.model.name} ({model_config.model_type}) has no gradient checkpointing in transformers"
