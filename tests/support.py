@@ -6,8 +6,8 @@ python tests/support.py --write
 from __future__ import annotations
 
 import argparse
-import itertools
 import functools
+import itertools
 import os
 import sys
 import tempfile
@@ -181,7 +181,8 @@ def row_of(name: str) -> str:
 def support_table(cells: dict[str, list[str]]) -> str:
     """The support matrix: model type -> its cells, as Markdown; neighbours with the same cells share a row."""
     titles = [f"{kind} {check}" if kind != "lora" else f"LoRA {check}" for check, kind in CELLS]
-    return _markdown(["`model_type`", *titles], _grouped([f"`{model_type}`", *row] for model_type, row in cells.items()))
+    lines = ([f"`{model_type}`", *row] for model_type, row in cells.items())
+    return _markdown(["`model_type`", *titles], _grouped(lines))
 
 
 def read_support() -> dict[str, list[str]]:
