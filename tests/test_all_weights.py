@@ -143,13 +143,13 @@ def test_a_run_in_one_go_in_stages_and_killed(bench: Workbench) -> None:
     report = read(folders[0] / "metrics.json")
     light = load_light(folders[0] / "adapter", is_trainable=True)
     assert report["parameters"]["trained"] == sum(p.numel() for p in light.parameters() if p.requires_grad)
-    assert report["metrics"]["accuracy"] > 0.8
+    assert report["metrics"]["accuracy"] > 0.7
 
 
 def test_a_run_that_cuts_nothing_is_full_fine_tuning(bench: Workbench) -> None:
     assert lightpeft("run", "--config", bench.yaml("nothing", **SETTINGS, **{"light.remove.blocks": 0.0})) == 0
     report = read(bench.folder / "nothing" / "metrics.json")
-    assert report["parameters"]["base_removed_ratio"] == 0 and report["metrics"]["accuracy"] > 0.8
+    assert report["parameters"]["base_removed_ratio"] == 0 and report["metrics"]["accuracy"] > 0.7
 
 
 def test_refused_before_anything_is_written(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
