@@ -1,4 +1,4 @@
-# make demo: set up and run the main job on a real model.   make test: set up, lint, types, tests.
+# make demo: set up and run the demo on a real model.   make test: set up, lint, types, tests.
 # Everything is installed into .venv; a second call installs nothing again.
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ WORKERS ?= 2
 .PHONY: help demo test test-all coverage test-faults test-vllm test-deepspeed test-gpu test-lowest test-axolotl test-newest fetch docs lint format clean
 
 help:
-	@echo "make demo         set up .venv, fetch a real model and data, run the main job and compare it with plain LoRA"
+	@echo "make demo         set up .venv and run lightpeft demo: a real model and real rows, lightpeft beside plain LoRA"
 	@echo "make test         set up .venv with the dev extra, fetch the same model and data, run lint, types and tests"
 	@echo "make test-all     lint, types and all tests: every family, every fault, and what takes long"
 	@echo "make coverage     the same tests with every line counted, which takes longer; fails where they reach less than 95%"
@@ -30,8 +30,7 @@ help:
 	@echo "make clean        remove caches and build outputs (not .venv, not demo/cache)"
 
 demo: $(VENV)/.installed-demo
-	$(BIN)/python demo/fetch.py
-	HF_HUB_OFFLINE=1 $(BIN)/python demo/main_job.py
+	HF_HUB_OFFLINE=1 $(BIN)/lightpeft demo --cache demo/cache
 
 ALL_TESTS = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

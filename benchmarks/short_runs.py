@@ -6,7 +6,7 @@
 `budgets` fixes 20, 40 and 60% of the blocks (all epochs run), in bfloat16. `first` gives the command
 of README a file of so many rows, of which it holds out a fifth, and says nothing about what to remove or how long to
 train. Both are measured on 600 rows that no run has seen. Data: ratings of reviews, tweets and editorials by people,
-from the package that `demo/fetch.py` takes the movie reviews from, as two classes; `eight` is which of the four sources
+from the package that `lightpeft demo` takes its rows from, as two classes; `eight` is which of the four sources
 a text is from, and whether it is rated positive or negative. `--data` is a folder with sst2, cola, rte and banking77 in
 the hub's columns. A cell that is done is not run again.
 """
@@ -34,6 +34,7 @@ from rich.console import Console
 from lightpeft.app.cli.command import quiet
 from lightpeft.app.evaluation.reports import evaluate_model
 from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.demo import fetching
 from lightpeft.config import run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import read_json, write_json
@@ -41,8 +42,6 @@ from lightpeft.profiling.surroundings import hardware
 from lightpeft.training.schedule import auto_epochs
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "demo"))
-import fetch  # noqa: E402
 
 SOURCES = {
     "movies": "movieReviewSnippets",
@@ -133,8 +132,8 @@ def make_data(folder: Path, source: Path | None) -> None:
     if not (folder / "eight.test.csv").is_file():
         rated = dict(ratings())
         for name, rows in rated.items():
-            write_parts(folder, name, fetch.split(rows, "text"))
-        write_parts(folder, "eight", fetch.split(eight(rated), "text"))
+            write_parts(folder, name, fetching.split(rows, "text"))
+        write_parts(folder, "eight", fetching.split(eight(rated), "text"))
     for task, columns in GLUE.items() if source else ():
         if not (folder / f"{task}.test.csv").is_file():
             files = {"train": "train", "test": "validation"}
@@ -147,13 +146,13 @@ def make_data(folder: Path, source: Path | None) -> None:
 def ratings() -> Iterator[tuple[str, list[Row]]]:
     """Each source's texts with the sign of their mean rating, without the near-neutral."""
     with tempfile.TemporaryDirectory() as temporary:
-        package = fetch.download(fetch.VADER, Path(temporary) / "download")
+        package = fetching.download(fetching.VADER, Path(temporary) / "download")
         inner = Path(temporary) / "ratings.tar.gz"
-        fetch.extract(package, fetch.VADER.key_file, inner)
-        fetch.check_digest(inner, fetch.VADER.key_sha256)
+        fetching.extract(package, fetching.VADER.key_file, inner)
+        fetching.check_digest(inner, fetching.VADER.key_sha256)
         for name, file in SOURCES.items():
             text = Path(temporary) / f"{name}.txt"
-            fetch.extract(inner, f"hutto_ICWSM_2014/{file}_GroundTruth.txt", text)
+            fetching.extract(inner, f"hutto_ICWSM_2014/{file}_GroundTruth.txt", text)
             yield name, list(rated_rows(text))
 
 

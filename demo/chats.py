@@ -15,7 +15,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from fetch import split
+from lightpeft.app.runs.demo.fetching import split
 
 log = logging.getLogger("chats")
 

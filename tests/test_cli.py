@@ -33,9 +33,11 @@ NAMES = [
     "bench",
     "predict",
     "export",
+    "trim",
     "inspect",
     "report",
     "reproduce",
+    "demo",
 ]
 
 

@@ -26,6 +26,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from lightpeft import EarlyPruner, load_light
 from lightpeft.app import cli
+from lightpeft.app.runs.demo import fetching
 from lightpeft.app.runs.reproduce import running
 from lightpeft.budget import room
 from lightpeft.prune import length
@@ -69,6 +70,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / "demo/cache/movie_reviews").mkdir()
         for name in ("train", "test"):
             workbench.write_rows(folder / f"demo/cache/movie_reviews/{name}.csv", rows)
+        in_reach_of_demo(folder, patch)
         renamed(folder / "reviews.csv", rows, review="text", stars="label")
         renamed(folder / "pairs.csv", rows, premise="text", hypothesis="text", relation="label")
         (folder / "reviews.txt").write_text("\n".join(row["text"] for row in rows[:5]))
@@ -92,6 +94,14 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         run = commands(blocks(ROOT / "README.md", "")[1])[0]  # leaves the folder "runs/stars"
         cli.main(run[1:])
         yield folder
+
+
+def in_reach_of_demo(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Let `lightpeft demo` take the tiny model and rows."""
+    (folder / "lightpeft").mkdir()
+    (folder / "lightpeft/demo").symlink_to(folder / "demo/cache")
+    patch.setenv("XDG_CACHE_HOME", str(folder))
+    patch.setattr(fetching, "READY", {})
 
 
 def write_splits(folder: Path, rows: Callable[[int], list[dict[str, Any]]]) -> None:

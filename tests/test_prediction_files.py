@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
-from lightpeft.app.evaluation.prediction_files import check_predictions_path, read_inputs, write_predictions
+from lightpeft.app.evaluation.prediction_files import check_predictions_path, write_predictions
+from lightpeft.app.tasks.rows.inputs import read_inputs
 from lightpeft.errors import LightPeftError
 
 

@@ -80,7 +80,7 @@ def test_readme_is_a_pitch() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 100
     install, commands = blocks(ROOT / "README.md", "")
-    assert install == "pip install lightpeft\n" and len(commands.splitlines()) == 3
+    assert install == "pip install lightpeft\nlightpeft demo\n" and len(commands.splitlines()) == 3
     assert len(blocks(ROOT / "README.md", "python")) == 1 and "make demo" in text and "make test" in text
 
 

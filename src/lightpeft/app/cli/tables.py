@@ -8,6 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from lightpeft.app.exports.trimming import Trimmed
 from lightpeft.app.runs.bench import rounds_in_words
 from lightpeft.app.runs.checking import Check
 from lightpeft.config import peft_type
@@ -143,6 +144,29 @@ def bench_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
+def demo_table(plain: Mapping[str, Any], light: Mapping[str, Any]) -> Table:
+    """Two finished runs on the same rows side by side: quality, size and time.
+
+    Args:
+        plain: metrics.json of a run with method plain.
+        light: metrics.json of a run with method light.
+    """
+    both = (plain, light)
+    table = _numbers_table("on the same rows", "", plain_name(plain["config"]), "lightpeft")
+    name = plain["main_metric"]
+    table.add_row(name, *(f"{report['metrics'][name]:.4f}" for report in both))
+    table.add_row("95% interval", *(_range(report["intervals"].get(name)) for report in both))
+    sizes = [report["parameters"] for report in both]
+    table.add_row("parameters of the base", *(shown(size["base"]) for size in sizes))
+    table.add_row("removed", *(f"{size['base_removed_ratio']:.1%}" for size in sizes))
+    table.add_row("trainable parameters", *(shown(size["peft"] + size["head"]) for size in sizes))
+    table.add_row("saved adapter", *(in_bytes(report["adapter_bytes"]) for report in both))
+    times = [sum(cost["seconds"] for cost in report["training"].values()) for report in both]
+    faster = f"{exact_duration(times[1])} ({times[0] / times[1]:.2f}x as fast)"
+    table.add_row("training, estimation included", exact_duration(times[0]), faster)
+    return table
+
+
 def speed_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Of what `bench` gives, measure by measure: its name, plain, light, and the ratio of light with its quartiles."""
     subjects, ratios, whole = found["subjects"], found["ratios"], found["end_to_end"]
@@ -187,6 +211,17 @@ def needs_table(found: Check) -> Table:
         parts = (held.weights, held.trained, held.activations, held.overhead, held.total)
         in_mib = (f"{part / 2**20:,.0f}" for part in parts)
         table.add_row(name, str(need.steps), *in_mib, f"{held.flops / 1e9:,.0f}")
+    return table
+
+
+def trim_table(trimmed: Trimmed) -> Table:
+    """Tokens, parameters and weights of a model before and after its vocabulary was cut."""
+    table = _numbers_table("vocabulary", "", "before", "after", "removed")
+    before, after = vars(trimmed.before), vars(trimmed.after)
+    forms = {"tokens": shown, "parameters": shown, "weights_bytes": in_bytes}
+    for name, form in forms.items():
+        removed = 1 - after[name] / before[name]
+        table.add_row(name.removesuffix("_bytes"), form(before[name]), form(after[name]), f"{removed:.1%}")
     return table
 
 

@@ -13,13 +13,14 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lightpeft.app.evaluation.prediction_files import check_predictions_path, read_inputs, write_predictions
+from lightpeft.app.evaluation.prediction_files import check_predictions_path, write_predictions
 from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.folders.forms import Found, Wanted
 from lightpeft.app.folders.opening import find_model
 from lightpeft.app.tasks.answers import Columns
 from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.app.tasks.loading import convert, input_columns, restore_task
+from lightpeft.app.tasks.rows.inputs import read_inputs
 from lightpeft.app.tasks.tokens import check_tokens
 from lightpeft.errors import require
 from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token

@@ -45,7 +45,7 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         LightPeftError: it is not a fast one, or of a kind whose vocabulary cannot be cut.
     """
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    instead = "leave light.remove.vocabulary at keep"
+    instead = "keep all its tokens (of a run, light.remove.vocabulary: keep)"
     name = type(tokenizer).__name__
     require(backend is not None, f"{name} is no fast tokenizer, whose vocabulary could be cut; {instead}")
     description: dict[str, Any] = json.loads(backend.to_str())

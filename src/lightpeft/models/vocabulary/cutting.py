@@ -18,7 +18,7 @@ _NEVER_WRITTEN = ("suppress_tokens", "begin_suppress_tokens")
 """Lists of tokens in a generation config; those that are gone are never written anyway."""
 _BY_TOKENS = ("bad_words_ids", "force_words_ids", "forced_decoder_ids", "sequence_bias")
 """What else a generation config says of tokens."""
-_INSTEAD = "leave light.remove.vocabulary at keep"
+_INSTEAD = "keep all its tokens (of a run, light.remove.vocabulary: keep)"
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from lightpeft.app.cli.verbs.verb import Verb
 from lightpeft.errors import require
 
 BASE = Option("--base", "Name or folder of the base, if it moved since the adapter was saved.")
+ALLOW_PICKLE = Option("--allow_pickle", "Read pickled weights of the base (.bin).", flag=True)
 SWITCH_OPTIONS = (
     Option("--trust_remote_code", "Run Python code that comes with the base.", flag=True),
-    Option("--allow_pickle", "Read pickled weights of the base (.bin).", flag=True),
+    ALLOW_PICKLE,
 )
 """What lets somebody else's code in, of verbs on results."""
 

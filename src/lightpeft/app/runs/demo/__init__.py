@@ -1,0 +1,1 @@
+"""`lightpeft demo`: plain LoRA and lightpeft on a real model and real rows."""
