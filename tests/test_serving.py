@@ -31,7 +31,7 @@ def write_graph(folder: Path, table: np.ndarray) -> None:
         helper.make_node("Mul", ["of_tokens", "column"], ["read"]),
         helper.make_node("ReduceSum", ["read", "places"], ["logits"], keepdims=0),
     ]
-    names = ("input_ids", "attention_mask", "token_type_ids")
+    names = ("input_ids", "attention_mask")
     inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, ["rows", "tokens"]) for name in names]
     outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["rows", 2])]
     constants = {"table": table, "last": np.array([-1]), "places": np.array([1])}

@@ -121,18 +121,8 @@ def download(archive: Archive, folder: Path) -> Path:
     pinned.write_text(f"{archive.requirement} --hash=sha256:{archive.sha256}\n", encoding="utf-8")
     form = ["--no-binary", name] if archive.source else ["--only-binary", name]
     options = ["--no-deps", "--require-hashes", "--disable-pip-version-check", "--quiet", "--retries", "1"]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        *options,
-        *form,
-        "--dest",
-        str(folder),
-        "--requirement",
-        str(pinned),
-    ]
+    places = ["--dest", str(folder), "--requirement", str(pinned)]
+    command = [sys.executable, "-m", "pip", "download", *options, *form, *places]
     done = subprocess.run(command, capture_output=True, text=True)
     said = [line for line in done.stderr.splitlines() if line.strip()]
     why = next((line for line in said if line.startswith("ERROR:")), said[-1] if said else "pip failed")
