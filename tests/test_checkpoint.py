@@ -236,7 +236,7 @@ def test_a_file_that_nothing_reads(light: Path) -> None:
 
 def test_an_unknown_schema_version(light: Path) -> None:
     sealed(light, lambda d: d.update(schema_version=3))
-    assert "schema version 3, this lightpeft reads up to 2; upgrade" in refusal(lambda: load_light(light))
+    assert "schema version 3, and this lightpeft reads versions up to 2; upgrade" in refusal(lambda: load_light(light))
 
 
 def rewrite_tensors(light: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:

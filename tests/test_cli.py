@@ -243,7 +243,7 @@ def test_options_go_over_the_file_and_the_file_over_the_preset(
     both = printed(capsys, "run", "--light", "0.3", "--light.remove.tolerance", "2 points")["light"]["remove"]
     assert (both["blocks"], both["tolerance"]) == (0.3, "2 points")
     assert lightpeft("run", "--light", "0.3", "--light.remove.heads", "0.5") == 2
-    assert "both say how much goes" in capsys.readouterr().err
+    assert "both set the amount to remove" in capsys.readouterr().err
 
 
 def test_values_of_every_kind_come_through(capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,7 +148,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"r": "four"}, "peft.r is 'four'; it must be a whole number"),
     ({"r": 0}, "peft.r is 0; it must be at least 1"),
     ({"lora_alpha": 0}, "peft.lora_alpha is 0; it must be positive"),
-    ({"lora_dropout": 1.0}, "peft.lora_dropout is 1.0; it lies in [0, 1)"),
+    ({"lora_dropout": 1.0}, "peft.lora_dropout is 1.0; it must be in [0, 1)"),
     ({"slots": "q"}, "peft.slots is 'q'; it must be a list"),
     ({"slots": ["query"]}, "peft.slots has query; slots are q, k, v"),
     ({"type": "bottleneck", "slots": ["q"]}, "peft.slots is for modules on projections"),

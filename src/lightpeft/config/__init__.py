@@ -1,4 +1,4 @@
-"""What a user can set: typed, documented dataclasses, checked when they are made.
+"""Settings: typed, documented dataclasses that check their values when they are made.
 
 `LightConfig` is all that `EarlyPruner` and `LightTrainer` need. `RunConfig` adds the model, the data and the training
 of a whole `lightpeft run`; it is read from YAML and from the command line, and an unknown key names its nearest

@@ -1,4 +1,4 @@
-"""What unset settings of `light` stand for: one table, with the measurement behind each entry."""
+"""Defaults of unset `light` settings: one table, with the measurement behind each entry."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from lightpeft.config.validation import from_dict
 
 @dataclass(frozen=True)
 class Rule:
-    """Values of some settings, and when they hold; later rules go over earlier ones."""
+    """Default values of some settings, and the runs that they apply to; later rules override earlier ones."""
 
     sets: dict[str, Any]
     """Nested settings of `LightConfig`."""
     because: str
-    """Where it was measured."""
+    """Page or results file with the measurement behind the values."""
     presets: Sequence[str] = ("fast", "accurate")
-    """With which presets it holds."""
+    """Presets that the rule applies to."""
     peft: str | None = None
-    """With which kind of PEFT; None: with all."""
+    """Kind of PEFT that the rule applies to; None: every kind."""
     writes: bool | None = None
-    """Whether for models that write their answers, or for others; None: for both."""
+    """True: the rule applies to models that generate their answers; False: to all other models; None: to both."""
     train: Train | None = None
-    """With which weights behind the cut; None: with either."""
+    """`light.train` that the rule applies to; None: either."""
 
     def holds(self, preset: str, peft: str, writes: bool, train: Train) -> bool:
-        """Whether it holds for a run."""
+        """Return whether the rule applies to a run with this preset, PEFT kind, way of answering and `light.train`."""
         who = self.peft in (None, peft) and self.writes in (None, writes) and self.train in (None, train)
         return preset in self.presets and who
 
@@ -91,15 +91,15 @@ TABLE = (
         train="all",
     ),
 )
-"""What holds where nothing is said."""
+"""The rules that fill in unset settings, in order of increasing priority."""
 
 
 def derived(light: LightConfig, peft: str = USUAL, writes: bool = False) -> LightConfig:
-    """The settings with a value for all that is unset, but for `tolerance` and `scope`; given values stay.
+    """Fill in every unset setting except `tolerance` and `scope`; keep the values that are given.
 
     Args:
-        peft: the kind of PEFT.
-        writes: whether the model writes its answers.
+        peft: name of the PEFT kind.
+        writes: whether the model generates its answers.
     """
     preset = light.preset or ("accurate" if writes else "fast")
     train = light.train or "peft"
@@ -116,25 +116,25 @@ def derived(light: LightConfig, peft: str = USUAL, writes: bool = False) -> Ligh
 
 
 def changed(light: LightConfig, by: Light) -> LightConfig:
-    """Settings with others on top, in any form; what these leave unset stays.
+    """Override settings with others, given in any form; settings that the others leave unset keep their values.
 
     Raises:
-        LightPeftError: an unknown form, setting or value.
+        LightPeftError: `by` has an unknown form, setting or value.
     """
     above = _given(dataclasses.asdict(light_config(by)))
     return from_dict(LightConfig, overlaid(_given(dataclasses.asdict(light)), above), "light.")
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings without those that are unset."""
+    """Return nested settings without the entries that are None."""
     parts = {name: _given(value) if isinstance(value, dict) else value for name, value in settings.items()}
     return {name: value for name, value in parts.items() if value is not None}
 
 
 def tolerance_of(light: LightConfig, classes: bool) -> Tolerance:
-    """`remove.tolerance`, or the usual one (docs/quality.md#a-budget-that-finds-itself).
+    """Return `remove.tolerance`, or the default of 1 point or 0.05 nats (docs/quality.md#a-budget-that-finds-itself).
 
     Args:
-        classes: whether answers are classes, of which points can be counted.
+        classes: whether answers are classes, so that points of accuracy can be counted.
     """
     return Tolerance.read(light.remove.tolerance or ("1 point" if classes else "0.05 nats"))

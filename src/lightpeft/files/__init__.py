@@ -1,4 +1,4 @@
-"""Files: bounded and verified on the way in, whole or not at all on the way out, in folders that one process holds."""
+"""Files: reading with limits and checksums, atomic writing, and locks on folders."""
 
 from lightpeft.files.locks import check_free, holding, is_own_file
 from lightpeft.files.reading import (

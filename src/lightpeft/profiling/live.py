@@ -1,4 +1,4 @@
-"""What measuring does with a live model: where it is, what trains, its loss."""
+"""Operations of measurements on a live model: its device, its trainable parameters, its loss."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ Batch = Mapping[str, Tensor]
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's (first) parameters are."""
+    """Return the device of the model's first parameter; the CPU for a model without parameters."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that require a gradient."""
+    """Return the parameters that require a gradient."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def moved(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """The batch on a device."""
+    """Move a batch to a device."""
     return {name: value.to(device) for name, value in batch.items()}
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss of a batch.
+    """Compute the loss of a batch.
 
     Raises:
-        LightPeftError: the model returned none.
+        LightPeftError: the model returned no loss.
     """
     return _loss_in(model(**batch))
 
@@ -50,13 +50,13 @@ def _loss_in(output: Any) -> Tensor:
 
 
 def losses_of(model: nn.Module, batches: Sequence[Batch], autocast: torch.dtype | None = None) -> Tensor:
-    """The losses of batches, nothing dropped out: [batches], float64, on the CPU.
+    """Compute the losses of batches in evaluation mode: [batches], float64, on the CPU.
 
     Args:
-        autocast: half precision of the forward pass.
+        autocast: half precision of the forward pass; None: no autocast.
 
     Raises:
-        LightPeftError: the model returned none, or one that is not finite.
+        LightPeftError: the model returned no loss, or a loss that is not finite.
     """
     return _finite(_read(model, batches, autocast, _loss_in))
 
@@ -64,14 +64,14 @@ def losses_of(model: nn.Module, batches: Sequence[Batch], autocast: torch.dtype 
 def losses_and_classes_of(
     model: nn.Module, batches: Sequence[Batch], autocast: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The losses as of `losses_of`, and the class that the model gives each row as the likeliest: [rows], on the CPU.
+    """Compute the losses of batches, [batches] float64, and the predicted class of each row, [rows], on the CPU.
 
     Args:
-        batches: of a model whose logits are [rows, classes].
-        autocast: half precision of the forward pass.
+        batches: inputs of a model whose logits are [rows, classes].
+        autocast: half precision of the forward pass; None: no autocast.
 
     Raises:
-        LightPeftError: as `losses_of` does.
+        LightPeftError: the model returned no loss, or a loss that is not finite.
     """
     read = _read(model, batches, autocast, lambda output: (_loss_in(output), output.logits.argmax(-1)))
     return _finite([loss for loss, _ in read]), torch.cat([classes for _, classes in read]).cpu()
@@ -81,7 +81,7 @@ def losses_and_classes_of(
 def _read(
     model: nn.Module, batches: Sequence[Batch], autocast: torch.dtype | None, take: Callable[[Any], T]
 ) -> list[T]:
-    """What is taken of the model's output for each batch, nothing dropped out."""
+    """Return `take(output)` of the model for each batch, in evaluation mode."""
     device = device_of(model)
     with in_mode(model, training=False), fused_answers(model), autocasting(device, autocast):
         return [take(model(**moved(batch, device))) for batch in batches]

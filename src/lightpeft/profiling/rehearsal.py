@@ -1,6 +1,6 @@
-"""What training would hold in memory and compute, found by going through it with tensors that have no storage.
+"""Memory and FLOPs of training, predicted by a rehearsal with tensors that have no storage.
 
-The steps are the real ones, of the real model, optimizer and autocast; nothing is loaded, allocated or computed.
+The rehearsal runs the steps of the real model, optimizer and autocast; nothing is loaded, allocated or computed.
 """
 
 from __future__ import annotations
@@ -20,50 +20,50 @@ from lightpeft.profiling.live import device_of, trainable
 from lightpeft.profiling.speed import OptimizerFactory, measure_inference, measure_training
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-"""Of a batch: input of the model -> shape and type."""
-# Fitted to what benchmarks/needs.py measures of three models in bfloat16 (benchmarks/needs.json).
+"""Input of the model -> shape and data type of a batch."""
+# Fitted to the measurements of benchmarks/needs.py with three models in bfloat16 (benchmarks/needs.json).
 _LIBRARIES = 40 * 2**20
-"""Bytes that PyTorch's kernels for CPUs take when they are first used."""
+"""Bytes that PyTorch's CPU kernels take when they are first used."""
 _KERNEL, _MOST_KERNELS = 200 * 2**10, 1024
-"""oneDNN compiles a kernel for each shape of a product in half precision: bytes of one, and how many it keeps."""
+"""Bytes of a kernel, and the number of kernels in the cache: oneDNN compiles one for each shape of a product in half
+precision."""
 _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 _GAPS = 0.15
-"""The part of the activations that lies idle between them in the heap."""
+"""Fraction of the activations' memory that is lost to gaps in the heap."""
 
 
 @dataclass(frozen=True)
 class Holding:
-    """What is in memory at the peak of a piece of work, in bytes."""
+    """Predicted peak memory of a step by its parts in bytes, and FLOPs of the step."""
 
     weights: int
-    """Frozen ones."""
+    """Bytes of frozen weights."""
     trained: int
-    """Weights that train, and what the optimizer keeps of them."""
+    """Bytes of trainable weights and their optimizer state."""
     activations: int
-    """All else: what the backward pass needs, gradients, and what comes and goes."""
+    """Bytes of all other tensors: saved activations, gradients, and temporary ones."""
     overhead: int
-    """What is not the model's: code and buffers of kernels, and gaps between tensors. On a GPU nothing is known of it
-    here."""
+    """Bytes of kernels' code and buffers, and of gaps between tensors; 0 on a GPU, where it is not predicted."""
     flops: int
     """Floating-point operations of one step."""
 
     @property
     def fixed(self) -> int:
-        """What no other batch makes smaller."""
+        """Bytes that do not depend on the batch: frozen and trainable weights, and the optimizer state."""
         return self.weights + self.trained
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of all parts."""
         return self.weights + self.trained + self.activations + self.overhead
 
 
 @contextmanager
 def rehearsing(model: nn.Module, device: torch.device | str, share: float = 1.0) -> Iterator[StorageWatch]:
-    """Inside the block, a model that was made on the meta device stands on another one, and nothing is computed.
+    """Pretend inside the block that a model on the meta device is on `device`; nothing is computed.
 
     Args:
-        share: part of the tokens that have a label.
+        share: fraction of the tokens that have a label.
     """
     with StorageWatch(share, flop_counter().flop_registry) as watch, torch.device(device):
         _place(model, device, watch)
@@ -79,13 +79,13 @@ def rehearse_training(
     lengths: int = 1,
     **options: Any,
 ) -> Holding:
-    """Go through a training step inside `rehearsing`.
+    """Predict memory and FLOPs of a training step; call it inside `rehearsing`.
 
     Args:
-        shapes: of a batch with labels.
-        around: what it runs in.
-        lengths: how many lengths the rows of batches have, each with kernels of its own.
-        options: of `measure_training`.
+        shapes: shapes and types of a batch with labels.
+        around: context in which the step runs.
+        lengths: number of different lengths of batches, each of which needs kernels of its own.
+        options: arguments of `measure_training`.
     """
     batch, made = _batch(shapes, watch), optimizer(trainable(model))
     _begin(watch)
@@ -98,7 +98,7 @@ def rehearse_training(
 
 
 def rehearse_inference(model: nn.Module, watch: StorageWatch, shapes: Shapes, autocast: torch.dtype | None) -> Holding:
-    """Go through a forward pass of evaluation inside `rehearsing`; nothing trains, whatever may."""
+    """Predict memory and FLOPs of a forward pass in evaluation; call it inside `rehearsing`."""
     batch = _batch(shapes, watch)
     _begin(watch)
     measure_inference(model, [batch], steps=1, warmup=0, autocast=autocast)
@@ -106,16 +106,17 @@ def rehearse_inference(model: nn.Module, watch: StorageWatch, shapes: Shapes, au
 
 
 def _begin(watch: StorageWatch) -> None:
-    """All that is counted counts from now on."""
+    """Reset the peak and the counters of a watch."""
     watch.peak, watch.flops = watch.now, 0
     watch.calls.clear()
 
 
 def _holding(model: nn.Module, watch: StorageWatch, peak: int, state: int, lengths: int) -> Holding:
-    """
+    """Split a peak into its parts.
+
     Args:
-        state: bytes of the optimizer's.
-        lengths: as for `rehearse_training`.
+        state: bytes of the optimizer state.
+        lengths: number of different lengths of batches.
     """
     trains = _bytes(trainable(model))
     weights, trained = _bytes([*model.parameters(), *model.buffers()]) - trains, trains + state
@@ -125,7 +126,7 @@ def _holding(model: nn.Module, watch: StorageWatch, peak: int, state: int, lengt
 
 
 def _overhead(watch: StorageWatch, activations: int, lengths: int) -> int:
-    """On a CPU, in bytes."""
+    """Predict the overhead on a CPU in bytes."""
     half = (torch.bfloat16, torch.float16)
     compiled = sum(call[0] in _PRODUCTS and call[1][-1] in half for call in watch.calls)
     return _LIBRARIES + min(compiled * lengths, _MOST_KERNELS) * _KERNEL + int(_GAPS * activations)
