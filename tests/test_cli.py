@@ -75,9 +75,9 @@ def test_help_of_a_verb_documents_options(capsys: pytest.CaptureFixture[str], ve
         return
     for config, section in ((Remove, "light.remove"), (Estimate, "light.estimate"), (TrainingConfig, "training")):
         assert all(f"--{section}.{field.name}" in text for field in dataclasses.fields(config))
-    assert "part of the attention head units to remove, in [0, 1)." in text
-    assert "Rows a step and process. (type: int, default: 32)" in text
-    assert "Optimizer steps" in text or "optimizer steps (int)" in text
+    assert "fraction of the attention head units to remove, in [0, 1)." in text
+    assert "rows of one process in one forward pass. (type: int, default: 32)" in text
+    assert "optimizer steps (whole number)" in text
     assert "--print_config" in text
 
 

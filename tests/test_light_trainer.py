@@ -506,7 +506,7 @@ def test_refused_before_training(builds: Builds, monkeypatch: pytest.MonkeyPatch
     assert "leaves none of the run's 24" in refusal(lambda: builds.trainer(light=short))
     monkeypatch.setattr("lightpeft.prune.length.LEAST_EXAMPLES", 256)
     said = refusal(lambda: builds.trainer(light=LIGHT))
-    assert "estimation scores 32 examples, and from fewer than 256" in said
+    assert "estimation scores 32 examples, too few for a reliable plan, which needs 256" in said
     assert "train for longer (num_train_epochs)" in said
 
 

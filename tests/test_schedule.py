@@ -148,7 +148,7 @@ def test_a_part_of_the_run_is_longer_for_its_examples_and_a_number_of_steps_is_n
     pace = Pace(rows=640, batch_size=8)
     assert fitted(light_of(length=0.1), pace, 400).steps == 63
     assert fitted(light_of(length=24), pace, 80).steps == 24
-    with pytest.raises(LightPeftError, match="from fewer than 256 no plan is to be trusted"):
+    with pytest.raises(LightPeftError, match="too few for a reliable plan, which needs 256"):
         fitted(light_of(length=0.1), pace, 80)
     light, unable = able(light_of(blocks="auto", length=0.1), pace, 80)
     assert unable is not None and not light.chooses and light.rates.scale == 1
@@ -193,7 +193,7 @@ def test_a_run_of_few_examples_is_refused_before_it_begins(
     monkeypatch.setattr(length, "LEAST_EXAMPLES", 49)
     assert lightpeft("run", "--config", bench.yaml("few")) == 2
     error = capsys.readouterr().err
-    assert "estimation scores 32 examples, and from fewer than 49 no plan" in error
+    assert "estimation scores 32 examples, too few for a reliable plan, which needs 49" in error
     assert error.count("\n") == 1 and not (bench.folder / "few").exists()
     monkeypatch.setattr(length, "LEAST_EXAMPLES", 48)
     assert pipeline.run(bench.config("enough"))["metrics"]
@@ -218,7 +218,10 @@ def test_a_loop_of_few_examples_is_warned(monkeypatch: pytest.MonkeyPatch, caplo
     for least, said in ((16, 0), (17, 1)):
         monkeypatch.setattr(length, "LEAST_EXAMPLES", least)
         assert estimate(student(), steps=4, rows=8).record()
-        assert sum("scores 16 examples, and from fewer than 17" in line for line in caplog.messages) == said
+        assert (
+            sum("scores 16 examples, too few for a reliable plan, which needs 17" in line for line in caplog.messages)
+            == said
+        )
 
 
 @given(st.integers(1, 1000))

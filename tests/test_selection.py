@@ -141,5 +141,5 @@ def test_units_that_are_not_in_the_order_stay() -> None:
 
 @pytest.mark.parametrize("units", [[0, 0, 1], [0, 1, 2, 3], [-1, 0, 1]])
 def test_what_is_no_order_is_refused(units: list[int]) -> None:
-    with pytest.raises(LightPeftError, match="names each unit once, by an index below 3; this one"):
+    with pytest.raises(LightPeftError, match="return indices below 3, each at most once"):
         keep(of_scores([[0.0, 1.0], [2.0]]), 1, lambda _: torch.tensor(units))

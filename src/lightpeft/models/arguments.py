@@ -1,4 +1,4 @@
-"""Arguments of a module's forward by name, whether they come by position or by keyword."""
+"""Changes to arguments of a module's forward by name, whether they are passed by position or by keyword."""
 
 from __future__ import annotations
 
@@ -11,19 +11,16 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 Change = Callable[[Any], Any]
-"""From what a module is called with to what it takes instead."""
+"""Function from the argument that a module is called with to its replacement."""
 
 
 def change_arguments(module: nn.Module, changes: Mapping[str, Change]) -> RemovableHandle:
-    """Let a module take something else for the arguments of these names, wherever it is called with them.
-
-    An argument that is None stays None.
-    """
+    """Hook functions that replace arguments onto a module, by argument name; an argument that is None stays None."""
     return module.register_forward_pre_hook(_Changed(_positions(module), changes), with_kwargs=True)
 
 
 def _positions(module: nn.Module) -> dict[str, int]:
-    """Argument -> its place, of those that may come by position."""
+    """Return argument -> its position, for arguments that may be passed by position."""
     by_position = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
     return {p.name: place for place, p in enumerate(_parameters(module)) if p.kind in by_position}
 
@@ -33,7 +30,7 @@ def _parameters(module: nn.Module) -> list[Parameter]:
 
 
 class _Changed:
-    """Forward pre-hook that changes some arguments."""
+    """Forward pre-hook that replaces some arguments."""
 
     def __init__(self, positions: Mapping[str, int], changes: Mapping[str, Change]) -> None:
         self.by_name = dict(changes)

@@ -1,4 +1,4 @@
-"""A language model's head apart from the rest of it, so that logits need not all be there at once."""
+"""The head of a language model, apart from the model, so that logits can be computed in parts."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lightpeft.models.unwrap import transformers_model
 
 
 def lone_head(model: nn.Module) -> nn.Linear | None:
-    """The layer whose output is a language model's logits as it is, and can be computed without the model.
+    """Return the layer whose output is exactly a language model's logits, if it can be computed without the model.
 
     Args:
         model: a transformers model, or a PeftModel around one.
 
     Returns:
-        None: there is no such layer, something comes behind it (a cap, a scale), somebody watches it, or its weights
-        are whole only while the model computes.
+        None if there is no such layer, the logits are changed after it (capped, scaled), it has hooks, or its weights
+        are sharded.
     """
     inner = transformers_model(model)
     head = language_head(inner)
@@ -35,26 +35,26 @@ def lone_head(model: nn.Module) -> nn.Linear | None:
 
 @contextmanager
 def head_apart(head: nn.Linear | None) -> Iterator[None]:
-    """Inside the block, a model gives the hidden states that enter its lone head where it gave logits; None: logits."""
+    """Make a model return the input of its head in place of logits inside the block; None: change nothing."""
     with nullcontext() if head is None else override_forward(head, lambda hidden: hidden):
         yield
 
 
 def language_head(inner: Any) -> nn.Linear | None:
-    """The layer of a transformers model that gives logits of tokens; None: it has none, or more than a layer."""
+    """Return the linear layer of a transformers model that computes logits; None: there is no such layer."""
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     return head if type(head) is nn.Linear else None
 
 
 def two_tokens(inner: Any) -> dict[str, Tensor]:
-    """A row to find out by how a language model computes."""
+    """Return a batch of one row with two tokens, for a test of how a language model computes."""
     tokens = torch.zeros(1, 2, dtype=torch.long, device=inner.get_input_embeddings().weight.device)
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
 @contextmanager
 def given_by(head: nn.Linear) -> Iterator[list[Tensor]]:
-    """Inside the block, all that the head gives is kept; there are no graph, and no random numbers of the run."""
+    """Record all outputs of the head inside the block, without gradients and with the random state restored."""
     given: list[Tensor] = []
     usual = head.forward
 
@@ -67,10 +67,10 @@ def given_by(head: nn.Linear) -> Iterator[list[Tensor]]:
 
 
 def _followed(inner: Any, head: nn.Linear) -> bool:
-    """Whether the model's logits are not what the head gives, as it is: tried with two tokens."""
+    """Return whether the model changes the output of its head, by a test with two tokens."""
     try:
         with given_by(head) as given:
             logits = inner(**two_tokens(inner)).logits
-    except Exception:  # noqa: BLE001 - it wants other inputs, in one of many ways
+    except Exception:  # noqa: BLE001 - models that need other inputs may raise any exception
         return True
     return len(given) != 1 or logits is not given[0]

@@ -73,5 +73,5 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> Spread:
         LightPeftError: the lengths differ, there are no values, or `b` contains a zero.
     """
     require(len(a) == len(b), f"{len(a)} and {len(b)} values cannot be paired; measure both in the same rounds")
-    require(all(b), "the second series contains a 0, to which no ratio is defined; measure it again")
+    require(all(b), "the second series contains a 0, and a ratio to 0 is not defined; measure it again")
     return summarize(x / y for x, y in zip(a, b, strict=True))

@@ -1,4 +1,4 @@
-"""Linear layers whose weight is kept in floating point: PyTorch's `Linear`, and transformers' `Conv1D`."""
+"""Linear layers with a floating-point weight: PyTorch's `Linear`, and transformers' `Conv1D`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightpeft.models.sharding import whole
 
 
 class PlainLinear(DenseKind):
-    """`torch.nn.Linear` with an ordinary floating-point weight."""
+    """Access to `torch.nn.Linear` with an ordinary floating-point weight."""
 
     def matches(self, layer: nn.Module) -> bool:
         weight: Any = getattr(layer, "weight", None)
@@ -38,7 +38,7 @@ class PlainLinear(DenseKind):
 
 
 class TransposedLinear(DenseKind):
-    """transformers' `Conv1D`: a linear layer whose weight is [in, out] (GPT-2)."""
+    """Access to transformers' `Conv1D`, a linear layer whose weight is [in, out] (GPT-2)."""
 
     def matches(self, layer: nn.Module) -> bool:
         return isinstance(layer, Conv1D)
@@ -62,15 +62,14 @@ class TransposedLinear(DenseKind):
 
 
 class WithoutInputs(Conv1D):
-    """A `Conv1D` that lost all its inputs: its bias is left. (PyTorch's `Linear` does this by itself.)"""
+    """`Conv1D` that lost all inputs: only its bias remains. (PyTorch's `Linear` supports this itself.)"""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., 0] -> [..., out]."""
+        """Apply the layer: [..., 0] -> [..., out]."""
         return self.bias.expand(*x.shape[:-1], self.nf)
 
 
 def _is_ordinary(weight: Tensor) -> bool:
-    """Whether a weight is of PyTorch's own type, sharded or not, or a stand-in for one; and no float8, whose scales lie
-    elsewhere."""
+    """Return whether a weight is a plain, sharded or stand-in tensor of PyTorch, and no float8, which needs scales."""
     wide = weight.is_floating_point() and weight.dtype.itemsize > 1
     return wide and (type(weight) is StandIn or type(weight.data) in (Tensor, DTensor))

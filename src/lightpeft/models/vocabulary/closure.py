@@ -1,8 +1,8 @@
-"""Which tokens stay: those that are asked for, and with them what lets every text still be tokenised.
+"""Selection of the tokens to keep: required tokens, and the tokens without which some text could not be tokenized.
 
-Texts whose tokens all stay are tokenised as before, because nothing that stays ranks otherwise among what stays: the
-longest match (WordPiece), the first merge (BPE) and the best path (Unigram) are what they were. All others come in more
-pieces, down to single characters or bytes.
+A text whose tokens are all kept is tokenized as before, because kept tokens keep their ranks: the longest match
+(WordPiece), the first merge (BPE) and the best path (Unigram) do not change. Other texts get more pieces, down to
+single characters or bytes.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from transformers import PreTrainedTokenizerBase
 from lightpeft.errors import require
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-"""A piece that stands for one byte of a character without a piece of its own."""
+"""Pattern of a piece for one byte of a character that has no piece."""
 
 
 def kept_tokens(tokenizer: PreTrainedTokenizerBase, needed: Iterable[int]) -> tuple[int, ...]:
-    """Ids of the tokens that stay where these are needed, ascending.
+    """Return the ids of the tokens to keep if `needed` are required, ascending.
 
-    Besides them stay: special and added tokens; single characters and bytes; of BPE, the tokens on the way of merges
-    to one that stays; and what the model falls back on where a character is in no piece alone.
+    They include special and added tokens; single characters and bytes; for BPE, all intermediate merges of a kept
+    token; and fallbacks of the model for characters without a piece.
 
     Raises:
-        LightPeftError: the tokenizer is not a fast one, or of a kind whose words have no parts.
+        LightPeftError: the tokenizer is no fast one, or its kind does not split words.
     """
     description = describe(tokenizer)
     model, ids = description["model"], token_ids(description)
@@ -39,27 +39,27 @@ def kept_tokens(tokenizer: PreTrainedTokenizerBase, needed: Iterable[int]) -> tu
 
 
 def describe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """A fast tokenizer as its tokenizer.json has it.
+    """Return the content of a fast tokenizer's tokenizer.json.
 
     Raises:
-        LightPeftError: it is not a fast one, or of a kind whose vocabulary cannot be cut.
+        LightPeftError: the tokenizer is no fast one, or of a kind whose vocabulary cannot be cut.
     """
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     instead = "leave light.remove.vocabulary at keep"
     name = type(tokenizer).__name__
-    require(backend is not None, f"{name} is no fast tokenizer, whose vocabulary could be cut; {instead}")
+    require(backend is not None, f"the vocabulary of {name} cannot be cut: it is no fast tokenizer; {instead}")
     description: dict[str, Any] = json.loads(backend.to_str())
     model = description["model"]
     known = " and ".join([", ".join([*_KINDS][:-1]), [*_KINDS][-1]])
-    cuttable = f"the vocabulary of {name} cannot be cut: it is of kind {model['type']}, and those that can are {known}"
+    cuttable = f"the vocabulary of {name} cannot be cut: its kind is {model['type']}, not one of {known}"
     require(model["type"] in _KINDS, f"{cuttable}; {instead}")
     marked = model.get("end_of_word_suffix") or (model["type"] == "BPE" and model.get("continuing_subword_prefix"))
-    require(not marked, f"the vocabulary of {name} cannot be cut: its BPE marks parts of words ({marked}); {instead}")
+    require(not marked, f"the vocabulary of {name} cannot be cut: its BPE marks word parts ({marked}); {instead}")
     return description
 
 
 def token_ids(description: Mapping[str, Any]) -> dict[str, int]:
-    """Every token of a tokenizer.json, added ones included, with its id."""
+    """Return token -> id for all tokens of a tokenizer.json, added ones included."""
     vocabulary = description["model"]["vocab"]
     if isinstance(vocabulary, list):
         vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
@@ -67,10 +67,10 @@ def token_ids(description: Mapping[str, Any]) -> dict[str, int]:
 
 
 def renumber(description: Mapping[str, Any], number: Callable[[int], int]) -> None:
-    """Give every id of a tokenizer.json outside its model another number, in place.
+    """Renumber all ids of a tokenizer.json outside its model, in place.
 
     Raises:
-        LightPeftError: what is put around texts is of a kind that is not known here.
+        LightPeftError: the post-processor has an unknown type.
     """
     for token in description["added_tokens"]:
         token["id"] = number(token["id"])
@@ -78,7 +78,7 @@ def renumber(description: Mapping[str, Any], number: Callable[[int], int]) -> No
         description["padding"]["pad_id"] = number(description["padding"]["pad_id"])
     for step in _steps(description.get("post_processor")):
         kind = step["type"]
-        require(kind in _AROUND, f"the vocabulary cannot be cut: a tokenizer with {kind} is not known here")
+        require(kind in _AROUND, f"the vocabulary cannot be cut: the post-processor {kind} is unknown")
         _AROUND[kind](step, number)
 
 
@@ -107,11 +107,11 @@ _AROUND: dict[str, Callable[[Any, Callable[[int], int]], None]] = {
     "RobertaProcessing": _of_pair,
     "ByteLevel": lambda step, number: None,
 }
-"""What is put around texts -> how the ids in it are changed."""
+"""Type of a post-processor -> function that renumbers its ids."""
 
 
 def _added(description: Mapping[str, Any]) -> set[int]:
-    """Ids of added tokens, and of those that are put around texts or fill batches."""
+    """Return the ids of added tokens, of padding, and of tokens that the post-processor inserts."""
     found: set[int] = set()
 
     def note(number: int) -> int:
@@ -123,7 +123,10 @@ def _added(description: Mapping[str, Any]) -> set[int]:
 
 
 def _wordpiece(model: Mapping[str, Any], needed: list[str]) -> Iterator[str]:
-    """Single characters, in both their forms. A word that has a character without one keeps its tokens whole."""
+    """Yield the tokens of WordPiece to keep: needed ones, and single characters in both forms.
+
+    Tokens with a character that has no token of its own are kept as well.
+    """
     prefix = model["continuing_subword_prefix"]
     yield from needed
     yield model["unk_token"]
@@ -136,7 +139,7 @@ def _wordpiece(model: Mapping[str, Any], needed: list[str]) -> Iterator[str]:
 
 
 def _bpe(model: Mapping[str, Any], needed: list[str]) -> Iterator[str]:
-    """Single characters and bytes, and for every token what merges make on the way to it."""
+    """Yield the tokens of BPE to keep: single characters and bytes, needed tokens, and their intermediate merges."""
     ranks = {tuple(merge): rank for rank, merge in reversed(list(enumerate(model["merges"])))}
     yield from _unknown(model)
     yield from (token for token in model["vocab"] if len(token) == 1 or _BYTE.fullmatch(token))
@@ -146,7 +149,7 @@ def _bpe(model: Mapping[str, Any], needed: list[str]) -> Iterator[str]:
 
 
 def _merged(token: str, ranks: Mapping[tuple[str, ...], int]) -> Iterator[str]:
-    """What merges make of the characters of a token, one after another, the first in rank first."""
+    """Yield the results of the merges of a token's characters, in the order of their ranks."""
     parts = list(token)
     while len(parts) > 1:
         rank, place = min((ranks.get(pair, len(ranks)), place) for place, pair in enumerate(pairwise(parts)))
@@ -157,9 +160,10 @@ def _merged(token: str, ranks: Mapping[tuple[str, ...], int]) -> Iterator[str]:
 
 
 def _unigram(model: Mapping[str, Any], needed: list[str]) -> Iterator[str]:
-    """Single characters and bytes, pieces with a character that has no piece alone, and the least probable piece.
+    """Yield the pieces of Unigram to keep: needed ones, single characters and bytes, and the least probable piece.
 
-    The score of what is unknown is counted from the last one's.
+    Pieces with a character that has no piece of its own are kept as well. The score of unknown characters is relative
+    to that of the least probable piece.
     """
     pieces = {piece for piece, _ in model["vocab"]}
     yield from needed
@@ -181,4 +185,4 @@ _KINDS: dict[str, Callable[[Mapping[str, Any], list[str]], Iterator[str]]] = {
     "WordPiece": _wordpiece,
     "Unigram": _unigram,
 }
-"""Kind of tokenizer -> the tokens that stay where some are needed. Words of others have no parts to fall back on."""
+"""Kind of tokenizer -> function from required tokens to tokens to keep. Other kinds do not split words."""

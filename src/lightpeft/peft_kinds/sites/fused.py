@@ -1,7 +1,7 @@
-"""LoRA layers computed as one node of the autograd graph: the same result, with fewer passes over memory.
+"""LoRA layers as a single node of the autograd graph, with the same results and fewer passes over memory.
 
-PEFT computes a LoRA layer out of a frozen projection, two small ones, a scaling and a sum; autograd then keeps and
-adds what lies between them. With few ranks on small (pruned) projections that costs more than the products themselves.
+PEFT computes a LoRA layer as a frozen projection, two small ones, a scaling and a sum; autograd then saves and adds the
+intermediate tensors. With few ranks on small (pruned) projections this costs more than the products themselves.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ from lightpeft.models.patching import override_forward
 
 @contextmanager
 def fused_lora(model: nn.Module) -> Iterator[None]:
-    """Inside the block, LoRA on frozen `nn.Linear` layers, in memory or on disk, computes `W x + b + s B A x` in one
-    step.
+    """Fuse LoRA on frozen `nn.Linear` layers, in memory or on disk, inside the block: `W x + b + s B A x` in one node.
 
-    Outputs and gradients are those of PEFT but for the order of rounding. What has something more to it is left to
-    PEFT, call by call: DoRA and other variants, trained biases, quantised layers, several, merged or disabled adapters,
-    hooks on the parts, and weights of another data type than the computation.
+    Outputs and gradients equal those of PEFT up to the order of rounding. PEFT computes all other layers, decided at
+    each call: DoRA and other variants, trained biases, quantized layers, several, merged or disabled adapters, hooks on
+    the parts, and weights of another data type than the computation.
 
     Args:
-        model: a PeftModel, or a model that holds one.
+        model: a PeftModel, or a model that contains one.
     """
     casts = _Casts()
     with ExitStack() as stack:
@@ -44,9 +43,9 @@ def fused_lora(model: nn.Module) -> Iterator[None]:
 
 
 class _Casts:
-    """The input of a LoRA layer in the data type of the computation; queries, keys and values read the same one.
+    """Cache of the last converted input, because queries, keys and values read the same one.
 
-    It is converted once, and kept once for their backward passes.
+    The input is converted once, and saved once for their backward passes.
     """
 
     def __init__(self) -> None:
@@ -55,7 +54,7 @@ class _Casts:
         self._state: tuple[Any, ...] = ()
 
     def of(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """`x.to(dtype)`."""
+        """Return `x.to(dtype)`, from the cache if `x` is the last input."""
         if x.dtype == dtype:
             return x
         state = (dtype, changes_of(x), torch.is_grad_enabled())
@@ -64,18 +63,18 @@ class _Casts:
         return self._cast
 
     def forget(self) -> None:
-        """Hold nothing any more."""
+        """Drop the cached tensors."""
         self._given = self._cast = None
 
 
 class _Fused:
-    """The forward of one LoRA layer."""
+    """Fused forward of one LoRA layer for training."""
 
     def __init__(self, layer: LoraLinear, otherwise: Callable[..., Any], casts: _Casts) -> None:
         """
         Args:
-            otherwise: the layer's own forward.
-            casts: of all layers.
+            otherwise: forward of the layer itself.
+            casts: cache of inputs, shared by all layers.
         """
         self.layer, self.otherwise, self.casts = layer, otherwise, casts
 
@@ -95,7 +94,7 @@ class _Fused:
 
 
 def plain_adapter(layer: LoraLinear) -> str | None:
-    """The one adapter that is added to the frozen layer, and nothing else; None: there is more to it."""
+    """Return the adapter of a layer that computes plain LoRA with one adapter; None: it computes something else."""
     adapters = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(adapters) != 1 or layer.disable_adapters or layer.merged or adapters[0] in layer.lora_variant:
         return None
@@ -107,13 +106,13 @@ def plain_adapter(layer: LoraLinear) -> str | None:
 
 
 def _bare(linear: nn.Linear) -> bool:
-    """Whether nobody watches or changes what the layer computes, and its weight is an ordinary tensor."""
+    """Return whether a layer has no hooks, no replaced forward, and an ordinary weight, in memory or on disk."""
     changed = is_watched(linear) or "forward" in vars(linear)
     return not changed and (type(linear.weight) in (nn.Parameter, StandIn) or is_on_disk(linear))
 
 
 class _LoraLinear(torch.autograd.Function):
-    """`x W' + b + s (low A') B'` on rows; `low` is x, or x after dropout."""
+    """Compute `x W' + b + s (low A') B'` on rows; `low` is x, or x after dropout."""
 
     @staticmethod
     def forward(
@@ -128,13 +127,13 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         """
         Args:
-            x: [..., in], of the data type of the computation.
+            x: input, [..., in], in the data type of the computation.
             dropped: x after dropout, or None.
-            weight, bias: the frozen layer's, [out, in] and [out], of any data type. The weight itself is kept for the
-                backward pass and converted once more there, which takes no time to speak of; converted copies of all
-                layers' would take half of the model's memory again. One that is on disk is not even kept.
-            down, up: A [rank, in] and B [out, rank], of any.
-            scaling: s.
+            weight, bias: those of the frozen layer, [out, in] and [out], of any data type. The weight itself is saved
+                for the backward pass and converted again there, which takes little time; converted copies of all
+                layers would take half of the model's memory again. A weight on disk is not saved.
+            down, up: A [rank, in] and B [out, rank], of any data type.
+            scaling: factor s.
         """
         entering = x if dropped is None else dropped
         low = entering.flatten(0, -2)

@@ -15,7 +15,7 @@ from lightpeft.peft_kinds.sites.base import Report, Site, Tensors, spread
 
 
 class Ia3Site(Site):
-    """`l * base(x)`, or `base(l * x)` where PEFT was told that the module is a feed-forward one; there are no ranks."""
+    """Access to `l * base(x)`, or `base(l * x)` for modules that PEFT treats as feed-forward; there are no ranks."""
 
     peft_type = PeftType.IA3
     layer_type = IA3Layer
@@ -30,19 +30,19 @@ class Ia3Site(Site):
 
     @property
     def down(self) -> None:
-        """No ranks, so no weights into them."""
+        """None, because IA3 has no ranks."""
 
     @property
     def up(self) -> None:
-        """No ranks, so no weights out of them."""
+        """None, because IA3 has no ranks."""
 
     @property
     def factors(self) -> nn.Parameter:
-        """l, [out, 1], or [1, in] in a feed-forward module."""
+        """The factors l, [out, 1], or [1, in] in a feed-forward module."""
         return self.layer.ia3_l[self.adapter]
 
     def observe(self, report: Report, counting: Callable[[], bool]) -> list[RemovableHandle]:
-        """What the factors change, against what they are applied to."""
+        """Hook the module to report the change by the factors, and the states that they scale."""
 
         def compare(states: Tensor) -> None:
             if counting():
@@ -68,10 +68,10 @@ class Ia3Site(Site):
             self.layer.in_features = len(index)
 
     def keep_ranks(self, index: Tensor) -> None:
-        """Nothing: there are no ranks."""
+        """Do nothing, because IA3 has no ranks."""
 
     def expanded_to_dense(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
-        """The factors of channels that the cut layer did not have are one."""
+        """Expand to the dense layer: factors of restored channels are one."""
         if dim != int(self.layer.is_feedforward):
             return learned
         return {"ia3_l": spread(learned["ia3_l"], index, dim, self.factors.shape[dim], fill=1.0)}
