@@ -49,7 +49,7 @@ def light_config(light: Light) -> LightConfig:
 
 
 def cut_of_writer(light: LightConfig) -> str | None:
-    """Return a warning for settings that prune a model that generates text (docs/writers.md).
+    """Return a warning for settings that prune a model that generates text (docs/explanation/decoders.md).
 
     Returns:
         None where no block is pruned, where a full-width model is kept, and for an `auto` budget, which is measured.

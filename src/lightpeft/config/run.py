@@ -133,7 +133,7 @@ class DataConfig:
     columns: dict[str, str] = field(default_factory=dict)
     """Column of the kind -> column of the data, or a template such as "{premise} {hypothesis}". Of those that are not
     named, text, label, context, options, answer, question, answers and messages have their own names in the data;
-    text_pair, prompt and completion are read if they are named. docs/tasks.md has the columns of every kind."""
+    text_pair, prompt and completion are read if they are named. docs/reference/tasks.md has every kind's columns."""
     max_length: Annotated[int, Within(least=2, most=_LONGEST)] = 128
     """Maximum number of tokens of a row; limited by the model. Longer contexts are read in windows (span)."""
     null_threshold: float | None = None
@@ -183,6 +183,12 @@ class TrainingConfig:
     """Cache of the blocks below the lowest PEFT module, whose outputs for a row are the same in every epoch. file,
     memory: compute them once, without dropout, and keep them there if they need at most 16 GiB; off: compute them every
     time, with dropout."""
+    teacher: str | None = None
+    """Teacher for distillation: a trained model with the same labels, as the folder of a run, of an adapter or of a
+    model, or a hub name. Its logits for the training rows are learned beside the labels; it reads the texts once,
+    before training, with its own tokenizer. For classes, numbers and options that a head answers."""
+    teacher_weight: Annotated[float, Within(above=0, most=1)] = 0.5
+    """Weight of the teacher's loss, in (0, 1]; the loss of the labels has the rest."""
     save_steps: Annotated[int, Within(least=1)] = 200
     """Number of steps between checkpoints, from which a killed run resumes."""
 

@@ -11,7 +11,9 @@ IGNORED = -100
 """Label of positions that the loss ignores."""
 SPAN_LABELS = ("start_positions", "end_positions")
 """Names of the labels with an answer's first and last token."""
-LABELS = ("labels", *SPAN_LABELS)
+TEACHER_LOGITS = "teacher_logits"
+"""Name of a teacher's logits for a row, which its student learns beside the labels."""
+LABELS = ("labels", *SPAN_LABELS, TEACHER_LOGITS)
 """Names of a batch's entries for the loss only."""
 
 

@@ -67,7 +67,7 @@ def ensure_family(model: nn.Module) -> None:
     except LightPeftError as error:
         raise LightPeftError(
             f'model family "{model_type}" is not supported, and its structure could not be discovered: {error}; '
-            "add an entry for it (docs/families.md)"
+            "add an entry for it (docs/reference/families.md)"
         ) from error
     block_specs(inner, family)  # layers beyond the first two may differ
     register_family(family)

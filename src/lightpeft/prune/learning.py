@@ -91,7 +91,7 @@ def unlearned_warning(record: EstimationRecord) -> str | None:
     """Return a warning about scores of a model that has hardly learned its task; None: it has, or it is not known.
 
     On CoLA, where the model had not, removing 60% of the blocks cost MPNet-base nearly all of its Matthews correlation
-    (docs/quality.md).
+    (docs/explanation/results.md).
     """
     learned = record.meta.get("learned")
     if learned is None or learned >= LEAST_LEARNED:

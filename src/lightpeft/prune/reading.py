@@ -83,7 +83,7 @@ def find_depth(model: nn.Module, batches: Iterable[Batch], autocast: torch.dtype
     """Measure the number of blocks that a classification task needs, by linear probes; nothing is trained.
 
     Decoders that classify can drop the other blocks (`light.remove.depth`). For encoders the measure misleads: dropping
-    the blocks that it calls superfluous cost MiniLM accuracy (docs/quality.md).
+    the blocks that it calls superfluous cost MiniLM accuracy (docs/explanation/results.md).
 
     Example:
         found = find_depth(model, batches)

@@ -69,7 +69,7 @@ def family_of(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise LightPeftError(
             f'model family "{model_type}" is not registered; call lightpeft.ensure_family(model) to discover it, or '
-            f"add an entry (docs/families.md); registered families: {', '.join(sorted(FAMILIES))}"
+            f"add an entry (docs/reference/families.md); registered families: {', '.join(sorted(FAMILIES))}"
         )
     family = FAMILIES[model_type]
     here, first = transformers.__version__, ".".join(map(str, family.since))
@@ -272,7 +272,7 @@ def _linear(block: nn.Module, name: str, path: str) -> nn.Module:
     if not is_linear(layer):
         raise LightPeftError(
             f"{path} is a {describe(layer)}, which lightpeft cannot cut; load the base in float32, bfloat16 or "
-            "float16, or quantized in a way that docs/guide.md lists"
+            "float16, or quantized in a way that docs/how-to/low_memory.md lists"
         )
     return layer
 

@@ -68,7 +68,9 @@ def _kind(layer: nn.Module) -> LinearKind:
     for kind in LINEAR_KINDS:
         if kind.matches(layer):
             return kind
-    raise LightPeftError(f"a layer of type {describe(layer)} cannot be pruned; docs/guide.md lists the types that can")
+    raise LightPeftError(
+        f"a layer of type {describe(layer)} cannot be pruned; docs/how-to/low_memory.md lists the types that can"
+    )
 
 
 def _name(thing: object) -> str:
