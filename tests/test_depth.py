@@ -85,7 +85,7 @@ def test_something_else_has_a_size_by_the_number_of_blocks() -> None:
     """The contact head of ESM reads the attention of every block."""
     model = make("esm")
     reason = refusal(lambda: leave_out(model, 2))
-    assert "esm cannot lose blocks: esm.contact_head.regression.weight" in reason
+    assert "esm cannot lose blocks: the size of esm.contact_head.regression.weight" in reason
     assert len(blocks_of(model)) == 3 and model.config.num_hidden_layers == 3
 
 

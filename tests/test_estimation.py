@@ -278,7 +278,7 @@ def test_a_trainer_stops_when_the_stage_is_done(tmp_path: Path, length: Any, ste
 
 def auto(monkeypatch: pytest.MonkeyPatch, learned: float, most: float = 0.3, part: float = 0.1) -> dict[str, Any]:
     """A length that is found, of other numbers than the usual ones."""
-    monkeypatch.setattr(lengths, "PART", part)
+    monkeypatch.setattr(lengths, "AUTO_PART", part)
     monkeypatch.setattr(lengths, "LEAST_STEPS", 2)
     monkeypatch.setattr(lengths, "MOST_PART", most)
     monkeypatch.setattr("lightpeft.prune.estimation.ENOUGH_LEARNED", learned)

@@ -214,7 +214,7 @@ def test_modules_in_the_upper_blocks() -> None:
     assert {name.partition(".")[0] for name in make_plan(record, light_of(module_blocks=0.01)).sites} == {"3"}
     lower = make_record(layers=4)
     lower.sites = lower.sites[:12]
-    with pytest.raises(LightPeftError, match="no PEFT module sits in the blocks that light.modules.blocks allows"):
+    with pytest.raises(LightPeftError, match="no PEFT module remains in the blocks that light.modules.blocks allows"):
         make_plan(lower, light_of(module_blocks=0.5))
 
 
@@ -234,7 +234,7 @@ def test_every_module_in_a_dropped_sublayer() -> None:
 
 @pytest.mark.parametrize("field", ["criterion", "module_criterion", "rank_criterion"])
 def test_a_criterion_that_was_not_recorded(field: str) -> None:
-    with pytest.raises(LightPeftError, match='no scores "[a-z]+/random.*it has heads/mask, modules/ratio'):
+    with pytest.raises(LightPeftError, match='no scores "[a-z]+/random.*choose one of heads/mask, modules/ratio'):
         make_plan(make_record(), light_of(**{field: "random"}))
 
 

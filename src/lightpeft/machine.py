@@ -32,10 +32,10 @@ def processes() -> PartialState:
     """
     told = [name for name in _LAUNCHERS if name in os.environ]
     if not told or torch.distributed.is_initialized():
-        return _state()
+        return _make_state()
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # about threads of CPUs
-            return _state()
+            return _make_state()
     except (ValueError, RuntimeError) as error:
         says = f"environment variables ({', '.join(told)}) say that this process is one of several"
         alone = f"but this process cannot reach the others ({one_line(error, 200)})"
@@ -53,7 +53,7 @@ def deepspeed_launched() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
 
-def _state() -> PartialState:
+def _make_state() -> PartialState:
     return PartialState(cpu=accelerator() is None)  # by default it does not find processes that compute on CPUs
 
 

@@ -10,7 +10,6 @@ from lightpeft.config.light import (
     READ_AFTERWARDS,
     READ_BY_PLANS,
     After,
-    Criterion,
     Estimate,
     LightConfig,
     Modules,
@@ -18,6 +17,7 @@ from lightpeft.config.light import (
     Remove,
     Scope,
     Tolerance,
+    UnitCriterion,
 )
 from lightpeft.config.methods import METHODS, Method
 from lightpeft.config.peft import peft_type
@@ -52,7 +52,6 @@ __all__ = [
     "WRITTEN",
     "After",
     "AnswerBy",
-    "Criterion",
     "DataConfig",
     "Estimate",
     "Light",
@@ -68,6 +67,7 @@ __all__ = [
     "TaskEntry",
     "Tolerance",
     "TrainingConfig",
+    "UnitCriterion",
     "changed",
     "cut_of_writer",
     "derived",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightpeft.config.light import SHARES, LightConfig, Tolerance, Train
-from lightpeft.config.peft import USUAL
+from lightpeft.config.peft import DEFAULT_KIND
 from lightpeft.config.presets import Light, light_config, overlaid
 from lightpeft.config.validation import from_dict
 
@@ -94,7 +94,7 @@ TABLE = (
 """The rules that fill in unset settings, in order of increasing priority."""
 
 
-def derived(light: LightConfig, peft: str = USUAL, writes: bool = False) -> LightConfig:
+def derived(light: LightConfig, peft: str = DEFAULT_KIND, writes: bool = False) -> LightConfig:
     """Fill in every unset setting except `tolerance` and `scope`; keep the values that are given.
 
     Args:
@@ -107,7 +107,7 @@ def derived(light: LightConfig, peft: str = USUAL, writes: bool = False) -> Ligh
     for rule in TABLE:
         if rule.holds(preset, peft, writes, train):
             filled = overlaid(filled, rule.sets)
-    filled = overlaid(filled, _given(dataclasses.asdict(light)))
+    filled = overlaid(filled, _without_unset(dataclasses.asdict(light)))
     remove, rates = filled["remove"], filled["rates"]
     if any(name in remove for name in SHARES):
         filled["remove"] = {**dict.fromkeys(SHARES, 0.0), **remove}
@@ -121,13 +121,13 @@ def changed(light: LightConfig, by: Light) -> LightConfig:
     Raises:
         LightPeftError: `by` has an unknown form, setting or value.
     """
-    above = _given(dataclasses.asdict(light_config(by)))
-    return from_dict(LightConfig, overlaid(_given(dataclasses.asdict(light)), above), "light.")
+    above = _without_unset(dataclasses.asdict(light_config(by)))
+    return from_dict(LightConfig, overlaid(_without_unset(dataclasses.asdict(light)), above), "light.")
 
 
-def _given(settings: dict[str, Any]) -> dict[str, Any]:
+def _without_unset(settings: dict[str, Any]) -> dict[str, Any]:
     """Return nested settings without the entries that are None."""
-    parts = {name: _given(value) if isinstance(value, dict) else value for name, value in settings.items()}
+    parts = {name: _without_unset(value) if isinstance(value, dict) else value for name, value in settings.items()}
     return {name: value for name, value in parts.items() if value is not None}
 
 

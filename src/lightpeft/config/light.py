@@ -15,7 +15,7 @@ from lightpeft.errors import LightPeftError, require
 
 Scope = Literal["layerwise", "global"]
 HeadUnit = Literal["group", "balanced"]
-Criterion = Literal["mask", "taylor", "fisher", "magnitude", "random"]
+UnitCriterion = Literal["mask", "taylor", "fisher", "magnitude", "random"]
 ModuleCriterion = Literal["ratio", "taylor", "random"]
 RankCriterion = Literal["taylor", "magnitude", "random"]
 Keep = Literal["light", "full", "both"]
@@ -25,7 +25,7 @@ Train = Literal["peft", "all"]
 
 WIDEST = 2**16
 """Upper bound of ranks and widths; no model has a larger hidden size."""
-MOST_ROWS = 2**20
+LARGEST_BATCH = 2**20
 """Upper bound of the rows of a step."""
 
 
@@ -119,7 +119,7 @@ class Estimate:
     length: int | float | Literal["auto"] | None = None
     """Length of the stage in optimizer steps (whole number), or as a fraction of the whole run (in (0, 1)). auto: 7.5%
     of the run, at least 32 steps, and more until the loss has fallen, up to 30% of the run. Unset: auto."""
-    criterion: Criterion | None = None
+    criterion: UnitCriterion | None = None
     """Importance score of heads, neurons and experts. Unset: fisher."""
     module_criterion: ModuleCriterion | None = None
     """Importance score of PEFT modules. Unset: ratio."""

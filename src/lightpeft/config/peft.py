@@ -9,7 +9,7 @@ from lightpeft.errors import require
 Peft: TypeAlias = str | dict[str, Any]
 """The name of a PEFT kind, or a mapping with its type and settings."""
 
-USUAL = "lora"
+DEFAULT_KIND = "lora"
 """The default PEFT kind."""
 TYPE = "type"
 """Key of the PEFT kind in a mapping."""
@@ -24,7 +24,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 def peft_type(peft: Any) -> Any:
     """Return the PEFT kind that the setting `peft` names, in lower case; it may be unknown, or no text at all."""
-    kind = peft.get(TYPE, USUAL) if isinstance(peft, dict) else peft
+    kind = peft.get(TYPE, DEFAULT_KIND) if isinstance(peft, dict) else peft
     return kind.lower() if isinstance(kind, str) else kind
 
 
@@ -40,7 +40,7 @@ def shortest(peft: Peft) -> Peft:
         LightPeftError: the kind is not text.
     """
     kind, settings = peft_type(peft), peft_settings(peft)
-    require(isinstance(kind, str), f"peft.type is {kind!r}; it must be text, such as {USUAL}")
+    require(isinstance(kind, str), f"peft.type is {kind!r}; it must be text, such as {DEFAULT_KIND}")
     defaults = {SLOTS_KEY: None, "target_modules": None, **DEFAULTS.get(kind, {})}
     said = {name: value for name, value in settings.items() if name not in defaults or value != defaults[name]}
     return {TYPE: kind, **said} if said else kind

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from lightpeft.config.derived import derived
-from lightpeft.config.light import MOST_ROWS, LightConfig
+from lightpeft.config.light import LARGEST_BATCH, LightConfig
 from lightpeft.config.methods import METHODS, Method, MethodName
-from lightpeft.config.peft import USUAL, Peft, peft_settings, peft_type, shortest
+from lightpeft.config.peft import DEFAULT_KIND, Peft, peft_settings, peft_type, shortest
 from lightpeft.config.presets import WRITTEN, light_mapping
 from lightpeft.config.validation import Within, check_values, from_dict, load_yaml
 from lightpeft.errors import require
@@ -19,7 +19,7 @@ AnswerBy = Literal["auto", "head", "likelihood"]
 LikelihoodRule = Literal["sum", "byte"]
 PrefixPlace = Literal["file", "memory", "off"]
 
-_LONGEST = 2**24
+_MOST_TOKENS = 2**24
 """Upper bound of settings that count tokens of a row; no model reads more."""
 
 
@@ -134,12 +134,12 @@ class DataConfig:
     """Column of the kind -> column of the data, or a template such as "{premise} {hypothesis}". Of those that are not
     named, text, label, context, options, answer, question, answers and messages have their own names in the data;
     text_pair, prompt and completion are read if they are named. docs/reference/tasks.md has every kind's columns."""
-    max_length: Annotated[int, Within(least=2, most=_LONGEST)] = 128
+    max_length: Annotated[int, Within(least=2, most=_MOST_TOKENS)] = 128
     """Maximum number of tokens of a row; limited by the model. Longer contexts are read in windows (span)."""
     null_threshold: float | None = None
     """Give no answer unless the best one outscores no answer by more than this number (span). Unset: always answer, or
     0 for tasks that have questions without an answer."""
-    answer_tokens: Annotated[int, Within(least=1, most=_LONGEST)] = 30
+    answer_tokens: Annotated[int, Within(least=1, most=_MOST_TOKENS)] = 30
     """Maximum number of tokens of an answer (span, generation, and text that `predict` generates)."""
     limit_train: Annotated[int | None, Within(least=1)] = None
     """Maximum number of training rows, taken after a seeded shuffle."""
@@ -157,11 +157,11 @@ class TrainingConfig:
     epochs: Annotated[float | Auto, Within(above=0, most=_MOST_EPOCHS)] = "auto"
     """Passes over the training rows, estimation included. auto: 3, or as many as make 200 optimizer steps, up to 40;
     more than 3 end early when the loss on held-out training rows stops falling."""
-    batch_size: Annotated[int, Within(least=1, most=MOST_ROWS)] = 32
+    batch_size: Annotated[int, Within(least=1, most=LARGEST_BATCH)] = 32
     """Per-device batch size: rows of one process in one forward pass."""
-    eval_batch_size: Annotated[int, Within(least=1, most=MOST_ROWS)] = 64
+    eval_batch_size: Annotated[int, Within(least=1, most=LARGEST_BATCH)] = 64
     """Batch size in evaluation and prediction."""
-    gradient_accumulation: Annotated[int, Within(least=1, most=MOST_ROWS)] = 1
+    gradient_accumulation: Annotated[int, Within(least=1, most=LARGEST_BATCH)] = 1
     """Number of backward passes for each optimizer step."""
     learning_rate: Annotated[float | Auto, Within(above=0)] = "auto"
     """Peak learning rate, with linear decay to zero. auto: for PEFT modules and the head by the model's hidden size,
@@ -208,7 +208,7 @@ class RunConfig:
     method: MethodName = "light"
     """light: Light-PEFT; for comparison on the same data, plain: the same PEFT without pruning, on its customary
     projections (LoRA on q and v), full: full fine-tuning, in which every weight trains."""
-    peft: Peft = USUAL
+    peft: Peft = DEFAULT_KIND
     """PEFT kind: lora, bottleneck (adapters) or ia3; or a mapping with the kind as its `type` (lora if there is none),
     any of PEFT's own settings for it, such as {type: lora, r: 16, use_dora: true}, and `slots`, the projections that
     get a module, of q, k, v, qkv, o, ffn_in, ffn_gate, ffn_gate_in, ffn_out. If they are not given: lora has r: 8,

@@ -24,7 +24,7 @@ _YAML_LIMIT = 2**20
 """Maximum size of a YAML file in bytes."""
 _MOST_NODES = 100_000
 """Maximum number of keys, values and list entries in a YAML file; entries that aliases repeat count every time."""
-_LARGEST = 2**63 - 1
+_LARGEST_INTEGER = 2**63 - 1
 """Maximum of settings that are whole numbers: the largest integer that the libraries below accept."""
 
 
@@ -169,12 +169,12 @@ class Within:
         """Raise `LightPeftError` if a number is out of range; `where` names the setting."""
         below = (self.least is not None and value < self.least) or (self.above is not None and value <= self.above)
         if below or (self.below is not None and value >= self.below):
-            raise LightPeftError(f"{where} is {shown(value)}; it {self._must}")
+            raise LightPeftError(f"{where} is {shown(value)}; it {self._requirement}")
         if self.most is not None and value > self.most:  # which could only end in a lack of memory, or in an overflow
             raise LightPeftError(f"{where} is {shown(value)}; it can be at most {self.most:,}")
 
     @property
-    def _must(self) -> str:
+    def _requirement(self) -> str:
         if self.below is not None:
             start = f"[{self.least:g}" if self.above is None else f"({self.above:g}"
             return f"must be in {start}, {self.below:,})"
@@ -202,7 +202,7 @@ def check_values(config: Any, section: str = "") -> None:
 
 
 def _check_number(value: int | float, where: str) -> None:
-    finite = math.isfinite(value) if isinstance(value, float) else abs(value) <= _LARGEST
+    finite = math.isfinite(value) if isinstance(value, float) else abs(value) <= _LARGEST_INTEGER
     require(finite, f"{where} is {shown(value)}; give a finite number, below 2**63 if it is a whole number")
 
 
@@ -225,7 +225,7 @@ _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 """Numbers such as 3e-4, which YAML 1.1 reads as strings because they have no dot."""
 
 
-_KINDS: dict[Any, str] = {
+_TYPE_NAMES: dict[Any, str] = {
     dict: "a mapping",
     int: "a whole number",
     float: "a number",
@@ -259,12 +259,12 @@ def checked(value: Any, hint: Any, where: str) -> Any:
             return from_dict(typing.cast(type, option), value, f"{where}.")
         if typing.get_origin(option) is Literal and value in typing.get_args(option):
             return value
-        if _is_list(option) and isinstance(value, (list, tuple)) and _fits(len(value), option):
+        if _is_list(option) and isinstance(value, (list, tuple)) and _allows_length(len(value), option):
             item = typing.get_args(option)[0]
             return [checked(entry, item, f"{where}[{index}]") for index, entry in enumerate(value)]
         if typing.get_origin(option) is dict and isinstance(value, dict):
             item = typing.get_args(option)[1]
-            return {_key(key, where): checked(entry, item, f"{where}.{key}") for key, entry in value.items()}
+            return {_check_key(key, where): checked(entry, item, f"{where}.{key}") for key, entry in value.items()}
         if isinstance(option, type) and isinstance(value, option) and not (option is int and isinstance(value, bool)):
             return value
         if option is float and isinstance(value, int) and not isinstance(value, bool) and int not in options:
@@ -272,7 +272,7 @@ def checked(value: Any, hint: Any, where: str) -> Any:
         if option is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
             return checked(float(value), hint, where)
     choices = _literals(hint)
-    kinds = [_KINDS.get(typing.get_origin(option) or option) for option in options]
+    kinds = [_TYPE_NAMES.get(typing.get_origin(option) or option) for option in options]
     wanted = " or ".join([kind for kind in kinds if kind] + ([f"one of {', '.join(choices)}"] if choices else []))
     # YAML 1.1 reads words such as no, on and 1 as other things than text
     quotes = " (in quotes)" if str in options and isinstance(value, (bool, int, float)) else ""
@@ -283,12 +283,12 @@ def _is_list(hint: Any) -> bool:
     return typing.get_origin(hint) in (list, tuple)
 
 
-def _fits(length: int, hint: Any) -> bool:
+def _allows_length(length: int, hint: Any) -> bool:
     """Return whether the type `hint` allows a list of this length: tuple[float, float] has two entries."""
     of = typing.get_args(hint)
     return typing.get_origin(hint) is list or of[-1] is Ellipsis or len(of) == length
 
 
-def _key(key: Any, where: str) -> str:
+def _check_key(key: Any, where: str) -> str:
     _check_text(str(key), f"a key of {where}")
     return str(key)

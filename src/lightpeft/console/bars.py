@@ -22,11 +22,11 @@ def progress(items: Iterable[T], total: int, description: str) -> Iterable[T]:
     if quiet:
         return items
     if not console.is_terminal:
-        return _beating(items, Pulse(description, total))
+        return _with_pulse(items, Pulse(description, total))
     return rich.progress.track(items, description, total=total, console=console, transient=True)
 
 
-def _beating(items: Iterable[T], pulse: Pulse) -> Iterator[T]:
+def _with_pulse(items: Iterable[T], pulse: Pulse) -> Iterator[T]:
     for done, item in enumerate(items):
         pulse.beat(done)
         yield item

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
-_LONGEST = 200
+_LONGEST_NAME = 200
 """Maximum number of characters of a name that its temporary name repeats; file systems allow 255 bytes."""
 
 
@@ -174,7 +174,7 @@ def clean(place: Path) -> None:
 
 def _temporary(place: Path, name: str) -> Path:
     """Return an unused path in `place` for a file or folder that will be renamed to `name`."""
-    return place / f".{name[:_LONGEST]}.{secrets.token_hex(4)}.tmp"
+    return place / f".{name[:_LONGEST_NAME]}.{secrets.token_hex(4)}.tmp"
 
 
 def _move_files(source: Path, folder: Path, last: str, obsolete: tuple[str, ...]) -> None:

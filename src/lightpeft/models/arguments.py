@@ -16,7 +16,7 @@ Change = Callable[[Any], Any]
 
 def change_arguments(module: nn.Module, changes: Mapping[str, Change]) -> RemovableHandle:
     """Hook functions that replace arguments onto a module, by argument name; an argument that is None stays None."""
-    return module.register_forward_pre_hook(_Changed(_positions(module), changes), with_kwargs=True)
+    return module.register_forward_pre_hook(_ReplaceArguments(_positions(module), changes), with_kwargs=True)
 
 
 def _positions(module: nn.Module) -> dict[str, int]:
@@ -29,7 +29,7 @@ def _parameters(module: nn.Module) -> list[Parameter]:
     return list(inspect.signature(module.forward).parameters.values())
 
 
-class _Changed:
+class _ReplaceArguments:
     """Forward pre-hook that replaces some arguments."""
 
     def __init__(self, positions: Mapping[str, int], changes: Mapping[str, Change]) -> None:
@@ -37,9 +37,9 @@ class _Changed:
         self.by_position = {positions[name]: change for name, change in changes.items() if name in positions}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        changed = tuple(_instead(value, self.by_position.get(place)) for place, value in enumerate(args))
-        return changed, {name: _instead(value, self.by_name.get(name)) for name, value in kwargs.items()}
+        changed = tuple(_replace(value, self.by_position.get(place)) for place, value in enumerate(args))
+        return changed, {name: _replace(value, self.by_name.get(name)) for name, value in kwargs.items()}
 
 
-def _instead(value: Any, change: Change | None) -> Any:
+def _replace(value: Any, change: Change | None) -> Any:
     return value if value is None or change is None else change(value)

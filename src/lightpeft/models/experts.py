@@ -57,7 +57,7 @@ class ExpertLayer:
         plain = {"gate_up_proj", "down_proj"} <= own.keys() and all(p.is_floating_point() for p in own.values())
         kept = "lightpeft cuts experts that are 3-D parameters in floating point only"
         require(plain and not others, f"{where} is a {type(self.experts).__name__} with unknown parameters; {kept}")
-        rows = all(tensor.shape[0] == self.count for _, tensor in self._of_router())
+        rows = all(tensor.shape[0] == self.count for _, tensor in self._router_tensors())
         require(rows, f"the router of {where} cannot be cut: a parameter does not have one row per expert")
 
     @property
@@ -104,7 +104,7 @@ class ExpertLayer:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield all tensors that a cut changes, with their names "experts.<name>" and "router.<name>"."""
-        for part, tensors in (("experts", self._parameters()), ("router", self._of_router())):
+        for part, tensors in (("experts", self._parameters()), ("router", self._router_tensors())):
             for name, tensor in tensors:
                 yield f"{part}.{name}", tensor.detach()
 
@@ -141,7 +141,7 @@ class ExpertLayer:
             dense = getattr(parts[part], own)
             parameter = isinstance(dense, nn.Parameter)
             setattr(parts[part], own, nn.Parameter(weight, dense.requires_grad) if parameter else weight)
-        self._say(*before)
+        self._update_counts(*before)
 
     def part(self, name: str, weight: Tensor, experts: Tensor, neurons: Tensor) -> Tensor:
         """Cut one of the dense `weights`.
@@ -159,7 +159,7 @@ class ExpertLayer:
             kept = gather(kept, self.channels(own, neurons).to(weight.device), dim)
         return kept.contiguous()
 
-    def _say(self, count: int, width: int) -> None:
+    def _update_counts(self, count: int, width: int) -> None:
         """Update the attributes of both modules that held the counts before the cut."""
         for module, name in ((self.experts, "num_experts"), (self.router, "num_experts")):
             if getattr(module, name, None) == count:
@@ -172,7 +172,7 @@ class ExpertLayer:
         own = dict(self.experts.named_parameters(recurse=False))
         yield from ((name, own[name]) for name in _CHANNELS if name in own)
 
-    def _of_router(self) -> Iterator[tuple[str, Tensor]]:
+    def _router_tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.router.named_parameters(recurse=False)
         yield from self.router.named_buffers(recurse=False)
 
@@ -181,19 +181,19 @@ class ExpertLayer:
         return _CHANNELS.get(name, (None, None))[bool(getattr(self.experts, "is_transposed", False))]
 
     @property
-    def _in_turns(self) -> bool:
+    def _interleaved(self) -> bool:
         """True if gate and up are interleaved by channel, and not concatenated."""
         return not getattr(self.experts, "is_concatenated", True)
 
     def _pairs(self, channels: Tensor) -> Tensor:
         """Pair gate and up channels of a fused parameter: [experts, 2 * neurons] -> [experts, neurons, 2]."""
-        return channels.view(len(channels), -1, 2) if self._in_turns else channels.view(len(channels), 2, -1).mT
+        return channels.view(len(channels), -1, 2) if self._interleaved else channels.view(len(channels), 2, -1).mT
 
     def channels(self, name: str, neurons: Tensor) -> Tensor:
         """Return the entries of a parameter for these neurons: [kept, width], or [kept, 2 * width] if it is fused."""
         if not _is_fused(name):
             return neurons
-        if self._in_turns:
+        if self._interleaved:
             return torch.stack([2 * neurons, 2 * neurons + 1], dim=2).flatten(1)
         return torch.cat([neurons, neurons + self.width], dim=1)
 

@@ -28,7 +28,12 @@ def lone_head(model: nn.Module) -> nn.Linear | None:
     """
     inner = transformers_model(model)
     head = language_head(inner)
-    if head is None or is_watched(head) or type(head.weight) not in (nn.Parameter, StandIn) or _followed(inner, head):
+    if (
+        head is None
+        or is_watched(head)
+        or type(head.weight) not in (nn.Parameter, StandIn)
+        or _changes_head_output(inner, head)
+    ):
         return None
     return head
 
@@ -66,7 +71,7 @@ def given_by(head: nn.Linear) -> Iterator[list[Tensor]]:
         yield given
 
 
-def _followed(inner: Any, head: nn.Linear) -> bool:
+def _changes_head_output(inner: Any, head: nn.Linear) -> bool:
     """Return whether the model changes the output of its head, by a test with two tokens."""
     try:
         with given_by(head) as given:

@@ -11,9 +11,9 @@ from huggingface_hub import constants
 
 from lightpeft.compat.hub import go_offline
 
-PART = r"[A-Za-z0-9_][\w.-]{0,95}"
+NAME_PART = r"[A-Za-z0-9_][\w.-]{0,95}"
 """Pattern of an owner's or a repository's name."""
-_ID = re.compile(rf"({PART}/)?{PART}")
+_ID = re.compile(rf"({NAME_PART}/)?{NAME_PART}")
 
 
 def look_for(name: str) -> None:

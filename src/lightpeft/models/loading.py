@@ -88,14 +88,14 @@ def load_model(
     """
     alone = "model.low_memory works in a single process only; start one process, or switch it off"
     require(not config.low_memory or processes().num_processes == 1, alone)
-    hf_config, options = _configured(config, head, labels, to_prune)
+    hf_config, options = _load_configured(config, head, labels, to_prune)
     if to_prune:
         _check_quantisation(config, hf_config)
     if config.quantization:
         options["quantization_config"] = BitsAndBytesConfig(**_QUANTISED[config.quantization])
     architecture = None if head.architectures is None else head.architectures.get(type(hf_config), None)
     names = None if architecture is None else base_names(architecture)
-    with _opening(config), weights_on_disk() if config.low_memory else nullcontext():
+    with _explain_errors(config), weights_on_disk() if config.low_memory else nullcontext():
         model, info = head.auto.from_pretrained(
             config.name,
             config=hf_config,
@@ -125,13 +125,13 @@ def untrained_model(
     Raises:
         LightPeftError: there is no such model, or it cannot be pruned.
     """
-    hf_config, options = _configured(config, head, labels, to_prune)
+    hf_config, options = _load_configured(config, head, labels, to_prune)
     dtype = getattr(hf_config, "dtype", None) if config.dtype == "auto" else getattr(torch, config.dtype)
-    with _opening(config), torch.device("meta"):
+    with _explain_errors(config), torch.device("meta"):
         model = head.auto.from_config(
             hf_config, dtype=dtype or torch.float32, trust_remote_code=config.trust_remote_code, **options
         )
-    return LoadedModel(model, [] if head == CAUSAL_LM else _heads(model), head)
+    return LoadedModel(model, [] if head == CAUSAL_LM else _head_modules(model), head)
 
 
 def supports_checkpointing(
@@ -145,7 +145,7 @@ def supports_checkpointing(
     return bool(untrained_model(config, head, labels, to_prune=to_prune).model.supports_gradient_checkpointing)
 
 
-def _configured(
+def _load_configured(
     config: ModelConfig, head: TaskHead, labels: Sequence[str], to_prune: bool = True
 ) -> tuple[PretrainedConfig, dict[str, Any]]:
     """Load the model's configuration, let the head set its outputs, and return it with options of `from_pretrained`."""
@@ -156,7 +156,7 @@ def _configured(
     return hf_config, {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
 
 
-def _heads(model: PreTrainedModel) -> list[str]:
+def _head_modules(model: PreTrainedModel) -> list[str]:
     """Return the names of the modules with parameters beside the base."""
     beside = (name for name, module in model.named_children() if name != model.base_model_prefix)
     return sorted(name for name in beside if any(True for _ in model.get_submodule(name).parameters()))
@@ -212,7 +212,7 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     Raises:
         LightPeftError: there is no such model, or its files are damaged.
     """
-    with _opening(config):
+    with _explain_errors(config):
         return AutoConfig.from_pretrained(config.name, **check_checkpoint(config))
 
 
@@ -225,7 +225,7 @@ def load_tokenizer(config: ModelConfig, own: PretrainedConfig | None = None) -> 
     Raises:
         LightPeftError: there is no tokenizer, or its files are damaged.
     """
-    with _opening(config):
+    with _explain_errors(config):
         options = check_checkpoint(config)
         tokenizer = AutoTokenizer.from_pretrained(config.name, **({} if own is None else {"config": own}), **options)
     _check_tokenizer(tokenizer, config.name)
@@ -284,7 +284,7 @@ def _top_module(model: PreTrainedModel, key: str) -> str:
 
 
 @contextmanager
-def _opening(config: ModelConfig) -> Iterator[None]:
+def _explain_errors(config: ModelConfig) -> Iterator[None]:
     """Turn errors of loading a model into one line, which names the switch that may be missing."""
     try:
         with parsing(f"model {config.name} cannot be loaded"):

@@ -16,7 +16,7 @@ from lightpeft.errors import require
 from lightpeft.models.linears.on_disk import bring_in, can_be_left, is_on_disk, leave_on_disk, lying_over
 from lightpeft.models.tensors import Reading, StoredTensor, check_files, on_disk
 
-_INSTEAD = "load it without low_memory"
+_LOAD_IN_MEMORY = "load it without low_memory"
 
 
 @contextmanager
@@ -38,8 +38,8 @@ def weights_on_disk() -> Iterator[None]:
     """
 
     def read(model: PreTrainedModel, checkpoint: Checkpoint) -> Any:
-        check_files(checkpoint, _INSTEAD)
-        return _Leaving(model).load(checkpoint)
+        check_files(checkpoint, _LOAD_IN_MEMORY)
+        return _OnDiskLoad(model).load(checkpoint)
 
     with reading(read):
         yield
@@ -56,30 +56,30 @@ def bring_weights_in(model: nn.Module) -> None:
         bring_in(layer)
 
 
-class _Leaving:
+class _OnDiskLoad:
     """State of one load of a model whose weights stay on disk."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._reading = Reading(None, None)
-        self._layers = {layer for layer in _in_blocks(model) if can_be_left(layer)}
+        self._layers = {layer for layer in _block_modules(model) if can_be_left(layer)}
         self._stored: dict[nn.Module, tuple[StoredTensor, torch.dtype]] = {}
 
     def load(self, checkpoint: Checkpoint) -> Any:
         """Load the checkpoint with transformers, and leave the weights of blocks on disk."""
-        hook = register_module_parameter_registration_hook(self._receive)
+        hook = register_module_parameter_registration_hook(self._replace_parameter)
         try:
             with one_at_a_time():
                 result = checkpoint.load(self._model, on_disk(checkpoint.files, self._reading))
         finally:
             hook.remove()
         what = f"no linear layer in the blocks of {type(self._model).__name__} can have its weight on disk"
-        require(self._stored, f"{what}: its class is unknown, or its weight is converted on loading; {_INSTEAD}")
+        require(self._stored, f"{what}: its class is unknown, or its weight is converted on loading; {_LOAD_IN_MEMORY}")
         for layer, (stored, dtype) in self._stored.items():
             leave_on_disk(layer, stored, dtype)
         return result
 
-    def _receive(self, module: nn.Module, name: str, parameter: Any) -> Any:
+    def _replace_parameter(self, module: nn.Module, name: str, parameter: Any) -> Any:
         """Replace a parameter that is set in a module, as a registration hook; None: keep it."""
         if name != "weight" or parameter is None or parameter.is_meta or module not in self._layers:
             return None
@@ -93,7 +93,7 @@ class _Leaving:
         return over_file
 
 
-def _in_blocks(model: nn.Module) -> Iterator[nn.Module]:
+def _block_modules(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the modules inside the model's lists of blocks, without embeddings and heads."""
     for part in model.modules():
         if isinstance(part, nn.ModuleList):

@@ -13,11 +13,11 @@ from huggingface_hub import errors
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import reason_of
-from lightpeft.models.hub import PART, look_for
+from lightpeft.models.hub import NAME_PART, look_for
 
 Token = str | bool | None
 """Access token of an account; None: that of the account that is logged in, if any; False: no account."""
-_NAME = re.compile(rf"(?P<name>{PART}/{PART})(@(?P<revision>[\w./-]+))?")
+_NAME = re.compile(rf"(?P<name>{NAME_PART}/{NAME_PART})(@(?P<revision>[\w./-]+))?")
 """Pattern of owner/name or owner/name@revision, as in huggingface_hub's file system."""
 TOKENIZER = (
     "tokenizer*",
@@ -32,7 +32,7 @@ TOKENIZER = (
 
 
 @dataclass(frozen=True)
-class Form:
+class RepositoryForm:
     """Files of a repository that make a model of one form."""
 
     what: str
@@ -70,7 +70,7 @@ class Repository:
         require(not both, f"{place} and revision={revision} name different revisions; give one of them")
         return cls(found["name"], revision or found["revision"], token)
 
-    def folder(self, *forms: Form) -> Path | None:
+    def folder(self, *forms: RepositoryForm) -> Path | None:
         """Download the files of the first form that the repository has, and return their folder in the hub's cache.
 
         Returns:
@@ -80,14 +80,14 @@ class Repository:
             LightPeftError: there is no such repository or revision, or the token gives no access to it.
         """
         for form in forms:
-            marker = self._marker(form)
+            marker = self._download_marker(form)
             if marker is not None:
-                return self._files(form, marker.parent.name)
+                return self._download_files(form, marker.parent.name)
         return None
 
-    def _files(self, form: Form, commit: str) -> Path:
+    def _download_files(self, form: RepositoryForm, commit: str) -> Path:
         """Download all files of a form from one commit."""
-        with self._asking():
+        with self._explain_errors():
             return Path(
                 huggingface_hub.snapshot_download(
                     self.name,
@@ -101,9 +101,9 @@ class Repository:
     def __str__(self) -> str:
         return self.name if self.revision is None else f"{self.name}@{self.revision}"
 
-    def _marker(self, form: Form) -> Path | None:
+    def _download_marker(self, form: RepositoryForm) -> Path | None:
         look_for(self.name)
-        with self._asking():
+        with self._explain_errors():
             try:
                 file = huggingface_hub.hf_hub_download(self.name, form.marker, revision=self.revision, token=self.token)
             except errors.RemoteEntryNotFoundError:
@@ -115,7 +115,7 @@ class Repository:
             return Path(file)
 
     @contextmanager
-    def _asking(self) -> Iterator[None]:
+    def _explain_errors(self) -> Iterator[None]:
         """Turn errors of the hub's client into one line."""
         missing = f"there is no folder {self.name} here, and"
         token = "log in (hf auth login), or give a token"
@@ -132,7 +132,7 @@ class Repository:
             raise LightPeftError(f"{self} cannot be downloaded from the hub: {reason_of(error)}") from error
 
 
-def folder_of(place: str | Path, form: Form, revision: str | None = None, token: Token = None) -> Path:
+def folder_of(place: str | Path, form: RepositoryForm, revision: str | None = None, token: Token = None) -> Path:
     """Return the folder of a path, or download the model of a hub name and return its folder.
 
     Raises:

@@ -25,10 +25,10 @@ from lightpeft.peft_kinds.sites.lora import LoraSite
 from lightpeft.peft_kinds.sites.registry import check_config
 from lightpeft.plans.structure import SLOTS, BlockSpec
 
-Settings = dict[str, Any]
+PeftFields = dict[str, Any]
 """Fields of a PEFT configuration."""
 
-_OF_THE_RUN = (
+_SET_BY_RUN = (
     "peft_type",
     "task_type",
     "base_model_name_or_path",
@@ -39,7 +39,7 @@ _OF_THE_RUN = (
     "runtime_config",
 )
 """Fields of PEFT's configurations that other settings of the run determine, or that PEFT fills in itself."""
-_LAYERS = ("layers_to_transform", "layers_pattern")
+_LAYER_FIELDS = ("layers_to_transform", "layers_pattern")
 """Fields that select among layers with the same name."""
 
 
@@ -99,11 +99,11 @@ class PeftKind:
             new_modules: modules that train as a whole, beside those of the run's settings (`modules_to_save`).
         """
         cls: Any = PEFT_TYPE_TO_CONFIG_MAPPING[self.site.peft_type]
-        for name in _OF_THE_RUN:
+        for name in _SET_BY_RUN:
             require(name not in run.peft_settings, f"peft.{name} is set by the run; leave it out")
         given = {name: value for name, value in run.peft_settings.items() if name != SLOTS_KEY}
-        slots = self._slots(run.peft_settings.get(SLOTS_KEY))
-        settings = {**DEFAULTS.get(self.name, {}), **checked_fields(cls, given, "peft.", without=_OF_THE_RUN)}
+        slots = self._check_slots(run.peft_settings.get(SLOTS_KEY))
+        settings = {**DEFAULTS.get(self.name, {}), **checked_fields(cls, given, "peft.", without=_SET_BY_RUN)}
         _check_layers(settings)
         for name, within in self.limits.items():
             if settings.get(name) is not None:
@@ -116,7 +116,7 @@ class PeftKind:
         check_config(made)
         return made
 
-    def _slots(self, given: Any) -> Collection[str] | None:
+    def _check_slots(self, given: Any) -> Collection[str] | None:
         """Check and return the slots in a run's settings; None: there are none."""
         slots: list[str] | None = checked(given, list[str] | None, f"peft.{SLOTS_KEY}")
         require(slots is None or self.habit, f"peft.{SLOTS_KEY} has no effect with {self.name}; leave it out")
@@ -125,7 +125,7 @@ class PeftKind:
         require(not unknown, f"peft.{SLOTS_KEY} has unknown {', '.join(sorted(unknown))}; {known}")
         return slots
 
-    def placed(self, settings: Settings, place: ModulePlaces, slots: Collection[str] | None = None) -> Settings:
+    def placed(self, settings: PeftFields, place: ModulePlaces, slots: Collection[str] | None = None) -> PeftFields:
         """Return the settings of the places of modules; given target modules are not changed.
 
         Args:
@@ -137,9 +137,9 @@ class PeftKind:
         return {"target_modules": projections(place.allowed, slots or usual)}
 
 
-def _check_layers(settings: Settings) -> None:
+def _check_layers(settings: PeftFields) -> None:
     """Refuse fields that select layers without target modules, since PEFT ignores them for full module names."""
-    for name in _LAYERS:
+    for name in _LAYER_FIELDS:
         named = settings.get(name) is None or settings.get("target_modules") is not None
         require(named, f"peft.{name} selects among target modules with the same name; give peft.target_modules, too")
 
@@ -157,7 +157,7 @@ class _Lora(PeftKind):
         require(start != "eva", f"peft.init_lora_weights: {start} needs data, which runs lack; use true or gaussian")
         return super().config(run, *args, **options)
 
-    def placed(self, settings: Settings, place: ModulePlaces, slots: Collection[str] | None = None) -> Settings:
+    def placed(self, settings: PeftFields, place: ModulePlaces, slots: Collection[str] | None = None) -> PeftFields:
         """Return the settings of the places, without layers whose names PEFT mistakes for routed experts."""
         result, taken = super().placed(settings, place, slots), names_of_experts(place.model_type)
         targets = result.get("target_modules", [])
@@ -174,7 +174,7 @@ class _Lora(PeftKind):
 class _Ia3(PeftKind):
     """IA3, whose factors in feed-forward modules scale the input: the hidden units in front of `ffn_out`."""
 
-    def placed(self, settings: Settings, place: ModulePlaces, slots: Collection[str] | None = None) -> Settings:
+    def placed(self, settings: PeftFields, place: ModulePlaces, slots: Collection[str] | None = None) -> PeftFields:
         result = super().placed(settings, place, slots)
         if settings.get("feedforward_modules") is not None:
             return result
@@ -189,7 +189,7 @@ class _Ia3(PeftKind):
 class _Bottleneck(PeftKind):
     """Bottleneck adapters, whose places follow from the model family."""
 
-    def placed(self, settings: Settings, place: ModulePlaces, slots: Collection[str] | None = None) -> Settings:
+    def placed(self, settings: PeftFields, place: ModulePlaces, slots: Collection[str] | None = None) -> PeftFields:
         if settings.get("target_modules") is not None or settings.get("exclude_modules") is not None:
             return {}
         return {"exclude_modules": projections(place.others) or None}

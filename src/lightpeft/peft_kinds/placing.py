@@ -31,7 +31,9 @@ def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
     blocks = block_specs(loaded.model)
     _check_weights(loaded, blocks)
     kind, task_type = kind_named(config.peft_type), loaded.head.task_type
-    made = kind.config(config, _place(blocks, config, loaded.model.config.model_type), task_type, loaded.new_modules)
+    made = kind.config(
+        config, _module_places(blocks, config, loaded.model.config.model_type), task_type, loaded.new_modules
+    )
     _check_targets(loaded.model, made.target_modules, blocks)
     with parsing(f"PEFT cannot put {kind.title} on {loaded.model.config.model_type}"):
         model = get_peft_model(loaded.model, made)
@@ -40,7 +42,7 @@ def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
     return model
 
 
-def _place(blocks: Sequence[BlockSpec], config: RunConfig, model_type: str) -> ModulePlaces:
+def _module_places(blocks: Sequence[BlockSpec], config: RunConfig, model_type: str) -> ModulePlaces:
     """Return the blocks that may have modules: if the method prunes, those that may keep them, else all."""
     if config.way.prunes:
         return ModulePlaces.under(config.light, blocks, model_type)

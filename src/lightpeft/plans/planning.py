@@ -56,7 +56,7 @@ def make_plan(record: EstimationRecord, light: Light, order: Order | None = None
     record.check_scored(light)
     specs = (*record.blocks, *record.left_out)
     if light.remove.depth == "auto":
-        light = _with_found_depth(light, record)
+        light = _use_measured_depth(light, record)
     too_deep = light.blocks_left(len(specs)) < len(record.blocks)
     gone = f"light.remove.depth {light.remove.depth} drops blocks that were there during estimation"
     require(not too_deep, f"{gone}; estimate again with this depth")
@@ -188,7 +188,7 @@ def balanced_slices(scores: Tensor, groups: int) -> Tensor:
     return (ranked + first).T
 
 
-def _with_found_depth(light: LightConfig, record: EstimationRecord) -> LightConfig:
+def _use_measured_depth(light: LightConfig, record: EstimationRecord) -> LightConfig:
     """Return the settings with the depth of the estimation, which was measured within the `blocks` of that time."""
     blocks = light.remove.blocks
     within = not isinstance(blocks, float | int) or record.depth <= blocks
@@ -197,7 +197,7 @@ def _with_found_depth(light: LightConfig, record: EstimationRecord) -> LightConf
     return light.with_depth(record.depth)
 
 
-def _amounts(light: LightConfig, record: EstimationRecord) -> tuple[float | None, tuple[float, float, float]]:
+def _split_amounts(light: LightConfig, record: EstimationRecord) -> tuple[float | None, tuple[float, float, float]]:
     """Return the fraction of the blocks for which units compete, or None and the shares of heads, neurons, experts."""
     part, remove = light.known_blocks, light.remove
     if part is None:
@@ -214,7 +214,7 @@ class _Blocks:
     def __init__(self, record: EstimationRecord, light: LightConfig, order: Order) -> None:
         self.record, self.order = record, order
         self.scope, multiple = light.remove.scope, light.remove.multiple_of
-        self.part, self.shares = _amounts(light, record)
+        self.part, self.shares = _split_amounts(light, record)
         self.multiple = 1 if multiple is None else multiple
         criterion = criterion_of(light)
         self.heads = head_units(record, light)
@@ -223,34 +223,34 @@ class _Blocks:
         self.experts = expert_units(record, criterion)
         parts = list(zip(record.blocks, self.heads, neurons, self.experts, self.slices, strict=True))
         self.layers: dict[MaskedUnit, list[Layer]] = {
-            "heads": [self._bundled("heads", spec, units, LEAST_HEADS) for spec, units, *_ in parts],
+            "heads": [self._bundle_layer("heads", spec, units, LEAST_HEADS) for spec, units, *_ in parts],
             "neurons": [
-                self._single("neurons", spec, scores, LEAST_NEURONS, spec.neuron_parameters)
+                self._unit_layer("neurons", spec, scores, LEAST_NEURONS, spec.neuron_parameters)
                 for spec, _, scores, *_ in parts
             ],
             "experts": [
-                self._bundled("experts", spec, units, spec.needed_experts // spec.expert_groups)
+                self._bundle_layer("experts", spec, units, spec.needed_experts // spec.expert_groups)
                 for spec, _, _, units, _ in parts
             ],
             "expert_neurons": [
-                self._bundled("expert_neurons", spec, units, max(LEAST_NEURONS, 1)) for spec, *_, units in parts
+                self._bundle_layer("expert_neurons", spec, units, max(LEAST_NEURONS, 1)) for spec, *_, units in parts
             ],
         }
 
-    def _bundled(self, kind: MaskedUnit, spec: BlockSpec, units: Bundles, floor: int) -> Layer:
+    def _bundle_layer(self, kind: MaskedUnit, spec: BlockSpec, units: Bundles, floor: int) -> Layer:
         """Make a layer of sets of units, ranked by score per parameter where kinds compete, else by mean score."""
         cost = units.size if self.part is None else units.parameters
         return Layer(kind, spec.index, units.scores, floor, cost)
 
-    def _single(self, kind: MaskedUnit, spec: BlockSpec, scores: Tensor, floor: int, parameters: int) -> Layer:
+    def _unit_layer(self, kind: MaskedUnit, spec: BlockSpec, scores: Tensor, floor: int, parameters: int) -> Layer:
         """Make a layer of single units, ranked by score per parameter where kinds compete, else by score."""
         return Layer(kind, spec.index, scores, floor, 1 if self.part is None else parameters)
 
     def stay(self) -> list[BlockPlan]:
         """Select the units of each block to keep."""
-        return self._by_shares() if self.part is None else self._by_cost(self.part)
+        return self._select_by_shares() if self.part is None else self._select_by_cost(self.part)
 
-    def _by_shares(self) -> list[BlockPlan]:
+    def _select_by_shares(self) -> list[BlockPlan]:
         """Select units by the shares of heads, neurons and experts to remove."""
         heads, neurons, experts = self.shares
         how: dict[MaskedUnit, tuple[float, Scope]] = {
@@ -261,7 +261,7 @@ class _Blocks:
         }
         return self._block_plans({kind: keep_part(self.layers[kind], *part, self.order) for kind, part in how.items()})
 
-    def _by_cost(self, part: float) -> list[BlockPlan]:
+    def _select_by_cost(self, part: float) -> list[BlockPlan]:
         """Select units of all blocks by score per parameter, lowest first, until `part` of the parameters is removed.
 
         With Fisher scores this minimises the second-order estimate of the loss without interactions of units: removing
@@ -276,11 +276,11 @@ class _Blocks:
             return self._block_plans({kind: kept[i * blocks : (i + 1) * blocks] for i, kind in enumerate(MASKED)})
 
         # counted in whole plans, because KV heads go with their last query head, and widths are rounded
-        count = bisect_left(range(len(queue) + 1), part * whole, key=lambda count: self._removed(plans(count)))
+        count = bisect_left(range(len(queue) + 1), part * whole, key=lambda count: self._count_removed(plans(count)))
         require(
             count <= len(queue),
             f"light.remove.blocks {part:g} cannot be reached: every layer keeps some units, so at most "
-            f"{self._removed(plans(len(queue))) / whole:.3f} of the blocks' parameters can be removed; lower it",
+            f"{self._count_removed(plans(len(queue))) / whole:.3f} of the blocks' parameters can be removed; lower it",
         )
         return plans(count)
 
@@ -290,7 +290,7 @@ class _Blocks:
         for place, spec in enumerate(self.record.blocks):
             queries = self.heads[place].units(kept["heads"][place]).flatten().sort().values.tolist()
             groups = sorted({head // spec.heads_per_kv for head in queries})
-            neurons = self._rounded(self.layers["neurons"][place], kept["neurons"][place], self.multiple)
+            neurons = self._round_width(self.layers["neurons"][place], kept["neurons"][place], self.multiple)
             experts = self.experts[place].units(kept["experts"][place]).flatten().sort().values.tolist()
             inside = self._neurons_inside(place, kept["expert_neurons"][place], experts)
             plans.append(BlockPlan(tuple(queries), tuple(groups), tuple(neurons), tuple(experts), tuple(inside)))
@@ -299,11 +299,11 @@ class _Blocks:
     def _neurons_inside(self, place: int, slices: list[int], experts: list[int]) -> list[int]:
         """Return the neurons of the slices to keep that belong to experts to keep."""
         multiple = math.lcm(self.multiple, EXPERT_MULTIPLE)
-        stay = self._rounded(self.layers["expert_neurons"][place], slices, multiple)
+        stay = self._round_width(self.layers["expert_neurons"][place], slices, multiple)
         neurons: list[int] = self.slices[place].units(stay)[:, experts].flatten().sort().values.tolist()
         return neurons
 
-    def _rounded(self, layer: Layer, stay: list[int], multiple: int) -> list[int]:
+    def _round_width(self, layer: Layer, stay: list[int], multiple: int) -> list[int]:
         """Select the neurons to keep at the width nearest to theirs that is a multiple, and zero only if theirs is."""
         dense = total([layer])
         if not stay or len(stay) == dense or multiple == 1:
@@ -311,7 +311,7 @@ class _Blocks:
         width = min(max(int(len(stay) / multiple + 0.5), 1) * multiple, dense)
         return keep([replace(layer, floor=0)], dense - width, self.order)[0]
 
-    def _removed(self, plans: Sequence[BlockPlan]) -> int:
+    def _count_removed(self, plans: Sequence[BlockPlan]) -> int:
         """Count the parameters that these plans remove."""
         return removed_parameters(zip(self.record.blocks, plans, strict=True), self.record.left_out)
 

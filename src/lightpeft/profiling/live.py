@@ -39,10 +39,10 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         LightPeftError: the model returned no loss.
     """
-    return _loss_in(model(**batch))
+    return _require_loss(model(**batch))
 
 
-def _loss_in(output: Any) -> Tensor:
+def _require_loss(output: Any) -> Tensor:
     loss = getattr(output, "loss", None)
     require(loss is not None, "the model returned no loss; give batches with labels")
     assert isinstance(loss, Tensor)
@@ -58,7 +58,7 @@ def losses_of(model: nn.Module, batches: Sequence[Batch], autocast: torch.dtype 
     Raises:
         LightPeftError: the model returned no loss, or a loss that is not finite.
     """
-    return _finite(_read(model, batches, autocast, _loss_in))
+    return _check_finite(_evaluate(model, batches, autocast, _require_loss))
 
 
 def losses_and_classes_of(
@@ -73,12 +73,12 @@ def losses_and_classes_of(
     Raises:
         LightPeftError: the model returned no loss, or a loss that is not finite.
     """
-    read = _read(model, batches, autocast, lambda output: (_loss_in(output), output.logits.argmax(-1)))
-    return _finite([loss for loss, _ in read]), torch.cat([classes for _, classes in read]).cpu()
+    read = _evaluate(model, batches, autocast, lambda output: (_require_loss(output), output.logits.argmax(-1)))
+    return _check_finite([loss for loss, _ in read]), torch.cat([classes for _, classes in read]).cpu()
 
 
 @torch.no_grad()
-def _read(
+def _evaluate(
     model: nn.Module, batches: Sequence[Batch], autocast: torch.dtype | None, take: Callable[[Any], T]
 ) -> list[T]:
     """Return `take(output)` of the model for each batch, in evaluation mode."""
@@ -87,7 +87,7 @@ def _read(
         return [take(model(**moved(batch, device))) for batch in batches]
 
 
-def _finite(of_batches: Sequence[Tensor]) -> Tensor:
+def _check_finite(of_batches: Sequence[Tensor]) -> Tensor:
     losses = torch.stack(list(of_batches)).double().cpu()  # one copy to the host
     require(bool(losses.isfinite().all()), "the model's loss is NaN or infinite; train at a lower learning rate")
     return losses

@@ -69,7 +69,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self.before = torch.cuda.memory_allocated(self._device)
             return self
-        _bring_in(self._model)
+        _touch_weights(self._model)
         _trim_heap()
         self.method = "VmHWM" if _reset_high_water() else "sampling"
         self.before = _resident()
@@ -136,7 +136,7 @@ def _reset_high_water() -> bool:
         return False
 
 
-def _bring_in(model: nn.Module) -> None:
+def _touch_weights(model: nn.Module) -> None:
     """Read a byte of every page of the weights, so that mapped weights are in memory."""
     for tensor in (*model.parameters(), *model.buffers()):
         if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu":

@@ -19,7 +19,7 @@ from lightpeft.profiling.flops import flop_counter
 from lightpeft.profiling.live import device_of, trainable
 from lightpeft.profiling.speed import OptimizerFactory, measure_inference, measure_training
 
-Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+BatchShapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Input of the model -> shape and data type of a batch."""
 # Fitted to the measurements of benchmarks/needs.py with three models in bfloat16 (benchmarks/needs.json).
 _LIBRARIES = 40 * 2**20
@@ -66,14 +66,14 @@ def rehearsing(model: nn.Module, device: torch.device | str, share: float = 1.0)
         share: fraction of the tokens that have a label.
     """
     with StorageWatch(share, flop_counter().flop_registry) as watch, torch.device(device):
-        _place(model, device, watch)
+        _place_model(model, device, watch)
         yield watch
 
 
 def rehearse_training(
     model: nn.Module,
     watch: StorageWatch,
-    shapes: Shapes,
+    shapes: BatchShapes,
     optimizer: OptimizerFactory,
     around: AbstractContextManager[Any],
     lengths: int = 1,
@@ -87,31 +87,33 @@ def rehearse_training(
         lengths: number of different lengths of batches, each of which needs kernels of its own.
         options: arguments of `measure_training`.
     """
-    batch, made = _batch(shapes, watch), optimizer(trainable(model))
-    _begin(watch)
+    batch, made = _make_batch(shapes, watch), optimizer(trainable(model))
+    _reset_counters(watch)
     with around:
         measure_training(model, [batch], lambda _: made, steps=1, warmup=0, **options)
     peak = watch.peak
     # the first step ends with it; all others begin with it
     state = _bytes(each for of in made.state.values() for each in of.values() if isinstance(each, Tensor))
-    return _holding(model, watch, peak + state, state, lengths)
+    return _split_peak(model, watch, peak + state, state, lengths)
 
 
-def rehearse_inference(model: nn.Module, watch: StorageWatch, shapes: Shapes, autocast: torch.dtype | None) -> Holding:
+def rehearse_inference(
+    model: nn.Module, watch: StorageWatch, shapes: BatchShapes, autocast: torch.dtype | None
+) -> Holding:
     """Predict memory and FLOPs of a forward pass in evaluation; call it inside `rehearsing`."""
-    batch = _batch(shapes, watch)
-    _begin(watch)
+    batch = _make_batch(shapes, watch)
+    _reset_counters(watch)
     measure_inference(model, [batch], steps=1, warmup=0, autocast=autocast)
-    return _holding(model, watch, watch.peak, 0, 1)
+    return _split_peak(model, watch, watch.peak, 0, 1)
 
 
-def _begin(watch: StorageWatch) -> None:
+def _reset_counters(watch: StorageWatch) -> None:
     """Reset the peak and the counters of a watch."""
     watch.peak, watch.flops = watch.now, 0
     watch.calls.clear()
 
 
-def _holding(model: nn.Module, watch: StorageWatch, peak: int, state: int, lengths: int) -> Holding:
+def _split_peak(model: nn.Module, watch: StorageWatch, peak: int, state: int, lengths: int) -> Holding:
     """Split a peak into its parts.
 
     Args:
@@ -121,18 +123,18 @@ def _holding(model: nn.Module, watch: StorageWatch, peak: int, state: int, lengt
     trains = _bytes(trainable(model))
     weights, trained = _bytes([*model.parameters(), *model.buffers()]) - trains, trains + state
     activations = max(0, peak - weights - trained)
-    overhead = _overhead(watch, activations, lengths) if device_of(model).type == "cpu" else 0
+    overhead = _predict_overhead(watch, activations, lengths) if device_of(model).type == "cpu" else 0
     return Holding(weights, trained, activations, overhead, watch.flops)
 
 
-def _overhead(watch: StorageWatch, activations: int, lengths: int) -> int:
+def _predict_overhead(watch: StorageWatch, activations: int, lengths: int) -> int:
     """Predict the overhead on a CPU in bytes."""
     half = (torch.bfloat16, torch.float16)
     compiled = sum(call[0] in _PRODUCTS and call[1][-1] in half for call in watch.calls)
     return _LIBRARIES + min(compiled * lengths, _MOST_KERNELS) * _KERNEL + int(_GAPS * activations)
 
 
-def _batch(shapes: Shapes, watch: StorageWatch) -> dict[str, Tensor]:
+def _make_batch(shapes: BatchShapes, watch: StorageWatch) -> dict[str, Tensor]:
     return {name: watch.counted(torch.zeros(shape, dtype=dtype)) for name, (shape, dtype) in shapes.items()}
 
 
@@ -141,7 +143,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
 
 
-def _place(model: nn.Module, device: torch.device | str, watch: StorageWatch) -> None:
+def _place_model(model: nn.Module, device: torch.device | str, watch: StorageWatch) -> None:
     """Give every tensor of the model on the meta device a stand-in; tensors that are tied stay so."""
     placed: dict[int, Tensor] = {}
 

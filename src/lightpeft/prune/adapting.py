@@ -85,7 +85,7 @@ def unshared_tables(inner: nn.Module, plan: PrunePlan) -> dict[str | None, nn.Mo
 
 def stop_sharing(attention: Any, spec: BlockSpec, kept: BlockPlan, table: Any, family: Family) -> None:
     """Make a block compute its shared arguments itself, and look up the position biases of its own heads."""
-    change_arguments(attention, dict.fromkeys(spec.shared_arguments, _nothing))
+    change_arguments(attention, dict.fromkeys(spec.shared_arguments, _drop_argument))
     if spec.position_bias and family.own_bias:
         setattr(attention, family.own_bias, True)
         heads = KeptEntries(torch.tensor(kept.heads))
@@ -125,7 +125,7 @@ class _KeepOutput:
         return self.kept.of(output)
 
 
-def _nothing(of_dense_heads: Any) -> None:
+def _drop_argument(of_dense_heads: Any) -> None:
     """Replace an argument with one entry per dense head by None, so that attention computes its own."""
 
 
@@ -167,10 +167,10 @@ class DroppedAttention(nn.Module):
             getattr(cache, "self_attention_cache", cache).update(counted, counted, self.layer_idx)
         nothing = hidden_states.new_zeros(*hidden_states.shape[:-1], 0)
         if self.output_name is None:
-            return nothing, *self._none()
-        return self.get_submodule(self.output_name)(nothing), *self._none()
+            return nothing, *self._no_weights()
+        return self.get_submodule(self.output_name)(nothing), *self._no_weights()
 
-    def _none(self) -> tuple[None, ...]:
+    def _no_weights(self) -> tuple[None, ...]:
         return (None,) * (self.outputs - 1)
 
 
@@ -193,10 +193,10 @@ def adapt_balance(inner: Any, plan: PrunePlan) -> None:
         missing = most - counts.get(spec.index, most)
         if missing:
             router = inner.get_submodule(spec.expert_modules["router"])
-            router.register_forward_hook(_PaddedLogits(missing), prepend=True)  # before transformers notes them
+            router.register_forward_hook(_PadLogits(missing), prepend=True)  # before transformers notes them
 
 
-class _PaddedLogits:
+class _PadLogits:
     """Forward hook of a router that appends logits of -inf for experts that only other layers have."""
 
     def __init__(self, missing: int) -> None:

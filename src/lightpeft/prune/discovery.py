@@ -107,7 +107,7 @@ def check_family(small: PreTrainedModel, family: Family) -> None:
         LightPeftError: the results differ, masks have no effect, or the structure does not fit or cannot be cut.
     """
     specs = block_specs(small, family)
-    dense = _outputs(small, family)
+    dense = _compute_outputs(small, family)
     for what, blocks in trial_plans(specs, torch.Generator().manual_seed(3)).items():
         plan = PrunePlan(tuple(specs), tuple(blocks), {}, (), small.num_parameters(), "")
         _check_plan(small, family, plan, dense, what)
@@ -122,10 +122,10 @@ def _check_plan(small: PreTrainedModel, family: Family, plan: PrunePlan, dense: 
         apply_plan(pruned, plan, family)
     except (RuntimeError, AttributeError, TypeError, IndexError, KeyError) as error:
         raise LightPeftError(f"{what} cannot be cut: {one_line(error)}") from error
-    expected = _outputs(masked, family)
+    expected = _compute_outputs(masked, family)
     require(_difference(expected, dense) > EFFECT, f"masks of {what} have no effect")
     try:
-        difference = _difference(_outputs(pruned, family), expected)
+        difference = _difference(_compute_outputs(pruned, family), expected)
     except LightPeftError as error:
         raise LightPeftError(f"without {what}, {error}") from error
     require(difference <= TOLERANCE, f"masking and pruning {what} differ by {difference:.1e} of the values")
@@ -145,19 +145,19 @@ def describe(family: Family) -> str:
     return " ".join(stacks)
 
 
-def _outputs(model: PreTrainedModel, family: Family) -> list[Tensor]:
+def _compute_outputs(model: PreTrainedModel, family: Family) -> list[Tensor]:
     """Compute the outputs of the model and of each list's last block at real tokens, with padding on either side."""
     lists = [model.base_model.get_submodule(layers) for layers in {stack.layers: None for stack in family.stacks}]
     values = []
     for padding in ("right", "left"):
         inputs = random_inputs(model, padding=padding)
-        note = _Note()
+        note = _RecordOutput()
         last = run(model, inputs, [list(blocks.children())[-1].register_forward_hook(note) for blocks in lists])
-        values += [_real(value, inputs.get("attention_mask")) for value in (*note.seen, last)]
+        values += [_select_real(value, inputs.get("attention_mask")) for value in (*note.seen, last)]
     return values
 
 
-class _Note:
+class _RecordOutput:
     """Forward hook that keeps the first output of a module at every call."""
 
     def __init__(self) -> None:
@@ -167,7 +167,7 @@ class _Note:
         self.seen.append(output if isinstance(output, Tensor) else output[0])
 
 
-def _real(values: Tensor, mask: Tensor | None) -> Tensor:
+def _select_real(values: Tensor, mask: Tensor | None) -> Tensor:
     """Return the values at tokens that are no padding."""
     return values[mask > 0] if mask is not None and values.shape[:2] == mask.shape else values
 
@@ -197,28 +197,30 @@ def _generate(model: PreTrainedModel) -> Tensor:
 def trial_plans(specs: list[BlockSpec], generator: torch.Generator) -> dict[str, list[BlockPlan]]:
     """Make plans for the check: name of the removed units -> plans of the blocks."""
     return {
-        "KV groups and neurons": [_half(spec, generator, balanced=False) for spec in specs],
-        "query heads and neurons": [_half(spec, generator, balanced=True) for spec in specs],
-        "whole sub-layers": [_without(spec, generator, attention=spec.index % 2 == 0) for spec in specs],
-        "whole sub-layers, the others": [_without(spec, generator, attention=spec.index % 2 == 1) for spec in specs],
+        "KV groups and neurons": [_keep_half(spec, generator, balanced=False) for spec in specs],
+        "query heads and neurons": [_keep_half(spec, generator, balanced=True) for spec in specs],
+        "whole sub-layers": [_keep_half_without(spec, generator, attention=spec.index % 2 == 0) for spec in specs],
+        "whole sub-layers, the others": [
+            _keep_half_without(spec, generator, attention=spec.index % 2 == 1) for spec in specs
+        ],
     }
 
 
-def _half(spec: BlockSpec, generator: torch.Generator, balanced: bool) -> BlockPlan:
+def _keep_half(spec: BlockSpec, generator: torch.Generator, balanced: bool) -> BlockPlan:
     """Keep half of the neurons, and half of the KV groups or (balanced) of the query heads of every group."""
     balanced = balanced and spec.heads_per_kv > 1
-    groups = list(range(spec.kv_heads)) if balanced else _some(spec.kv_heads, generator)
-    inside = [_some(spec.heads_per_kv, generator) if balanced else range(spec.heads_per_kv) for _ in groups]
+    groups = list(range(spec.kv_heads)) if balanced else _choose_half(spec.kv_heads, generator)
+    inside = [_choose_half(spec.heads_per_kv, generator) if balanced else range(spec.heads_per_kv) for _ in groups]
     heads = [group * spec.heads_per_kv + head for group, of in zip(groups, inside, strict=True) for head in of]
-    return BlockPlan(tuple(heads), tuple(groups), tuple(_some(spec.neurons, generator)))
+    return BlockPlan(tuple(heads), tuple(groups), tuple(_choose_half(spec.neurons, generator)))
 
 
-def _without(spec: BlockSpec, generator: torch.Generator, attention: bool) -> BlockPlan:
+def _keep_half_without(spec: BlockSpec, generator: torch.Generator, attention: bool) -> BlockPlan:
     """Keep half of a block, without its attention or without its FFN."""
-    half = _half(spec, generator, balanced=False)
+    half = _keep_half(spec, generator, balanced=False)
     return BlockPlan((), (), half.neurons) if attention else BlockPlan(half.heads, half.kv_heads, ())
 
 
-def _some(units: int, generator: torch.Generator) -> list[int]:
+def _choose_half(units: int, generator: torch.Generator) -> list[int]:
     """Choose half of the units at random, rounded up, ascending."""
     return sorted(torch.randperm(units, generator=generator)[: (units + 1) // 2].tolist())

@@ -34,7 +34,7 @@ from lightpeft.prune.depth import leave_out
 from lightpeft.prune.fingerprint import fingerprint
 from lightpeft.prune.importance import ModuleObserver, RankObserver, weight_squares
 from lightpeft.prune.learning import LossObserver, learned_of
-from lightpeft.prune.length import ENOUGH_LEARNED, Stage, check_examples, few_examples, stage_of
+from lightpeft.prune.length import ENOUGH_LEARNED, StageLength, check_examples, few_examples, stage_of
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.training.schedule import scored_steps
 
@@ -47,11 +47,11 @@ _STATE_FILE = "lightpeft_estimation.safetensors"
 _STEPS_FILE = "lightpeft_estimation.json"
 
 
-def _of_steps(kind: str, *units: Unit) -> dict[str, Criterion]:
+def _step_criteria(kind: str, *units: Unit) -> dict[str, Criterion]:
     return {f"{kind}/{name}": criterion for name, criterion in criteria(*units).items() if criterion.every_step}
 
 
-_SUMMED = _of_steps("masks", *MASKED) | _of_steps("ranks", "ranks")
+_SUMMED = _step_criteria("masks", *MASKED) | _step_criteria("ranks", "ranks")
 """Name of a sum over steps, of all units that have masks or of all ranks -> its criterion."""
 
 
@@ -81,7 +81,7 @@ class Estimator:
         self._windows: list[_Window] = []
         self._started = self._attached = False
 
-    def start(self, total_steps: int | None, stage: Stage | None = None) -> None:
+    def start(self, total_steps: int | None, stage: StageLength | None = None) -> None:
         """Attach masks and observers. A stage whose settings remove nothing has no steps, and is finished at once.
 
         Args:
@@ -157,7 +157,7 @@ class Estimator:
         self.steps += 1
         if self._at_boundary():
             self._close_window()
-            self._go_on_to_learn()
+            self._extend_to_learn()
 
     def check_finite(self) -> None:
         """Check that all gradients so far were finite, by one copy to the host.
@@ -190,10 +190,10 @@ class Estimator:
         check_examples(self.config, examples)
         if (line := few_examples(self.config, examples)) is not None:
             _log.warning("%s", line)
-        self._check_reached(record)
+        self._check_gradients(record)
         return record
 
-    def _check_reached(self, record: EstimationRecord) -> None:
+    def _check_gradients(self, record: EstimationRecord) -> None:
         """Raise `LightPeftError` if some blocks had no gradients, since a plan would remove them without evidence."""
         parts = zip(*(record.of_blocks(kind, "fisher") for kind in MASKED), strict=True)
         reached = [any(bool(scores.any()) for scores in of_block) for of_block in parts]
@@ -228,7 +228,7 @@ class Estimator:
     def _at_boundary(self) -> bool:
         return self.steps in (self._first_length // 2, self.length)
 
-    def _go_on_to_learn(self) -> None:
+    def _extend_to_learn(self) -> None:
         """Extend the stage by the steps of its scored half if it would end before the model has learned enough."""
         longer = self.length + scored_steps(self._first_length)
         if self.steps == self.length and longer <= self._longest and not self._has_learned:
@@ -370,9 +370,9 @@ class Estimator:
         state = read_json(Path(folder) / _STEPS_FILE)
         tensors = read_tensors(Path(folder) / _STATE_FILE)
         with understandable(folder):
-            self._take_state(state, tensors, folder)
+            self._restore_state(state, tensors, folder)
 
-    def _take_state(self, state: dict[str, Any], tensors: dict[str, Tensor], folder: str | Path) -> None:
+    def _restore_state(self, state: dict[str, Any], tensors: dict[str, Tensor], folder: str | Path) -> None:
         same = tensors["values"].shape == self.masks.values.shape and tensors["modules"].shape[1] == len(self.sites)
         require(same, f"{folder} holds the estimation state of another model; give a checkpoint of this one")
         with torch.no_grad():

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.linears.registry import dense_weight
 from lightpeft.models.unwrap import base_linear, transformers_model
-from lightpeft.peft_kinds.sites.base import Report, Site
+from lightpeft.peft_kinds.sites.base import ReportOutputs, Site
 from lightpeft.plans import scoring
 from lightpeft.plans.layout import squared_norms
 from lightpeft.plans.structure import KEY_VALUE_SLOTS, BlockSpec
@@ -104,7 +104,7 @@ class ModuleObserver:
                 handle.remove()
             self._watching.clear()
 
-    def _adder(self, index: int) -> Report:
+    def _adder(self, index: int) -> ReportOutputs:
         @torch.no_grad()
         def add(delta: Tensor, reference: Tensor, scaling: float) -> None:
             real = self._real.of(self._blocks[index], self.sites[index].spec.slot)

@@ -8,7 +8,7 @@ from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.training.schedule import Pace, scored_steps
 
-PART, LEAST_STEPS = 0.075, 32
+AUTO_PART, LEAST_STEPS = 0.075, 32
 """`light.estimate.length: auto`: fraction of the run, and minimum number of steps, so that short runs are scored."""
 ENOUGH_LEARNED = 0.1
 """Fraction by which an `auto` stage of a classifier has to lower the loss of the label frequencies; it is extended
@@ -23,7 +23,7 @@ MOST_OF_SHORT = 0.5
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageLength:
     """Length of an estimation stage."""
 
     steps: int
@@ -32,7 +32,9 @@ class Stage:
     """Maximum number of steps if the model has not learned enough."""
 
 
-def fitted(light: LightConfig, pace: Pace | None, steps: int, last: int = 0, longer: str = "training.epochs") -> Stage:
+def fitted(
+    light: LightConfig, pace: Pace | None, steps: int, last: int = 0, longer: str = "training.epochs"
+) -> StageLength:
     """Compute the stage of a run of `steps` steps, long enough for reliable scores.
 
     Args:
@@ -44,7 +46,7 @@ def fitted(light: LightConfig, pace: Pace | None, steps: int, last: int = 0, lon
         LightPeftError: estimation would leave no steps for training, or score too few examples.
     """
     if not light.chooses:
-        return Stage(0, 0)
+        return StageLength(0, 0)
     enough = 2 if pace is None else max(2, pace.enough_steps(LEAST_EXAMPLES, steps))
     stage = stage_of(light, steps, enough)
     besides = f" and {last} at full width leave" if last else " leaves"
@@ -73,7 +75,7 @@ def able(
     return light, None
 
 
-def stage_of(light: LightConfig, total_steps: int | None, enough: int = 2) -> Stage:
+def stage_of(light: LightConfig, total_steps: int | None, enough: int = 2) -> StageLength:
     """Compute the stage from its settings.
 
     Args:
@@ -85,20 +87,22 @@ def stage_of(light: LightConfig, total_steps: int | None, enough: int = 2) -> St
     """
     length = light.estimate.length
     if not light.chooses:
-        return Stage(0, 0)
+        return StageLength(0, 0)
     if isinstance(length, int):
         longer = f"estimation of {length} steps is longer than the run of {total_steps}; shorten it, or train longer"
         require(total_steps is None or length <= total_steps, longer)
-        return Stage(length, length)
+        return StageLength(length, length)
     if total_steps is None:
         raise LightPeftError(f"light.estimate.length {length} needs the steps of the whole run; give total_steps")
     auto = not isinstance(length, float)
-    part, least = (length, 2) if isinstance(length, float) else (PART, LEAST_STEPS)
-    most = _part(max(MOST_PART, enough / total_steps if enough <= MOST_OF_SHORT * total_steps else 0.0), total_steps)
-    steps = max(_part(part, total_steps), min(max(least, enough), most))
+    part, least = (length, 2) if isinstance(length, float) else (AUTO_PART, LEAST_STEPS)
+    most = _part_of_steps(
+        max(MOST_PART, enough / total_steps if enough <= MOST_OF_SHORT * total_steps else 0.0), total_steps
+    )
+    steps = max(_part_of_steps(part, total_steps), min(max(least, enough), most))
     require(steps <= total_steps, f"estimation of {steps} steps is longer than the run of {total_steps}; train longer")
     room = min(most, total_steps - light.last_steps(total_steps) - 1)
-    return Stage(steps, max(steps, room) if auto else steps)
+    return StageLength(steps, max(steps, room) if auto else steps)
 
 
 def check_examples(light: LightConfig, examples: int, longer: str = "training.epochs") -> None:
@@ -125,5 +129,5 @@ def few_examples(light: LightConfig, examples: int) -> str | None:
     return f"estimation scores {examples} examples, too few for a reliable plan, which needs {LEAST_EXAMPLES}"
 
 
-def _part(fraction: float, total_steps: int) -> int:
+def _part_of_steps(fraction: float, total_steps: int) -> int:
     return max(2, int(fraction * total_steps + 0.5))

@@ -139,13 +139,13 @@ class LightModel(PeftModel):
         Its `save_pretrained` writes a folder for transformers' `from_pretrained` if the config of the family can
         describe the pruned layers, else one for `lightpeft.load_merged`.
         """
-        return self._settled(self.base_model.merge_and_unload(*args, **kwargs))
+        return self._make_savable(self.base_model.merge_and_unload(*args, **kwargs))
 
     def unload(self) -> PreTrainedModel:
         """Remove the PEFT modules with PEFT's `unload`, and return the pruned base."""
-        return self._settled(self.base_model.unload())
+        return self._make_savable(self.base_model.unload())
 
-    def _settled(self, whole: PreTrainedModel) -> PreTrainedModel:
+    def _make_savable(self, whole: PreTrainedModel) -> PreTrainedModel:
         from lightpeft.saving.description import facts_of, unmeasured
         from lightpeft.saving.whole import settle
 

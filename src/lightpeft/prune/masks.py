@@ -200,14 +200,14 @@ class _Scaler:
         if not self.batch.masked():
             return args
         if module.training not in self._reproducible:
-            self._reproducible[module.training] = _activated(self.activation, sources, x.shape[-1]).equal(x)
+            self._reproducible[module.training] = _apply_activation(self.activation, sources, x.shape[-1]).equal(x)
         again = self._reproducible[module.training]
-        unscaled = _Unscaled(self.activation if again else None, x.shape[-1])
+        unscaled = _UnscaledInput(self.activation if again else None, x.shape[-1])
         sources = sources if again else [x.detach()]
-        scaled = _Scaled.apply(x, self.mask, self, unscaled, *sources)
+        scaled = _ScaleInput.apply(x, self.mask, self, unscaled, *sources)
         if torch.is_grad_enabled() and not self.batch.checkpointed:
             # not the tensor itself, which the hooks of every saved tensor would keep alive
-            pack = partial(self._pack, _memory(scaled), unscaled, sources)
+            pack = partial(self._pack, _memory_key(scaled), unscaled, sources)
             self._hooks = saved_tensors_hooks(pack, _unpack)
             self._hooks.__enter__()
         return scaled, *args[1:]
@@ -218,10 +218,10 @@ class _Scaler:
             self._hooks = None
 
     def _pack(
-        self, memory: object, unscaled: _Unscaled, sources: Sequence[Tensor], saved: Tensor
+        self, memory: object, unscaled: _UnscaledInput, sources: Sequence[Tensor], saved: Tensor
     ) -> Tensor | Callable[[], Tensor]:
         """Pack a tensor that autograd saves: return a function that recomputes it if it is the scaled input."""
-        if memory is None or _memory(saved) != memory:
+        if memory is None or _memory_key(saved) != memory:
             return saved
         shape = saved.shape
         return lambda: self.scaled(unscaled.of(sources)).view(shape)
@@ -240,7 +240,7 @@ class _Scaler:
         return of_examples.sum(0)
 
 
-class _Unscaled:
+class _UnscaledInput:
     """Unscaled input of one call of a projection, recomputed once for all users in the backward pass."""
 
     def __init__(self, activation: Callable[[Tensor], Tensor] | None, width: int) -> None:
@@ -255,7 +255,7 @@ class _Unscaled:
     def of(self, sources: Sequence[Tensor]) -> Tensor:
         """Return the input, and keep it until `times` is called."""
         if self._x is None:
-            self._x = _activated(self.activation, sources, self.width) if self.activation else sources[0]
+            self._x = _apply_activation(self.activation, sources, self.width) if self.activation else sources[0]
         return self._x
 
     def times(self, gradient: Tensor, sources: Sequence[Tensor]) -> Tensor:
@@ -266,11 +266,13 @@ class _Unscaled:
         return x.mul_(gradient) if self.activation else gradient * x
 
 
-class _Scaled(torch.autograd.Function):
+class _ScaleInput(torch.autograd.Function):
     """Compute `scaler.scaled(x)`; the last arguments are the tensors that x is recomputed from."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor, scaler: _Scaler, unscaled: _Unscaled, *sources: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, mask: Tensor, scaler: _Scaler, unscaled: _UnscaledInput, *sources: Tensor
+    ) -> Tensor:
         ctx.scaler, ctx.unscaled = scaler, unscaled
         ctx.save_for_backward(*sources)
         return scaler.scaled(x)
@@ -288,7 +290,7 @@ def _sum_of_tokens(products: Tensor) -> Tensor:
     return products.sum(1).float() if products.dtype == torch.bfloat16 else products.sum(1, dtype=torch.float32)
 
 
-def _memory(tensor: Tensor) -> object:
+def _memory_key(tensor: Tensor) -> object:
     """Return a key that is equal for tensors over the same contiguous memory, while one of them lives; else None."""
     where = storage_of(tensor), tensor.storage_offset(), tensor.numel(), tensor.dtype
     return where if tensor.is_contiguous() else None
@@ -298,7 +300,7 @@ def _unpack(saved: Tensor | Callable[[], Tensor]) -> Tensor:
     return saved if isinstance(saved, Tensor) else saved()
 
 
-def _activated(activation: Any, sources: Sequence[Tensor], width: int) -> Tensor:
+def _apply_activation(activation: Any, sources: Sequence[Tensor], width: int) -> Tensor:
     """Compute the FFN's `width` hidden channels: `act(in)`, or `act(gate) * in` from two tensors or a fused one."""
     first, *rest = sources
     if not rest and first.shape[-1] == 2 * width:

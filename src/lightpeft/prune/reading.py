@@ -27,9 +27,9 @@ from lightpeft.prune.learning import classes_of, one_of_several
 
 RIDGES = (1e1, 1e2, 1e3, 1e4, 1e5)
 """Ridge penalties that are tried on standardised states; each block uses its best one."""
-ROWS = 512
+PROBE_ROWS = 512
 """Number of training rows for the probes."""
-ONLY_THESE = "depth is measured for decoders that classify only"
+DECODERS_ONLY = "only decoders that classify are measured"
 """Reason why no blocks of other models are dropped."""
 
 
@@ -91,7 +91,7 @@ def find_depth(model: nn.Module, batches: Iterable[Batch], autocast: torch.dtype
 
     Args:
         model: the unpruned model, with one stack of blocks and any head.
-        batches: batches of about `ROWS` training rows, with class numbers as `labels` [rows]; without an
+        batches: batches of about `PROBE_ROWS` training rows, with class numbers as `labels` [rows]; without an
             `attention_mask`, all tokens are real.
         autocast: half precision of the forward pass; None: no autocast.
 
@@ -132,7 +132,9 @@ def states_by_block(
             real = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
             places = place_of_head(real, first)
             labels.append(batch["labels"])
-            handles = [block.register_forward_hook(_keep(at, places)) for block, at in zip(blocks, seen, strict=True)]
+            handles = [
+                block.register_forward_hook(_record_states(at, places)) for block, at in zip(blocks, seen, strict=True)
+            ]
             given = {name: values for name, values in batch.items() if name != "labels"}
             try:
                 model(**moved(given, device_of(model)))
@@ -153,7 +155,7 @@ def place_of_head(mask: Tensor, first: bool) -> Tensor:
     return torch.where(mask.bool(), order, mask.shape[1]).amin(1) if first else (mask * order).amax(1)
 
 
-def _keep(seen: list[Tensor], places: Tensor) -> Any:
+def _record_states(seen: list[Tensor], places: Tensor) -> Any:
     """Return a forward hook that keeps a block's output at one position of each row, to save memory."""
 
     def hook(_: nn.Module, args: Any, output: Any) -> None:

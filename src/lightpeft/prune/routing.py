@@ -71,7 +71,7 @@ class MaskedExperts:
         examples = self.examples(tokens)
         owners = _Owners(experts, rows * examples // tokens, examples)
         # one copy of the counts to the host for each layer, as in transformers' own loop over experts
-        routed = _Routed(experts, experts.bincount(minlength=self._layer.count).tolist())
+        routed = _RoutedRows(experts, experts.bincount(minlength=self._layer.count).tolist())
         hidden = self._linear("gate_up_proj", states[rows], routed)
         hidden = _ScaledUnits.apply(gated(self._layer.experts, hidden), self._neurons, owners, self._neurons.values)
         output = self._linear("down_proj", hidden, routed)
@@ -79,7 +79,7 @@ class MaskedExperts:
         output = output * _ScaledUnits.apply(weight, self._experts, owners, self._experts.values)
         return output[order.argsort()].view(tokens, index.shape[1], -1).sum(1).to(states.dtype)  # as transformers adds
 
-    def _linear(self, name: str, states: Tensor, routed: _Routed) -> Tensor:
+    def _linear(self, name: str, states: Tensor, routed: _RoutedRows) -> Tensor:
         """Apply a projection of each row's expert; rows are sorted by expert."""
         weight, bias = getattr(self._layer.experts, name), getattr(self._layer.experts, f"{name}_bias", None)
         transposed = getattr(self._layer.experts, "is_transposed", False)
@@ -90,7 +90,7 @@ class MaskedExperts:
 
 
 @dataclass(frozen=True)
-class _Routed:
+class _RoutedRows:
     """Expert of each row, and number of rows of each expert, for rows sorted by expert."""
 
     experts: Tensor
@@ -117,7 +117,7 @@ class _ScaledUnits(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, masked: Masked, owners: _Owners, values: Tensor) -> Tensor:
         ctx.masked, ctx.owners = masked, owners
         ctx.save_for_backward(rows)
-        return rows * _of_rows(values, owners, rows)
+        return rows * _masks_of_rows(values, owners, rows)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -130,10 +130,10 @@ class _ScaledUnits(torch.autograd.Function):
         of_examples = sums.view(owners.count, -1)
         masked.tally[0] += of_examples.abs().sum(0)
         masked.tally[1] += of_examples.square().sum(0)
-        return gradient * _of_rows(masked.values, owners, gradient), None, None, of_examples.sum(0)
+        return gradient * _masks_of_rows(masked.values, owners, gradient), None, None, of_examples.sum(0)
 
 
-def _of_rows(values: Tensor, owners: _Owners, rows: Tensor) -> Tensor:
+def _masks_of_rows(values: Tensor, owners: _Owners, rows: Tensor) -> Tensor:
     return values.detach().view(-1, rows.shape[1]).to(rows.dtype)[owners.experts]
 
 
@@ -152,7 +152,7 @@ class ClosedRouter:
             closed: returns the mask of the experts to exclude, [experts]; None: no expert.
         """
         self._router, self._closed = router, closed
-        self._mode: _Closing | None = None
+        self._mode: _CloseExperts | None = None
         self._handles = [
             router.register_forward_pre_hook(self._begin),
             router.register_forward_hook(self._end, always_call=True),
@@ -166,7 +166,7 @@ class ClosedRouter:
     def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         closed = self._closed()
         if closed is not None:
-            self._mode = _Closing(self._router.weight, list(self._router.buffers(recurse=False)), closed)
+            self._mode = _CloseExperts(self._router.weight, list(self._router.buffers(recurse=False)), closed)
             self._mode.__enter__()
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -177,7 +177,7 @@ class ClosedRouter:
             require(mode.seen or output is None, f"experts of {name} cannot be cut: its logits have an unknown origin")
 
 
-class _Closing(TorchFunctionMode):
+class _CloseExperts(TorchFunctionMode):
     """Context in which a router's logits are -inf for excluded experts, also after corrections are added.
 
     Scores other than a softmax turn -inf into 0, which a correction could make the highest score.

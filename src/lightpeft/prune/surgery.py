@@ -40,7 +40,7 @@ from lightpeft.prune.adapting import (
 )
 from lightpeft.prune.depth import leave_out
 
-_QUANTITIES = {
+_QUANTITY_VALUES = {
     "heads": lambda spec, kept: len(kept.heads),
     "kv_heads": lambda spec, kept: len(kept.kv_heads),
     "heads_per_kv": lambda spec, kept: len(kept.heads) // len(kept.kv_heads),
@@ -78,7 +78,7 @@ def apply_plan(model: nn.Module, plan: PrunePlan, family: Family | None = None) 
     specs = plan.specs[: max(len(there), len(plan.blocks))]
     same = there == [spec.structure() for spec in specs]
     require(same, "the plan is for another model, whose blocks have another structure; give the base that it is for")
-    sites = _checked_sites(model, plan) if isinstance(model, PeftModel) else []
+    sites = _check_sites(model, plan) if isinstance(model, PeftModel) else []
     if isinstance(model, PeftModel):
         drop_reference(model)
     if plan.left_out:
@@ -131,7 +131,7 @@ def check_amount(model: nn.Module, light: LightConfig) -> None:
         check_experts(spec, light)
 
 
-def _checked_sites(model: PeftModel, plan: PrunePlan) -> list[Site]:
+def _check_sites(model: PeftModel, plan: PrunePlan) -> list[Site]:
     """Return the PEFT modules in the remaining blocks, and check that they are those of the plan."""
     sites = find_sites(model, [spec for spec, _ in plan.parts])
     dense = {site.spec.name: site.spec.rank for site in sites}
@@ -176,7 +176,7 @@ def _cut_attention(inner: nn.Module, spec: BlockSpec, kept: BlockPlan) -> None:
         drop_attention(inner, spec, attention)
         return
     for attribute, quantity in spec.head_attributes.items():
-        set_head_attribute(attention, attribute, _QUANTITIES[quantity](spec, kept))
+        set_head_attribute(attention, attribute, _QUANTITY_VALUES[quantity](spec, kept))
     for name in spec.head_tensors:
         _keep_entries(attention, name, kept.heads)
     for slot, name in spec.wide_norms.items():

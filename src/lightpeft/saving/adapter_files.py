@@ -24,7 +24,7 @@ from lightpeft.saving.tokens import VOCABULARY_FILE, read_vocabulary, write_voca
 DESCRIPTION = "lightpeft.json"
 FILES = ("adapter_config.json", "adapter_model.safetensors", KEPT_WEIGHTS, VOCABULARY_FILE)
 """What is in the folder besides the description, as far as it is there."""
-ON_HUB = repositories.Form("light adapter", DESCRIPTION, (DESCRIPTION, *FILES))
+ON_HUB = repositories.RepositoryForm("light adapter", DESCRIPTION, (DESCRIPTION, *FILES))
 """Its files in a repository."""
 
 

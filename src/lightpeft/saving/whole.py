@@ -27,7 +27,7 @@ from lightpeft.saving.whole_config import CONFIG, hide_config
 
 MERGED = "merged.json"
 """What says that the weights beside it belong into a model that a plan has cut."""
-ON_HUB = repositories.Form(
+ON_HUB = repositories.RepositoryForm(
     "merged light model",
     MERGED,
     (MERGED, CONFIG, "generation_config.json", "*.safetensors", "*.safetensors.index.json", *repositories.TOKENIZER),

@@ -34,7 +34,7 @@ from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.models.vocabulary.tokenizer import cut_tokenizer
 from lightpeft.peft_kinds.kinds import check_peft_settings
 from lightpeft.plans.records import EstimationRecord
-from lightpeft.prune.length import Stage, able, few_examples, fitted
+from lightpeft.prune.length import StageLength, able, few_examples, fitted
 from lightpeft.training.arguments import USUAL, check_given
 from lightpeft.training.prefix import PrefixCache
 from lightpeft.training.schedule import Pace, rows_held, scored_steps, settled
@@ -86,14 +86,14 @@ class Workspace:
         return self.pace.steps(float(self.config.training.epochs))
 
     @property
-    def stage(self) -> Stage:
+    def stage(self) -> StageLength:
         """How long estimation takes.
 
         Raises:
             LightPeftError: it would leave no steps to train with, or see too little.
         """
         if not self.config.way.prunes:
-            return Stage(0, 0)
+            return StageLength(0, 0)
         return fitted(self.config.light, self.pace, self.steps, self.last_steps)
 
     @property

@@ -50,7 +50,7 @@ _COUNT_NAMES = {
 
 
 @dataclass
-class _Attention:
+class _FoundAttention:
     """One attention of the blocks of a list, with the FFN that follows it, if there is one."""
 
     path: str
@@ -82,7 +82,7 @@ def propose_families(small: PreTrainedModel) -> Iterator[Family]:
     attentions = [found for path, block in lists.items() for found in _attentions(small, path, block)]
     layouts = (False, True) if any("qkv" in found.table for found in attentions) else (False,)
     for of_config, interleaved in itertools.product((False, True), layouts):
-        stacks = [_stack(small.config, found, interleaved, of_config, len(attentions) > 1) for found in attentions]
+        stacks = [_make_stack(small.config, found, interleaved, of_config, len(attentions) > 1) for found in attentions]
         yield Family(small.config.model_type, tuple(stacks), positions_after_padding=_positions_after_padding(small))
 
 
@@ -98,7 +98,7 @@ def block_lists(base: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _attentions(small: PreTrainedModel, path: str, block: nn.Module) -> Iterator[_Attention]:
+def _attentions(small: PreTrainedModel, path: str, block: nn.Module) -> Iterator[_FoundAttention]:
     """Yield the attentions of a block; the first one includes the FFN."""
     where = f"{path}.0"
     whole = all(parameter.dim() < 3 for parameter in block.parameters())
@@ -110,21 +110,21 @@ def _attentions(small: PreTrainedModel, path: str, block: nn.Module) -> Iterator
         name = table["q" if "q" in table else "qkv"].rpartition(".")[0]
         require(name, f"{where} has no attention module: the block itself computes attention")
         module = block.get_submodule(name)
-        heads_key, head_dim_key, sizes = _sizes(small.config, block, table, path)
+        heads_key, head_dim_key, sizes = _find_sizes(small.config, block, table, path)
         counts = {key: held for key, held in _COUNT_NAMES.items() if getattr(module, key, None) == sizes[held]}
         if hasattr(module, "config"):
             shared = {key: _COUNT_NAMES[key] for key in ("num_attention_heads", "num_key_value_heads")}
             fitting = {key: held for key, held in shared.items() if getattr(small.config, key, None) == sizes[held]}
             counts |= {f"config.{key}": held for key, held in fitting.items()}
         slots = table | (ffn if number == 0 else {})
-        yield _Attention(
+        yield _FoundAttention(
             path=path,
             module=name,
             table={slot: slots[slot] for slot in SLOTS if slot in slots},
             heads_key=heads_key,
             head_dim_key=head_dim_key,
             counts=counts,
-            outputs=_outputs(small, module),
+            outputs=_count_outputs(small, module),
             wide_norms=_wide_norms(block, name, table),
             neurons=features(block.get_submodule(ffn["ffn_out"]))[1] if ffn and number == 0 else 0,
             cross=number > 0,
@@ -185,7 +185,7 @@ def _wide_norms(block: nn.Module, attention: str, table: dict[str, str]) -> dict
     return found
 
 
-def _outputs(small: PreTrainedModel, attention: nn.Module) -> int:
+def _count_outputs(small: PreTrainedModel, attention: nn.Module) -> int:
     """Measure the length of the tuple that attention returns."""
     lengths = []
 
@@ -200,7 +200,7 @@ def _outputs(small: PreTrainedModel, attention: nn.Module) -> int:
 # Config keys
 
 
-def _sizes(config: Any, block: nn.Module, table: dict[str, str], path: str) -> tuple[str, str, dict[str, int]]:
+def _find_sizes(config: Any, block: nn.Module, table: dict[str, str], path: str) -> tuple[str, str, dict[str, int]]:
     """Find the config keys of the number of heads and of the head dimension that fit the widths, and the quantities."""
     inputs = features(block.get_submodule(table["o"]))[1]
     for heads_key in (f"{path.partition('.')[0]}_attention_heads", *_HEAD_KEYS):
@@ -218,7 +218,7 @@ def _sizes(config: Any, block: nn.Module, table: dict[str, str], path: str) -> t
     raise LightPeftError(f"no number of heads in {type(config).__name__} fits attention of {inputs} channels")
 
 
-def _width_key(config: Any, found: _Attention) -> str | None:
+def _width_key(config: Any, found: _FoundAttention) -> str | None:
     keys = (f"{found.path.partition('.')[0]}_ffn_dim", *_WIDTH_KEYS)
     return next((key for key in keys if found.neurons and getattr(config, key, None) == found.neurons), None)
 
@@ -236,7 +236,7 @@ def _positions_after_padding(small: PreTrainedModel) -> bool:
     return any(table.padding_idx is not None and table.num_embeddings == positions for table in tables)
 
 
-def _stack(config: Any, found: _Attention, interleaved: bool, of_config: bool, several: bool) -> Stack:
+def _make_stack(config: Any, found: _FoundAttention, interleaved: bool, of_config: bool, several: bool) -> Stack:
     top = found.path.partition(".")[0]
     role = ("cross" if found.cross else role_named(top)) if several else None
     return Stack(

@@ -101,11 +101,11 @@ def block_specs(model: PreTrainedModel, family: Family | None = None) -> list[Bl
     specs: list[BlockSpec] = []
     modules: list[nn.Module] = []
     for stack in family.stacks:
-        for layer, block in enumerate(_submodule(base, stack.layers) or ()):
+        for layer, block in enumerate(_find_submodule(base, stack.layers) or ()):
             specs.append(_block_spec(stack, len(specs), layer, block, f"{prefix}{stack.layers}", config))
             modules.append(block)
     require(bool(specs), f"this {type(model).__name__} has no {prefix}{family.stacks[0].layers}, as its family should")
-    _check_complete(model, specs, [f"{prefix}{stack.layers}" for stack in family.stacks], _whole(family))
+    _check_all_listed(model, specs, [f"{prefix}{stack.layers}" for stack in family.stacks], _uncut_endings(family))
     return _with_fixed(specs, modules)
 
 
@@ -116,7 +116,7 @@ def block_lists(model: PreTrainedModel) -> list[nn.ModuleList]:
         LightPeftError: the family is not supported.
     """
     base = model.base_model
-    lists = [_submodule(base, stack.layers) for stack in family_of(model.config.model_type).stacks]
+    lists = [_find_submodule(base, stack.layers) for stack in family_of(model.config.model_type).stacks]
     return list({id(blocks): blocks for blocks in lists if blocks is not None}.values())
 
 
@@ -132,7 +132,7 @@ def max_positions(config: PretrainedConfig) -> int | None:
 def _block_spec(stack: Stack, index: int, layer: int, block: nn.Module, path: str, config: Any) -> BlockSpec:
     where = f"{path}.{layer}"
     table = _fitting_table(stack, block, where)
-    linear = {slot: _linear(block, name, f"{where}.{name}") for slot, name in table.items()}
+    linear = {slot: _find_linear(block, name, f"{where}.{name}") for slot, name in table.items()}
     heads: int = getattr(config, stack.heads_key)
     head_dim: int = getattr(config, stack.head_dim_key, None) or config.hidden_size // heads
     sizes = {slot: sum(getattr(config, key) for key in keys) for slot, keys in stack.head_sizes.items()}
@@ -163,7 +163,7 @@ def _block_spec(stack: Stack, index: int, layer: int, block: nn.Module, path: st
     _check_widths(spec, linear, stack, config, where)
     rest = _rest_parameters(spec, block.get_submodule(stack.attention))
     spec = _with_counts(replace(spec, rest_parameters=rest), linear)
-    if stack.experts is None or _submodule(block, stack.experts.experts) is None:
+    if stack.experts is None or _find_submodule(block, stack.experts.experts) is None:
         return spec
     return _with_experts(spec, stack.experts, block, where, config)
 
@@ -215,7 +215,7 @@ def _with_fixed(specs: list[BlockSpec], modules: list[nn.Module]) -> list[BlockS
 
 def _base_parameters(module: nn.Module) -> int:
     """Count the parameters of a module without PEFT; packed quantized ones count as the weights that they hold."""
-    layer = _unwrapped(module)
+    layer = _unwrap(module)
     if is_linear(layer):
         return math.prod(features(layer)) + (features(layer)[0] if getattr(layer, "bias", None) is not None else 0)
     own = sum(p.numel() for p in layer.parameters(recurse=False))
@@ -227,7 +227,7 @@ def _rest_parameters(spec: BlockSpec, attention: nn.Module) -> int:
     table = spec.position_bias.rpartition(".")[2] if spec.position_bias else None
     rest = sum(p.numel() for n, p in attention.named_parameters(recurse=False) if n not in spec.head_tensors)
     for name, child in attention.named_children():
-        layer = _unwrapped(child)
+        layer = _unwrap(child)
         if is_linear(layer):
             slots = [slot for slot, path in spec.projections.items() if path == f"{spec.attention}.{name}"]
             rest += sum(math.prod(features(layer)) for slot in slots if slot in spec.wide_norms)
@@ -260,15 +260,15 @@ def _check_widths(spec: BlockSpec, linear: dict[str, nn.Module], stack: Stack, c
 def _fitting_table(stack: Stack, block: nn.Module, where: str) -> dict[str, str]:
     """Return the first table of projections whose modules all exist."""
     for table in stack.tables:
-        missing = [name for name in table.values() if _submodule(block, name) is None]
+        missing = [name for name in table.values() if _find_submodule(block, name) is None]
         if not missing:
             return table
     raise LightPeftError(f"the model has no {where}.{missing[0]}; {_PRUNED_BEFORE}")
 
 
-def _linear(block: nn.Module, name: str, path: str) -> nn.Module:
+def _find_linear(block: nn.Module, name: str, path: str) -> nn.Module:
     """Return the frozen linear layer `name` of a block, also from inside a PEFT module."""
-    layer = _unwrapped(block.get_submodule(name))
+    layer = _unwrap(block.get_submodule(name))
     if not is_linear(layer):
         raise LightPeftError(
             f"{path} is a {describe(layer)}, which lightpeft cannot cut; load the base in float32, bfloat16 or "
@@ -277,16 +277,16 @@ def _linear(block: nn.Module, name: str, path: str) -> nn.Module:
     return layer
 
 
-def _whole(family: Family) -> tuple[str, ...]:
+def _uncut_endings(family: Family) -> tuple[str, ...]:
     """Return the name endings of linear layers that pruning does not change."""
     return tuple(f".{name}" for stack in family.stacks for name in stack.whole)
 
 
-def _check_complete(model: nn.Module, specs: list[BlockSpec], stacks: list[str], whole: tuple[str, ...]) -> None:
+def _check_all_listed(model: nn.Module, specs: list[BlockSpec], stacks: list[str], whole: tuple[str, ...]) -> None:
     """Refuse blocks with linear layers that the family does not list, because cutting could change their input."""
     known = {name for spec in specs for name in spec.projections.values()}
     for path in dict.fromkeys(stacks):
-        for name in _linear_names(model.get_submodule(path), path) if _submodule(model, path) is not None else ():
+        for name in _linear_names(model.get_submodule(path), path) if _find_submodule(model, path) is not None else ():
             require(
                 name in known or name.endswith(whole),
                 f"{name} cannot be pruned: the entry of the family does not list this projection",
@@ -297,19 +297,19 @@ def _linear_names(module: nn.Module, path: str) -> Iterator[str]:
     """Yield the names of the linear layers below a module, also of those inside PEFT modules."""
     for child, inner in module.named_children():
         name = f"{path}.{child}"
-        layer = _unwrapped(inner)
+        layer = _unwrap(inner)
         if is_linear(layer):
             yield name
         elif layer is inner:
             yield from _linear_names(inner, name)
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def _unwrap(module: nn.Module) -> nn.Module:
     inner = getattr(module, "base_layer", None)
-    return _unwrapped(inner) if isinstance(inner, nn.Module) else module
+    return _unwrap(inner) if isinstance(inner, nn.Module) else module
 
 
-def _submodule(module: nn.Module, name: str) -> Any:
+def _find_submodule(module: nn.Module, name: str) -> Any:
     try:
         return module.get_submodule(name)
     except AttributeError:

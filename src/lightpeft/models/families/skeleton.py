@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lightpeft.compat.transformers import attention_of, forget_attention
 from lightpeft.errors import LightPeftError, require
 
-_LAYERS = 2
+_SKELETON_LAYERS = 2
 _VOCABULARY = 256
 _DEPTH_KEYS = (
     "num_hidden_layers",
@@ -26,7 +26,7 @@ _DEPTH_KEYS = (
     "num_decoder_layers",
 )
 _NEURONS = 128
-_WIDTH_KEYS = (
+_SHRUNK_WIDTH_KEYS = (
     "intermediate_size",
     "ffn_dim",
     "encoder_ffn_dim",
@@ -72,13 +72,13 @@ def skeleton_config(config: PretrainedConfig) -> Any:
     require(depths, f"{type(config).__name__} has no known key for the number of layers")
     for key, value in list(vars(small).items()):
         if isinstance(value, list | tuple) and "layer" in key and len(value) in depths.values():
-            setattr(small, key, value[:_LAYERS])
+            setattr(small, key, value[:_SKELETON_LAYERS])
     for key, value in depths.items():
         try:
-            setattr(small, key, min(value, _LAYERS))
+            setattr(small, key, min(value, _SKELETON_LAYERS))
         except NotImplementedError as error:  # a computed property that cannot be set
             raise LightPeftError(f"{type(config).__name__}.{key} cannot be set to fewer layers") from error
-    for key in _WIDTH_KEYS:
+    for key in _SHRUNK_WIDTH_KEYS:
         if type(value := getattr(config, key, None)) is int:
             setattr(small, key, min(value, _NEURONS))
     if type(getattr(config, "vocab_size", None)) is int:

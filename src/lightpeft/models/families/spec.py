@@ -8,7 +8,7 @@ from typing import Any
 
 from lightpeft.plans.structure import FFN_SLOTS, SLOTS, Role
 
-_QUANTITIES = {"heads", "kv_heads", "heads_per_kv", "width"}
+_QUANTITY_NAMES = {"heads", "kv_heads", "heads_per_kv", "width"}
 _ATTENTION = ({"q", "k", "v", "o"}, {"q", "kv", "o"}, {"qkv", "o"})
 _FFN: tuple[set[str], ...] = (
     set(),
@@ -148,6 +148,6 @@ class Family:
                     )
                 if "kv" in table and "kv" not in stack.head_sizes:
                     raise ValueError(f"family {self.model_type}: kv rows of a head are unknown; set head_sizes")
-            unknown = set(stack.head_attributes.values()) - _QUANTITIES
+            unknown = set(stack.head_attributes.values()) - _QUANTITY_NAMES
             if unknown:
                 raise ValueError(f"family {self.model_type}: unknown quantities {sorted(unknown)} in head_attributes")

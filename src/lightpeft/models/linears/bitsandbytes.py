@@ -36,7 +36,7 @@ class FourBitLinear(QuantisedKind):
         return has_type(layer, "Linear4bit") and quant_state(layer.weight) is not None
 
     def dense_weight(self, layer: Any) -> Tensor:
-        return _dense(layer.weight)
+        return _dequantise(layer.weight)
 
     def stored_weight(self, layer: Any) -> Tensor:
         shape = quant_state(layer.weight).shape
@@ -75,8 +75,8 @@ def prepare_quantised(model: nn.Module) -> None:
     """
     four_bits = FourBitLinear()
     for name, module in list(model.named_modules()):
-        if _never_quantised(module):
-            model.set_submodule(name, _ordinary(module))
+        if _is_unquantised(module):
+            model.set_submodule(name, _to_linear(module))
         elif four_bits.matches(module):
             _fit_for_cpu(module)
 
@@ -87,12 +87,12 @@ def logical_numel(parameter: Tensor) -> int:
     return parameter.numel() if state is None else math.prod(state.shape)
 
 
-def _never_quantised(layer: Any) -> bool:
+def _is_unquantised(layer: Any) -> bool:
     of_theirs = has_type(layer, "Linear4bit") or has_type(layer, "Linear8bitLt")
     return of_theirs and type(layer.weight) is nn.Parameter and layer.weight.is_floating_point()
 
 
-def _ordinary(layer: Any) -> nn.Linear:
+def _to_linear(layer: Any) -> nn.Linear:
     linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     linear.weight, linear.bias = layer.weight, layer.bias
     return linear.train(layer.training)
@@ -103,17 +103,17 @@ def _fit_for_cpu(layer: Any) -> None:
     keep_layout(layer)
     state = quant_state(layer.weight)
     if not cpu_kernel_is_right(state.shape[1], state.blocksize):
-        layer.__class__ = _block_wise()
+        layer.__class__ = _block_wise_class()
 
 
-def _dense(weight: Any) -> Tensor:
+def _dequantise(weight: Any) -> Tensor:
     """Dequantize a 4-bit weight to float32, [out, in]."""
     state = quant_state(weight)
     return dequantised(*codes(weight), state).view(state.shape)
 
 
 @functools.cache
-def _block_wise() -> type[Any]:
+def _block_wise_class() -> type[Any]:
     """Make the subclass of bitsandbytes' `Linear4bit` for rows that its kernel for CPUs computes incorrectly."""
     linear: Any = class_of_layers("Linear4bit")
 
@@ -136,8 +136,8 @@ class _BlockWise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.weight = weight
-        return x @ _dense(weight).to(x.dtype).T
+        return x @ _dequantise(weight).to(x.dtype).T
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ _dense(ctx.weight).to(gradient.dtype), None
+        return gradient @ _dequantise(ctx.weight).to(gradient.dtype), None

@@ -57,7 +57,7 @@ class QuantisedKind(LinearKind):
         if len(index):
             self._cut_weight(layer, index, dim)
         else:
-            _empty(layer, dim)
+            _make_empty(layer, dim)
         if dim == 0:
             layer.out_features = len(index)
             layer.bias = None if layer.bias is None else sliced(layer.bias, index, 0)
@@ -78,7 +78,7 @@ class EmptyLinear(nn.Linear):
         return result if self.bias is None else result + self.bias.to(x.dtype)
 
 
-def _empty(layer: Any, dim: int) -> None:
+def _make_empty(layer: Any, dim: int) -> None:
     rows, columns = (0, layer.in_features) if dim == 0 else (layer.out_features, 0)
     weight = torch.empty(rows, columns, device=layer.weight.device)
     layer.__class__ = EmptyLinear

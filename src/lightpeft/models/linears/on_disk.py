@@ -132,14 +132,14 @@ class OnDiskLinear(DenseKind):
         return weight if isinstance(layer, nn.Linear) else weight.T
 
     def features(self, layer: Any) -> tuple[int, int]:
-        return _usual(layer).features(layer)
+        return _in_memory_kind(layer).features(layer)
 
     def keep(self, layer: Any, index: Tensor, dim: int) -> None:
         bring_in(layer)
-        _usual(layer).keep(layer, index.to(layer.weight.device), dim)
+        _in_memory_kind(layer).keep(layer, index.to(layer.weight.device), dim)
 
 
-def _usual(layer: nn.Module) -> DenseKind:
+def _in_memory_kind(layer: nn.Module) -> DenseKind:
     """Return the kind of the same layer with its weight in memory."""
     return PlainLinear() if isinstance(layer, nn.Linear) else TransposedLinear()
 

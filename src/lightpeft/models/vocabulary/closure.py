@@ -33,8 +33,8 @@ def kept_tokens(tokenizer: PreTrainedTokenizerBase, needed: Iterable[int]) -> tu
     description = describe(tokenizer)
     model, ids = description["model"], token_ids(description)
     known = {number: token for token, number in ids.items()}
-    fixed = {*_added(description), *tokenizer.all_special_ids} & known.keys()
-    of_parts = _KINDS[model["type"]](model, [known[number] for number in set(needed) & known.keys() - fixed])
+    fixed = {*_fixed_ids(description), *tokenizer.all_special_ids} & known.keys()
+    of_parts = _CLOSURES[model["type"]](model, [known[number] for number in set(needed) & known.keys() - fixed])
     return tuple(sorted(fixed | {ids[token] for token in of_parts} | (set(needed) & known.keys())))
 
 
@@ -50,9 +50,9 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     require(backend is not None, f"the vocabulary of {name} cannot be cut: it is no fast tokenizer; {instead}")
     description: dict[str, Any] = json.loads(backend.to_str())
     model = description["model"]
-    known = " and ".join([", ".join([*_KINDS][:-1]), [*_KINDS][-1]])
+    known = " and ".join([", ".join([*_CLOSURES][:-1]), [*_CLOSURES][-1]])
     cuttable = f"the vocabulary of {name} cannot be cut: its kind is {model['type']}, not one of {known}"
-    require(model["type"] in _KINDS, f"{cuttable}; {instead}")
+    require(model["type"] in _CLOSURES, f"{cuttable}; {instead}")
     marked = model.get("end_of_word_suffix") or (model["type"] == "BPE" and model.get("continuing_subword_prefix"))
     require(not marked, f"the vocabulary of {name} cannot be cut: its BPE marks word parts ({marked}); {instead}")
     return description
@@ -90,27 +90,27 @@ def _steps(processor: Mapping[str, Any] | None) -> Iterator[Any]:
         yield processor
 
 
-def _of_template(step: Mapping[str, Any], number: Callable[[int], int]) -> None:
+def _renumber_template(step: Mapping[str, Any], number: Callable[[int], int]) -> None:
     for token in step["special_tokens"].values():
         token["ids"] = [number(each) for each in token["ids"]]
 
 
-def _of_pair(step: dict[str, Any], number: Callable[[int], int]) -> None:
+def _renumber_pair(step: dict[str, Any], number: Callable[[int], int]) -> None:
     for name in ("sep", "cls"):
         token, old = step[name]
         step[name] = [token, number(old)]
 
 
 _AROUND: dict[str, Callable[[Any, Callable[[int], int]], None]] = {
-    "TemplateProcessing": _of_template,
-    "BertProcessing": _of_pair,
-    "RobertaProcessing": _of_pair,
+    "TemplateProcessing": _renumber_template,
+    "BertProcessing": _renumber_pair,
+    "RobertaProcessing": _renumber_pair,
     "ByteLevel": lambda step, number: None,
 }
 """Type of a post-processor -> function that renumbers its ids."""
 
 
-def _added(description: Mapping[str, Any]) -> set[int]:
+def _fixed_ids(description: Mapping[str, Any]) -> set[int]:
     """Return the ids of added tokens, of padding, and of tokens that the post-processor inserts."""
     found: set[int] = set()
 
@@ -141,14 +141,14 @@ def _wordpiece(model: Mapping[str, Any], needed: list[str]) -> Iterator[str]:
 def _bpe(model: Mapping[str, Any], needed: list[str]) -> Iterator[str]:
     """Yield the tokens of BPE to keep: single characters and bytes, needed tokens, and their intermediate merges."""
     ranks = {tuple(merge): rank for rank, merge in reversed(list(enumerate(model["merges"])))}
-    yield from _unknown(model)
+    yield from _unknown_token(model)
     yield from (token for token in model["vocab"] if len(token) == 1 or _BYTE.fullmatch(token))
     for token in needed:
         yield token
-        yield from () if _BYTE.fullmatch(token) else _merged(token, ranks)
+        yield from () if _BYTE.fullmatch(token) else _merge_results(token, ranks)
 
 
-def _merged(token: str, ranks: Mapping[tuple[str, ...], int]) -> Iterator[str]:
+def _merge_results(token: str, ranks: Mapping[tuple[str, ...], int]) -> Iterator[str]:
     """Yield the results of the merges of a token's characters, in the order of their ranks."""
     parts = list(token)
     while len(parts) > 1:
@@ -175,12 +175,12 @@ def _unigram(model: Mapping[str, Any], needed: list[str]) -> Iterator[str]:
             yield piece
 
 
-def _unknown(model: Mapping[str, Any]) -> Iterator[str]:
+def _unknown_token(model: Mapping[str, Any]) -> Iterator[str]:
     if model.get("unk_token") in model["vocab"]:
         yield model["unk_token"]
 
 
-_KINDS: dict[str, Callable[[Mapping[str, Any], list[str]], Iterator[str]]] = {
+_CLOSURES: dict[str, Callable[[Mapping[str, Any], list[str]], Iterator[str]]] = {
     "BPE": _bpe,
     "WordPiece": _wordpiece,
     "Unigram": _unigram,

@@ -18,7 +18,7 @@ _NEVER_WRITTEN = ("suppress_tokens", "begin_suppress_tokens")
 """Lists of suppressed tokens in a generation config; removed tokens are never generated anyway."""
 _BY_TOKENS = ("bad_words_ids", "force_words_ids", "forced_decoder_ids", "sequence_bias")
 """Other settings of a generation config that contain tokens."""
-_INSTEAD = "leave light.remove.vocabulary at keep"
+_KEEP_VOCABULARY = "leave light.remove.vocabulary at keep"
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,17 @@ def cut_model(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
     tensors = {name: tensor_at(model, name) for name in places}
     _check_ids(model, vocabulary, places)
     quantised = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
-    require(not quantised, f"{', '.join(quantised[:1])} is quantized, so its rows cannot be cut; {_INSTEAD}")
+    require(not quantised, f"{', '.join(quantised[:1])} is quantized, so its rows cannot be cut; {_KEEP_VOCABULARY}")
     rows: dict[int, Tensor] = {}  # one entry for tied tensors
     for name, tensor in tensors.items():
         if id(tensor) not in rows:
             rows[id(tensor)] = like(tensor, vocabulary.rows(tensor.detach(), places[name]))
         owner, _, leaf = name.rpartition(".")
-        _set(model.get_submodule(owner), leaf, rows[id(tensor)], vocabulary)
+        _set_rows(model.get_submodule(owner), leaf, rows[id(tensor)], vocabulary)
     _set_ids(model, vocabulary)
     _renumber_all(configs_of(model), vocabulary)
     _renumber_generation(model, vocabulary)
-    model.light_vocabulary = _Cut(vocabulary, _lost(tensors, places, vocabulary))
+    model.light_vocabulary = _Cut(vocabulary, _count_removed(tensors, places, vocabulary))
 
 
 def check_whole(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
@@ -110,24 +110,26 @@ def rows_by_token(model: PreTrainedModel, vocabulary: Vocabulary) -> dict[str, i
         differing = [dim for dim, sizes in enumerate(zip(whole[name], cut[name], strict=True)) if len(set(sizes)) > 1]
         if differing:
             plain = [whole[name][dim] for dim in differing] == [vocabulary.size]
-            require(plain, f"{name} cannot be cut: its shape depends on the tokens in an unknown way; {_INSTEAD}")
+            require(
+                plain, f"{name} cannot be cut: its shape depends on the tokens in an unknown way; {_KEEP_VOCABULARY}"
+            )
             places[name] = differing[0]
     same = len(vocabulary) == vocabulary.size
-    require(places or same, f"{model.config.model_type} has no rows per token to cut; {_INSTEAD}")
+    require(places or same, f"{model.config.model_type} has no rows per token to cut; {_KEEP_VOCABULARY}")
     return places
 
 
 # Tensors
 
 
-def _set(module: nn.Module, leaf: str, rows: Tensor, vocabulary: Vocabulary) -> None:
+def _set_rows(module: nn.Module, leaf: str, rows: Tensor, vocabulary: Vocabulary) -> None:
     setattr(module, leaf, rows)
     for size in ("num_embeddings", "out_features"):
         if getattr(module, size, None) == vocabulary.size:
             setattr(module, size, len(vocabulary))
 
 
-def _lost(tensors: dict[str, Tensor], places: dict[str, int], vocabulary: Vocabulary) -> int:
+def _count_removed(tensors: dict[str, Tensor], places: dict[str, int], vocabulary: Vocabulary) -> int:
     """Count the parameters in removed rows; tied ones count once, and so do tensors that were loaded without them."""
     gone, seen, lost = vocabulary.size - len(vocabulary), set(), 0
     for name, tensor in tensors.items():
@@ -146,10 +148,10 @@ def _token_settings(settings: Any) -> dict[str, int | list[int]]:
     return {name: value for name, value in found.items() if isinstance(value, (int, list)) and value is not False}
 
 
-def _new(value: Any, vocabulary: Vocabulary) -> Any:
+def _renumber(value: Any, vocabulary: Vocabulary) -> Any:
     """Renumber an id, or a list of ids, for the small vocabulary; values that are no token ids do not change."""
     if isinstance(value, list):
-        return [_new(each, vocabulary) for each in value if each in vocabulary.new_ids]
+        return [_renumber(each, vocabulary) for each in value if each in vocabulary.new_ids]
     return vocabulary.new_ids.get(value) if 0 <= value < vocabulary.size else value
 
 
@@ -158,11 +160,13 @@ def _check_ids(model: PreTrainedModel, vocabulary: Vocabulary, places: dict[str,
     for name, module in model.named_modules():
         padding = getattr(module, "padding_idx", None)
         if isinstance(module, nn.Embedding) and padding is not None and f"{name}.weight" not in places:
-            fixed = _new(padding, vocabulary) == padding
-            require(fixed, f"{name} counts positions from the padding token's id, which would change; {_INSTEAD}")
+            fixed = _renumber(padding, vocabulary) == padding
+            require(
+                fixed, f"{name} counts positions from the padding token's id, which would change; {_KEEP_VOCABULARY}"
+            )
     generation = getattr(model, "generation_config", None)
     named = [name for name in _BY_TOKENS if getattr(generation, name, None)]
-    require(not named, f"the generation config has {', '.join(named)}, which contain tokens; {_INSTEAD}")
+    require(not named, f"the generation config has {', '.join(named)}, which contain tokens; {_KEEP_VOCABULARY}")
 
 
 def _set_ids(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
@@ -173,7 +177,7 @@ def _set_ids(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
         padding = vars(module).get("padding_idx")
         own = {} if padding is None else {"padding_idx": padding}
         for name, value in {**own, **_token_settings(module)}.items():
-            setattr(module, name, _new(value, vocabulary))
+            setattr(module, name, _renumber(value, vocabulary))
 
 
 def _renumber_all(configs: Iterable[PretrainedConfig], vocabulary: Vocabulary) -> None:
@@ -181,7 +185,7 @@ def _renumber_all(configs: Iterable[PretrainedConfig], vocabulary: Vocabulary) -
         if getattr(config, "vocab_size", None) == vocabulary.size:
             config.vocab_size = len(vocabulary)
         for name, value in _token_settings(config).items():
-            setattr(config, name, _new(value, vocabulary))
+            setattr(config, name, _renumber(value, vocabulary))
 
 
 def _renumber_generation(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
@@ -189,8 +193,8 @@ def _renumber_generation(model: PreTrainedModel, vocabulary: Vocabulary) -> None
     if settings is None:
         return
     for name, value in _token_settings(settings).items():
-        setattr(settings, name, _new(value, vocabulary))
+        setattr(settings, name, _renumber(value, vocabulary))
     for name in _NEVER_WRITTEN:
         listed: list[int] | None = getattr(settings, name, None)
         if listed is not None:
-            setattr(settings, name, _new(listed, vocabulary))
+            setattr(settings, name, _renumber(listed, vocabulary))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightpeft.errors import require
 
-_WEIGHTS = 2 ** torch.arange(8)
+_BIT_VALUES = 2 ** torch.arange(8)
 """Values of the bits of a byte, lowest first."""
 
 
@@ -50,7 +50,7 @@ class Vocabulary:
         """Pack the kept tokens into one bit per token: [size / 8, rounded up], uint8."""
         mask = torch.zeros(-(-self.size // 8) * 8, dtype=torch.long)
         mask[list(self.kept)] = 1
-        return (mask.view(-1, 8) * _WEIGHTS).sum(-1).to(torch.uint8)
+        return (mask.view(-1, 8) * _BIT_VALUES).sum(-1).to(torch.uint8)
 
     @classmethod
     def from_bits(cls, bits: Tensor, size: int) -> Vocabulary:
@@ -61,5 +61,5 @@ class Vocabulary:
         """
         fits = bits.dtype == torch.uint8 and bits.shape == (-(-size // 8),)
         require(fits, f"the list of kept tokens does not fit {size:,} tokens")
-        mask = (bits.long().unsqueeze(-1) & _WEIGHTS) > 0
+        mask = (bits.long().unsqueeze(-1) & _BIT_VALUES) > 0
         return cls(tuple(mask.flatten().nonzero().flatten().tolist()), size)

@@ -111,7 +111,7 @@ class _Answer:
         self.scaling = layer.scaling[self.adapter]
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        left = args or kwargs or torch.is_grad_enabled() or self._changed()
+        left = args or kwargs or torch.is_grad_enabled() or self._has_changed()
         dtype = None if left else computed_in(x, self.weight, self.inner.down, self.up)
         if dtype is None:
             return self.otherwise(x, *args, **kwargs)
@@ -124,7 +124,7 @@ class _Answer:
             result.addmm_(inner, up, alpha=self.scaling)
         return result.view(*x.shape[:-1], -1)
 
-    def _changed(self) -> bool:
+    def _has_changed(self) -> bool:
         """Return whether the layer is in training mode, or its adapters differ from those at the start."""
         layer = self.layer
         other = layer.training or layer.disable_adapters or layer.merged_adapters

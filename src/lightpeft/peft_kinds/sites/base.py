@@ -17,7 +17,7 @@ from lightpeft.plans.layout import cut_dim, kept_channels, width
 from lightpeft.plans.records import BlockPlan
 from lightpeft.plans.structure import BlockSpec, SiteSpec
 
-Report = Callable[[Tensor, Tensor, float], None]
+ReportOutputs = Callable[[Tensor, Tensor, float], None]
 """Function of a module's addition (up to a factor), the output that it is compared with, both [..., width], and the
 factor; called at every forward pass."""
 Tensors = dict[str, Tensor]
@@ -84,7 +84,7 @@ class Site(ABC):
         """Weights out of the ranks, [out, rank]; None for kinds without ranks."""
 
     @abstractmethod
-    def observe(self, report: Report, counting: Callable[[], bool]) -> list[RemovableHandle]:
+    def observe(self, report: ReportOutputs, counting: Callable[[], bool]) -> list[RemovableHandle]:
         """Hook the module so that `report` is called at every forward pass for which `counting()` is true."""
 
     def fit(self, spec: BlockSpec, kept: BlockPlan) -> None:
@@ -152,7 +152,7 @@ def peft_parts(model: nn.Module) -> set[nn.Module]:
 
 
 def observe_pair(
-    base: nn.Module, delta: nn.Module, scaling: float, report: Report, counting: Callable[[], bool]
+    base: nn.Module, delta: nn.Module, scaling: float, report: ReportOutputs, counting: Callable[[], bool]
 ) -> list[RemovableHandle]:
     """Hook two layers to report the output of `delta`, which is added with the factor `scaling`, and that of `base`."""
     outputs: list[Tensor] = []

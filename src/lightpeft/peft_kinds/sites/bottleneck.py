@@ -13,7 +13,7 @@ from lightpeft.errors import require
 from lightpeft.models.linears.registry import slice_linear
 from lightpeft.peft_kinds.bottleneck import Bottleneck, BottleneckConfig, BottleneckLayer
 from lightpeft.peft_kinds.bottleneck.registration import BOTTLENECK
-from lightpeft.peft_kinds.sites.base import Report, Site, Tensors
+from lightpeft.peft_kinds.sites.base import ReportOutputs, Site, Tensors
 from lightpeft.plans.structure import OUTPUT_SLOTS
 
 
@@ -56,7 +56,7 @@ class BottleneckSite(Site):
         """Weight of the up projection, [width, size]."""
         return cast(nn.Parameter, self.branch.up.weight)
 
-    def observe(self, report: Report, counting: Callable[[], bool]) -> list[RemovableHandle]:
+    def observe(self, report: ReportOutputs, counting: Callable[[], bool]) -> list[RemovableHandle]:
         """Hook the adapter to report its output and its input (Light-PEFT, module importance)."""
 
         def compare(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:

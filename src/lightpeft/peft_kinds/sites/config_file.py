@@ -17,10 +17,10 @@ import lightpeft.peft_kinds.bottleneck  # noqa: F401 (so that PEFT knows the typ
 from lightpeft.errors import require
 from lightpeft.files import parse_json, read_text, understandable, write_text
 
-LIGHT_TYPE = "LIGHT_PEFT: this adapter belongs to a pruned base; load it with lightpeft.load_light(folder)"
+LIGHT_PEFT_TYPE = "LIGHT_PEFT: this adapter belongs to a pruned base; load it with lightpeft.load_light(folder)"
 CONFIG_NAME = "adapter_config.json"
 """PEFT's name of the file."""
-_OWN = "peft_config"
+_PEFT_CONFIG = "peft_config"
 """Key of PEFT's configuration."""
 
 
@@ -28,8 +28,8 @@ def hide_config(folder: Path) -> None:
     """Rewrite the configuration that PEFT has written into a folder so that only `read_config` can read it."""
     config = _read(folder)
     # transformers loads the base before PEFT reads the type
-    shown = {"peft_type": LIGHT_TYPE, "base_model_name_or_path": config["base_model_name_or_path"]}
-    write_text(folder / CONFIG_NAME, json.dumps({**shown, _OWN: config}, indent=2, sort_keys=True))
+    shown = {"peft_type": LIGHT_PEFT_TYPE, "base_model_name_or_path": config["base_model_name_or_path"]}
+    write_text(folder / CONFIG_NAME, json.dumps({**shown, _PEFT_CONFIG: config}, indent=2, sort_keys=True))
 
 
 def read_config(folder: Path, light: bool = True) -> PeftConfig:
@@ -43,9 +43,9 @@ def read_config(folder: Path, light: bool = True) -> PeftConfig:
     """
     data = _read(folder)
     alone = f"{folder} holds a light adapter without its plan: lightpeft.json is missing; copy the whole folder"
-    require(light or _OWN not in data, alone)
+    require(light or _PEFT_CONFIG not in data, alone)
     with understandable(folder / CONFIG_NAME):
-        own = dict(data.get(_OWN, data))
+        own = dict(data.get(_PEFT_CONFIG, data))
         return PEFT_TYPE_TO_CONFIG_MAPPING[own["peft_type"]].from_peft_type(**own)
 
 

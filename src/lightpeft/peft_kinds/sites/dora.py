@@ -14,7 +14,7 @@ from lightpeft.compat.peft import forget_norms
 from lightpeft.errors import require
 from lightpeft.models.linears.kinds import sliced
 from lightpeft.models.linears.registry import dense_weight
-from lightpeft.peft_kinds.sites.base import Report, Tensors, observe_pair
+from lightpeft.peft_kinds.sites.base import ReportOutputs, Tensors, observe_pair
 from lightpeft.peft_kinds.sites.lora import DOWN, UP, LoraSite
 
 _MAGNITUDE = "lora_magnitude_vector"
@@ -38,7 +38,7 @@ class DoraSite(LoraSite):
         """PEFT's module that holds m as `weight`, [out]."""
         return self.layer.lora_magnitude_vector[self.adapter]
 
-    def observe(self, report: Report, counting: Callable[[], bool]) -> list[RemovableHandle]:
+    def observe(self, report: ReportOutputs, counting: Callable[[], bool]) -> list[RemovableHandle]:
         """Hook the module to report its change of the frozen layer's output, and that output."""
         return observe_pair(self.base, self.magnitude, 1.0, report, counting)
 

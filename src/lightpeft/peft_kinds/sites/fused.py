@@ -101,11 +101,11 @@ def plain_adapter(layer: LoraLinear) -> str | None:
     base, down, up = layer.base_layer, layer.lora_A[adapters[0]], layer.lora_B[adapters[0]]
     frozen = not any(parameter.requires_grad for parameter in base.parameters())
     linear = type(base) in (nn.Linear, LinearOnDisk) and type(down) is type(up) is nn.Linear
-    plain = linear and all(_bare(part) for part in (base, down, up))
+    plain = linear and all(_is_plain(part) for part in (base, down, up))
     return adapters[0] if frozen and plain and down.bias is None and up.bias is None else None
 
 
-def _bare(linear: nn.Linear) -> bool:
+def _is_plain(linear: nn.Linear) -> bool:
     """Return whether a layer has no hooks, no replaced forward, and an ordinary weight, in memory or on disk."""
     changed = is_watched(linear) or "forward" in vars(linear)
     return not changed and (type(linear.weight) in (nn.Parameter, StandIn) or is_on_disk(linear))
@@ -137,7 +137,7 @@ class _LoraLinear(torch.autograd.Function):
         """
         entering = x if dropped is None else dropped
         low = entering.flatten(0, -2)
-        converted = _in_memory(weight).to(x.dtype)
+        converted = _read_weight(weight).to(x.dtype)
         down, scaled_up = down.to(x.dtype), (up * scaling).to(x.dtype)
         inner = low @ down.T  # [rows, rank]
         rows = x.flatten(0, -2)
@@ -157,7 +157,7 @@ class _LoraLinear(torch.autograd.Function):
         of_down, of_up = of_inner.T @ low, (gradient.T @ inner) * ctx.scaling
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = gradient @ _in_memory(ctx.on_disk if weight is None else weight).to(gradient.dtype)
+            of_x = gradient @ _read_weight(ctx.on_disk if weight is None else weight).to(gradient.dtype)
         of_dropped = None
         if ctx.dropout:
             of_dropped = (of_inner @ down).view(ctx.shape) if ctx.needs_input_grad[1] else None
@@ -167,5 +167,5 @@ class _LoraLinear(torch.autograd.Function):
         return of_x, of_dropped, None, None, of_down, of_up, None
 
 
-def _in_memory(weight: Tensor | LinearOnDisk) -> Tensor:
+def _read_weight(weight: Tensor | LinearOnDisk) -> Tensor:
     return weight if isinstance(weight, Tensor) else weight.read()

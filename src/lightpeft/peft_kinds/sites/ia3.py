@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightpeft.compat.peft import IA3Layer
 from lightpeft.models.linears.kinds import sliced
-from lightpeft.peft_kinds.sites.base import Report, Site, Tensors, spread
+from lightpeft.peft_kinds.sites.base import ReportOutputs, Site, Tensors, spread
 
 
 class Ia3Site(Site):
@@ -41,7 +41,7 @@ class Ia3Site(Site):
         """The factors l, [out, 1], or [1, in] in a feed-forward module."""
         return self.layer.ia3_l[self.adapter]
 
-    def observe(self, report: Report, counting: Callable[[], bool]) -> list[RemovableHandle]:
+    def observe(self, report: ReportOutputs, counting: Callable[[], bool]) -> list[RemovableHandle]:
         """Hook the module to report the change by the factors, and the states that they scale."""
 
         def compare(states: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightpeft.compat.peft import LoraLayer
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.linears.registry import slice_linear
-from lightpeft.peft_kinds.sites.base import Report, Site, Tensors, observe_pair, spread
+from lightpeft.peft_kinds.sites.base import ReportOutputs, Site, Tensors, observe_pair, spread
 
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
 """Prefixes of LoRA initialisations that change the base weights."""
@@ -110,7 +110,7 @@ class LoraSite(Site):
         divisor = _divisor(rank, self.layer.use_rslora[self.adapter])
         self.layer.lora_alpha[self.adapter] = _exact_alpha(self.scaling, divisor)
 
-    def observe(self, report: Report, counting: Callable[[], bool]) -> list[RemovableHandle]:
+    def observe(self, report: ReportOutputs, counting: Callable[[], bool]) -> list[RemovableHandle]:
         """Hook the module to report its low-rank output and the frozen layer's (Light-PEFT, module importance)."""
         return observe_pair(self.base, self.layer.lora_B[self.adapter], self.scaling, report, counting)
 

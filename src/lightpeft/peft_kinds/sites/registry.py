@@ -76,14 +76,14 @@ def adapter_in_use(model: nn.Module) -> Callable[[], bool]:
     For a model without PEFT the function always returns True.
     """
     layer = next(iter(_tuner_layers(model)), None)
-    return partial(_computes_with, layer, _setting(layer))
+    return partial(_has_setting, layer, _adapter_setting(layer))
 
 
-def _computes_with(layer: BaseTunerLayer | None, setting: tuple[list[str], bool]) -> bool:
-    return _setting(layer) == setting
+def _has_setting(layer: BaseTunerLayer | None, setting: tuple[list[str], bool]) -> bool:
+    return _adapter_setting(layer) == setting
 
 
-def _setting(layer: BaseTunerLayer | None) -> tuple[list[str], bool]:
+def _adapter_setting(layer: BaseTunerLayer | None) -> tuple[list[str], bool]:
     """Return the active adapters of a module, and whether all are disabled."""
     return ([], False) if layer is None else (list(layer.active_adapters), layer.disable_adapters)
 
