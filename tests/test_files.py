@@ -26,7 +26,7 @@ from lightpeft.files import (
     check_free,
     check_sealed,
     clean,
-    holding,
+    lock_folder,
     read_json,
     read_tensors,
     replacing,
@@ -337,9 +337,9 @@ def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
     check_free(folder)
     assert not folder.exists()
     in_use = f"{folder} is in use by another process; wait"
-    with holding(folder):
+    with lock_folder(folder):
         assert [line[: len(in_use)] for line in refusals_elsewhere(folder)] == [in_use, in_use]
-        with holding(folder):
+        with lock_folder(folder):
             check_free(folder)
         assert len(refusals_elsewhere(folder)) == 2, "held by the outer block still"
     assert not refusals_elsewhere(folder)
@@ -348,9 +348,9 @@ def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
 
 def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
     def die() -> None:
-        with holding(tmp_path):
+        with lock_folder(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert in_fork(die) == -signal.SIGKILL
-    with holding(tmp_path):
+    with lock_folder(tmp_path):
         pass

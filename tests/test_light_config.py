@@ -17,11 +17,11 @@ from lightpeft.config import (
     PRESETS,
     WRITTEN,
     LightConfig,
-    changed,
-    derived,
+    fill_defaults,
     light_config,
     load_config,
-    overlaid,
+    merge_settings,
+    override_light,
     run_config_from_dict,
 )
 from lightpeft.config.derived import TABLE
@@ -156,12 +156,12 @@ def test_what_is_derived_leaves_nothing_open_and_stays() -> None:
     for name in PRESETS:
         for peft in ("lora", "ia3", "bottleneck"):
             for writes in (False, True):
-                light = derived(light_config(name), peft, writes)
+                light = fill_defaults(light_config(name), peft, writes)
                 unset = {key for key, value in dataclasses.asdict(light.remove).items() if value is None}
                 assert unset - {"tolerance", "scope"} == ({"blocks"} if name == "paper" else set(SHARES))
                 for section in ("estimate", "modules", "rates", "after"):
                     assert None not in dataclasses.asdict(getattr(light, section)).values()
-                assert derived(light, "bottleneck", not writes) == light
+                assert fill_defaults(light, "bottleneck", not writes) == light
     assert all(rule.because for rule in TABLE)
 
 
@@ -234,21 +234,21 @@ def test_one_way_to_say_how_much_goes_takes_the_place_of_another(given: Any, blo
 def test_a_higher_layer_replaces_the_amount_and_keeps_the_rest() -> None:
     file = {"light": {"preset": "accurate", **nested(heads=0.5, neurons=0.2, tolerance="2 points", dropout=0.1)}}
     for above in (0.4, {"remove": {"blocks": 0.4}}):
-        light = run_config_from_dict(overlaid(file, {"light": above})).light
+        light = run_config_from_dict(merge_settings(file, {"light": above})).light
         assert light == preset("accurate", blocks=0.4, tolerance="2 points", dropout=0.1)
-    back = run_config_from_dict(overlaid({"light": 0.4}, {"light": nested(neurons=0.2)})).light
+    back = run_config_from_dict(merge_settings({"light": 0.4}, {"light": nested(neurons=0.2)})).light
     assert (back.remove.blocks, back.remove.neurons) == (None, 0.2)
-    named = run_config_from_dict(overlaid({"light": 0.4}, {"light": "accurate"})).light
+    named = run_config_from_dict(merge_settings({"light": 0.4}, {"light": "accurate"})).light
     assert named == preset("accurate", blocks=0.4)
-    open_again = run_config_from_dict(overlaid({"light": nested(heads=0.5)}, {"light": "auto"})).light
+    open_again = run_config_from_dict(merge_settings({"light": nested(heads=0.5)}, {"light": "auto"})).light
     assert open_again == preset("fast")
 
 
 def test_settings_over_others() -> None:
     light = preset("fast", blocks=0.4, criterion="taylor")
-    assert changed(light, None) == light
-    assert changed(light, 0.2) == preset("fast", blocks=0.2, criterion="taylor")
-    assert changed(light, LightConfig(remove=light_config(nested(heads=0.5)).remove)).remove.blocks is None
+    assert override_light(light, None) == light
+    assert override_light(light, 0.2) == preset("fast", blocks=0.2, criterion="taylor")
+    assert override_light(light, LightConfig(remove=light_config(nested(heads=0.5)).remove)).remove.blocks is None
     assert light.removing_nothing().chooses is False
     assert light.with_whole_modules().chooses and not light.removing(0.0).with_whole_modules().chooses
 

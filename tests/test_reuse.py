@@ -14,7 +14,7 @@ from workbench import Workbench, comparable, lightpeft, stamps
 
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.reuse import estimation_settings
-from lightpeft.files import holding
+from lightpeft.files import lock_folder
 
 OTHER = {"light.remove.heads": 0.5, "light.modules.remove_ranks": 0.75}
 """Another budget than that of the workbench."""
@@ -187,7 +187,7 @@ def test_a_run_that_is_in_use_is_not_overwritten(bench: Workbench, capsys: pytes
     taken, free = context.Event(), context.Event()
 
     def hold() -> None:
-        with holding(folder):
+        with lock_folder(folder):
             taken.set()
             free.wait(60)
 

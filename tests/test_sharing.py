@@ -37,9 +37,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.chdir(tmp_path)  # where no folder has the name of a repository
-        reaching.answers.cache_clear()
+        reaching.is_reachable.cache_clear()
         yield found
-        reaching.answers.cache_clear()
+        reaching.is_reachable.cache_clear()
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def autocast_dtype(training: TrainingConfig) -> torch.dtype | None:
     return torch.bfloat16 if chosen else None
 
 
-def random_apart(device: torch.device) -> AbstractContextManager[None]:
+def preserve_random_state(device: torch.device) -> AbstractContextManager[None]:
     """Return a context that restores the random states of the CPU and of a device at its end."""
     apart = device.type != "cpu"
     return torch.random.fork_rng([device] if apart else [], device_type=device.type if apart else "cuda")
@@ -107,7 +107,7 @@ def autocasting(device: torch.device, dtype: torch.dtype | None) -> torch.autoca
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-def computed_in(x: Tensor, *weights: Tensor) -> torch.dtype | None:
+def compute_dtype(x: Tensor, *weights: Tensor) -> torch.dtype | None:
     """Return the data type of matrix products of these tensors, autocast considered; None: their types differ."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)

@@ -5,7 +5,7 @@ of a whole `lightpeft run`; it is read from YAML and from the command line, and 
 neighbour.
 """
 
-from lightpeft.config.derived import changed, derived, tolerance_of
+from lightpeft.config.derived import fill_defaults, override_light, tolerance_of
 from lightpeft.config.light import (
     READ_AFTERWARDS,
     READ_BY_PLANS,
@@ -28,7 +28,7 @@ from lightpeft.config.presets import (
     cut_of_writer,
     light_config,
     light_mapping,
-    overlaid,
+    merge_settings,
 )
 from lightpeft.config.run import (
     SWITCHES,
@@ -68,13 +68,13 @@ __all__ = [
     "Tolerance",
     "TrainingConfig",
     "UnitCriterion",
-    "changed",
     "cut_of_writer",
-    "derived",
+    "fill_defaults",
     "light_config",
     "light_mapping",
     "load_config",
-    "overlaid",
+    "merge_settings",
+    "override_light",
     "peft_type",
     "run_config_from_dict",
     "tolerance_of",

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightpeft.config.light import SHARES, LightConfig, Tolerance, Train
 from lightpeft.config.peft import DEFAULT_KIND
-from lightpeft.config.presets import Light, light_config, overlaid
+from lightpeft.config.presets import Light, light_config, merge_settings
 from lightpeft.config.validation import from_dict
 
 
@@ -94,7 +94,7 @@ TABLE = (
 """The rules that fill in unset settings, in order of increasing priority."""
 
 
-def derived(light: LightConfig, peft: str = DEFAULT_KIND, writes: bool = False) -> LightConfig:
+def fill_defaults(light: LightConfig, peft: str = DEFAULT_KIND, writes: bool = False) -> LightConfig:
     """Fill in every unset setting except `tolerance` and `scope`; keep the values that are given.
 
     Args:
@@ -106,8 +106,8 @@ def derived(light: LightConfig, peft: str = DEFAULT_KIND, writes: bool = False) 
     filled: dict[str, Any] = {}
     for rule in TABLE:
         if rule.holds(preset, peft, writes, train):
-            filled = overlaid(filled, rule.sets)
-    filled = overlaid(filled, _without_unset(dataclasses.asdict(light)))
+            filled = merge_settings(filled, rule.sets)
+    filled = merge_settings(filled, _without_unset(dataclasses.asdict(light)))
     remove, rates = filled["remove"], filled["rates"]
     if any(name in remove for name in SHARES):
         filled["remove"] = {**dict.fromkeys(SHARES, 0.0), **remove}
@@ -115,14 +115,14 @@ def derived(light: LightConfig, peft: str = DEFAULT_KIND, writes: bool = False) 
     return from_dict(LightConfig, {**filled, "preset": preset, "train": train}, "light.")
 
 
-def changed(light: LightConfig, by: Light) -> LightConfig:
+def override_light(light: LightConfig, by: Light) -> LightConfig:
     """Override settings with others, given in any form; settings that the others leave unset keep their values.
 
     Raises:
         LightPeftError: `by` has an unknown form, setting or value.
     """
     above = _without_unset(dataclasses.asdict(light_config(by)))
-    return from_dict(LightConfig, overlaid(_without_unset(dataclasses.asdict(light)), above), "light.")
+    return from_dict(LightConfig, merge_settings(_without_unset(dataclasses.asdict(light)), above), "light.")
 
 
 def _without_unset(settings: dict[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def peft_settings(peft: Peft) -> dict[str, Any]:
     return {name: value for name, value in peft.items() if name != TYPE} if isinstance(peft, dict) else {}
 
 
-def shortest(peft: Peft) -> Peft:
+def shorten_peft(peft: Peft) -> Peft:
     """Return `peft` in its shortest form: the kind alone, or a mapping of the kind and the values that are no defaults.
 
     Raises:
@@ -46,7 +46,7 @@ def shortest(peft: Peft) -> Peft:
     return {TYPE: kind, **said} if said else kind
 
 
-def peft_over(below: Any, above: Any) -> Any:
+def override_peft(below: Any, above: Any) -> Any:
     """Override one `peft` with another: settings of the same kind are merged, and another kind replaces them all."""
     named = not isinstance(above, dict) or TYPE in above
     if (named and peft_type(above) != peft_type(below)) or not isinstance(below, str | dict):

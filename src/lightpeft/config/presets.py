@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from lightpeft.config.light import AMOUNTS, LightConfig, Preset
-from lightpeft.config.peft import peft_over
-from lightpeft.config.validation import from_dict, shown
+from lightpeft.config.peft import override_peft
+from lightpeft.config.validation import from_dict, short_repr
 from lightpeft.errors import LightPeftError
 
 Light: TypeAlias = float | str | Mapping[str, Any] | LightConfig | None
@@ -36,7 +36,7 @@ def light_mapping(light: Any) -> dict[str, Any]:
     if isinstance(light, str) and light in PRESETS:
         return {"preset": light}
     forms = f"a fraction of the blocks to remove such as 0.4, auto, a preset ({', '.join(PRESETS)}), or a mapping"
-    raise LightPeftError(f"light is {shown(light)}; give {forms}")
+    raise LightPeftError(f"light is {short_repr(light)}; give {forms}")
 
 
 def light_config(light: Light) -> LightConfig:
@@ -60,7 +60,7 @@ def cut_of_writer(light: LightConfig) -> str | None:
     return f"{loses}; set light: 0 to prune nothing, or light.after.keep: both to keep a full-width model as well"
 
 
-def overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merge_settings(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Override nested settings of a run, or of `light` alone, with others.
 
     There are two ways to give the amount to remove: `blocks`, or shares (`heads`, `neurons`, `experts`). An amount in
@@ -69,12 +69,12 @@ def overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     result = dict(below)
     for key, value in above.items():
         if key == "light" and key in result:
-            result[key] = overlaid(light_mapping(result[key]), light_mapping(value))
+            result[key] = merge_settings(light_mapping(result[key]), light_mapping(value))
         elif key == "peft" and key in result:
-            result[key] = peft_over(result[key], value)
+            result[key] = override_peft(result[key], value)
         elif isinstance(value, dict) and isinstance(result.get(key), dict):
             kept = _without_other_amounts(result[key], value) if key == "remove" else result[key]
-            result[key] = overlaid(kept, value)
+            result[key] = merge_settings(kept, value)
         else:
             result[key] = value
     return result

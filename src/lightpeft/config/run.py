@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from lightpeft.config.derived import derived
+from lightpeft.config.derived import fill_defaults
 from lightpeft.config.light import LARGEST_BATCH, LightConfig
 from lightpeft.config.methods import METHODS, Method, MethodName
-from lightpeft.config.peft import DEFAULT_KIND, Peft, peft_settings, peft_type, shortest
+from lightpeft.config.peft import DEFAULT_KIND, Peft, peft_settings, peft_type, shorten_peft
 from lightpeft.config.presets import WRITTEN, light_mapping
 from lightpeft.config.validation import Within, check_values, from_dict, load_yaml
 from lightpeft.errors import require
@@ -235,8 +235,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
-        self.peft = shortest(self.peft)
-        self.light = derived(self.light, self.peft_type, self.task_kind in WRITTEN)
+        self.peft = shorten_peft(self.peft)
+        self.light = fill_defaults(self.light, self.peft_type, self.task_kind in WRITTEN)
 
     @property
     def task_kind(self) -> str:

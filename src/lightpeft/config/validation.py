@@ -73,7 +73,7 @@ def _check_size(root: yaml.Node | None, path: str | Path) -> None:
     require(total < _MOST_NODES, f"{path} expands to more than {_MOST_NODES:,} values; remove nested aliases")
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """Return the `repr` of a value for an error message, shortened where it is long."""
     try:
         return _short.repr(value)
@@ -88,14 +88,14 @@ _short.maxlevel = 3
 
 def from_dict(cls: type[T], data: dict[str, Any], where: str = "") -> T:
     """Build dataclass `cls` from nested plain data; the error about an unknown key suggests the nearest known key."""
-    values = checked_fields(cls, data, where)
+    values = convert_fields(cls, data, where)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     lacking = [each.name for each in fields if each.name not in values and _is_required(each)]
     require(not lacking, f"{where}{lacking[0] if lacking else ''} is missing")
     return cls(**values)
 
 
-def checked_fields(cls: type, data: dict[str, Any], where: str = "", without: Collection[str] = ()) -> dict[str, Any]:
+def convert_fields(cls: type, data: dict[str, Any], where: str = "", without: Collection[str] = ()) -> dict[str, Any]:
     """Convert nested plain data to values of the fields of dataclass `cls` that it gives.
 
     Args:
@@ -104,7 +104,9 @@ def checked_fields(cls: type, data: dict[str, Any], where: str = "", without: Co
     Raises:
         LightPeftError: a key is no field, or a value has another type.
     """
-    require(isinstance(data, dict), f"{where.rstrip('.') or 'the configuration'} must be a mapping, not {shown(data)}")
+    require(
+        isinstance(data, dict), f"{where.rstrip('.') or 'the configuration'} must be a mapping, not {short_repr(data)}"
+    )
     names = [field.name for field in dataclasses.fields(cls) if field.name not in without]
     hints = _hints(typing.cast(Any, cls))
     values: dict[str, Any] = {}
@@ -112,7 +114,7 @@ def checked_fields(cls: type, data: dict[str, Any], where: str = "", without: Co
         if key not in names:
             inner = [f"{where}{name}" for name in _inner_names(cls)]
             raise LightPeftError(unknown_key(f"{where}{key}", [f"{where}{name}" for name in names], inner))
-        values[key] = checked(value, hints[key], f"{where}{key}")
+        values[key] = convert(value, hints[key], f"{where}{key}")
     return values
 
 
@@ -169,9 +171,9 @@ class Within:
         """Raise `LightPeftError` if a number is out of range; `where` names the setting."""
         below = (self.least is not None and value < self.least) or (self.above is not None and value <= self.above)
         if below or (self.below is not None and value >= self.below):
-            raise LightPeftError(f"{where} is {shown(value)}; it {self._requirement}")
+            raise LightPeftError(f"{where} is {short_repr(value)}; it {self._requirement}")
         if self.most is not None and value > self.most:  # which could only end in a lack of memory, or in an overflow
-            raise LightPeftError(f"{where} is {shown(value)}; it can be at most {self.most:,}")
+            raise LightPeftError(f"{where} is {short_repr(value)}; it can be at most {self.most:,}")
 
     @property
     def _requirement(self) -> str:
@@ -203,7 +205,7 @@ def check_values(config: Any, section: str = "") -> None:
 
 def _check_number(value: int | float, where: str) -> None:
     finite = math.isfinite(value) if isinstance(value, float) else abs(value) <= _LARGEST_INTEGER
-    require(finite, f"{where} is {shown(value)}; give a finite number, below 2**63 if it is a whole number")
+    require(finite, f"{where} is {short_repr(value)}; give a finite number, below 2**63 if it is a whole number")
 
 
 def _check_text(value: str, where: str) -> None:
@@ -238,7 +240,7 @@ _TYPE_NAMES: dict[Any, str] = {
 """Type of a setting -> its name in error messages."""
 
 
-def checked(value: Any, hint: Any, where: str) -> Any:
+def convert(value: Any, hint: Any, where: str) -> Any:
     """Convert a plain value to the type of a field; integers are accepted for floats.
 
     Raises:
@@ -261,22 +263,22 @@ def checked(value: Any, hint: Any, where: str) -> Any:
             return value
         if _is_list(option) and isinstance(value, (list, tuple)) and _allows_length(len(value), option):
             item = typing.get_args(option)[0]
-            return [checked(entry, item, f"{where}[{index}]") for index, entry in enumerate(value)]
+            return [convert(entry, item, f"{where}[{index}]") for index, entry in enumerate(value)]
         if typing.get_origin(option) is dict and isinstance(value, dict):
             item = typing.get_args(option)[1]
-            return {_check_key(key, where): checked(entry, item, f"{where}.{key}") for key, entry in value.items()}
+            return {_check_key(key, where): convert(entry, item, f"{where}.{key}") for key, entry in value.items()}
         if isinstance(option, type) and isinstance(value, option) and not (option is int and isinstance(value, bool)):
             return value
         if option is float and isinstance(value, int) and not isinstance(value, bool) and int not in options:
             return float(value)
         if option is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
-            return checked(float(value), hint, where)
+            return convert(float(value), hint, where)
     choices = _literals(hint)
     kinds = [_TYPE_NAMES.get(typing.get_origin(option) or option) for option in options]
     wanted = " or ".join([kind for kind in kinds if kind] + ([f"one of {', '.join(choices)}"] if choices else []))
     # YAML 1.1 reads words such as no, on and 1 as other things than text
     quotes = " (in quotes)" if str in options and isinstance(value, (bool, int, float)) else ""
-    raise LightPeftError(f"{where} is {shown(value)}; it must be {wanted}{quotes}")
+    raise LightPeftError(f"{where} is {short_repr(value)}; it must be {wanted}{quotes}")
 
 
 def _is_list(hint: Any) -> bool:

@@ -20,7 +20,7 @@ class StepProgress:
         self.total, self.before, self.done, self.unit = total, done, done, unit
         self.started = self.begun = time.monotonic()
         if done:
-            tell(f"{done} of {total} {unit} are done already")
+            print_line(f"{done} of {total} {unit} are done already")
 
     def begin(self) -> None:
         """Start timing a step."""
@@ -34,7 +34,7 @@ class StepProgress:
         left = duration(each * (self.total - self.done)) if self.done < self.total else "none"
         took = duration(now - self.begun)
         rate = f"{3600 / each:{',.0f' if each < 36 else '.3g'}} {self.unit}/h"
-        tell(f"[{self.done}/{self.total}] {name}: {outcome}; {took}, {rate}, time left: {left}")
+        print_line(f"[{self.done}/{self.total}] {name}: {outcome}; {took}, {rate}, time left: {left}")
 
 
 EVERY = 30.0
@@ -74,10 +74,10 @@ class Pulse:
         counted = f"{self.unit} {done:,} of {self.total:,}".strip()
         shown = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
         parts = [counted, said, f"{shown} {each}", f"time left: {duration(max(self.total - done, 0) / rate)}"]
-        tell(f"{self.name}: {', '.join(filter(None, parts))}")
+        print_line(f"{self.name}: {', '.join(filter(None, parts))}")
 
 
-def tell(line: str) -> None:
+def print_line(line: str) -> None:
     """Print a line on stderr without markup or wrapping."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(line, markup=False)
 

@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 
 
-def prepare() -> None:
+def use_utf8() -> None:
     """Set standard input and output to UTF-8; call it before anything is read or written."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         with suppress(io.UnsupportedOperation):  # something was read already
@@ -18,7 +18,7 @@ def prepare() -> None:
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
-def hush_imports() -> None:
+def silence_imports() -> None:
     """Silence warnings about missing kernels at the import of libraries; call it before the imports."""
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

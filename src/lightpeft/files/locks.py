@@ -15,7 +15,7 @@ _PATIENCE = 0.2
 
 
 @contextmanager
-def holding(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder inside the block, and create the folder if it does not exist.
 
     A process may take the same lock several times. The system releases it when the process ends, also if it is killed.
@@ -48,7 +48,7 @@ def check_free(folder: Path) -> None:
         LightPeftError: another process holds it.
     """
     if (folder / LOCK).is_file():
-        with holding(folder):
+        with lock_folder(folder):
             pass
 
 

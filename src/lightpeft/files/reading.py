@@ -104,7 +104,7 @@ def check_sealed(folder: Path) -> None:
         LightPeftError: a file is missing or altered, or the folder was never sealed.
     """
     seals = read_json(folder / CHECKSUMS)
-    with understandable(folder / CHECKSUMS):
+    with explain_content_errors(folder / CHECKSUMS):
         files = dict(seals["files"])
     for name, checksum in files.items():
         check_file(folder, name, checksum)
@@ -122,7 +122,7 @@ def check_file(folder: Path, name: str, checksum: Any) -> None:
 
 
 @contextmanager
-def understandable(path: str | Path) -> Iterator[None]:
+def explain_content_errors(path: str | Path) -> Iterator[None]:
     """Turn errors about unexpected content inside the block into one `LightPeftError` about the file."""
     try:
         yield

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightpeft.compat.stand_ins import StandIn
 from lightpeft.compat.torch import is_watched
-from lightpeft.machine import random_apart
+from lightpeft.machine import preserve_random_state
 from lightpeft.models.patching import override_forward
 from lightpeft.models.unwrap import transformers_model
 
@@ -39,7 +39,7 @@ def lone_head(model: nn.Module) -> nn.Linear | None:
 
 
 @contextmanager
-def head_apart(head: nn.Linear | None) -> Iterator[None]:
+def skip_head(head: nn.Linear | None) -> Iterator[None]:
     """Make a model return the input of its head in place of logits inside the block; None: change nothing."""
     with nullcontext() if head is None else override_forward(head, lambda hidden: hidden):
         yield
@@ -58,7 +58,7 @@ def two_tokens(inner: Any) -> dict[str, Tensor]:
 
 
 @contextmanager
-def given_by(head: nn.Linear) -> Iterator[list[Tensor]]:
+def record_head(head: nn.Linear) -> Iterator[list[Tensor]]:
     """Record all outputs of the head inside the block, without gradients and with the random state restored."""
     given: list[Tensor] = []
     usual = head.forward
@@ -67,14 +67,15 @@ def given_by(head: nn.Linear) -> Iterator[list[Tensor]]:
         given.append(usual(hidden))
         return given[-1]
 
-    with override_forward(head, project), torch.no_grad(), random_apart(head.weight.device):  # dropout draws numbers
+    apart = preserve_random_state(head.weight.device)  # dropout draws numbers
+    with override_forward(head, project), torch.no_grad(), apart:
         yield given
 
 
 def _changes_head_output(inner: Any, head: nn.Linear) -> bool:
     """Return whether the model changes the output of its head, by a test with two tokens."""
     try:
-        with given_by(head) as given:
+        with record_head(head) as given:
             logits = inner(**two_tokens(inner)).logits
     except Exception:  # noqa: BLE001 - models that need other inputs may raise any exception
         return True

@@ -16,13 +16,13 @@ NAME_PART = r"[A-Za-z0-9_][\w.-]{0,95}"
 _ID = re.compile(rf"({NAME_PART}/)?{NAME_PART}")
 
 
-def look_for(name: str) -> None:
+def go_offline_if_unreachable(name: str) -> None:
     """Go offline if a name may be one on the hub and the hub cannot be reached; call it before libraries look it up.
 
     Libraries then use their caches for the rest of this process, as with HF_HUB_OFFLINE=1. HF_HUB_ETAG_TIMEOUT is the
     timeout in seconds; mirrors and proxies of the libraries are used.
     """
-    if not huggingface_hub.is_offline_mode() and not Path(name).expanduser().exists() and not answers():
+    if not huggingface_hub.is_offline_mode() and not Path(name).expanduser().exists() and not is_reachable():
         go_offline()
 
 
@@ -39,7 +39,7 @@ def commit_of(name: str, file: str, revision: str | None = None) -> str | None:
 
 
 @functools.cache
-def answers() -> bool:
+def is_reachable() -> bool:
     """Return whether the hub can be reached; tested once in a process."""
     try:
         huggingface_hub.get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
@@ -48,6 +48,6 @@ def answers() -> bool:
     return True
 
 
-def is_name(name: str) -> bool:
+def is_hub_name(name: str) -> bool:
     """Return whether a text can be the name of a hub repository, and no local folder has this name."""
     return bool(_ID.fullmatch(name)) and not Path(name).exists()

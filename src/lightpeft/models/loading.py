@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from lightpeft.compat.transformers import forget_renaming, has_adapter
 from lightpeft.config import ModelConfig
-from lightpeft.config.validation import shown
+from lightpeft.config.validation import short_repr
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import check_config, check_weights, parsing
 from lightpeft.machine import processes
@@ -53,7 +53,7 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence transformers' load reports inside the block, because they call weights of an adapter missing."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -107,7 +107,7 @@ def load_model(
         )
     if getattr(model.config, "quantization_config", None) is not None and config.gguf_file:
         del model.config.quantization_config  # loading has dequantised the weights
-    remember_origin(model, config)
+    record_origin(model, config)
     keep_own_names(model, names)
     prepare_quantised(model)
     return LoadedModel(model, sorted({_top_module(model, key) for key in info["missing_keys"]}), head)
@@ -162,7 +162,7 @@ def _head_modules(model: PreTrainedModel) -> list[str]:
     return sorted(name for name in beside if any(True for _ in model.get_submodule(name).parameters()))
 
 
-def remember_origin(model: PreTrainedModel, config: ModelConfig) -> None:
+def record_origin(model: PreTrainedModel, config: ModelConfig) -> None:
     """Record the GGUF file and the commit that a model was read from, which its configuration does not have."""
     model.light_gguf_file = config.gguf_file
     model.light_revision = hub.commit_of(config.name, config.gguf_file or "config.json", config.revision)
@@ -237,9 +237,9 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     longest, inputs = tokenizer.model_max_length, tokenizer.model_input_names
     fits = isinstance(longest, (int, float)) and not isinstance(longest, bool) and longest >= 1
     says = f"the tokenizer of model {name} has"
-    require(fits, f"{says} model_max_length {shown(longest)}, which is no number of tokens; fix its files")
+    require(fits, f"{says} model_max_length {short_repr(longest)}, which is no number of tokens; fix its files")
     known = isinstance(inputs, (list, tuple)) and "input_ids" in inputs and all(isinstance(n, str) for n in inputs)
-    require(known, f"{says} model_input_names {shown(inputs)}; it must be a list of names with input_ids")
+    require(known, f"{says} model_input_names {short_repr(inputs)}; it must be a list of names with input_ids")
 
 
 def check_checkpoint(config: ModelConfig, weights: bool = False) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def check_checkpoint(config: ModelConfig, weights: bool = False) -> dict[str, An
     folder = Path(config.name).expanduser()
     looks_local = config.name.startswith((".", "/", "~")) or config.name.count("/") > 1
     require(folder.is_dir() or not looks_local, f"model folder {config.name} does not exist")
-    hub.look_for(config.name)
+    hub.go_offline_if_unreachable(config.name)
     place = {"revision": config.revision or "main"}
     if config.gguf_file is None:
         settings, _ = PretrainedConfig.get_config_dict(config.name, **place)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lightpeft.compat.transformers import Checkpoint, mark_read, one_at_a_time, reading
 from lightpeft.errors import require
-from lightpeft.models.linears.on_disk import bring_in, can_be_left, is_on_disk, leave_on_disk, lying_over
+from lightpeft.models.linears.on_disk import can_be_left, is_on_disk, leave_on_disk, load_weight, map_parameter
 from lightpeft.models.tensors import Reading, StoredTensor, check_files, on_disk
 
 _LOAD_IN_MEMORY = "load it without low_memory"
@@ -53,7 +53,7 @@ def has_weights_on_disk(model: nn.Module) -> bool:
 def bring_weights_in(model: nn.Module) -> None:
     """Load all weights into memory that are still on disk."""
     for layer in model.modules():
-        bring_in(layer)
+        load_weight(layer)
 
 
 class _OnDiskLoad:
@@ -88,7 +88,7 @@ class _OnDiskLoad:
             return None
         self._stored[module] = stored, parameter.dtype
         self._reading.forget()
-        over_file = lying_over(stored)
+        over_file = map_parameter(stored)
         mark_read(over_file)
         return over_file
 

@@ -13,7 +13,7 @@ from huggingface_hub import errors
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import reason_of
-from lightpeft.models.hub import NAME_PART, look_for
+from lightpeft.models.hub import NAME_PART, go_offline_if_unreachable
 
 Token = str | bool | None
 """Access token of an account; None: that of the account that is logged in, if any; False: no account."""
@@ -102,7 +102,7 @@ class Repository:
         return self.name if self.revision is None else f"{self.name}@{self.revision}"
 
     def _download_marker(self, form: RepositoryForm) -> Path | None:
-        look_for(self.name)
+        go_offline_if_unreachable(self.name)
         with self._explain_errors():
             try:
                 file = huggingface_hub.hf_hub_download(self.name, form.marker, revision=self.revision, token=self.token)

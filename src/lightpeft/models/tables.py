@@ -28,7 +28,7 @@ def tensor_at(model: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def like(tensor: Tensor, rows: Tensor) -> Tensor:
+def match_type(tensor: Tensor, rows: Tensor) -> Tensor:
     """Return rows as a parameter or as a buffer, whichever `tensor` is."""
     return nn.Parameter(rows, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else rows
 

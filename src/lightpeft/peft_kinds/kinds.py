@@ -15,7 +15,7 @@ from lightpeft.compat.peft import names_of_experts
 from lightpeft.config import LightConfig, RunConfig
 from lightpeft.config.light import WIDEST
 from lightpeft.config.peft import DEFAULTS, SLOTS_KEY
-from lightpeft.config.validation import Within, checked, checked_fields
+from lightpeft.config.validation import Within, convert, convert_fields
 from lightpeft.errors import LightPeftError, nearest, require
 from lightpeft.files.foreign import parsing
 from lightpeft.peft_kinds.sites.base import Site
@@ -103,7 +103,7 @@ class PeftKind:
             require(name not in run.peft_settings, f"peft.{name} is set by the run; leave it out")
         given = {name: value for name, value in run.peft_settings.items() if name != SLOTS_KEY}
         slots = self._check_slots(run.peft_settings.get(SLOTS_KEY))
-        settings = {**DEFAULTS.get(self.name, {}), **checked_fields(cls, given, "peft.", without=_SET_BY_RUN)}
+        settings = {**DEFAULTS.get(self.name, {}), **convert_fields(cls, given, "peft.", without=_SET_BY_RUN)}
         _check_layers(settings)
         for name, within in self.limits.items():
             if settings.get(name) is not None:
@@ -118,7 +118,7 @@ class PeftKind:
 
     def _check_slots(self, given: Any) -> Collection[str] | None:
         """Check and return the slots in a run's settings; None: there are none."""
-        slots: list[str] | None = checked(given, list[str] | None, f"peft.{SLOTS_KEY}")
+        slots: list[str] | None = convert(given, list[str] | None, f"peft.{SLOTS_KEY}")
         require(slots is None or self.habit, f"peft.{SLOTS_KEY} has no effect with {self.name}; leave it out")
         unknown = set(slots or ()) - set(SLOTS)
         known = f"choose among {', '.join(SLOTS)}"

@@ -14,11 +14,21 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from lightpeft.config import Light, LightConfig, derived, light_config
+from lightpeft.config import Light, LightConfig, fill_defaults, light_config
 from lightpeft.config.light import Scope
 from lightpeft.errors import require
 from lightpeft.plans.records import BlockPlan, EstimationRecord, PrunePlan, block_parameters, removed_parameters
-from lightpeft.plans.selection import Layer, Order, going, keep, keep_part, part_of, total, weakest_first, without
+from lightpeft.plans.selection import (
+    Layer,
+    Order,
+    keep,
+    keep_part,
+    remaining_units,
+    removal_order,
+    round_share,
+    total,
+    weakest_first,
+)
 from lightpeft.plans.structure import FFN_SLOTS, MASKED, BlockSpec, MaskedUnit, SiteSpec
 
 EXPERT_MULTIPLE = 8
@@ -52,7 +62,7 @@ def make_plan(record: EstimationRecord, light: Light, order: Order | None = None
         LightPeftError: scores are not finite, a criterion is missing, the amount cannot be removed, or `order` returns
             no order of the units.
     """
-    light = derived(light_config(light))
+    light = fill_defaults(light_config(light))
     record.check_scored(light)
     specs = (*record.blocks, *record.left_out)
     if light.remove.depth == "auto":
@@ -160,7 +170,7 @@ def check_experts(spec: BlockSpec, light: LightConfig) -> None:
     if not spec.experts or share is None:
         return
     there, needed = spec.experts // spec.expert_groups, spec.needed_experts // spec.expert_groups
-    stay = there - part_of(share, there)
+    stay = there - round_share(share, there)
     require(
         stay >= needed,
         f"light.remove.experts {share:g} would leave {stay * spec.expert_groups} of {spec.experts} experts, and "
@@ -268,11 +278,11 @@ class _Blocks:
         unit i adds about F_i / 2 to the loss, so the criterion is F_i divided by the parameters of the unit.
         """
         layers = [layer for kind in MASKED for layer in self.layers[kind]]
-        queue = going(layers, self.order)
+        queue = removal_order(layers, self.order)
         whole = sum(block_parameters(spec) for spec in (*self.record.blocks, *self.record.left_out))
 
         def plans(count: int) -> list[BlockPlan]:
-            kept, blocks = without(layers, queue[:count]), len(self.record.blocks)
+            kept, blocks = remaining_units(layers, queue[:count]), len(self.record.blocks)
             return self._block_plans({kind: kept[i * blocks : (i + 1) * blocks] for i, kind in enumerate(MASKED)})
 
         # counted in whole plans, because KV heads go with their last query head, and widths are rounded
@@ -351,6 +361,6 @@ def _keep_modules(record: EstimationRecord, light: LightConfig, alive: list[int]
         by_block.setdefault(record.sites[index].block, []).append(index)
     layers = [Layer("modules", block, scores[sites], 0) for block, sites in by_block.items()]
     lost = len(allowed) - len(alive)
-    wanted = part_of(light.modules.remove or 0.0, len(allowed)) - lost
+    wanted = round_share(light.modules.remove or 0.0, len(allowed)) - lost
     kept = keep(layers, min(max(wanted, 0), len(alive) - 1))
     return sorted(sites[unit] for sites, units in zip(by_block.values(), kept, strict=True) for unit in units)

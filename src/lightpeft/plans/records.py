@@ -18,11 +18,11 @@ from lightpeft.config.validation import from_dict
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import (
     check_file,
+    explain_content_errors,
     file_checksum,
     read_json,
     read_tensors,
     replacing_folder,
-    understandable,
     write_json,
     write_tensors,
 )
@@ -143,7 +143,7 @@ class EstimationRecord:
         data = read_json(folder / "estimation.json")
         check_file(folder, _SCORES, data.get("scores"))
         scores = read_tensors(folder / _SCORES)
-        with understandable(folder / "estimation.json"):
+        with explain_content_errors(folder / "estimation.json"):
             kept = {key: value for key, value in data.items() if key not in ("schema_version", "scores")}
             record = from_dict(cls, {"left_out": [], **kept, "scores": scores})
             record.blocks = list(map(_with_role, record.blocks))
@@ -350,7 +350,7 @@ class PrunePlan:
             LightPeftError: the file is missing, damaged, or of a newer schema version.
         """
         data = read_json(path)
-        with understandable(path):
+        with explain_content_errors(path):
             return cls.from_dict(data)
 
 

@@ -44,7 +44,7 @@ def weakest_first(layers: Sequence[Layer]) -> Tensor:
     return len(worth) - 1 - worth.flip(0).argsort(stable=True)
 
 
-def going(layers: Sequence[Layer], order: Order = weakest_first) -> Tensor:
+def removal_order(layers: Sequence[Layer], order: Order = weakest_first) -> Tensor:
     """Return the order of removal without the units that the floors protect: indices into the units of all layers.
 
     Raises:
@@ -63,7 +63,7 @@ def going(layers: Sequence[Layer], order: Order = weakest_first) -> Tensor:
     return units[torch.cat(places).sort().values]
 
 
-def without(layers: Sequence[Layer], gone: Tensor) -> list[list[int]]:
+def remaining_units(layers: Sequence[Layer], gone: Tensor) -> list[list[int]]:
     """Return the units to keep in each layer, ascending.
 
     Args:
@@ -80,13 +80,13 @@ def keep(layers: Sequence[Layer], count: int, order: Order = weakest_first) -> l
     Raises:
         LightPeftError: a score is not finite, or `order` returns no order of these units.
     """
-    return without(layers, going(layers, order)[:count])
+    return remaining_units(layers, removal_order(layers, order)[:count])
 
 
 def keep_part(layers: Sequence[Layer], ratio: float, scope: Scope, order: Order = weakest_first) -> list[list[int]]:
     """Return the units to keep in each layer after removing a fraction of each layer's units (layerwise) or of all."""
     groups = [[layer] for layer in layers] if scope == "layerwise" else [layers]
-    return [stay for group in groups for stay in keep(group, part_of(ratio, total(group)), order)]
+    return [stay for group in groups for stay in keep(group, round_share(ratio, total(group)), order)]
 
 
 def total(layers: Sequence[Layer]) -> int:
@@ -94,6 +94,6 @@ def total(layers: Sequence[Layer]) -> int:
     return sum(len(layer.scores) for layer in layers)
 
 
-def part_of(ratio: float, units: int) -> int:
+def round_share(ratio: float, units: int) -> int:
     """Round `ratio * units` to the nearest whole number, halves up."""
     return int(ratio * units + 0.5)

@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightpeft.compat.torch import attention_of_cpus, grouped_product
 from lightpeft.compat.transformers import attention_of
-from lightpeft.machine import random_apart
+from lightpeft.machine import preserve_random_state
 from lightpeft.models.batches import without_labels
 from lightpeft.models.patching import in_mode
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.profiling.live import Batch, device_of, loss_of, moved, trainable
+from lightpeft.profiling.live import Batch, device_of, loss_of, move_batch, trainable
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def count_flops(model: nn.Module, batch: Batch) -> Flops:
     Raises:
         LightPeftError: parameters require a gradient, but the model returns no loss for the batch.
     """
-    batch = moved(batch, device_of(model))
+    batch = move_batch(batch, device_of(model))
     with _countable_attention(model), _countable_experts(model):
         with in_mode(model, training=False), torch.no_grad(), flop_counter() as counter:
             model(**batch)
@@ -56,7 +56,7 @@ def count_flops(model: nn.Module, batch: Batch) -> Flops:
         if not trainable(model):
             return Flops(forward, None)
         counter = flop_counter()
-        with in_mode(model, training=True), _kept_gradients(model), random_apart(device_of(model)), counter:
+        with in_mode(model, training=True), _kept_gradients(model), preserve_random_state(device_of(model)), counter:
             torch.autograd.backward(loss_of(model, batch))
         return Flops(forward, counter.get_total_flops())
 
@@ -98,7 +98,7 @@ def kv_cache_bytes(model: nn.Module, batch: Batch) -> float | None:
     Returns:
         None for a model without a KV cache.
     """
-    batch = moved(without_labels(batch), device_of(model))
+    batch = move_batch(without_labels(batch), device_of(model))
     with in_mode(model, training=False), torch.no_grad():
         cache = getattr(model(**batch), "past_key_values", None)
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)

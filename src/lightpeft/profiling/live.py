@@ -28,7 +28,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def moved(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+def move_batch(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """Move a batch to a device."""
     return {name: value.to(device) for name, value in batch.items()}
 
@@ -84,7 +84,7 @@ def _evaluate(
     """Return `take(output)` of the model for each batch, in evaluation mode."""
     device = device_of(model)
     with in_mode(model, training=False), fused_answers(model), autocasting(device, autocast):
-        return [take(model(**moved(batch, device))) for batch in batches]
+        return [take(model(**move_batch(batch, device))) for batch in batches]
 
 
 def _check_finite(of_batches: Sequence[Tensor]) -> Tensor:

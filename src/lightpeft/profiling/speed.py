@@ -15,7 +15,7 @@ from lightpeft.errors import require
 from lightpeft.machine import autocasting
 from lightpeft.models.batches import without_labels
 from lightpeft.models.patching import in_mode
-from lightpeft.profiling.live import Batch, device_of, loss_of, moved, trainable
+from lightpeft.profiling.live import Batch, device_of, loss_of, move_batch, trainable
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 """Function from the trainable parameters to an optimizer."""
@@ -58,7 +58,7 @@ def measure_training(
 
     def step(batch: Batch) -> None:
         with autocasting(device, autocast):
-            loss = loss_of(model, moved(batch, device))
+            loss = loss_of(model, move_batch(batch, device))
         torch.autograd.backward(scaler.scale(loss))
         if max_grad_norm:
             scaler.unscale_(optimizer)
@@ -68,7 +68,7 @@ def measure_training(
         optimizer.zero_grad(set_to_none=True)
 
     with in_mode(model, training=True):
-        return timed(step, batches, steps, warmup, device)
+        return time_steps(step, batches, steps, warmup, device)
 
 
 def measure_inference(
@@ -94,13 +94,13 @@ def measure_inference(
 
     def step(batch: Batch) -> None:
         with autocasting(device, autocast):
-            model(**moved(without_labels(batch), device))
+            model(**move_batch(without_labels(batch), device))
 
     with in_mode(model, training=False), torch.no_grad():
-        return timed(step, batches, steps, warmup, device)
+        return time_steps(step, batches, steps, warmup, device)
 
 
-def timed(
+def time_steps(
     step: Callable[[Batch], None], batches: Sequence[Batch], steps: int | None, warmup: int, device: torch.device
 ) -> list[float]:
     """Measure the seconds of each call of `step` after warmup; on CUDA by events of the device.

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 
-from lightpeft.config import LightConfig, derived
+from lightpeft.config import LightConfig, fill_defaults
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import read_json, read_tensors, understandable, write_json, write_tensors
+from lightpeft.files import explain_content_errors, read_json, read_tensors, write_json, write_tensors
 from lightpeft.models.families.registry import block_specs
 from lightpeft.models.sharding import whole
 from lightpeft.models.unwrap import transformers_model
@@ -67,7 +67,7 @@ class Estimator:
             LightPeftError: the model cannot be pruned (see `check_peft`, `block_specs`, `find_sites`, `leave_out`).
         """
         check_peft(model)
-        self.model, self.config = model, derived(config)
+        self.model, self.config = model, fill_defaults(config)
         dense = block_specs(transformers_model(model))
         self.base_parameters = count_parameters(model).base
         self.fingerprint = fingerprint(model, dense)
@@ -369,7 +369,7 @@ class Estimator:
         """
         state = read_json(Path(folder) / _STEPS_FILE)
         tensors = read_tensors(Path(folder) / _STATE_FILE)
-        with understandable(folder):
+        with explain_content_errors(folder):
             self._restore_state(state, tensors, folder)
 
     def _restore_state(self, state: dict[str, Any], tensors: dict[str, Tensor], folder: str | Path) -> None:

@@ -32,7 +32,7 @@ class StageLength:
     """Maximum number of steps if the model has not learned enough."""
 
 
-def fitted(
+def fit_stage(
     light: LightConfig, pace: Pace | None, steps: int, last: int = 0, longer: str = "training.epochs"
 ) -> StageLength:
     """Compute the stage of a run of `steps` steps, long enough for reliable scores.
@@ -58,7 +58,7 @@ def fitted(
     return stage
 
 
-def able(
+def remove_nothing_if_short(
     light: LightConfig, pace: Pace | None, steps: int, longer: str = "training.epochs"
 ) -> tuple[LightConfig, str | None]:
     """Replace an `auto` amount by settings that remove nothing if the run is too short for estimation.
@@ -69,7 +69,7 @@ def able(
     if not light.is_auto:
         return light, None
     try:
-        fitted(light, pace, steps, longer=longer)
+        fit_stage(light, pace, steps, longer=longer)
     except LightPeftError as error:
         return light.removing_nothing(), str(error)
     return light, None

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import replacing_folder, understandable
+from lightpeft.files import explain_content_errors, replacing_folder
 from lightpeft.models.all_weights import trained_weights
 from lightpeft.models.repositories import Token
 from lightpeft.models.unwrap import transformers_model
@@ -124,7 +124,7 @@ class LightModel(PeftModel):
 
         folder = Path(model_id)
         if (folder / DESCRIPTION).is_file():
-            with understandable(folder / DESCRIPTION):
+            with explain_content_errors(folder / DESCRIPTION):
                 plan = PrunePlan.from_dict(read_description(folder)["plan"])
             other = f"{folder} is a light adapter with another plan; load it with lightpeft.load_light(folder)"
             require(plan == self.light_plan, other)

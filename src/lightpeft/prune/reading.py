@@ -22,7 +22,7 @@ from lightpeft.models.families.decoders import DECODERS
 from lightpeft.models.families.registry import block_lists
 from lightpeft.models.patching import in_mode
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.profiling.live import Batch, device_of, moved
+from lightpeft.profiling.live import Batch, device_of, move_batch
 from lightpeft.prune.learning import classes_of, one_of_several
 
 RIDGES = (1e1, 1e2, 1e3, 1e4, 1e5)
@@ -137,7 +137,7 @@ def states_by_block(
             ]
             given = {name: values for name, values in batch.items() if name != "labels"}
             try:
-                model(**moved(given, device_of(model)))
+                model(**move_batch(given, device_of(model)))
             finally:
                 for handle in handles:
                     handle.remove()

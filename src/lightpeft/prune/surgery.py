@@ -11,13 +11,13 @@ from torch import nn
 
 from lightpeft.config import LightConfig
 from lightpeft.errors import require
-from lightpeft.machine import random_apart
+from lightpeft.machine import preserve_random_state
 from lightpeft.models.all_weights import train_all
 from lightpeft.models.arguments import change_arguments
 from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.families.registry import block_specs, family_of
 from lightpeft.models.families.spec import Family
-from lightpeft.models.linears.kinds import sliced
+from lightpeft.models.linears.kinds import slice_parameter
 from lightpeft.models.linears.registry import slice_linear
 from lightpeft.models.on_disk import bring_weights_in
 from lightpeft.models.unwrap import base_linear, transformers_model
@@ -114,7 +114,7 @@ def cut_copy(model: PeftModel, plan: PrunePlan | None) -> PeftModel:
         LightPeftError: the plan does not fit the model.
     """
     frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
-    with random_apart(device_of(model)):
+    with preserve_random_state(device_of(model)):
         shadow = copy.deepcopy(model, frozen)
         if plan is not None:
             apply_plan(shadow, plan)
@@ -196,4 +196,4 @@ def _cut_base(inner: nn.Module, spec: BlockSpec, kept: BlockPlan, slot: str) -> 
 @torch.no_grad()
 def _keep_entries(module: nn.Module, name: str, kept: Sequence[int]) -> None:
     """Keep some entries of a one-dimensional parameter."""
-    setattr(module, name, sliced(module.get_parameter(name), torch.tensor(kept), 0))
+    setattr(module, name, slice_parameter(module.get_parameter(name), torch.tensor(kept), 0))

@@ -60,7 +60,7 @@ class QuantisedKind(LinearKind):
             _make_empty(layer, dim)
         if dim == 0:
             layer.out_features = len(index)
-            layer.bias = None if layer.bias is None else sliced(layer.bias, index, 0)
+            layer.bias = None if layer.bias is None else slice_parameter(layer.bias, index, 0)
         else:
             layer.in_features = len(index)
 
@@ -85,7 +85,7 @@ def _make_empty(layer: Any, dim: int) -> None:
     layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def sliced(parameter: Tensor, index: Tensor, dim: int) -> nn.Parameter:
+def slice_parameter(parameter: Tensor, index: Tensor, dim: int) -> nn.Parameter:
     """Make a parameter of the entries `index` along `dim`, trainable and sharded like the given one."""
     kept = whole(parameter).index_select(dim, index.to(parameter.device))
     return nn.Parameter(placed_like(kept, parameter), requires_grad=parameter.requires_grad)

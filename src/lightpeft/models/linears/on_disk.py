@@ -135,7 +135,7 @@ class OnDiskLinear(DenseKind):
         return _in_memory_kind(layer).features(layer)
 
     def keep(self, layer: Any, index: Tensor, dim: int) -> None:
-        bring_in(layer)
+        load_weight(layer)
         _in_memory_kind(layer).keep(layer, index.to(layer.weight.device), dim)
 
 
@@ -155,7 +155,7 @@ def can_be_left(layer: nn.Module) -> bool:
 
 
 def leave_on_disk(layer: Any, stored: StoredTensor, dtype: torch.dtype) -> None:
-    """Turn a linear layer whose weight is mapped from a file (`lying_over`) into a layer on disk, in place.
+    """Turn a linear layer whose weight is mapped from a file (`map_parameter`) into a layer on disk, in place.
 
     Args:
         stored: place of the weight on disk, in the layout of the layer's class and any data type.
@@ -165,13 +165,13 @@ def leave_on_disk(layer: Any, stored: StoredTensor, dtype: torch.dtype) -> None:
     layer.__class__ = _CLASSES[type(layer)]
 
 
-def lying_over(stored: StoredTensor) -> nn.Parameter:
+def map_parameter(stored: StoredTensor) -> nn.Parameter:
     """Map a frozen parameter from a file; it cannot be written to."""
     with torch.inference_mode():
         return OverFile(stored.mapped(), requires_grad=False)
 
 
-def bring_in(layer: Any) -> None:
+def load_weight(layer: Any) -> None:
     """Turn a layer whose weight is on disk into an ordinary one, in place; other layers do not change."""
     if isinstance(layer, WeightOnDisk):
         weight = nn.Parameter(layer.read(), requires_grad=False)

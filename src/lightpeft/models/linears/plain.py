@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Conv1D
 
 from lightpeft.compat.stand_ins import StandIn
-from lightpeft.models.linears.kinds import DenseKind, sliced
+from lightpeft.models.linears.kinds import DenseKind, slice_parameter
 from lightpeft.models.sharding import whole
 
 
@@ -29,10 +29,10 @@ class PlainLinear(DenseKind):
         return rows, columns
 
     def keep(self, layer: Any, index: Tensor, dim: int) -> None:
-        layer.weight = sliced(layer.weight, index, dim)
+        layer.weight = slice_parameter(layer.weight, index, dim)
         if dim == 0:
             layer.out_features = len(index)
-            layer.bias = None if layer.bias is None else sliced(layer.bias, index, 0)
+            layer.bias = None if layer.bias is None else slice_parameter(layer.bias, index, 0)
         else:
             layer.in_features = len(index)
 
@@ -51,9 +51,9 @@ class TransposedLinear(DenseKind):
         return rows, columns
 
     def keep(self, layer: Any, index: Tensor, dim: int) -> None:
-        layer.weight = sliced(layer.weight, index, 1 - dim)
+        layer.weight = slice_parameter(layer.weight, index, 1 - dim)
         if dim == 0:
-            layer.bias = sliced(layer.bias, index, 0)
+            layer.bias = slice_parameter(layer.bias, index, 0)
             layer.nf = len(index)
         else:
             layer.nx = len(index)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lightpeft.errors import require
-from lightpeft.models.tables import configs_of, distinct, like, shapes_of, tensor_at
+from lightpeft.models.tables import configs_of, distinct, match_type, shapes_of, tensor_at
 from lightpeft.models.vocabulary.kept import Vocabulary
 
 _NEVER_WRITTEN = ("suppress_tokens", "begin_suppress_tokens")
@@ -78,7 +78,7 @@ def cut_model(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
     rows: dict[int, Tensor] = {}  # one entry for tied tensors
     for name, tensor in tensors.items():
         if id(tensor) not in rows:
-            rows[id(tensor)] = like(tensor, vocabulary.rows(tensor.detach(), places[name]))
+            rows[id(tensor)] = match_type(tensor, vocabulary.rows(tensor.detach(), places[name]))
         owner, _, leaf = name.rpartition(".")
         _set_rows(model.get_submodule(owner), leaf, rows[id(tensor)], vocabulary)
     _set_ids(model, vocabulary)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightpeft.compat.peft import LoraLinear
 from lightpeft.compat.torch import changes_of
-from lightpeft.machine import computed_in
+from lightpeft.machine import compute_dtype
 from lightpeft.models.patching import override_forward
 from lightpeft.peft_kinds.sites.fused import plain_adapter
 
@@ -112,7 +112,7 @@ class _Answer:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         left = args or kwargs or torch.is_grad_enabled() or self._has_changed()
-        dtype = None if left else computed_in(x, self.weight, self.inner.down, self.up)
+        dtype = None if left else compute_dtype(x, self.weight, self.inner.down, self.up)
         if dtype is None:
             return self.otherwise(x, *args, **kwargs)
         rows, inner = self.inner.of(x, dtype, self.place)

@@ -15,7 +15,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 
 import lightpeft.peft_kinds.bottleneck  # noqa: F401 (so that PEFT knows the type)
 from lightpeft.errors import require
-from lightpeft.files import parse_json, read_text, understandable, write_text
+from lightpeft.files import explain_content_errors, parse_json, read_text, write_text
 
 LIGHT_PEFT_TYPE = "LIGHT_PEFT: this adapter belongs to a pruned base; load it with lightpeft.load_light(folder)"
 CONFIG_NAME = "adapter_config.json"
@@ -44,7 +44,7 @@ def read_config(folder: Path, light: bool = True) -> PeftConfig:
     data = _read(folder)
     alone = f"{folder} holds a light adapter without its plan: lightpeft.json is missing; copy the whole folder"
     require(light or _PEFT_CONFIG not in data, alone)
-    with understandable(folder / CONFIG_NAME):
+    with explain_content_errors(folder / CONFIG_NAME):
         own = dict(data.get(_PEFT_CONFIG, data))
         return PEFT_TYPE_TO_CONFIG_MAPPING[own["peft_type"]].from_peft_type(**own)
 

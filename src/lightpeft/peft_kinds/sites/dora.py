@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightpeft.compat.peft import forget_norms
 from lightpeft.errors import require
-from lightpeft.models.linears.kinds import sliced
+from lightpeft.models.linears.kinds import slice_parameter
 from lightpeft.models.linears.registry import dense_weight
 from lightpeft.peft_kinds.sites.base import ReportOutputs, Tensors, observe_pair
 from lightpeft.peft_kinds.sites.lora import DOWN, UP, LoraSite
@@ -46,7 +46,7 @@ class DoraSite(LoraSite):
     def cut(self, index: Tensor, dim: int) -> None:
         """Keep features: rows keep their magnitude; removed columns shrink it with the norm, to keep `m / ||V||`."""
         if dim == 0:
-            self.magnitude.weight = sliced(self.magnitude.weight, index, 0)
+            self.magnitude.weight = slice_parameter(self.magnitude.weight, index, 0)
         else:
             direction = dense_weight(self.base).float() + self.scaling * (self.up.float() @ self.down.float())
             self.magnitude.weight.mul_(direction[:, index].norm(dim=1) / direction.norm(dim=1))

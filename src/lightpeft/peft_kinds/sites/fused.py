@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from lightpeft.compat.peft import LoraLinear
 from lightpeft.compat.stand_ins import StandIn
 from lightpeft.compat.torch import changes_of, is_watched
-from lightpeft.machine import computed_in
+from lightpeft.machine import compute_dtype
 from lightpeft.models.linears.on_disk import LinearOnDisk, is_on_disk
 from lightpeft.models.patching import override_forward
 
@@ -84,7 +84,7 @@ class _Fused:
         if adapter is None:
             return self.otherwise(x, *args, **kwargs)
         base, down, up = layer.base_layer, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        dtype = computed_in(x, base.weight, down, up)
+        dtype = compute_dtype(x, base.weight, down, up)
         if dtype is None:
             return self.otherwise(x)
         dropout = layer.lora_dropout[adapter]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightpeft.compat.peft import IA3Layer
-from lightpeft.models.linears.kinds import sliced
+from lightpeft.models.linears.kinds import slice_parameter
 from lightpeft.peft_kinds.sites.base import ReportOutputs, Site, Tensors, spread
 
 
@@ -61,7 +61,7 @@ class Ia3Site(Site):
 
     def cut(self, index: Tensor, dim: int) -> None:
         if dim == int(self.layer.is_feedforward):
-            self.layer.ia3_l[self.adapter] = sliced(self.factors, index, dim)
+            self.layer.ia3_l[self.adapter] = slice_parameter(self.factors, index, dim)
         if dim == 0:
             self.layer.out_features = len(index)
         else:

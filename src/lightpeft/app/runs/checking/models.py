@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from lightpeft.app.runs.workspace import Workspace
-from lightpeft.config import LightConfig, RunConfig, changed
+from lightpeft.config import LightConfig, RunConfig, override_light
 from lightpeft.errors import require
 from lightpeft.machine import accelerator, autocast_dtype, autocasting
 from lightpeft.models.families.registry import block_specs
@@ -104,7 +104,7 @@ def even(light: LightConfig, blocks: Sequence[BlockSpec]) -> LightConfig:
     As many experts stay as routers need.
     """
     named = {"criterion": "random", "module_criterion": "random", "rank_criterion": "random"}
-    light = changed(light, {"estimate": named})
+    light = override_light(light, {"estimate": named})
     part = 0.0 if light.is_auto else light.known_blocks
     if part is None:
         return light
