@@ -45,7 +45,9 @@ def _check_rate(value: float | None, name: str) -> None:
 
 @dataclass(kw_only=True)
 class Remove:
-    """The amount to remove from the base, and the units to remove (Gu et al. 2024, masked early pruning).
+    """The amount to remove from the base, and the units to remove.
+
+    These settings control the masked early pruning of the foundation model in Gu et al. 2024.
 
     Example:
         LightConfig(remove=Remove(blocks=0.4))  # 40% of the blocks' parameters
@@ -110,7 +112,9 @@ AMOUNTS = ("blocks", *SHARES)
 
 @dataclass(kw_only=True)
 class Estimate:
-    """Length and importance scores of the estimation stage (Gu et al. 2024, masked early pruning).
+    """Length and importance scores of the estimation stage.
+
+    The stage trains masks and PEFT modules together, as in Gu et al. 2024, section 3.2.
 
     Example:
         LightConfig(estimate=Estimate(length=200, criterion="fisher"))
@@ -144,7 +148,9 @@ class Estimate:
 
 @dataclass(kw_only=True)
 class Modules:
-    """The PEFT modules, and their ranks, that train after pruning (Gu et al. 2024, multi-granularity early pruning).
+    """The PEFT modules, and their ranks, that train after pruning.
+
+    These settings control the multi-granularity early pruning of PEFT in Gu et al. 2024.
 
     Example:
         LightConfig(modules=Modules(blocks=0.5, remove_ranks=0.75))
@@ -268,7 +274,9 @@ READ_AFTERWARDS = frozenset(f"after.{each.name}" for each in dataclasses.fields(
 
 @dataclass(kw_only=True)
 class LightConfig:
-    """Settings of Light-PEFT (Gu et al. 2024, https://arxiv.org/abs/2406.03792). Sections may be given as mappings.
+    """Settings of Light-PEFT. Sections may be given as mappings.
+
+    Light-PEFT estimates importance, prunes, and fine-tunes (Gu et al. 2024, https://arxiv.org/abs/2406.03792).
 
     Example:
         light = LightConfig(preset="accurate", remove={"blocks": 0.4})

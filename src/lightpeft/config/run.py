@@ -33,7 +33,11 @@ SWITCHES = ("trust_remote_code", "allow_pickle")
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """The foundation model."""
+    """The foundation model.
+
+    Example:
+        RunConfig(model=ModelConfig(name="owner/base", dtype="bfloat16"))
+    """
 
     name: str = ""
     """Hub name or local folder of the pretrained model."""
@@ -64,9 +68,12 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class TaskEntry:
-    """One task, declared: where its rows are, how a row becomes text, how it is answered and measured.
+    """A task as data: its rows, its columns, the answers and the metrics.
 
-    The tasks that ship are entries in `lightpeft.app.tasks`; those of a user are below `tasks` in the run's YAML.
+    Built-in tasks are entries in `lightpeft.app.tasks`; your own entries are below `tasks` in the run's YAML.
+
+    Example:
+        TaskEntry(name="stars", path="reviews", columns={"text": "review", "label": "stars"}, labels=["bad", "good"])
     """
 
     name: str = ""
@@ -109,7 +116,11 @@ class TaskEntry:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """The task's data: local files or a hub data set, and which columns mean what."""
+    """The task's data: local files or a hub data set, and the meaning of its columns.
+
+    Example:
+        DataConfig(train="reviews.csv", columns={"text": "review", "label": "stars"})
+    """
 
     task: str = "classification"
     """A task by name (such as rte, or one of your own below `tasks`), or a kind whose columns you name here.
@@ -152,7 +163,11 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class TrainingConfig:
-    """The fine-tuning run as a whole; estimation is its first part."""
+    """Training of the whole run; estimation is its first part.
+
+    Example:
+        TrainingConfig(epochs=3, batch_size=8, gradient_accumulation=4, precision="auto")
+    """
 
     epochs: Annotated[float | Auto, Within(above=0, most=_MOST_EPOCHS)] = "auto"
     """Passes over the training rows, estimation included. auto: 3, or as many as make 200 optimizer steps, up to 40;

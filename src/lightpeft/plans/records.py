@@ -264,7 +264,7 @@ class PrunePlan:
     def _experts_in_row(spec: BlockSpec, kept: BlockPlan) -> dict[str, str]:
         return {
             "experts": f"{len(kept.experts)}/{spec.experts}" if spec.experts else "-",
-            "neurons of each": f"{kept.expert_width}/{spec.expert_width}" if spec.experts else "-",
+            "neurons per expert": f"{kept.expert_width}/{spec.expert_width}" if spec.experts else "-",
         }
 
     def module_ranks(self, spec: BlockSpec) -> dict[str, int]:

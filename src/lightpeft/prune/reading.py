@@ -35,7 +35,12 @@ DECODERS_ONLY = "only decoders that classify are measured"
 
 @dataclass(frozen=True)
 class FoundDepth:
-    """Results of linear probes on the output of each block, from the lowest block on."""
+    """Results of linear probes on the output of each block, from the lowest block on.
+
+    Example:
+        found = find_depth(model, batches)
+        print(found.summary(), found.depth)
+    """
 
     accuracy: list[float]
     """Leave-one-out accuracy of the linear probe on each block's output."""
