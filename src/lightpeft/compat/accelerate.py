@@ -22,12 +22,12 @@ except ImportError:
     GradientState = None
 
 __all__ = [
-    "as_it_is",
     "clear_device_cache",
     "divide_no_loss",
     "forget_optimizers",
     "prepared",
     "should_reduce_batch_size",
+    "without_autocast",
 ]
 
 
@@ -55,7 +55,7 @@ def prepared(accelerator: Any, model: nn.Module, optimizer: Any) -> Any:
 
 
 @contextmanager
-def as_it_is(model: nn.Module) -> Iterator[None]:
+def without_autocast(model: nn.Module) -> Iterator[None]:
     """Inside the block a model computes in the precision of its weights, without the autocast of its training."""
     prepared = vars(model).pop("forward", None)
     try:

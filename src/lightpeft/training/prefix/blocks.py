@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightpeft.compat.transformers import computed_once
 from lightpeft.models.families.registry import block_lists
-from lightpeft.models.patching import in_mode, instead
+from lightpeft.models.patching import in_mode, override_forward
 from lightpeft.models.unwrap import transformers_model
 
 STATES = "prefix_states"
@@ -74,7 +74,7 @@ class FrozenPrefix:
         enter(self.model.register_forward_pre_hook(self._take, with_kwargs=True))
         enter(self.model.register_forward_hook(self._drop, always_call=True))
         for block in self.blocks:
-            enter(instead(block, partial(self._run, block.forward, block is self.blocks[-1])))
+            enter(override_forward(block, partial(self._run, block.forward, block is self.blocks[-1])))
             enter(computed_once(block))
 
     def detach(self) -> None:
