@@ -23,8 +23,8 @@ def lone_head(model: nn.Module) -> nn.Linear | None:
         model: a transformers model, or a PeftModel around one.
 
     Returns:
-        None if there is no such layer, the logits are changed after it (capped, scaled), it has hooks, or its weights
-        are sharded.
+        None if there is no such layer, the logits are changed after it (capped, scaled), it has hooks, or its weight is
+        no plain parameter (such as a sharded one).
     """
     inner = transformers_model(model)
     head = language_head(inner)

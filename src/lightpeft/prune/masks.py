@@ -132,7 +132,7 @@ class _Batch:
         self.masked: Callable[[], bool] = lambda: True
         """Function that returns whether the current pass is masked; passes of a frozen reference are not."""
         self.checkpointed = False
-        """True while gradient checkpointing recomputes activations in the backward pass."""
+        """True if gradient checkpointing drops activations, and recomputes them in the backward pass."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
