@@ -300,7 +300,7 @@ def swapped(name: str, first: str, second: str) -> dict[str, str]:
         ("gpt2", {"head_attributes": {}}, "without KV groups and neurons, GPT2LMHeadModel fails on"),
         ("llama-gqa", {"head_attributes": {}}, "without query heads and neurons, LlamaForCausalLM"),
         ("olmo2", {"wide_norms": {}}, "without KV groups and neurons, Olmo2ForCausalLM fails on"),
-        ("mpnet", {"per_head_arguments": {}}, "without KV groups and neurons, MPNetForSequenceClassification does not"),
+        ("mpnet", {"per_head_arguments": {}}, "without KV groups and neurons, MPNetForSequenceClassification fails on"),
         ("phi3", {"head_attributes": {"num_key_value_groups": "heads_per_kv"}}, "Phi3ForCausalLM fails on"),
         ("bert", {"attention": "attention"}, "whole sub-layers cannot be cut"),
     ],

@@ -322,7 +322,7 @@ ONCE_TRACEBACKS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str, str]
         "estimation/estimation.json",
         lambda d: d["sites"][0].update(block=99),
         "plan",
-        "that it does",
+        "that the record does",
     ),
     "scores of others": (
         "estimation/estimation.json",

@@ -315,10 +315,10 @@ def test_a_disk_that_fails_halfway_in_a_folder_that_is_there(tmp_path: Path, mon
 TRYING = """
 import pathlib, sys
 from lightpeft.errors import LightPeftError
-from lightpeft.files import check_free, holding
+from lightpeft.files import check_free, lock_folder
 
 folder = pathlib.Path(sys.argv[1])
-for take in (check_free, lambda folder: holding(folder).__enter__()):
+for take in (check_free, lambda folder: lock_folder(folder).__enter__()):
     try:
         take(folder)
     except LightPeftError as error:

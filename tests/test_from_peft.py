@@ -112,7 +112,7 @@ def test_a_configuration_that_is_none(text: str, tmp_path: Path) -> None:
 def test_several_adapters_are_not_saved_as_one(base: Path, tmp_path: Path) -> None:
     light = light_of(base)
     light.add_adapter("second", light.peft_config["default"])
-    assert "adapters default, second" in refusal(lambda: light.save_pretrained(tmp_path / "light"))
+    assert "adapters (default, second)" in refusal(lambda: light.save_pretrained(tmp_path / "light"))
     light.delete_adapter("second")
     said = refusal(lambda: light.save_pretrained(tmp_path / "light", selected_adapters=["default", "second"]))
     assert said == "a light adapter holds one adapter; select default instead of default, second"

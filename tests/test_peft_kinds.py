@@ -152,7 +152,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"lora_alpha": 0}, "peft.lora_alpha is 0; it must be positive"),
     ({"lora_dropout": 1.0}, "peft.lora_dropout is 1.0; it must be in [0, 1)"),
     ({"slots": "q"}, "peft.slots is 'q'; it must be a list"),
-    ({"slots": ["query"]}, "peft.slots has query; slots are q, k, v"),
+    ({"slots": ["query"]}, "peft.slots has unknown query; choose among q, k, v"),
     ({"type": "bottleneck", "slots": ["q"]}, "peft.slots has no effect with bottleneck"),
     ({"type": "bottleneck", "size": 0}, "peft.size is 0; it must be at least 1"),
     ({"r": 10_000_000}, "peft.r is 10000000; it can be at most 65,536"),
