@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,16 @@ def test_pairs(tmp_path: Path) -> None:
     columns = {"text": "first", "text_pair": "second", "label": "label"}
     found = pipeline.run(bench.config("run", **UNTAUGHT, **{"data.columns": columns}))["linear_probe"]
     assert found["metrics"]["accuracy"] > 0.8
+
+
+def test_texts_are_means_over_their_own_tokens(bench: Workbench) -> None:
+    """Whatever is padded beside them; the base stays in the mode that it was in."""
+    work = pipeline.prepare(bench.config("states"))
+    base = work.dense_model().model.train()
+    asked = replace(work.asking(base), model=base.base_model)
+    rows = linear_probe._embedded(asked, work.test_rows)
+    assert np.allclose(rows, embedded(bench, [row["text"] for row in labelled(40, seed=2)]), atol=0.02)
+    assert base.base_model.training
 
 
 # -- where there is none -----------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def measure_graph(adapter: LightAdapter, runtime: Runtime, folder: Path, dtype: 
     task = _task(adapter)
     tokenizer = adapter.tokenizer()
     rows, collator = task.encode_test(task.test, tokenizer), task.collator(tokenizer)
-    run = dict(adapter.description["metrics"])
+    run = dict(adapter.description.get("metrics", {}))
     counted = run.get("examples", len(rows))
     require(counted == len(rows), f"the run was measured on {counted:,.0f} test rows, and now there are {len(rows):,}")
     base = load_model(adapter.model, Wanted.of(task).head, task.labels, to_prune=False).model
