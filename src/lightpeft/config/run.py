@@ -132,7 +132,7 @@ class DataConfig:
     columns: dict[str, str] = field(default_factory=dict)
     """Column of the kind -> column of the data, or a template such as "{premise} {hypothesis}". Of those that are not
     named, text, label, context, options, answer, question, answers and messages have their own names in the data;
-    text_pair, prompt and completion are read if they are named. docs/tasks.md has the columns of every kind."""
+    text_pair, prompt and completion are read if they are named. docs/reference/tasks.md has every kind's columns."""
     max_length: Annotated[int, Within(least=2, most=_LONGEST)] = 128
     """Tokens a row keeps at most; may not exceed what the model allows. Longer contexts are read in windows (span)."""
     null_threshold: float | None = None
@@ -182,6 +182,12 @@ class TrainingConfig:
     """Blocks below the lowest PEFT module compute the same for a row in every epoch. file, memory: compute them once,
     without dropout, and keep their outputs there, if they take no more than 16 GiB; off: compute them every time, with
     dropout."""
+    teacher: str | None = None
+    """A finished model of the same labels, whose answers to the training rows are learned beside the labels: the folder
+    of a run, of an adapter or of a model, or a name on the hub. It reads the texts by its own tokenizer, once, before
+    training. For classes, numbers and options that a head answers."""
+    teacher_weight: Annotated[float, Within(above=0, most=1)] = 0.5
+    """Part of the loss that is the teacher's, in (0, 1]; the rest is the labels'."""
     save_steps: Annotated[int, Within(least=1)] = 200
     """Steps between checkpoints that a killed run resumes from."""
 
