@@ -24,6 +24,16 @@ from lightpeft.prune.light_model import LightModel, as_light
 from lightpeft.prune.surgery import apply_plan
 
 
+def saved_base(name: str, folder: Path, seed: int = 0) -> Path:
+    """A folder with a dense base, as a user has it."""
+    make(name, seed).save_pretrained(folder)
+    return folder
+
+
+def from_folder(name: str, folder: Path) -> PreTrainedModel:
+    return type(make(name)).from_pretrained(folder)
+
+
 def light_over(
     base: PreTrainedModel,
     metrics: dict[str, Any] | None = None,

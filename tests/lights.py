@@ -29,7 +29,10 @@ def nested(**leaves: Any) -> dict[str, Any]:
     """Settings by their short names, nested as files have them."""
     found: dict[str, Any] = {}
     for name, value in leaves.items():
-        found.setdefault(PLACES[name], {})[NAMES.get(name, name)] = value
+        if name in PLACES:
+            found.setdefault(PLACES[name], {})[NAMES.get(name, name)] = value
+        else:
+            found[name] = value
     return found
 
 

@@ -15,7 +15,7 @@ import peft.peft_model
 import pytest
 import torch
 import workbench
-from adapters import light_over, logits
+from adapters import from_folder, light_over, logits, saved_base
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import (
@@ -30,7 +30,7 @@ from tiny import (
     with_lora,
 )
 from torch import Tensor
-from transformers import BertForMaskedLM, PreTrainedModel
+from transformers import BertForMaskedLM
 
 from lightpeft import LightModel, load_light
 from lightpeft.errors import LightPeftError
@@ -45,16 +45,6 @@ from lightpeft.saving.tokens import VOCABULARY_FILE
 CASES = [*LAYOUTS, *VARIANTS]
 """Of other families test_support.py saves and loads a model."""
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "lightpeft.json"]
-
-
-def saved_base(name: str, folder: Path, seed: int = 0) -> Path:
-    """A folder with a dense base, as a user has it."""
-    make(name, seed).save_pretrained(folder)
-    return folder
-
-
-def from_folder(name: str, folder: Path) -> PreTrainedModel:
-    return type(make(name)).from_pretrained(folder)
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -88,12 +88,13 @@ def test_both_processes_agree_to_the_last_bit(results: Path, name: str) -> None:
     assert records[0].meta == records[1].meta
 
 
-@pytest.mark.parametrize("name", ["light", "light-resumed"])
-def test_one_training_through_the_cut(results: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("train", ["peft", "all"])
+@pytest.mark.parametrize("how", ["once", "resumed"])
+def test_one_training_through_the_cut(results: Path, tmp_path: Path, train: str, how: str) -> None:
     """Gradients are averaged over processes behind the cut, too, from a checkpoint as well as in one go."""
-    whole = one_light_training(tmp_path)
+    whole = one_light_training(tmp_path, train=train)
     whole.train()
-    places = [results / f"rank{rank}" / name for rank in (0, 1)]
+    places = [results / f"rank{rank}" / f"{train}-{how}" for rank in (0, 1)]
     found = [load_file(place / "weights.safetensors") for place in places]
     assert all(found[0][key].equal(found[1][key]) for key in found[0])
     assert all(PrunePlan.load(place / "plan.json").blocks == whole.light_plan.blocks for place in places)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,10 @@ def resumed_in_trainer(folder: Path) -> EarlyPruner:
     return second
 
 
-def light_training(folder: Path, rows: int, resume: bool = False) -> Any:
+def light_training(folder: Path, rows: int, train: str, resume: bool = False) -> Any:
     """Estimate, cut and fine-tune a language model in one training; `resume` from a checkpoint behind the cut."""
-    trainer = one_light_training(folder, rows, ddp_backend="gloo", save_strategy="steps", save_steps=8)
+    settings: dict[str, Any] = {"ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 8}
+    trainer = one_light_training(folder, rows, train=train, **settings)
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-8") if resume else None)
     return trainer
 
@@ -149,9 +151,9 @@ def main(folder: Path) -> None:
         save_file({"masks": estimator.masks.values.clone()}, place / "masks.safetensors")
     for name, options in (("plain", {}), ("bucket-view", {"gradient_as_bucket_view": True})):
         save_file(seen_gradients(**options), folder / f"rank{dist.get_rank()}" / f"{name}.safetensors")
-    for name, resume in (("light", False), ("light-resumed", True)):
-        trained = light_training(folder / "light", rows=4, resume=resume)
-        place = folder / f"rank{dist.get_rank()}" / name
+    for train, resume in product(("peft", "all"), (False, True)):
+        trained = light_training(folder / train, rows=4, train=train, resume=resume)
+        place = folder / f"rank{dist.get_rank()}" / f"{train}-{'resumed' if resume else 'once'}"
         trained.light_plan.save(place / "plan.json")
         save_file(trained_weights(trained.model), place / "weights.safetensors")
     classifier = trained_classifier(folder / "classifier", rows=2, gradient_accumulation_steps=2, ddp_backend="gloo")

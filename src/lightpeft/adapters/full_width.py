@@ -54,6 +54,7 @@ def full_width(light: LightModel, base: PreTrainedModel | None = None, *, is_tra
     Raises:
         LightPeftError: the base is another one, cannot be loaded, or lacks weights that the adapter does not bring.
     """
+    _check_kept_apart(light.light_plan)
     saved = from_dict(BaseFacts, facts_of(light)["base"], "base.")
     name = own_adapter(light)
     vocabulary = vocabulary_of(transformers_model(light))
@@ -77,6 +78,7 @@ def load_full_width(light: str | Path, base: PreTrainedModel, *, is_trainable: b
         LightPeftError: a file is missing or altered, or the base is another one.
     """
     adapter = read_saved(Path(light))
+    _check_kept_apart(adapter.plan)
     check_base(base, adapter.base, adapter.plan, str(light), vocabulary=adapter.vocabulary)
     return _filled(base, adapter.plan, adapter.config, read_tensors(Path(light) / WEIGHTS), is_trainable)
 
@@ -99,6 +101,7 @@ def save_full_width(light: str | Path, base: ModelConfig, folder: str | Path, *,
     light, folder = Path(light), Path(folder)
     _check_vacant(folder, overwrite)
     adapter = read_saved(light)
+    _check_kept_apart(adapter.plan)
     if widens_alone(adapter.config):
         dense = _skeleton(adapter.base, base)
         check_structure(dense, adapter.base, adapter.plan, str(light))
@@ -122,6 +125,12 @@ def copy_full_width(source: Path, folder: str | Path, *, overwrite: bool = False
     with replacing_folder(folder, last=ADAPTER_CONFIG, alone=True) as temporary:
         for file in (ADAPTER_CONFIG, WEIGHTS, "README.md"):
             shutil.copyfile(source / file, temporary / file)
+
+
+def _check_kept_apart(plan: PrunePlan) -> None:
+    """Refuse a model whose own weights trained: what it has learned is no adapter over the whole base."""
+    alone = "all weights of this light model trained (light.train: all), so that PEFT over the whole base cannot say "
+    require(plan.train != "all", f"{alone}what it has learned; use save_merged, or another form of export")
 
 
 def _check_vacant(folder: Path, overwrite: bool) -> None:

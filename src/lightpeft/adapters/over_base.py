@@ -18,6 +18,7 @@ from lightpeft.models.vocabulary.cutting import check_whole, cut_model
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saving.adapter_files import Saved
+from lightpeft.saving.kept_weights import check_kept, read_kept
 from lightpeft.saving.peft_adapter import check_fit, load_adapter, skeleton_of
 
 
@@ -51,6 +52,8 @@ def over_base(
     if stream is not None:
         stream.fill(dense)
     model = load_adapter(dense, folder, saved.config, is_trainable)
+    if plan.train == "all":
+        read_kept(model, folder, is_trainable)
     if not is_trainable:
         model.eval()
     return model
@@ -61,6 +64,8 @@ def _check_tensors(dense: PreTrainedModel, plan: PrunePlan, config: PeftConfig, 
     skeleton = skeleton_of(dense)
     apply_plan(skeleton, plan)
     check_fit(skeleton, config, folder)
+    if plan.train == "all":
+        check_kept(skeleton, folder)
 
 
 def stream_of(saved: Saved, device: str | torch.device | None, shared: SharedTensors | None = None) -> Stream:

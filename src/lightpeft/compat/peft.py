@@ -55,7 +55,11 @@ try:
 except ImportError as _error:
     ModulesToSaveWrapper = missing("A head that PEFT trains", _error, _is_trained_whole)
 
+NO_TARGETS = "dummy-target-modules"
+"""PEFT's word for an adapter without modules on layers; without it, PEFT refuses to load one."""
+
 __all__ = [
+    "NO_TARGETS",
     "BaseTuner",
     "BaseTunerLayer",
     "IA3Layer",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightpeft.config.light import SHARES, LightConfig, Tolerance
+from lightpeft.config.light import SHARES, LightConfig, Tolerance, Train
 from lightpeft.config.peft import USUAL
 from lightpeft.config.presets import Light, light_config, overlaid
 from lightpeft.config.validation import from_dict
@@ -27,10 +27,13 @@ class Rule:
     """With which kind of PEFT; None: with all."""
     writes: bool | None = None
     """Whether for models that write their answers, or for others; None: for both."""
+    train: Train | None = None
+    """With which weights behind the cut; None: with either."""
 
-    def holds(self, preset: str, peft: str, writes: bool) -> bool:
+    def holds(self, preset: str, peft: str, writes: bool, train: Train) -> bool:
         """Whether it holds for a run."""
-        return preset in self.presets and self.peft in (None, peft) and self.writes in (None, writes)
+        who = self.peft in (None, peft) and self.writes in (None, writes) and self.train in (None, train)
+        return preset in self.presets and who
 
 
 TABLE = (
@@ -76,6 +79,17 @@ TABLE = (
         "Gu et al. 2024, section 4: masks train with the PEFT learning rate and are themselves the score",
         presets=("paper",),
     ),
+    Rule(
+        {"modules": {"remove": 0.0, "remove_ranks": 0.0}, "rates": {"scale": 0.1, "estimation_scale": 2.0}},
+        "docs/train_all.md",
+        train="all",
+    ),
+    Rule(
+        {"rates": {"estimation_scale": 1.0}},
+        "as for PEFT alone",
+        presets=("accurate", "paper"),
+        train="all",
+    ),
 )
 """What holds where nothing is said."""
 
@@ -88,16 +102,17 @@ def derived(light: LightConfig, peft: str = USUAL, writes: bool = False) -> Ligh
         writes: whether the model writes its answers.
     """
     preset = light.preset or ("accurate" if writes else "fast")
+    train = light.train or "peft"
     filled: dict[str, Any] = {}
     for rule in TABLE:
-        if rule.holds(preset, peft, writes):
+        if rule.holds(preset, peft, writes, train):
             filled = overlaid(filled, rule.sets)
     filled = overlaid(filled, _given(dataclasses.asdict(light)))
     remove, rates = filled["remove"], filled["rates"]
     if any(name in remove for name in SHARES):
         filled["remove"] = {**dict.fromkeys(SHARES, 0.0), **remove}
     filled["rates"] = {"estimation_scale": rates["scale"], **rates}
-    return from_dict(LightConfig, {**filled, "preset": preset}, "light.")
+    return from_dict(LightConfig, {**filled, "preset": preset, "train": train}, "light.")
 
 
 def changed(light: LightConfig, by: Light) -> LightConfig:

@@ -21,6 +21,7 @@ RankCriterion = Literal["taylor", "magnitude", "random"]
 Keep = Literal["light", "full", "both"]
 Tokens = Literal["keep", "task"]
 Preset = Literal["fast", "accurate", "paper"]
+Train = Literal["peft", "all"]
 
 WIDEST = 2**16
 """What ranks and widths may be: no model's hidden size is larger."""
@@ -234,7 +235,7 @@ class Tolerance:
 READ_BY_PLANS = frozenset(
     {f"remove.{each.name}" for each in dataclasses.fields(Remove)}
     | {"estimate.criterion", "estimate.module_criterion", "estimate.rank_criterion"}
-    | {"modules.remove", "modules.remove_ranks"}
+    | {"modules.remove", "modules.remove_ranks", "train"}
 ) - {"remove.depth", "remove.vocabulary"}
 """Settings of `LightConfig` that estimation does not depend on. (No module is made in a block where none may stay.)"""
 READ_AFTERWARDS = frozenset(f"after.{each.name}" for each in dataclasses.fields(After))
@@ -255,6 +256,9 @@ class LightConfig:
     """How units are scored."""
     modules: Modules = field(default_factory=Modules)
     """Which PEFT modules stay."""
+    train: Train | None = None
+    """Which weights train behind the cut. peft: those of the PEFT modules; all: PEFT is merged, and all weights that
+    are left train, but for embeddings and the head of a language model. Unset: peft."""
     rates: Rates = field(default_factory=Rates)
     """How fast it learns."""
     after: After = field(default_factory=After)
@@ -269,6 +273,8 @@ class LightConfig:
         check_values(self)
         whole = "full and both are of the whole base, with all of its tokens; keep the vocabulary, or only light"
         require(self.after.keep == "light" or self.remove.vocabulary == "keep", f"light.after.keep: {whole}")
+        own = f"light.train: all changes the base, which light.after.keep: {self.after.keep} is over; set keep to light"
+        require(self.after.keep == "light" or self.train != "all", own)
 
     @property
     def is_auto(self) -> bool:
@@ -309,13 +315,14 @@ class LightConfig:
         return replace(self, remove=replace(self.remove, depth=depth))
 
     def with_whole_modules(self) -> LightConfig:
-        """The same, where all PEFT modules and all of their ranks stay."""
-        return replace(self, modules=replace(self.modules, remove=0.0, remove_ranks=0.0))
+        """The same, where all PEFT modules and all of their ranks stay, and train alone."""
+        return replace(self, modules=replace(self.modules, remove=0.0, remove_ranks=0.0), train="peft")
 
     def removing_nothing(self) -> LightConfig:
         """The same without a cut: PEFT modules in all blocks, with all ranks, at PEFT's own rate."""
         whole = replace(self.removing(0.0), modules=Modules(blocks=1.0, remove=0.0, remove_ranks=0.0))
-        return replace(whole, rates=replace(self.rates, scale=1.0, estimation_scale=1.0))
+        own = replace(whole, rates=replace(self.rates, scale=1.0, estimation_scale=1.0))
+        return whole if self.train == "all" else own
 
     def blocks_left(self, blocks: int) -> int:
         """How many of so many blocks `remove.depth` leaves.

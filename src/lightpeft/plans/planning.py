@@ -70,6 +70,7 @@ def make_plan(record: EstimationRecord, light: Light, order: Order | None = None
         base_parameters=record.base_parameters,
         fingerprint=record.fingerprint,
         budget=asdict(light),
+        train=light.train or "peft",
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightpeft.config import LightConfig
+from lightpeft.config.light import Train
 from lightpeft.config.validation import from_dict
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import (
@@ -178,6 +179,8 @@ class PrunePlan:
     """Of the base the plan belongs to."""
     budget: dict[str, Any] = field(default_factory=dict)
     """The budget that the plan was made from."""
+    train: Train = "peft"
+    """Which weights train behind the cut: PEFT modules that stay, or all, into which they are merged."""
 
     @property
     def parts(self) -> list[tuple[BlockSpec, BlockPlan]]:
@@ -258,14 +261,17 @@ class PrunePlan:
     def summary(self) -> str:
         """One line: what part of the base, of its blocks, of the PEFT modules and of their ranks goes."""
         modules = f"{len(self.sites)} of {len(self.dense_sites)} PEFT modules"
-        kept = f"{modules} and {self._ranks} of {self._dense_ranks} ranks"
+        kept = f"keeps {modules} and {self._ranks} of {self._dense_ranks} ranks"
+        if self.train == "all":
+            kept = "merges PEFT, and trains all weights that are left"
         if not self.cuts_blocks:
-            return f"removes nothing of the blocks; keeps {kept}" if self.cuts_modules else "removes nothing"
+            changes = self.cuts_modules or self.train == "all"
+            return f"removes nothing of the blocks; {kept}" if changes else "removes nothing"
         whole = f"{len(self.left_out)} of {len(self.specs)} blocks whole; " if self.left_out else ""
         return (
             f"removes {self.removed_parameters:,} of {self.base_parameters:,} base parameters "
             f"({self.removed_ratio:.1%}; {self.removed_of_blocks:.1%} of the blocks'); {whole}"
-            f"keeps {kept}"
+            f"{kept}"
         )
 
     def __str__(self) -> str:
@@ -285,6 +291,7 @@ class PrunePlan:
             "blocks": [{name: to_ranges(kept) for name, kept in asdict(block).items()} for block in self.blocks],
             "dense_sites": [asdict(site) for site in self.dense_sites],
             "sites": {name: to_ranges(ranks) for name, ranks in self.sites.items()},
+            "train": self.train,
         }
 
     @classmethod
@@ -311,6 +318,7 @@ class PrunePlan:
             base_parameters=facts.base_parameters,
             fingerprint=facts.fingerprint,
             budget=facts.budget,
+            train=facts.train,
         )
         require(len(facts.blocks) <= len(facts.specs), "the plan keeps other blocks than there were")
         check_fit(plan)
@@ -468,6 +476,7 @@ class _PlanFacts:
     base_parameters: int
     fingerprint: str
     budget: dict[str, Any]
+    train: Train = "peft"
 
 
 def _block_plan(spec: BlockSpec, kept: dict[str, str]) -> BlockPlan:

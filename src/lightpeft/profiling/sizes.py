@@ -11,6 +11,7 @@ from torch import nn
 
 from lightpeft.compat.peft import BaseTunerLayer, ModulesToSaveWrapper
 from lightpeft.errors import require
+from lightpeft.models.all_weights import trained_weights
 from lightpeft.models.linears.bitsandbytes import logical_numel
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary.cutting import cut_parameters
@@ -83,5 +84,6 @@ def parameter_report(model: nn.Module) -> dict[str, Any]:
         "head": count.head,
     }
     if isinstance(model, PeftModel):
-        return {**sizes, "trained": count.peft + count.head}
+        whole = trained_weights(model) if plan is not None and plan.train == "all" else {}
+        return {**sizes, "trained": count.peft + count.head + sum(p.numel() for p in whole.values())}
     return sizes if plan is not None else {**sizes, "trained": count.base}  # merging leaves no trace of what trained

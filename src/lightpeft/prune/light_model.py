@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import replacing_folder, understandable
+from lightpeft.models.all_weights import trained_weights
 from lightpeft.models.repositories import Token
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary.cutting import vocabulary_of
@@ -32,6 +33,7 @@ class LightModel(PeftModel):
     def save_pretrained(self, save_directory: str | Path, *, is_main_process: bool = True, **kwargs: Any) -> None:
         """Write a light adapter: PEFT's own two files, `lightpeft.json` and a model card.
 
+        Where all weights trained (`light.train: all`), these too, in a file of their own.
         Of a model with fewer tokens, also which these are; no embeddings. Where anything of the base is cut, PEFT's own
         loader refuses the folder (`sites.hide_config`). The reference of one of TRL's trainers, beside the adapter, is
         not written.
@@ -52,10 +54,13 @@ class LightModel(PeftModel):
             kwargs["save_embedding_layers"] = False  # PEFT takes them for trained, as there are fewer than in the base
         from lightpeft.saving.adapter_files import DESCRIPTION, FILES, write_beside
         from lightpeft.saving.description import facts_of
+        from lightpeft.saving.kept_weights import write_kept
 
         with replacing_folder(save_directory, last=DESCRIPTION, obsolete=FILES) as temporary:
             super().save_pretrained(str(temporary), selected_adapters=[name], **kwargs)
             _move_up(temporary / name)
+            if self.light_plan.train == "all":
+                write_kept(self, temporary)
             write_beside(temporary, facts_of(self), self.light_plan, vocabulary)
 
     @classmethod
@@ -107,6 +112,7 @@ class LightModel(PeftModel):
             LightPeftError: they are a light adapter's with another plan.
         """
         from lightpeft.saving.adapter_files import DESCRIPTION, read_description
+        from lightpeft.saving.kept_weights import read_kept
 
         folder = Path(model_id)
         if (folder / DESCRIPTION).is_file():
@@ -114,7 +120,10 @@ class LightModel(PeftModel):
                 plan = PrunePlan.from_dict(read_description(folder)["plan"])
             other = f"{folder} is for other units of the base than are here; load_light(folder) gives its own"
             require(plan == self.light_plan, other)
-        return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
+        loaded = super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
+        if self.light_plan.train == "all":
+            read_kept(self, folder, is_trainable=any(p.requires_grad for p in trained_weights(self).values()))
+        return loaded
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
         """PEFT's `merge_and_unload`: a plain transformers model, pruned, that saves itself so that it can be loaded.

@@ -12,6 +12,7 @@ from torch import nn
 from lightpeft.config import LightConfig
 from lightpeft.errors import require
 from lightpeft.machine import random_apart
+from lightpeft.models.all_weights import train_all
 from lightpeft.models.arguments import change_arguments
 from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.families.registry import block_specs, family_of
@@ -21,7 +22,7 @@ from lightpeft.models.linears.registry import slice_linear
 from lightpeft.models.on_disk import bring_weights_in
 from lightpeft.models.unwrap import base_linear, transformers_model
 from lightpeft.peft_kinds.sites.base import Site
-from lightpeft.peft_kinds.sites.registry import drop_reference, find_sites, refresh_config, remove_site
+from lightpeft.peft_kinds.sites.registry import drop_reference, find_sites, merge_site, refresh_config, remove_site
 from lightpeft.plans.layout import cut_dim, head_channels, kept_channels, kept_experts
 from lightpeft.plans.planning import check_experts
 from lightpeft.plans.records import BlockPlan, PrunePlan, check_fit
@@ -52,7 +53,8 @@ def apply_plan(model: nn.Module, plan: PrunePlan, family: Family | None = None) 
     """Cut a transformers model, or a PeftModel around one, down to what the plan keeps.
 
     Kept weights, frozen or trained, are bit-equal to what they were, except where a quantised layer has to form new
-    blocks (`quantised`). Optimizers made before hold the old parameters: make new ones.
+    blocks (`quantised`), or PEFT is merged so that all weights train (`plan.train`). Optimizers made before hold the
+    old parameters: make new ones.
 
     Args:
         model: dense, with the blocks that the plan was made for, or with those of them that its depth leaves.
@@ -90,6 +92,11 @@ def apply_plan(model: nn.Module, plan: PrunePlan, family: Family | None = None) 
     adapt_generation(inner, plan, family)
     inner.light_pruned = bool(plan.removed_parameters)
     if isinstance(model, PeftModel):
+        if plan.train == "all":
+            for site in sites:
+                if site.spec.name in plan.sites:
+                    merge_site(model, site)
+            train_all(model)
         refresh_config(model)
 
 

@@ -71,6 +71,8 @@ def refuse_parts(model: object) -> None:
 
 
 def _check_sharded(trainer: LightHost) -> None:
+    everything = "light.train: all trains what FSDP shards, the base; train in DDP, or set light.train to peft"
+    require(trainer.light_config.train != "all", everything)
     keep = trainer.light_config.after.keep
     kept = f"light.after.keep: {keep} needs the whole base in every process, which FSDP spares"
     require(keep == "light", f"{kept}; set it to light")

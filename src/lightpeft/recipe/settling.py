@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from lightpeft.budget.found import fixed_budget
 from lightpeft.config import Light, LightConfig, derived, light_config
+from lightpeft.errors import require
+from lightpeft.models.on_disk import has_weights_on_disk
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.kinds import kind_of
 from lightpeft.peft_kinds.sites.registry import own_adapter
@@ -29,9 +31,17 @@ def light_settings(light: Light, peft: PeftConfig, model: nn.Module) -> LightCon
     """The settings with a value for all that is unset, by the kind of PEFT and by what the model gives.
 
     Raises:
-        LightPeftError: an unknown form, setting or value.
+        LightPeftError: an unknown form, setting or value, or all weights are to train of a model that cannot.
     """
-    return derived(light_config(light), kind_of(peft).name, can_write(model))
+    kind = kind_of(peft)
+    settings = derived(light_config(light), kind.name, can_write(model))
+    if settings.train == "all":
+        asked = "light.train: all trains the weights that are left"
+        require(kind.merges, f"light.train: all merges PEFT at the cut, and {kind.title} cannot be merged; use LoRA")
+        quantised = getattr(transformers_model(model), "is_quantized", False)
+        require(not quantised, f"{asked}, which cannot be done in 4 or 8 bits; give the base unquantised")
+        require(not has_weights_on_disk(model), f"{asked}, and those of this model are on disk; load it into memory")
+    return settings
 
 
 def settings_of_trainer(light: Light, peft: PeftConfig, model: nn.Module, options: Mapping[str, Any]) -> LightConfig:

@@ -25,6 +25,7 @@ from lightpeft.budget.worth import points_a_nat
 from lightpeft.compat.accelerate import as_it_is
 from lightpeft.config import Light, LightConfig, Tolerance, cut_of_writer, tolerance_of
 from lightpeft.errors import require
+from lightpeft.models.all_weights import too_few_digits
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling.sizes import parameter_report
@@ -206,6 +207,10 @@ class LightTraining(Training):
         before = parameter_report(self._peft_model)
         with as_it_is(self._peft_model), self._sharding.answering():
             light = self.prune_light_model(plan)
+        if self.args.fp16:
+            train_in_float32(light)  # more weights train than before
+        if plan.train == "all" and (line := too_few_digits(light)) is not None:
+            self._warn(line)
         self.light_plan = plan
         self._light_seconds["cut"] = time.perf_counter() - started
         self._schedule.renew(state.max_steps)

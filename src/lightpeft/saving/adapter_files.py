@@ -17,11 +17,12 @@ from lightpeft.peft_kinds.sites.config_file import hide_config
 from lightpeft.plans.records import PrunePlan
 from lightpeft.saving.cards import CARD, CardForm, model_card, read_by
 from lightpeft.saving.description import BaseFacts, base_facts
+from lightpeft.saving.kept_weights import KEPT_WEIGHTS
 from lightpeft.saving.peft_adapter import read_adapter
 from lightpeft.saving.tokens import VOCABULARY_FILE, read_vocabulary, write_vocabulary
 
 DESCRIPTION = "lightpeft.json"
-FILES = ("adapter_config.json", "adapter_model.safetensors", VOCABULARY_FILE)
+FILES = ("adapter_config.json", "adapter_model.safetensors", KEPT_WEIGHTS, VOCABULARY_FILE)
 """What is in the folder besides the description, as far as it is there."""
 ON_HUB = repositories.Form("light adapter", DESCRIPTION, (DESCRIPTION, *FILES))
 """Its files in a repository."""
@@ -39,7 +40,7 @@ def write_beside(folder: Path, facts: dict[str, Any], plan: PrunePlan, vocabular
         facts: what `lightpeft.json` says, but for the checksums.
         vocabulary: tokens of its base that the model has; None: all.
     """
-    if vocabulary is not None or plan.removed_parameters:
+    if vocabulary is not None or plan.removed_parameters or plan.train == "all":
         hide_config(folder)
     if vocabulary is not None:
         write_vocabulary(vocabulary, folder)
@@ -51,7 +52,10 @@ def card_of(facts: dict[str, Any], plan: PrunePlan) -> str:
     """The model card of a light adapter."""
     plans = "the plan of which heads and neurons the task needs" if plan.cuts_blocks else "nothing is removed from it"
     what = f"A task over an untouched base: PEFT weights, and {plans}"
-    library = "lightpeft" if facts["tokens"] or plan.removed_parameters else "peft"
+    if plan.train == "all":
+        what = f"A task over an untouched base: all weights that are left of its blocks, as they trained, and {plans}"
+    own = facts["tokens"] or plan.removed_parameters or plan.train == "all"
+    library = "lightpeft" if own else "peft"
     form = CardForm("Light adapter", what, read_by("load_light"), library=library, relation="adapter", exports=True)
     return model_card(facts, plan, form)
 

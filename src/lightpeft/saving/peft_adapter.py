@@ -85,7 +85,7 @@ def check_fit(skeleton: PreTrainedModel, config: PeftConfig, folder: Path, *, ex
         return
     if not exact and not (folder / WEIGHTS).is_file():
         return
-    found = _found(folder)
+    found = shapes_in(folder / WEIGHTS)
     _report_difference(sorted(expected.keys() - found), f"{folder} does not fit its base: it lacks tensors")
     if exact:
         _report_difference(sorted(found.keys() - expected), f"{folder} has tensors that fit nowhere")
@@ -103,8 +103,13 @@ def _expected(skeleton: PreTrainedModel, config: PeftConfig, folder: Path) -> Sh
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _found(folder: Path) -> Shapes:
-    with parsing(f"{folder / WEIGHTS} cannot be read"), safe_open(folder / WEIGHTS, framework="pt") as file:
+def shapes_in(path: Path) -> Shapes:
+    """Shapes of the tensors of a safetensors file, which are not read.
+
+    Raises:
+        LightPeftError: it is missing or damaged.
+    """
+    with parsing(f"{path} cannot be read"), safe_open(path, framework="pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
 
 

@@ -18,6 +18,7 @@ from lightpeft.config import READ_BY_PLANS, LightConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import read_json, understandable, write_json
 from lightpeft.machine import processes
+from lightpeft.models.all_weights import too_few_digits
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling.memory import MemoryMethod
@@ -133,6 +134,9 @@ def leave_pruned(work: Workspace, model: PeftModel, plan: PrunePlan) -> LightMod
             watcher.warnings.append(line)
             work.run.announce("prune", f"warning: {line}")
     light = cut(model, plan)
+    if plan.train == "all" and (line := too_few_digits(light)) is not None:
+        watcher.warnings.append(line)
+        work.run.announce("prune", f"warning: {line}")
     moment = moment_behind(plan)
     if work.config.light.chooses and moment is not None:
         watcher.look(moment, light)

@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
 
-from lightpeft.compat.peft import BaseTunerLayer, ParamWrapper, adapters_in
+from lightpeft.compat.peft import NO_TARGETS, BaseTunerLayer, ParamWrapper, adapters_in
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.base import Site
@@ -149,6 +149,14 @@ def remove_site(model: PeftModel, site: Site) -> None:
     transformers_model(model).set_submodule(site.spec.name, site.layer.base_layer)
 
 
+def merge_site(model: PeftModel, site: Site) -> None:
+    """Make the PEFT module part of its layer, which gets a new weight: the old one may be that of other models, too."""
+    layer = site.layer.base_layer
+    layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    site.layer.merge(adapter_names=[site.adapter])
+    remove_site(model, site)
+
+
 def refresh_config(model: PeftModel) -> None:
     """Make the PEFT configuration say exactly which modules there are, with their sizes."""
     kind, adapter, config = _kind(model), model.active_adapter, _config(model)
@@ -160,6 +168,8 @@ def refresh_config(model: PeftModel) -> None:
     config.target_modules = sorted(layers)
     config.exclude_modules = None
     kind.refresh(config, layers, adapter)
+    if not layers:
+        config.target_modules = NO_TARGETS
     model.base_model.targeted_module_names = sorted(layers)
 
 

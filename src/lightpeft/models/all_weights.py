@@ -1,0 +1,57 @@
+"""The weights that train where all do that a cut leaves (`light.train: all`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightpeft.compat.peft import ModulesToSaveWrapper
+from lightpeft.models.unwrap import transformers_model
+
+
+def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that train, by their names in the transformers model.
+
+    All but embeddings, the head of a language model, and modules that PEFT trains as a whole and saves itself.
+    """
+    inner: PreTrainedModel = transformers_model(model)
+    apart = (nn.Embedding, ModulesToSaveWrapper)
+    output = inner.get_output_embeddings() if inner.can_generate() else None
+    frozen = {
+        id(parameter)
+        for name, module in inner.named_modules()
+        if isinstance(module, apart) or module is output or "embed" in name.rpartition(".")[2]
+        for parameter in module.parameters()
+    }
+    return {name: parameter for name, parameter in inner.named_parameters() if id(parameter) not in frozen}
+
+
+def too_few_digits(model: nn.Module) -> str | None:
+    """What to say where they train in bfloat16; None: they do not."""
+    if all(parameter.dtype != torch.bfloat16 for parameter in trained_weights(model).values()):
+        return None
+    return "light.train: all trains weights in bfloat16, which lose small updates; load the model in float32"
+
+
+def train_all(model: nn.Module) -> None:
+    """Let them train."""
+    for parameter in trained_weights(model).values():
+        parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def put_weights(model: nn.Module, weights: Mapping[str, Tensor], is_trainable: bool) -> None:
+    """Give a cut model weights of its own; those of its base may be shared with others, and stay as they are.
+
+    Args:
+        weights: by the names of `trained_weights`.
+        is_trainable: whether they train on.
+    """
+    inner = transformers_model(model)
+    for name, parameter in trained_weights(model).items():
+        owner, _, own = name.rpartition(".")
+        value = weights[name].to(parameter.device, parameter.dtype)
+        setattr(inner.get_submodule(owner), own, nn.Parameter(value, requires_grad=is_trainable))
