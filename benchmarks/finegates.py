@@ -2,11 +2,11 @@
 
     python benchmarks/finegates.py configs/frontier/finegates.yaml --only task=cola
 
-Every linear layer W of the blocks becomes diag(r) W diag(c) with stochastic gates r and c in [0, 1]; they and the
-head train, all else is frozen, and a penalty holds the expected part of open gates at a target. In the end closed rows
-and columns are removed, with what is dead without them. Written after the paper; no code of the authors is in it. Two
-things differ: the target moves on the way until as many parameters are gone as the number in the method's name says
-(per cent of the blocks), and in the end the smallest gates make up for what is missing to that.
+Every linear layer W of the blocks becomes diag(r) W diag(c) with stochastic gates r and c in [0, 1]. They and the
+task's head train, all else is frozen, and a penalty holds the expected part of open gates at a target. In the end
+closed rows and columns are removed, with what is dead without them. Written after the paper; no code of the authors is
+in it. Two things differ: the target moves on the way until as many parameters are gone as the number in the method's
+name says (per cent of the blocks), and in the end the smallest gates make up for what is missing to that.
 """
 
 from __future__ import annotations
@@ -78,8 +78,9 @@ class Narrow(nn.Module):
         inside: "ffn_in" or "ffn_out" on that side of an FFN, between which only neurons that stay are passed on.
     """
 
-    def __init__(self, gated: Gated, rows: Tensor, columns: Tensor, inside: str) -> None:
+    def __init__(self, gated: Gated, kept: Sequence[Tensor], inside: str) -> None:
         super().__init__()
+        rows, columns = kept
         row, column = gated.gate(gated.rows)[rows], gated.gate(gated.columns)[columns]
         self.layer = nn.Linear(len(column), len(row))
         self.layer.weight.copy_(gated.layer.weight[rows][:, columns] * row[:, None] * column)
@@ -111,7 +112,7 @@ def gate(model: Any) -> list[BlockSpec]:
 
 def open_parts(model: Any, specs: Sequence[BlockSpec], threshold: float) -> dict[str, list[Tensor]]:
     """By layer: whether its rows, and its columns, stay where gates up to a threshold are closed."""
-    kept = {}
+    kept: dict[str, list[Tensor]] = {}
     for spec in specs:
         layers = {slot: model.get_submodule(name) for slot, name in spec.projections.items()}
         sides = {slot: [opening(of.rows) > threshold, opening(of.columns) > threshold] for slot, of in layers.items()}
@@ -142,7 +143,7 @@ def remove_closed(model: Any, specs: Sequence[BlockSpec], threshold: float) -> N
     for slot, name in (pair for spec in specs for pair in spec.projections.items()):
         gated = model.get_submodule(name)
         gated.threshold = threshold
-        model.set_submodule(name, Narrow(gated, *kept[name], slot))
+        model.set_submodule(name, Narrow(gated, kept[name], slot))
 
 
 def steer(model: Any, specs: Sequence[BlockSpec], wanted: int, whole: int) -> None:

@@ -26,7 +26,7 @@ def confusion(logits: Tensor, labels: Tensor) -> Counts:
 
 
 def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """Entities of BIO tags: kind, first word, word behind the last. An I of another kind begins one, as in conlleval."""
+    """Entities of BIO tags: kind, first word, word behind the last. An I of another kind begins one (conlleval)."""
     found, kind, begun = set(), "", 0
     for place, tag in enumerate([*tags, "O"]):
         mark, _, its_kind = tag.partition("-")

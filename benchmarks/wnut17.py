@@ -103,10 +103,10 @@ def train(model: str, method: str, seed: int, folder: Path, data: Path, limit: i
         seconds = time.perf_counter() - started
     trained: Any = trainer.model
     if isinstance(chosen, dict):
-        save_merged(trained, folder / "model", overwrite=True)
+        save_merged(trained, folder / "model", tokenizer, overwrite=True)
     else:
         (merged_copy(trained) if isinstance(trained, PeftModel) else trained).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
     return {
         "parameters": parameter_report(trained),
         "seconds": {"train": seconds},

@@ -2,8 +2,9 @@
 
     python demo/siblings.py --data data
 
-Needs what `demo/fetch.py` has fetched, and ONNX (extra `onnx`). `--data` is a folder with cola, rte, sst2, banking77 and wnut17, one .jsonl a split in the hub's
-columns; they are linked, and of SST-2 the first 10,000 training rows are copied. What is there is left alone.
+Needs what `demo/fetch.py` has fetched, and ONNX (extra `onnx`). `--data` is a folder with cola, rte, sst2, banking77
+and wnut17, one .jsonl a split in the hub's columns; they are linked, and of SST-2 the first 10,000 training rows are
+copied. What is there is left alone.
 
     minilm_l3/                     paraphrase-MiniLM-L3-v2 (BERT, 3 layers, Apache-2.0), rebuilt from its ONNX file
     mpnet/                         all-mpnet-base-v2 (12 layers, Apache-2.0)
