@@ -201,7 +201,7 @@ class TestCasts:
             y = torch.randn(2, 3)
             assert casts.of(y, torch.bfloat16) is casts.of(y, torch.bfloat16)
         casts.forget()
-        assert casts._made is None
+        assert casts._cast is None
 
 
 def probabilities(model: nn.Module) -> dict[str, float]:

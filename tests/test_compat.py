@@ -56,7 +56,7 @@ from lightpeft.compat import hub
 from lightpeft.compat import peft as of_peft
 from lightpeft.compat import torch as of_torch
 from lightpeft.compat import transformers as of_transformers
-from lightpeft.compat.accelerate import as_it_is, forget_optimizers
+from lightpeft.compat.accelerate import forget_optimizers, without_autocast
 from lightpeft.compat.fsdp import out_of_fsdp
 from lightpeft.compat.stand_ins import StandIn, StorageWatch
 from lightpeft.compat.transformers import Checkpoint
@@ -237,7 +237,7 @@ def test_a_prepared_model_is_as_it_is_inside() -> None:
     with needed_for("a cut that does not depend on what training computes in"):
         plain = nn.functional.linear(x, model.weight, model.bias)
         assert not prepared(x).equal(plain)
-        with as_it_is(model):
+        with without_autocast(model):
             assert model(x).equal(plain)
         assert not prepared(x).equal(plain)
 
@@ -569,9 +569,9 @@ def test_another_loss_for_a_while() -> None:
 
     before = loss()
     with needed_for("computing logits in training only where the loss reads them"):
-        with of_transformers.loss_instead(model, lambda *args, **options: torch.tensor(7.0)):
+        with of_transformers.override_loss(model, lambda *args, **options: torch.tensor(7.0)):
             assert loss() == 7
-            with of_transformers.loss_instead(model, lambda *args, **options: torch.tensor(8.0)):
+            with of_transformers.override_loss(model, lambda *args, **options: torch.tensor(8.0)):
                 assert loss() == 8
             assert loss() == 7
         assert loss() == before and model.loss_function is usual

@@ -257,7 +257,7 @@ def test_what_a_run_keeps(bench: Workbench, kept: dict[str, dict[str, Any]]) -> 
         "light adapter",
     ]
     assert kept["full"]["parameters"]["base"] > kept["light"]["parameters"]["base"]
-    assert {"at_full_width", "in_the_end"} <= kept["full"]["milestones"]["metrics"].keys()
+    assert {"at_full_width", "final"} <= kept["full"]["milestones"]["metrics"].keys()
 
 
 def test_the_last_steps_train_at_full_width(bench: Workbench, kept: dict[str, dict[str, Any]]) -> None:
@@ -269,7 +269,7 @@ def test_the_last_steps_train_at_full_width(bench: Workbench, kept: dict[str, di
     rates = [e["learning_rate"] for e in RunFolder.at(bench.folder / "steps").log_entries() if "learning_rate" in e]
     assert rates[-1] < 0.3 * 3e-2
     course = kept["steps"]["milestones"]["metrics"]
-    assert course["in_the_end"]["loss"] < course["at_full_width"]["loss"]
+    assert course["final"]["loss"] < course["at_full_width"]["loss"]
 
 
 def test_an_export_of_a_run_is_what_it_trained_at_full_width(bench: Workbench, tmp_path: Path) -> None:

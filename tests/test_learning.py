@@ -15,7 +15,7 @@ from training import chunks, inputs, student
 from transformers import BertConfig, BertForMultipleChoice
 
 from lightpeft import EarlyPruner
-from lightpeft.prune.learning import LossObserver, learned_of, loss_by_frequencies, untaught
+from lightpeft.prune.learning import LossObserver, learned_of, loss_by_frequencies, unlearned_warning
 
 
 def observed(model: PeftModel, *batches: dict[str, Tensor]) -> Tensor:
@@ -104,5 +104,5 @@ def test_a_loop_of_ones_own_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pyt
 def test_what_is_said_before_a_cut(learned: float | None, words: Any) -> None:
     record = random_record(with_lora(make("bert")))
     record.meta.update(learned=learned, steps=4)
-    line = untaught(record)
+    line = unlearned_warning(record)
     assert line is None if words is None else words in (line or "")

@@ -12,7 +12,7 @@ from lights import PLACES, nested, preset
 
 from lightpeft.app.tasks.entries.registry import ENTRIES
 from lightpeft.app.tasks.kinds.completions import CompletionTask
-from lightpeft.app.tasks.kinds.registry import KINDS
+from lightpeft.app.tasks.kinds.registry import TASK_KINDS
 from lightpeft.config import (
     PRESETS,
     WRITTEN,
@@ -205,7 +205,7 @@ def test_the_task_and_the_kind_of_peft_say_what_is_unset(data: dict[str, Any], l
 
 def test_what_is_written() -> None:
     """The list that the defaults go by is that of the kinds and of the tasks that ship."""
-    kinds = {name for name, kind in KINDS.items() if issubclass(kind, CompletionTask)}
+    kinds = {name for name, kind in TASK_KINDS.items() if issubclass(kind, CompletionTask)}
     assert kinds | {name for name, entry in ENTRIES.items() if entry.kind in kinds} == WRITTEN
 
 

@@ -27,7 +27,7 @@ from lightpeft.app.tasks.entries.registry import CONVERTERS, ENTRIES, check_entr
 from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.app.tasks.kinds.classification import ClassificationTask, label_names
 from lightpeft.app.tasks.kinds.likelihood import LikelihoodTask
-from lightpeft.app.tasks.kinds.registry import BY_LIKELIHOOD, KINDS, task_class
+from lightpeft.app.tasks.kinds.registry import BY_LIKELIHOOD, TASK_KINDS, task_class
 from lightpeft.app.tasks.loading import convert, load_task, restore_task, task_facts
 from lightpeft.app.tasks.metrics import METRICS
 from lightpeft.app.tasks.rows.reading import HUB_NAME
@@ -161,7 +161,7 @@ class TestEntries:
             named = HUB_NAME.fullmatch(f"{entry.hub}:{entry.test}")
             assert named is not None and (named["name"].count("/"), named["split"]) == (1, entry.test)
         assert {entry.convert for entry in ENTRIES.values() if entry.convert} == set(CONVERTERS)
-        assert not set(ENTRIES) & set(KINDS)
+        assert not set(ENTRIES) & set(TASK_KINDS)
 
     @pytest.mark.parametrize("task", list(ENTRIES))
     def test_facts_bring_the_task_back(self, tmp_path: Path, task: str) -> None:
@@ -188,7 +188,7 @@ def test_the_table_in_the_documents_is_what_is_there() -> None:
         splits = ", ".join(f"`{split}`" for split in (entry.test, *entry.more_tests.values()))
         metrics = ", ".join(f"`{metric}`" for metric in entry.metrics)
         assert f"| `{name}` | {entry.hub} | {splits} | {entry.kind} | {metrics} |" in text.splitlines()
-    for kind, task in KINDS.items():
+    for kind, task in TASK_KINDS.items():
         row = next(line for line in text.splitlines() if line.startswith(f"| `{kind}` | "))
         assert row.endswith(f"{', '.join(f'`{metric}`' for metric in task.default_metrics)} |")
     for convert_name in CONVERTERS:
@@ -220,7 +220,7 @@ class TestSources:
         for split in ("train", "validation"):
             (tmp_path / f"{split}.csv").write_text("\n".join(lines), encoding="utf-8")
         task = self.load(tmp_path)
-        assert isinstance(task, KINDS["classification"])
+        assert isinstance(task, TASK_KINDS["classification"])
         assert task.right_options(task.train) == [0, 1]
         (tmp_path / "train.csv").write_text("\n".join([lines[0], "a,b,3.5,0", "c,d,0,1"]), encoding="utf-8")
         stsb = self.load(tmp_path, "stsb")

@@ -21,7 +21,7 @@ from workbench import BAD, GOOD, NEUTRAL, Workbench, lightpeft, read
 from lightpeft.app.evaluation.reports import evaluate_model
 from lightpeft.app.tasks.answers import Columns, Outcome, answers_of, require_finite
 from lightpeft.app.tasks.kinds.base import Task
-from lightpeft.app.tasks.kinds.registry import KINDS
+from lightpeft.app.tasks.kinds.registry import TASK_KINDS
 from lightpeft.app.tasks.loading import load_task, run_settings, task_facts
 from lightpeft.app.tasks.respondent import Respondent
 from lightpeft.app.tasks.rows.columns import check_strings, values
@@ -105,7 +105,7 @@ class TaggingTask(Task):
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(KINDS, "tagging", TaggingTask)
+        patch.setitem(TASK_KINDS, "tagging", TaggingTask)
         yield
 
 
@@ -141,7 +141,7 @@ def test_a_light_run_evaluates_predicts_and_exports(bench: Workbench, capsys: py
     report = read(bench.folder / "run" / "metrics.json")
     assert report["main_metric"] == "accuracy" and report["metrics"]["accuracy"] > 0.9
     assert report["parameters"]["base_removed_ratio"] > 0
-    assert report["milestones"]["metrics"]["constant_answer"] == {"accuracy": 0.5}
+    assert report["milestones"]["metrics"]["majority_baseline"] == {"accuracy": 0.5}
 
     adapter, test, merged = (str(bench.folder / name) for name in ("run/adapter", "test.jsonl", "merged"))
     written = bench.folder / "tags.jsonl"

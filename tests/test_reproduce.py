@@ -53,7 +53,7 @@ from lightpeft.app.runs.reproduce import (
     tables,
     write_results,
 )
-from lightpeft.app.runs.reproduce.results import MEASURES, Spread, p_value
+from lightpeft.app.runs.reproduce.results import MEASURES, SeedSpread, p_value
 from lightpeft.config import PRESETS, RunConfig, run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import read_json, write_json
@@ -494,9 +494,9 @@ def test_a_folder_that_cannot_be_written(bench: Workbench, tmp_path: Path, capsy
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def spreads(**values: tuple[float, float | None] | None) -> dict[str, Spread | None]:
+def spreads(**values: tuple[float, float | None] | None) -> dict[str, SeedSpread | None]:
     values = {"full_width": None, **values}
-    return {name: None if values[name] is None else Spread(*values[name]) for name in MEASURES}  # type: ignore[misc]
+    return {name: None if values[name] is None else SeedSpread(*values[name]) for name in MEASURES}  # type: ignore[misc]
 
 
 FIXED = Results(
@@ -557,7 +557,7 @@ def test_markdown_of_fixed_numbers() -> None:
 
 
 def test_quality_at_full_width_has_a_column_where_a_run_keeps_both() -> None:
-    kept = replace(FIXED.rows[1], measures={**FIXED.rows[1].measures, "full_width": Spread(0.836, 0.001)})
+    kept = replace(FIXED.rows[1], measures={**FIXED.rows[1].measures, "full_width": SeedSpread(0.836, 0.001)})
     table = markdown_table(replace(FIXED, rows=[FIXED.rows[0], kept]))
     assert "| full width |" in table and "| 83.6 ± 0.1 |" in table
     assert "full width: quality there, of runs that keep both" in table
@@ -635,7 +635,7 @@ def test_differences_are_between_equal_seeds(bench: Workbench, tmp_path: Path) -
     assert light.difference == [pytest.approx(-0.1)]
     assert light.p is None
     assert light.measures["samples_per_second"] is None
-    assert light.measures["seconds"] == Spread(3.0, 0.0)
+    assert light.measures["seconds"] == SeedSpread(3.0, 0.0)
 
 
 # -- parts of a grid -------------------------------------------------------------------------------------------------

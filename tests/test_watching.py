@@ -19,11 +19,11 @@ from lightpeft.app.evaluation.milestones import (
     MOST_ROWS,
     MOST_WRITTEN,
     Watcher,
-    constant_answers,
-    constant_score,
     course,
     doubts,
     doubts_of_run,
+    majority_answers,
+    majority_score,
     notices,
     sample,
 )
@@ -68,23 +68,23 @@ class TestConstantAnswers:
         ],
     )
     def test_the_best_of_them(self, references: list[Any], best: Any) -> None:
-        constant = constant_answers(Answers(references, references))
+        constant = majority_answers(Answers(references, references))
         assert constant is not None and list(constant.predictions) == [best] * 3
         assert constant.references == references
 
     def test_language_modelling_has_none(self) -> None:
         answers = Answers([(1.0, 2.0, 3.0)], [None])
-        assert constant_answers(answers) is None
-        assert constant_score(answers, task_of(CausalLMTask)) == {}
+        assert majority_answers(answers) is None
+        assert majority_score(answers, task_of(CausalLMTask)) == {}
 
     def test_classes_that_no_row_has_count_too(self) -> None:
         """F1 of three classes is a mean over them, whichever are right somewhere."""
         task = task_of(ClassificationTask, ["a", "b", "c"])
         answers = Answers([0, 1, 1], [0, 0, 1], None, np.eye(3, dtype=np.float32)[[0, 1, 1]])
-        constant = constant_answers(answers)
+        constant = majority_answers(answers)
         assert constant is not None and constant.probabilities is not None
         assert constant.probabilities.tolist() == [[1, 0, 0]] * 3
-        assert constant_score(answers, task) == {"accuracy": 2 / 3}
+        assert majority_score(answers, task) == {"accuracy": 2 / 3}
 
 
 class TestSample:
@@ -159,11 +159,11 @@ def watcher(**answers: Answers) -> Watcher:
 class TestDoubtsOfRun:
     def test_worse_than_the_untouched_base(self) -> None:
         before, after = classes(80, 20), classes(60, 40)
-        (line,) = doubts_of_run(watcher(untouched_base=before, in_the_end=after), {})
+        (line,) = doubts_of_run(watcher(base_model=before, final=after), {})
         assert line.startswith("accuracy 0.6000 on 100 test rows is worse than the untouched base's 0.8000 (p = ")
         assert line.endswith("; train at a lower learning rate, or cut less (light.remove.blocks)")
-        assert list(doubts_of_run(watcher(untouched_base=after, in_the_end=before), {})) == []
-        assert list(doubts_of_run(watcher(untouched_base=before, in_the_end=classes(78, 22)), {})) == []  # by chance
+        assert list(doubts_of_run(watcher(base_model=after, final=before), {})) == []
+        assert list(doubts_of_run(watcher(base_model=before, final=classes(78, 22)), {})) == []  # by chance
 
     @pytest.mark.parametrize(
         ("losses", "accuracies", "said"),
@@ -179,9 +179,9 @@ class TestDoubtsOfRun:
         self, losses: tuple[float, ...], accuracies: tuple[float, float], said: bool
     ) -> None:
         before, after = accuracies
-        moments = zip(("after_estimation", "after_the_cut", "in_the_end"), losses, (before, after, after), strict=True)
+        moments = zip(("after_estimation", "after_pruning", "final"), losses, (before, after, after), strict=True)
         milestones = {name: {"accuracy": accuracy, "loss": loss} for name, loss, accuracy in moments}
-        lines = list(doubts_of_run(watcher(in_the_end=classes(80, 20)), milestones))
+        lines = list(doubts_of_run(watcher(final=classes(80, 20)), milestones))
         assert len(lines) == said
         if said:
             assert (
@@ -190,9 +190,9 @@ class TestDoubtsOfRun:
             )
 
     def test_a_loss_that_fewer_modules_raised(self) -> None:
-        losses = {"after_estimation": 0.5, "after_cutting_modules": 0.7, "in_the_end": 0.6}
+        losses = {"after_estimation": 0.5, "after_pruning_modules": 0.7, "final": 0.6}
         milestones = {name: {"accuracy": 0.8, "loss": loss} for name, loss in losses.items()}
-        (line,) = doubts_of_run(watcher(in_the_end=classes(80, 20)), milestones)
+        (line,) = doubts_of_run(watcher(final=classes(80, 20)), milestones)
         assert line.startswith("the cut of PEFT modules raised the loss on 100 test rows from 0.5000 to 0.7000")
         assert "light.modules" in line and "light.remove.blocks" not in line
 
@@ -201,16 +201,16 @@ class TestCourse:
     def test_of_all_stages_in_order(self) -> None:
         earlier = [
             {"stage": "train", "done": True},
-            {"stage": "prune", "milestones": {"after_the_cut": {"loss": 2.0}, "after_estimation": {"loss": 1.0}}},
+            {"stage": "prune", "milestones": {"after_pruning": {"loss": 2.0}, "after_estimation": {"loss": 1.0}}},
         ]
-        found = course(watcher(in_the_end=classes(3, 1)), earlier)
-        assert list(found) == ["constant_answer", "after_estimation", "after_the_cut", "in_the_end"]
-        assert found["in_the_end"] == {"accuracy": 0.75} and found["constant_answer"] == {"accuracy": 0.5}
+        found = course(watcher(final=classes(3, 1)), earlier)
+        assert list(found) == ["majority_baseline", "after_estimation", "after_pruning", "final"]
+        assert found["final"] == {"accuracy": 0.75} and found["majority_baseline"] == {"accuracy": 0.5}
 
     @pytest.mark.parametrize("entry", [{}, {"warnings": 5}, {"warnings": None}, {"warnings": ["of the cut"]}])
     def test_warnings_of_earlier_stages(self, entry: dict[str, Any]) -> None:
         answers = classes(80, 20)
-        found = notices(watcher(in_the_end=answers), [entry], answers, bootstrap_intervals(answers, *CLASSES.measures))
+        found = notices(watcher(final=answers), [entry], answers, bootstrap_intervals(answers, *CLASSES.measures))
         assert found["warnings"] == (["of the cut"] if entry.get("warnings") == ["of the cut"] else [])
 
 
@@ -237,12 +237,12 @@ def milestones(folder: Path) -> dict[str, dict[str, float]]:
 def test_every_number_is_that_of_the_model_then(bench: Workbench) -> None:
     folder = bench.folder / "light"
     found = milestones(folder)
-    assert list(found) == ["constant_answer", "after_estimation", "after_the_cut", "in_the_end"]
-    assert found["constant_answer"] == {"accuracy": 0.5}
+    assert list(found) == ["majority_baseline", "after_estimation", "after_pruning", "final"]
+    assert found["majority_baseline"] == {"accuracy": 0.5}
     metrics = read(folder / "metrics.json")["metrics"]
-    assert found["in_the_end"] == {name: metrics[name] for name in ("accuracy", "loss")}
+    assert found["final"] == {name: metrics[name] for name in ("accuracy", "loss")}
     cut = evaluate_model(folder / "pruned", {"data": {"test": str(bench.test), "max_length": 32}})["model"]["metrics"]
-    assert found["after_the_cut"] == pytest.approx({name: cut[name] for name in ("accuracy", "loss")})
+    assert found["after_pruning"] == pytest.approx({name: cut[name] for name in ("accuracy", "loss")})
     work = pipeline.prepare(bench.config("light", **FEW))
     dense = open_peft(folder / "estimation" / "adapter", work.dense_model().model)
     before = pipeline.measure(work, dense)[""].answers
@@ -266,13 +266,13 @@ def test_a_base_that_can_answer_is_asked(llama: Workbench, method: str) -> None:
     """The language-modelling head needs no training to answer."""
     pipeline.run(llama.config(method, method=method, **FEW))
     found = milestones(llama.folder / method)
-    between = ["after_estimation", "after_the_cut"] if method == "light" else []
-    assert list(found) == ["untouched_base", *between, "in_the_end"]
+    between = ["after_estimation", "after_pruning"] if method == "light" else []
+    assert list(found) == ["base_model", *between, "final"]
     columns = {"prompt": "prompt", "completion": "completion"}
     data = {"task": "causal-lm", "test": str(llama.test), "columns": columns}
     base = evaluate_model(llama.base, {"data": {**data, "max_length": 32}})["model"]["metrics"]
-    assert found["untouched_base"] == pytest.approx({name: base[name] for name in ("perplexity", "loss")})
-    assert found["in_the_end"]["loss"] < found["untouched_base"]["loss"]
+    assert found["base_model"] == pytest.approx({name: base[name] for name in ("perplexity", "loss")})
+    assert found["final"]["loss"] < found["base_model"]["loss"]
 
 
 def test_a_cut_by_scores_that_know_nothing_says_so_at_once(
@@ -327,7 +327,7 @@ def test_a_collapsed_run_says_so_whenever_it_is_shown(
         written = capsys.readouterr()
         lines = [line for line in written.err.splitlines() if line.startswith("warning: ")]
         assert 'warning: all 40 test rows are answered "negative"; train longer' in lines[0]
-        for shown in ("the course of the run, on 40 test rows", "constant answer", "after the cut", "in the end"):
+        for shown in ("the course of the run, on 40 test rows", "majority baseline", "after pruning", "final"):
             assert shown in written.out
         monkeypatch.undo()
     warnings = read(bench.folder / "collapsed" / "metrics.json")["warnings"]
@@ -340,14 +340,14 @@ def test_evaluate_holds_any_model_against_a_constant_answer(
     bench: Workbench, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     settings = {"training.learning_rate": 1e-9, "method": "plain"}  # learns nothing
-    pipeline.run(bench.config("untaught", **settings))
+    pipeline.run(bench.config("unlearned_warning", **settings))
     capsys.readouterr()
     report = tmp_path / "report.json"
-    assert lightpeft("evaluate", bench.folder / "untaught", "--json", report) == 0
+    assert lightpeft("evaluate", bench.folder / "unlearned_warning", "--json", report) == 0
     written = capsys.readouterr()
     entry = read(report)
-    assert entry["constant_answer"] == {"accuracy": 0.5}
+    assert entry["majority_baseline"] == {"accuracy": 0.5}
     (line,) = entry["model"]["warnings"]
     assert "test rows are answered" in line or "of always answering" in line
-    assert written.err == f"warning: {bench.folder / 'untaught'}: {line}\n"
-    assert "constant answer" in written.out and "0.5000" in written.out
+    assert written.err == f"warning: {bench.folder / 'unlearned_warning'}: {line}\n"
+    assert "majority baseline" in written.out and "0.5000" in written.out

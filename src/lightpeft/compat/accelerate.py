@@ -16,7 +16,7 @@ except ImportError as _error:
     clear_device_cache = missing("Smaller batches where memory is short", _error)
     should_reduce_batch_size = missing("Smaller batches where memory is short", _error)
 
-__all__ = ["as_it_is", "clear_device_cache", "forget_optimizers", "prepared", "should_reduce_batch_size"]
+__all__ = ["clear_device_cache", "forget_optimizers", "prepared", "should_reduce_batch_size", "without_autocast"]
 
 
 def forget_optimizers(accelerator: Any) -> None:
@@ -34,7 +34,7 @@ def prepared(accelerator: Any, model: nn.Module, optimizer: Any) -> Any:
 
 
 @contextmanager
-def as_it_is(model: nn.Module) -> Iterator[None]:
+def without_autocast(model: nn.Module) -> Iterator[None]:
     """Inside the block a model computes in the precision of its weights, without the autocast of its training."""
     prepared = vars(model).pop("forward", None)
     try:

@@ -75,18 +75,18 @@ class StorageWatch(TorchDispatchMode):
             return self._even_counts(*args, **(kwargs or {}))
         if func is self._grouped_product:  # its own stand-in takes no float32, which is computed all the same
             result = self.counted(_grouped(*args[:3]))
-            self._weigh(func.overloadpacket, result, args, kwargs or {})
+            self._count_result(func.overloadpacket, result, args, kwargs or {})
             return result
         if func is aten.index.Tensor:
             args = (args[0], [part for index in args[1] for part in self._as_numbers(index)])
         result = func(*args, **(kwargs or {}))
-        self._weigh(func.overloadpacket, result, args, kwargs or {})
+        self._count_result(func.overloadpacket, result, args, kwargs or {})
         for tensor in leaves_of(result):
             if isinstance(tensor, Tensor):
                 self.counted(tensor)
         return result
 
-    def _weigh(self, operator: Any, result: Any, args: Any, kwargs: Any) -> None:
+    def _count_result(self, operator: Any, result: Any, args: Any, kwargs: Any) -> None:
         """Count what is computed."""
         if operator in self._formulas:
             self.flops += self._formulas[operator](*args, **kwargs, out_val=result)

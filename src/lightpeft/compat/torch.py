@@ -73,12 +73,12 @@ def maker_of(tensor: Tensor) -> partial[Tensor] | None:
     if node is None or getattr(tensor, "_base", tensor) is not None:
         return None
     if node.name() != _CONVERTED:
-        return partial(_made, node) if _is_made(node, _DEEPEST) else None
+        return partial(_recomputed, node) if _is_recomputable(node, _DEEPEST) else None
     source = node.next_functions[0][0]
-    return partial(_converted, source, tensor.device, tensor.dtype) if _is_made(source, _DEEPEST - 1) else None
+    return partial(_converted, source, tensor.device, tensor.dtype) if _is_recomputable(source, _DEEPEST - 1) else None
 
 
-def _is_made(node: Any, depth: int) -> bool:
+def _is_recomputable(node: Any, depth: int) -> bool:
     """Whether the graph keeps all that a node's result is made of, or makes that in turn."""
     if node is None or depth == 0:
         return False
@@ -90,7 +90,7 @@ def _is_made(node: Any, depth: int) -> bool:
     if node.name() != _PRODUCT or not keeps or not hasattr(type(node), "_saved_other"):
         return False
     factors = [factor for factor, _ in node.next_functions]
-    return None not in factors or any(_is_made(factor, depth - 1) for factor in factors)
+    return None not in factors or any(_is_recomputable(factor, depth - 1) for factor in factors)
 
 
 def _own_way(node: Any) -> Callable[[Any], Tensor] | None:
@@ -99,17 +99,17 @@ def _own_way(node: Any) -> Callable[[Any], Tensor] | None:
     return way
 
 
-def _made(node: Any) -> Tensor:
+def _recomputed(node: Any) -> Tensor:
     way = _ACTIVATIONS.get(node.name()) or _own_way(node)
     if way is not None:
         return way(node)
     one, other = (factor for factor, _ in node.next_functions)  # a frozen one has no node, and the other is not kept
-    first: Tensor = _made(one) if other is None else node._saved_self
-    return first * (_made(other) if one is None else node._saved_other)
+    first: Tensor = _recomputed(one) if other is None else node._saved_self
+    return first * (_recomputed(other) if one is None else node._saved_other)
 
 
 def _converted(node: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return _made(node).to(device, dtype)
+    return _recomputed(node).to(device, dtype)
 
 
 def softmax_backward(gradient: Tensor, result: Tensor) -> Tensor:

@@ -257,7 +257,7 @@ def has_causal_loss(model: PreTrainedModel) -> bool:
 
 
 @contextmanager
-def loss_instead(model: PreTrainedModel, loss: Callable[..., Tensor]) -> Iterator[None]:
+def override_loss(model: PreTrainedModel, loss: Callable[..., Tensor]) -> Iterator[None]:
     """Inside the block the model has another loss function."""
     own = model.loss_function
     model.loss_function = loss

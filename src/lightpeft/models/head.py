@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightpeft.compat.stand_ins import StandIn
 from lightpeft.compat.torch import is_watched
 from lightpeft.machine import random_apart
-from lightpeft.models.patching import instead
+from lightpeft.models.patching import override_forward
 from lightpeft.models.unwrap import transformers_model
 
 
@@ -36,7 +36,7 @@ def lone_head(model: nn.Module) -> nn.Linear | None:
 @contextmanager
 def head_apart(head: nn.Linear | None) -> Iterator[None]:
     """Inside the block, a model gives the hidden states that enter its lone head where it gave logits; None: logits."""
-    with nullcontext() if head is None else instead(head, lambda hidden: hidden):
+    with nullcontext() if head is None else override_forward(head, lambda hidden: hidden):
         yield
 
 
@@ -62,7 +62,7 @@ def given_by(head: nn.Linear) -> Iterator[list[Tensor]]:
         given.append(usual(hidden))
         return given[-1]
 
-    with instead(head, project), torch.no_grad(), random_apart(head.weight.device):  # dropout draws numbers
+    with override_forward(head, project), torch.no_grad(), random_apart(head.weight.device):  # dropout draws numbers
         yield given
 
 

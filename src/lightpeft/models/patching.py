@@ -10,7 +10,7 @@ from torch import nn
 
 
 @contextmanager
-def instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def override_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Inside the block, the module computes `forward`; its attributes, state and structure stay as they are."""
     before = vars(module).get("forward")
     vars(module)["forward"] = forward

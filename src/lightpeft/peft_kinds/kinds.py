@@ -44,7 +44,7 @@ _LAYERS = ("layers_to_transform", "layers_pattern")
 
 
 @dataclass(frozen=True)
-class Place:
+class ModulePlaces:
     """The blocks of a model, by where a run may put modules."""
 
     allowed: Sequence[BlockSpec]
@@ -55,7 +55,7 @@ class Place:
     """As the kind is used by habit (`Method.by_habit`), not wherever a module may be of use."""
 
     @classmethod
-    def under(cls, light: LightConfig, blocks: Sequence[BlockSpec], model_type: str) -> Place:
+    def under(cls, light: LightConfig, blocks: Sequence[BlockSpec], model_type: str) -> ModulePlaces:
         """Where `light.remove.depth` and `light.modules.blocks` let modules be."""
         end = light.blocks_left(len(blocks))
         lowest = light.first_module_block(end)
@@ -84,7 +84,7 @@ class PeftKind:
     def config(
         self,
         run: RunConfig,
-        place: Place | None = None,
+        place: ModulePlaces | None = None,
         task_type: TaskType | None = None,
         new_modules: Sequence[str] = (),
     ) -> PeftConfig:
@@ -125,7 +125,7 @@ class PeftKind:
         require(not unknown, f"peft.{SLOTS_KEY} has {', '.join(sorted(unknown))}; {known}")
         return slots
 
-    def placed(self, settings: Settings, place: Place, slots: Collection[str] | None = None) -> Settings:
+    def placed(self, settings: Settings, place: ModulePlaces, slots: Collection[str] | None = None) -> Settings:
         """The settings that say where modules go; target modules that somebody named stay as they are.
 
         Args:
@@ -157,7 +157,7 @@ class _Lora(PeftKind):
         require(start != "eva", f"peft.init_lora_weights is {start}, which is computed from rows; use true or gaussian")
         return super().config(run, *args, **options)
 
-    def placed(self, settings: Settings, place: Place, slots: Collection[str] | None = None) -> Settings:
+    def placed(self, settings: Settings, place: ModulePlaces, slots: Collection[str] | None = None) -> Settings:
         """Without layers whose names PEFT takes for those of routed experts."""
         result, taken = super().placed(settings, place, slots), names_of_experts(place.model_type)
         targets = result.get("target_modules", [])
@@ -174,7 +174,7 @@ class _Lora(PeftKind):
 class _Ia3(PeftKind):
     """IA3, whose factors are on what a feed-forward module reads: the hidden units in front of `ffn_out`."""
 
-    def placed(self, settings: Settings, place: Place, slots: Collection[str] | None = None) -> Settings:
+    def placed(self, settings: Settings, place: ModulePlaces, slots: Collection[str] | None = None) -> Settings:
         result = super().placed(settings, place, slots)
         if settings.get("feedforward_modules") is not None:
             return result
@@ -189,7 +189,7 @@ class _Ia3(PeftKind):
 class _Bottleneck(PeftKind):
     """Bottleneck adapters, which find their places by the family."""
 
-    def placed(self, settings: Settings, place: Place, slots: Collection[str] | None = None) -> Settings:
+    def placed(self, settings: Settings, place: ModulePlaces, slots: Collection[str] | None = None) -> Settings:
         if settings.get("target_modules") is not None or settings.get("exclude_modules") is not None:
             return {}
         return {"exclude_modules": projections(place.others) or None}
@@ -197,7 +197,7 @@ class _Bottleneck(PeftKind):
 
 _WIDTH = Within(least=1, most=WIDEST)
 
-KINDS: dict[str, PeftKind] = {
+PEFT_KINDS: dict[str, PeftKind] = {
     kind.name: kind
     for kind in (
         _Lora(
@@ -224,14 +224,14 @@ def kind_named(name: str) -> PeftKind:
     Raises:
         LightPeftError: there is none, or it cannot be pruned.
     """
-    if name not in KINDS:
-        meant = nearest(name, KINDS)
+    if name not in PEFT_KINDS:
+        meant = nearest(name, PEFT_KINDS)
         raise LightPeftError(
             f'peft is "{name}", which lightpeft cannot prune; '
             + (f"did you mean {meant}? " if meant else "")
-            + f"choose one of {', '.join(KINDS)}"
+            + f"choose one of {', '.join(PEFT_KINDS)}"
         )
-    return KINDS[name]
+    return PEFT_KINDS[name]
 
 
 def kind_of(config: PeftConfig) -> PeftKind:

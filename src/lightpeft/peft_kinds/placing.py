@@ -13,7 +13,7 @@ from lightpeft.errors import require
 from lightpeft.files.foreign import parsing
 from lightpeft.models.families.registry import block_specs
 from lightpeft.models.loading import LoadedModel
-from lightpeft.peft_kinds.kinds import Place, kind_named
+from lightpeft.peft_kinds.kinds import ModulePlaces, kind_named
 from lightpeft.peft_kinds.sites.registry import leave_experts
 from lightpeft.plans.structure import BlockSpec
 
@@ -40,11 +40,11 @@ def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
     return model
 
 
-def _place(blocks: Sequence[BlockSpec], config: RunConfig, model_type: str) -> Place:
+def _place(blocks: Sequence[BlockSpec], config: RunConfig, model_type: str) -> ModulePlaces:
     """Where modules may be: where the method prunes, in the blocks in which they may stay."""
     if config.way.prunes:
-        return Place.under(config.light, blocks, model_type)
-    return Place(blocks, (), model_type, config.way.by_habit)
+        return ModulePlaces.under(config.light, blocks, model_type)
+    return ModulePlaces(blocks, (), model_type, config.way.by_habit)
 
 
 def _check_targets(model: PreTrainedModel, targets: Any, blocks: Sequence[BlockSpec]) -> None:

@@ -88,7 +88,7 @@ def loss_by_frequencies(of_classes: Tensor) -> float:
     return float(torch.special.entr(of_classes.double() / of_classes.sum()).sum())
 
 
-def untaught(record: EstimationRecord) -> str | None:
+def unlearned_warning(record: EstimationRecord) -> str | None:
     """What to say before a cut by the scores of a model that has learned next to nothing; None: it has, or who knows.
 
     On CoLA, where that was so, a cut of 60% of the blocks cost MPNet-base nearly all of its Matthews' correlation

@@ -89,7 +89,7 @@ class UnitMasks:
         self._handles += scaler.attach(projections["ffn_out"])
         for slot in ("ffn_gate_in", "ffn_gate", "ffn_in"):
             if slot in projections and function is not None:
-                self._handles.append(projections[slot].register_forward_hook(scaler.remember))
+                self._handles.append(projections[slot].register_forward_hook(scaler.store_output))
 
     def _attach_experts(self, inner: nn.Module, place: int, masks: dict[MaskedUnit, Masked]) -> None:
         block = self.blocks[place]
@@ -191,7 +191,7 @@ class _Scaler:
             projection.register_forward_hook(self._end, always_call=True),
         ]
 
-    def remember(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def store_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Forward hook of the projections into the FFN (gate first, where there is one)."""
         if self._reproducible.get(module.training, True):
             self._sources.append(output.detach())

@@ -14,7 +14,7 @@ from lightpeft.training.arguments import refuse_deepspeed
 _log = logging.getLogger(__name__)
 
 
-def taken(
+def trainer_kwargs(
     init: Callable[..., None], args: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a trainer is to be made with behind its model; by names, as far as arguments have any.

@@ -15,7 +15,7 @@ from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.prune.light_model import LightModel
 from lightpeft.prune.reading import ONLY_THESE, ROWS, find_depth, is_classifying_decoder
-from lightpeft.recipe.parallel import agreed
+from lightpeft.recipe.parallel import broadcast_from_main
 from lightpeft.training.arguments import half_precision
 from lightpeft.training.rows import batches_of
 
@@ -40,7 +40,7 @@ def with_depth(light: LightConfig, model: Any, options: Mapping[str, Any]) -> Li
         _log.info("light.remove.depth: auto leaves out none of the blocks: %s", ONLY_THESE)
         return light.with_depth(0.0)
     with torch.random.fork_rng():  # what is made of random numbers afterwards does not depend on this
-        found = agreed(find_depth(model, *_fed(model, options)))
+        found = broadcast_from_main(find_depth(model, *_fed(model, options)))
     depth = found.within(light.remove.blocks)
     _log.info("light.remove.depth: auto leaves out %.0f%% of the blocks: %s", 100 * depth, found.summary())
     return light.with_depth(depth)

@@ -12,7 +12,7 @@ from lightpeft.training.host import Host
 T = TypeVar("T")
 
 
-def agreed(value: T) -> T:
+def broadcast_from_main(value: T) -> T:
     """The value of the main process, in all: what they measured may differ in the last digit."""
     values = [value]
     broadcast_object_list(values)

@@ -24,7 +24,7 @@ from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.prune.discovery import ensure_family
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.fingerprint import check_stored
-from lightpeft.prune.learning import untaught
+from lightpeft.prune.learning import unlearned_warning
 from lightpeft.prune.light_model import LightModel, as_light
 from lightpeft.prune.surgery import apply_plan, check_amount
 from lightpeft.recipe.settling import can_write, peft_config_of, settings_of_loop
@@ -143,7 +143,7 @@ class EarlyPruner:
         if plan is None:
             record = self.record()
             plan = make_plan(record, self.config)
-            line = untaught(record) if plan.removed_of_blocks else None
+            line = unlearned_warning(record) if plan.removed_of_blocks else None
             if line is not None:
                 _log.warning("%s", line)
         self.estimator.stop()

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from lightpeft.budget.found import FoundBudget
 from lightpeft.budget.trainer import budget_in
 from lightpeft.budget.worth import points_a_nat
-from lightpeft.compat.accelerate import as_it_is
+from lightpeft.compat.accelerate import without_autocast
 from lightpeft.config import Light, LightConfig, Tolerance, cut_of_writer, tolerance_of
 from lightpeft.errors import require
 from lightpeft.models.all_weights import too_few_digits
@@ -30,14 +30,14 @@ from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling.sizes import parameter_report
 from lightpeft.prune.estimation import Estimator
-from lightpeft.prune.learning import untaught
+from lightpeft.prune.learning import unlearned_warning
 from lightpeft.prune.length import fitted
 from lightpeft.prune.light_model import LightModel
-from lightpeft.recipe.arguments import taken, with_dense_reference
+from lightpeft.recipe.arguments import trainer_kwargs, with_dense_reference
 from lightpeft.recipe.checkpoints import LightCheckpoints
 from lightpeft.recipe.course import Course, tell_cut
 from lightpeft.recipe.naming import with_loaded_model
-from lightpeft.recipe.parallel import agreed
+from lightpeft.recipe.parallel import broadcast_from_main
 from lightpeft.recipe.pruner import EarlyPruner, cut
 from lightpeft.recipe.refusals import check_length, check_light, refuse_parts
 from lightpeft.recipe.schedule import LightSchedule
@@ -97,7 +97,7 @@ class LightTraining(Training):
         prefix_cache: PrefixCache | None = PrefixCache(),  # noqa: B008 (frozen)
         **options: Any,
     ) -> None:
-        args, options = taken(super().__init__, args, options)
+        args, options = trainer_kwargs(super().__init__, args, options)
         self.fast_steps, self.light_report = fast_steps, {}
         model, options = with_loaded_model(model, type(self), options)
         refuse_parts(model)
@@ -200,12 +200,12 @@ class LightTraining(Training):
         if plan is None:
             control.should_training_stop = True
             return
-        line = untaught(self.light_record) if plan.removed_of_blocks else None
+        line = unlearned_warning(self.light_record) if plan.removed_of_blocks else None
         if line is not None:
             self._warn(line)
         started = time.perf_counter()
         before = parameter_report(self._peft_model)
-        with as_it_is(self._peft_model), self._sharding.answering():
+        with without_autocast(self._peft_model), self._sharding.answering():
             light = self.prune_light_model(plan)
         if self.args.fp16:
             train_in_float32(light)  # more weights train than before
@@ -225,7 +225,7 @@ class LightTraining(Training):
             self.light_budget = self.find_light_budget(record, self.state.max_steps)
             self._light_seconds["budget"] = self.light_budget.seconds
             _log.log(logging.INFO if self.light_budget.blocks else logging.WARNING, "%s", self.light_budget.summary())
-            light = light.removing(agreed(self.light_budget.blocks))
+            light = light.removing(broadcast_from_main(self.light_budget.blocks))
         return make_plan(record, light)
 
     def find_light_budget(self, record: EstimationRecord, steps: int) -> FoundBudget:

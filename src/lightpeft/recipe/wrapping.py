@@ -13,7 +13,7 @@ from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.models.families.registry import block_specs
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.peft_kinds.kinds import Place, kind_of, projections
+from lightpeft.peft_kinds.kinds import ModulePlaces, kind_of, projections
 from lightpeft.peft_kinds.sites.registry import find_sites, refresh_config, remove_site
 from lightpeft.prune.discovery import ensure_family
 
@@ -79,7 +79,7 @@ def placed(config: PeftConfig, model: nn.Module, light: LightConfig) -> PeftConf
     """
     ensure_family(model)
     inner = transformers_model(model)
-    place = Place.under(light, block_specs(inner), inner.config.model_type)
+    place = ModulePlaces.under(light, block_specs(inner), inner.config.model_type)
     named = {name: getattr(config, name) for name in _PLACES if hasattr(config, name)}
     changed = kind_of(config).placed(named, place)
     if named.get("target_modules") is not None and place.others:

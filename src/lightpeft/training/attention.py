@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightpeft.compat.torch import changes_of, softmax_backward
 from lightpeft.compat.transformers import recomputes
-from lightpeft.models.patching import instead
+from lightpeft.models.patching import override_forward
 from lightpeft.models.unwrap import transformers_model
 
 LONGEST = 256
@@ -51,7 +51,7 @@ def attention_by_products(model: nn.Module) -> Iterator[None]:
         with ByProducts():
             return usual(*args, **kwargs)
 
-    with instead(inner, forward):
+    with override_forward(inner, forward):
         yield
 
 
@@ -108,7 +108,7 @@ class _Masks:
     def __init__(self) -> None:
         self._given: tuple[Any, ...] = ()
         self._mask: Tensor | None = None
-        self._made: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._terms: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def of(
         self, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool
@@ -122,8 +122,8 @@ class _Masks:
             self._mask, self._given = mask, given
             if is_causal:
                 mask = query.new_ones(*given[2:], dtype=torch.bool).tril()
-            self._made = (None, None) if mask is None else _term(mask, query.dtype)
-        return self._made
+            self._terms = (None, None) if mask is None else _term(mask, query.dtype)
+        return self._terms
 
 
 def _term(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

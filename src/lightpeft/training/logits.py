@@ -13,11 +13,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from lightpeft.compat.torch import is_watched
-from lightpeft.compat.transformers import causal_loss, has_causal_loss, loss_instead
+from lightpeft.compat.transformers import causal_loss, has_causal_loss, override_loss
 from lightpeft.machine import computed_in
 from lightpeft.models.batches import IGNORED
 from lightpeft.models.head import given_by, language_head, two_tokens
-from lightpeft.models.patching import instead
+from lightpeft.models.patching import override_forward
 from lightpeft.models.unwrap import transformers_model
 
 _AT_ONCE, _AT_ONCE_ON_CPU = 2**28, 2**25
@@ -52,7 +52,7 @@ def labelled_head(model: nn.Module) -> Iterator[None]:
     labelled = _Labelled(head, straight=way == "straight")
     handle = inner.register_forward_pre_hook(labelled.begin, with_kwargs=True)
     try:
-        with loss_instead(inner, labelled.loss), instead(head, labelled.project):
+        with override_loss(inner, labelled.loss), override_forward(head, labelled.project):
             yield
     finally:
         handle.remove()
@@ -73,7 +73,7 @@ def _way_to_loss(inner: Any, head: nn.Linear) -> str | None:
     inputs = two_tokens(inner)
     tokens = inputs["input_ids"]
     try:
-        with loss_instead(inner, loss), given_by(head) as given:
+        with override_loss(inner, loss), given_by(head) as given:
             inner(**inputs, labels=tokens)
     except Exception:  # noqa: BLE001 - it wants other inputs, in one of many ways
         return None

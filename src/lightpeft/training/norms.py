@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from lightpeft.compat.torch import layer_norm_backward
 from lightpeft.compat.transformers import is_rms_norm
-from lightpeft.models.patching import instead
+from lightpeft.models.patching import override_forward
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def fused_norms(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in model.modules():
             if is_rms_norm(module) and module.weight.device.type == "cpu":
-                stack.enter_context(instead(module, partial(_normed, module, module.forward)))
+                stack.enter_context(override_forward(module, partial(_normed, module, module.forward)))
         yield
 
 

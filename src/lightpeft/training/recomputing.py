@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lightpeft.compat.torch import maker_of
 from lightpeft.compat.transformers import recomputes
-from lightpeft.models.patching import instead
+from lightpeft.models.patching import override_forward
 from lightpeft.models.unwrap import transformers_model
 
 
@@ -42,7 +42,7 @@ def recomputed_activations(model: nn.Module) -> Iterator[None]:
         with saved_tensors_hooks(_keep, _Kept()):
             return usual(*args, **kwargs)
 
-    with instead(inner, forward):
+    with override_forward(inner, forward):
         yield
 
 

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from lightpeft.errors import require
 from lightpeft.machine import autocasting, sharding_launched
 from lightpeft.models.families.registry import block_lists
-from lightpeft.models.patching import instead
+from lightpeft.models.patching import override_forward
 from lightpeft.models.sharding import is_sharded, reshard
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.training.arguments import half_precision
@@ -86,7 +86,7 @@ class Sharding:
             with trainer.autocast_smart_context_manager():
                 return usual(*args, **options)
 
-        with nullcontext() if self._half is None else instead(trainer.model, forward):
+        with nullcontext() if self._half is None else override_forward(trainer.model, forward):
             yield
 
     # -- what the trainer's methods hand on ----------------------------------------------------------------------

@@ -49,8 +49,8 @@ def metrics_table(
     title: str,
     constant: Mapping[str, float] | None = None,
 ) -> Table:
-    """One metric a row, with its 95% interval where there is one; beside what a constant answer gets, where given."""
-    table = _numbers_table(title, "", "value", "95% interval", *(["constant answer"] if constant else []))
+    """One metric a row, with its 95% interval where there is one; beside the majority baseline, where given."""
+    table = _numbers_table(title, "", "value", "95% interval", *(["majority baseline"] if constant else []))
     for name, value in metrics.items():
         beside = [shown(constant[name]) if name in constant else ""] if constant else []
         table.add_row(escape(name), shown(value), _range(intervals.get(name)), *beside)

@@ -23,15 +23,15 @@ from lightpeft.errors import LightPeftError
 from lightpeft.plans.records import PrunePlan
 
 MILESTONES = (
-    "constant_answer",
-    "untouched_base",
+    "majority_baseline",
+    "base_model",
     "after_estimation",
-    "after_the_cut",
-    "after_cutting_modules",
+    "after_pruning",
+    "after_pruning_modules",
     "at_full_width",
-    "in_the_end",
+    "final",
 )
-"""Moments of a run, in order; a constant answer is none, but what all of them are held against."""
+"""Moments of a run, in order; the majority baseline is none, but what all of them are held against."""
 MOST_ROWS = 256
 """Rows of the sample at most: an accuracy of so many is known to 6 points (95%), for four passes over few rows."""
 MOST_WRITTEN = 32
@@ -50,8 +50,8 @@ Metrics = dict[str, float]
 def moment_behind(plan: PrunePlan) -> str | None:
     """The moment behind surgery by a plan; None where that leaves the model as it was."""
     if plan.cuts_blocks:
-        return "after_the_cut"
-    return "after_cutting_modules" if plan.cuts_modules else None
+        return "after_pruning"
+    return "after_pruning_modules" if plan.cuts_modules else None
 
 
 def sample(task: Task) -> Dataset:
@@ -99,7 +99,7 @@ def milestone(of_then: Outcome, task: Task) -> Metrics:
     return {name: values[name] for name in (task.main_metric, "loss") if math.isfinite(values.get(name, math.nan))}
 
 
-def constant_answers(answers: Answers) -> Answers | None:
+def majority_answers(answers: Answers) -> Answers | None:
     """Always the answer that is right most often (of numbers, the mean); None where nothing is right or wrong."""
     right = [_one_of(reference) for reference in answers.references]
     if None in right:
@@ -112,9 +112,9 @@ def constant_answers(answers: Answers) -> Answers | None:
     return Answers([best] * len(answers), answers.references, answers.groups, probabilities)
 
 
-def constant_score(answers: Answers, task: Task) -> Metrics:
-    """The main metric of a constant answer to the same examples; empty where there is none."""
-    constant, name = constant_answers(answers), task.main_metric
+def majority_score(answers: Answers, task: Task) -> Metrics:
+    """The main metric of the majority baseline on the same examples; empty where there is none."""
+    constant, name = majority_answers(answers), task.main_metric
     return {} if constant is None else {name: task.score(constant)[name]}
 
 
@@ -132,8 +132,8 @@ def course(watcher: Watcher, earlier: Iterable[Mapping[str, Any]]) -> dict[str, 
     """
     known = [entry["milestones"] for entry in earlier if isinstance(entry.get("milestones"), dict)]
     known.append(watcher.facts()["milestones"])
-    if "in_the_end" in watcher.outcomes:
-        known.append({"constant_answer": constant_score(watcher.outcomes["in_the_end"].answers, watcher.task)})
+    if "final" in watcher.outcomes:
+        known.append({"majority_baseline": majority_score(watcher.outcomes["final"].answers, watcher.task)})
     found = {name: metrics for milestones in known for name, metrics in milestones.items()}
     return {name: found[name] for name in MILESTONES if found.get(name)}
 
@@ -143,8 +143,8 @@ def course(watcher: Watcher, earlier: Iterable[Mapping[str, Any]]) -> dict[str, 
 REMEDY = "train longer (training.epochs) or at another learning rate, such as three times this one, or on more rows"
 MILDER = "train at a lower learning rate, or cut less (light.remove.blocks)"
 _RAISERS = {
-    "after_the_cut": ("the cut", "cut less (light.remove.blocks)"),
-    "after_cutting_modules": (
+    "after_pruning": ("the cut", "cut less (light.remove.blocks)"),
+    "after_pruning_modules": (
         "the cut of PEFT modules",
         "keep more of them (light.modules)",
     ),
@@ -178,12 +178,12 @@ def notices(
 
 
 def doubts(answers: Answers, task: Task, interval: Interval | None) -> Iterator[str]:
-    """What the answers to all test rows tell of any model: one class alone, or nothing better than a constant answer.
+    """What the answers to all test rows tell of any model: one class alone, or no better than the majority baseline.
 
     Args:
         interval: of the main metric; a model is better than a constant where all of it is.
     """
-    constant, name = constant_answers(answers), task.main_metric
+    constant, name = majority_answers(answers), task.main_metric
     if constant is None or interval is None:
         return
     if _collapsed(answers, task):
@@ -205,14 +205,14 @@ def doubts_of_run(watcher: Watcher, milestones: Mapping[str, Metrics]) -> Iterat
         milestones: of the whole run.
     """
     name, examples = watcher.task.main_metric, f"{watcher.examples} test rows"
-    if {"untouched_base", "in_the_end"} <= watcher.outcomes.keys():
-        base, trained = (watcher.outcomes[moment].answers for moment in ("untouched_base", "in_the_end"))
+    if {"base_model", "final"} <= watcher.outcomes.keys():
+        base, trained = (watcher.outcomes[moment].answers for moment in ("base_model", "final"))
         test = compare(base, trained, watcher.task.measures[0])[name]
         if _gain(name, test.first, test.second) < 0 and test.p_value is not None and test.p_value < 1 - LEVEL:
             values = f"{name} {test.second:.4f} on {examples} is worse than the untouched base's {test.first:.4f}"
             yield f"{values} (p = {test.p_value:.2g}); {MILDER}"
-    before, end = (milestones.get(moment, {}) for moment in ("after_estimation", "in_the_end"))
-    moment = next((each for each in _RAISERS if each in milestones), "after_the_cut")
+    before, end = (milestones.get(moment, {}) for moment in ("after_estimation", "final"))
+    moment = next((each for each in _RAISERS if each in milestones), "after_pruning")
     cut, (what, less) = milestones.get(moment, {}), _RAISERS[moment]
     left = min(cut.get("loss", 0), end.get("loss", 0)) > (1 + RAISED) * before.get("loss", math.inf)
     if left and _gain(name, before[name], end[name]) <= 0:  # else it is surer of its mistakes, and makes fewer of them

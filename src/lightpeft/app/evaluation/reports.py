@@ -14,7 +14,7 @@ from datasets import Dataset
 from sklearn.metrics import classification_report
 
 from lightpeft.app.evaluation.harness import MEANS, HarnessScores, run_harness
-from lightpeft.app.evaluation.milestones import constant_score, doubts
+from lightpeft.app.evaluation.milestones import doubts, majority_score
 from lightpeft.app.evaluation.prediction_files import check_predictions_path, write_predictions
 from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.evaluation.scores import prefixed, scores_of
@@ -89,7 +89,7 @@ def evaluate_model(
         seed: of the bootstrap.
 
     Returns:
-        The report: task, examples, constant_answer (the main metric of always giving one answer), model (name, kind,
+        The report: task, examples, majority_baseline (the main metric of always giving one answer), model (name, kind,
         metrics, intervals, warnings, parameters), and with `other` the same of it as other, and comparison; with
         `per_class`, classes.
 
@@ -217,7 +217,7 @@ def _report(measured: Sequence[Measured], per_class: bool, seed: int) -> dict[st
     report = {
         "task": first.task.config.task,
         "examples": len(first.answers()),
-        "constant_answer": constant_score(first.answers(), first.task),
+        "majority_baseline": majority_score(first.answers(), first.task),
         "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "seed": seed},
         "model": _of_model(first, seed),
     }

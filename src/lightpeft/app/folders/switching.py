@@ -153,7 +153,7 @@ class LightSwitch:
             return model
         with self._making:
             model = self._present(name)  # made by a thread that this one waited for
-            return self._made(name) if model is None else model
+            return self._load(name) if model is None else model
 
     def _present(self, name: str) -> SharingModel | None:
         with self._tables:
@@ -163,7 +163,7 @@ class LightSwitch:
                 self._kept.move_to_end(name)
             return model
 
-    def _made(self, name: str) -> SharingModel:
+    def _load(self, name: str) -> SharingModel:
         task, known = self._task(name), self._known.get(name)
         light = load_sharing(task.folder, task.model, self._shared, device=self._device, known=known)
         model = _as_sharing(light)

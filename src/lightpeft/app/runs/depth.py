@@ -10,7 +10,7 @@ from lightpeft.app.runs.workspace import Workspace, with_found_depth
 from lightpeft.files import read_json, write_json
 from lightpeft.machine import autocast_dtype
 from lightpeft.prune.reading import ONLY_THESE, ROWS, find_depth, is_classifying_decoder
-from lightpeft.recipe.parallel import agreed
+from lightpeft.recipe.parallel import broadcast_from_main
 
 
 def settle_depth(work: Workspace) -> None:
@@ -45,5 +45,5 @@ def _found(work: Workspace) -> dict[str, Any]:
     model = work.dense_model(to_train=True).model
     if not is_classifying_decoder(model):
         return {"depth": 0.0, "reason": ONLY_THESE}
-    found = agreed(find_depth(model, work.drawn_batches(ROWS), autocast_dtype(work.config.training)))
+    found = broadcast_from_main(find_depth(model, work.drawn_batches(ROWS), autocast_dtype(work.config.training)))
     return {**found.facts(), "depth": found.within(work.config.light.remove.blocks), "reason": found.summary()}

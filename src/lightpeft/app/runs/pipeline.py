@@ -313,9 +313,9 @@ def evaluate(work: Workspace) -> dict[str, Any]:
     outcomes = measure(work, model)
     scores = scores_of(outcomes, work.task)
     if watcher.examples == len(work.task.test):
-        watcher.outcomes["in_the_end"] = outcomes[""]
+        watcher.outcomes["final"] = outcomes[""]
     else:
-        watcher.look("in_the_end", model)
+        watcher.look("final", model)
     earlier = [entry for stage, entry in run.finished_stages().items() if stage != "evaluate"]
     noticed = notices(watcher, earlier, outcomes[""].answers, scores.intervals)
     besides = _beside_light(work) if isinstance(model, LightModel) and run.keeps_full else {}
@@ -343,7 +343,7 @@ def _asked_base(work: Workspace, watcher: Watcher) -> PreTrainedModel | None:
     """The untouched base, which has answered before a result is built on it; None where the result needs none."""
     base = work.dense_model()
     if not base.new_modules:  # else its head is random, and so are its answers
-        watcher.look("untouched_base", base.model)
+        watcher.look("base_model", base.model)
     return base.model if work.config.way.has_peft else None
 
 

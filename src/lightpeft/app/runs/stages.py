@@ -23,7 +23,7 @@ from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling.memory import MemoryMethod
 from lightpeft.prune.depth import leave_out
-from lightpeft.prune.learning import untaught
+from lightpeft.prune.learning import unlearned_warning
 from lightpeft.prune.light_model import LightModel
 from lightpeft.recipe.pruner import cut
 
@@ -129,7 +129,7 @@ def leave_pruned(work: Workspace, model: PeftModel, plan: PrunePlan) -> LightMod
     watcher = work.watcher()
     if work.config.light.chooses:
         watcher.look("after_estimation", model)
-        line = untaught(EstimationRecord.load(work.run.estimation)) if plan.removed_of_blocks else None
+        line = unlearned_warning(EstimationRecord.load(work.run.estimation)) if plan.removed_of_blocks else None
         if line is not None:
             watcher.warnings.append(line)
             work.run.announce("prune", f"warning: {line}")

@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from lightpeft.app.runs.workspace import Workspace
 from lightpeft.profiling.live import losses_of
-from lightpeft.recipe.parallel import agreed
+from lightpeft.recipe.parallel import broadcast_from_main
 
 PATIENCE = 3
 """Epochs without a lower loss after which training stops."""
@@ -43,7 +43,7 @@ def loss_aside(work: Workspace, model: nn.Module, autocast: torch.dtype | None) 
     """The mean loss of the rows that were set aside."""
     batches = work.held_batches()
     sizes = torch.tensor([len(batch["input_ids"]) for batch in batches], dtype=torch.float64)
-    return agreed(float((losses_of(model, batches, autocast) * sizes).sum() / sizes.sum()))
+    return broadcast_from_main(float((losses_of(model, batches, autocast) * sizes).sum() / sizes.sum()))
 
 
 def stopped(trainer: Any, work: Workspace) -> dict[str, Any]:

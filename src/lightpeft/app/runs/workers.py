@@ -29,14 +29,14 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._pipe, self._far_end = context.Pipe()
         self._process = context.Process(target=_serve, args=(self._far_end,), daemon=True)
-        self._made = make, arguments
+        self._subject = make, arguments
 
     def __enter__(self) -> Worker:
         with _without_interrupts():
             self._process.start()
         self._far_end.close()  # so that the pipe ends when the process does
         with suppress(BrokenPipeError):  # it ended, which the first measurement tells
-            self._pipe.send(self._made)
+            self._pipe.send(self._subject)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

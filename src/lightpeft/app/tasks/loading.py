@@ -13,7 +13,7 @@ from lightpeft.app.tasks.entries.converting import convert_rows, source_columns
 from lightpeft.app.tasks.entries.registry import ENTRIES, check_entry, converter, find_entry
 from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.app.tasks.kinds.likelihood import LikelihoodTask
-from lightpeft.app.tasks.kinds.registry import KINDS, task_class
+from lightpeft.app.tasks.kinds.registry import TASK_KINDS, task_class
 from lightpeft.app.tasks.rows.sources import Split, read_splits
 from lightpeft.app.tasks.rows.splitting import limited, split_rows
 from lightpeft.config import DataConfig, TaskEntry
@@ -78,7 +78,7 @@ def convert(rows: Dataset, entry: TaskEntry, what: str, answered: bool = True) -
 
 def input_columns(task: Task) -> list[str]:
     """Columns of the data that a row to predict on needs; none where a function of the entry reads the row."""
-    entry, kind = task.entry, KINDS[task.entry.kind]
+    entry, kind = task.entry, TASK_KINDS[task.entry.kind]
     if entry.convert is not None:
         return []
     sources = kind.sources(entry.columns) if entry.columns else {column: column for column in kind.columns}

@@ -13,7 +13,7 @@ from lightpeft.models.linears.kinds import LinearKind
 from lightpeft.models.linears.on_disk import OnDiskLinear
 from lightpeft.models.linears.plain import PlainLinear, TransposedLinear
 
-KINDS: tuple[LinearKind, ...] = (
+LINEAR_KINDS: tuple[LinearKind, ...] = (
     OnDiskLinear(),  # before the plain ones, which it is of as well
     PlainLinear(),
     TransposedLinear(),
@@ -25,7 +25,7 @@ KINDS: tuple[LinearKind, ...] = (
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether the layer is a linear layer that can be cut."""
-    return any(kind.matches(layer) for kind in KINDS)
+    return any(kind.matches(layer) for kind in LINEAR_KINDS)
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
@@ -65,7 +65,7 @@ def slice_linear(layer: Any, index: Tensor, dim: int) -> None:
 
 
 def _kind(layer: nn.Module) -> LinearKind:
-    for kind in KINDS:
+    for kind in LINEAR_KINDS:
         if kind.matches(layer):
             return kind
     raise LightPeftError(f"a {describe(layer)} cannot be pruned")

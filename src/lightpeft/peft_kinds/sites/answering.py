@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightpeft.compat.peft import LoraLinear
 from lightpeft.compat.torch import changes_of
 from lightpeft.machine import computed_in
-from lightpeft.models.patching import instead
+from lightpeft.models.patching import override_forward
 from lightpeft.peft_kinds.sites.fused import plain_adapter
 
 _SEEN = "_lightpeft_inner"
@@ -45,7 +45,7 @@ def fused_answers(model: nn.Module) -> Iterator[None]:
             for group in _groups(layers):
                 inner = _Inner(group)
                 for place, layer in enumerate(group):
-                    stack.enter_context(instead(layer, _Answer(layer, inner, place)))
+                    stack.enter_context(override_forward(layer, _Answer(layer, inner, place)))
         yield
 
 

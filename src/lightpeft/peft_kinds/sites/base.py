@@ -94,17 +94,19 @@ class Site(ABC):
             self.cut(index.to(self.device), cut_dim(slot))
 
     def unfitted(self, learned: Tensors, spec: BlockSpec, kept: BlockPlan) -> Tensors:
-        """The inverse of `fit`; arguments and errors as of `widened`."""
+        """The inverse of `fit`; arguments and errors as of `expanded_to_dense`."""
         slot: str = self.spec.slot  # type: ignore[assignment]
         index = kept_channels(spec, kept, slot)
-        return self.widened(learned, torch.arange(width(spec, slot)) if index is None else index, cut_dim(slot))
+        return self.expanded_to_dense(
+            learned, torch.arange(width(spec, slot)) if index is None else index, cut_dim(slot)
+        )
 
     @abstractmethod
     def cut(self, index: Tensor, dim: int) -> None:
         """Keep these output features (`dim` 0) or input features (`dim` 1) of the frozen layer's PEFT weights."""
 
     @abstractmethod
-    def widened(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
+    def expanded_to_dense(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
         """The inverse of `cut`: what a module of a cut model has learned, for this one, on the dense layer.
 
         Channels that the cut layer does not have compute as in the base.
@@ -145,7 +147,7 @@ def observe_pair(
     """Report the output of `delta`, which is added with the factor `scaling`, against that of `base` before it."""
     outputs: list[Tensor] = []
 
-    def remember(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def store_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if counting():
             outputs[:] = [output.detach()]
 
@@ -153,7 +155,7 @@ def observe_pair(
         if outputs:
             report(output.detach(), outputs.pop(), scaling)
 
-    return [base.register_forward_hook(remember), delta.register_forward_hook(compare)]
+    return [base.register_forward_hook(store_output), delta.register_forward_hook(compare)]
 
 
 def spread(tensor: Tensor, index: Tensor, dim: int, size: int, fill: float = 0.0) -> Tensor:

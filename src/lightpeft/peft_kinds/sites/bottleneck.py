@@ -73,6 +73,6 @@ class BottleneckSite(Site):
         slice_linear(self.branch.up, index, dim=1)
         self.layer.size[self.adapter] = len(index)
 
-    def widened(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
+    def expanded_to_dense(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
         """The same: the adapter sits on the hidden width."""
         return learned

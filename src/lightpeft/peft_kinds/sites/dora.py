@@ -57,9 +57,9 @@ class DoraSite(LoraSite):
         super().keep_ranks(index)
         forget_norms(self.magnitude)
 
-    def widened(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
+    def expanded_to_dense(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
         """Further rows have the base's length; with further columns it grows with the norm: `m / ||V||` stays."""
-        wide, magnitude = super().widened(learned, index, dim), learned[_MAGNITUDE]
+        wide, magnitude = super().expanded_to_dense(learned, index, dim), learned[_MAGNITUDE]
         require(not self.base.weight.is_meta, f"{self.spec.name} needs weights of the base; give it: base=")
         weight = dense_weight(self.base).float().cpu()
         if dim == 0:

@@ -19,7 +19,7 @@ from lightpeft.compat.stand_ins import StandIn
 from lightpeft.compat.torch import changes_of, is_watched
 from lightpeft.machine import computed_in
 from lightpeft.models.linears.on_disk import LinearOnDisk, is_on_disk
-from lightpeft.models.patching import instead
+from lightpeft.models.patching import override_forward
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def fused_lora(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for layer in model.modules():
             if type(layer) is LoraLinear:
-                stack.enter_context(instead(layer, _Fused(layer, layer.forward, casts)))
+                stack.enter_context(override_forward(layer, _Fused(layer, layer.forward, casts)))
         stack.callback(casts.forget)
         yield
 
@@ -51,7 +51,7 @@ class _Casts:
 
     def __init__(self) -> None:
         self._given: Tensor | None = None
-        self._made: Tensor | None = None
+        self._cast: Tensor | None = None
         self._state: tuple[Any, ...] = ()
 
     def of(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -59,13 +59,13 @@ class _Casts:
         if x.dtype == dtype:
             return x
         state = (dtype, changes_of(x), torch.is_grad_enabled())
-        if self._made is None or self._given is not x or self._state != state:
-            self._given, self._made, self._state = x, x.to(dtype), state
-        return self._made
+        if self._cast is None or self._given is not x or self._state != state:
+            self._given, self._cast, self._state = x, x.to(dtype), state
+        return self._cast
 
     def forget(self) -> None:
         """Hold nothing any more."""
-        self._given = self._made = None
+        self._given = self._cast = None
 
 
 class _Fused:

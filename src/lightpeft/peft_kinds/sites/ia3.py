@@ -70,7 +70,7 @@ class Ia3Site(Site):
     def keep_ranks(self, index: Tensor) -> None:
         """Nothing: there are no ranks."""
 
-    def widened(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
+    def expanded_to_dense(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
         """The factors of channels that the cut layer did not have are one."""
         if dim != int(self.layer.is_feedforward):
             return learned

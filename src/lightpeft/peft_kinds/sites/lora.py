@@ -121,7 +121,7 @@ class LoraSite(Site):
         else:
             self.layer.in_features = len(index)
 
-    def widened(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
+    def expanded_to_dense(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
         """Rows of B and of its bias, columns of A and further ranks are zero where the cut module had none."""
         wide, ranks = dict(learned), torch.arange(len(learned[DOWN]))
         wide[DOWN] = spread(wide[DOWN], ranks, 0, self.down.shape[0])

@@ -23,7 +23,7 @@ from lightpeft.plans.structure import BlockSpec, SiteSpec
 
 _log = logging.getLogger(__name__)
 
-KINDS: tuple[type[Site], ...] = (DoraSite, LoraSite, Ia3Site, BottleneckSite)
+SITE_KINDS: tuple[type[Site], ...] = (DoraSite, LoraSite, Ia3Site, BottleneckSite)
 """PEFT kinds that can be pruned; the first that matches a configuration is taken."""
 REFERENCE = "ref"
 """What TRL's trainers call the frozen copy of an adapter that they add to a PeftModel, as their reference."""
@@ -202,9 +202,9 @@ def _kind(model: PeftModel) -> type[Site]:
 
 
 def _site_class(config: PeftConfig) -> type[Site]:
-    for kind in KINDS:
+    for kind in SITE_KINDS:
         if kind.matches(config):
             return kind
     name = getattr(config.peft_type, "value", config.peft_type)
-    known = ", ".join(dict.fromkeys(kind.peft_type.value for kind in KINDS))
+    known = ", ".join(dict.fromkeys(kind.peft_type.value for kind in SITE_KINDS))
     raise LightPeftError(f"PEFT type {name} cannot be pruned; use one of {known}")

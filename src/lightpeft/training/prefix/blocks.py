@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightpeft.models.families.registry import block_lists
-from lightpeft.models.patching import in_mode, instead
+from lightpeft.models.patching import in_mode, override_forward
 from lightpeft.models.unwrap import transformers_model
 
 STATES = "prefix_states"
@@ -73,7 +73,7 @@ class FrozenPrefix:
         enter(self.model.register_forward_pre_hook(self._take, with_kwargs=True))
         enter(self.model.register_forward_hook(self._drop, always_call=True))
         for block in self.blocks:
-            enter(instead(block, partial(self._run, block.forward, block is self.blocks[-1])))
+            enter(override_forward(block, partial(self._run, block.forward, block is self.blocks[-1])))
 
     def detach(self) -> None:
         """Take it back; the model is as before `attach`."""

@@ -41,7 +41,7 @@ def _on_task(model: str, settings: dict[str, Any], compare: str | None = None, *
     measured = [report[name] for name in ("model", "other") if name in report]
     for entry in measured:
         title = f"{entry['name']}: {report['task']}"
-        screen.print(metrics_table(entry["metrics"], entry["intervals"], title, report["constant_answer"]))
+        screen.print(metrics_table(entry["metrics"], entry["intervals"], title, report["majority_baseline"]))
         screen.warn([f"{entry['name']}: {line}" for line in entry["warnings"]])
     if "comparison" in report:
         screen.print(paired_table(report["comparison"], *(entry["name"] for entry in measured)))

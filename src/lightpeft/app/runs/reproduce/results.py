@@ -59,7 +59,7 @@ at full width of a run that keeps that beside the light model (`light.after.keep
 
 
 @dataclass(frozen=True)
-class Spread:
+class SeedSpread:
     """Mean and sample standard deviation over seeds."""
 
     mean: float
@@ -67,11 +67,11 @@ class Spread:
     """None of a single value."""
 
 
-def spread(values: Sequence[float]) -> Spread | None:
+def spread(values: Sequence[float]) -> SeedSpread | None:
     """Of the values; None where there are none."""
     if not values:
         return None
-    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+    return SeedSpread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Row:
     """The quality minus that of the baseline with the same seed, where both are done; None of the baseline."""
     p: float | None
     """Of the paired t-test over seeds; None where there are fewer than two, or all differences are equal."""
-    measures: dict[str, Spread | None]
+    measures: dict[str, SeedSpread | None]
     """A spread for each of `MEASURES`; None where no cell has it."""
 
 

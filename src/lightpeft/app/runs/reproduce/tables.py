@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightpeft.app.evaluation.milestones import LOWER_IS_BETTER
-from lightpeft.app.runs.reproduce.results import Results, Row, Spread, spread
+from lightpeft.app.runs.reproduce.results import Results, Row, SeedSpread, spread
 
 _MIB = 2**20
 WIDE = 130
@@ -20,7 +20,7 @@ LEFT_OUT = ("p", "parameters", "adapter KiB", "training MiB", "peak MiB")
 """Columns that narrow screens do without."""
 
 
-def _text(values: Spread | None, form: str, factor: float = 1.0, std: bool = True) -> str:
+def _text(values: SeedSpread | None, form: str, factor: float = 1.0, std: bool = True) -> str:
     """Mean, and standard deviation where there is one; "-" where there is nothing."""
     if values is None:
         return "-"

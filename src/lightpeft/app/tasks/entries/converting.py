@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset, Features
 
-from lightpeft.app.tasks.kinds.registry import KINDS
+from lightpeft.app.tasks.kinds.registry import TASK_KINDS
 from lightpeft.app.tasks.rows.columns import is_template, place
 from lightpeft.config import TaskEntry
 from lightpeft.errors import LightPeftError, nearest, require
@@ -74,7 +74,7 @@ def _missing(column: str, columns: Iterable[str], reader: str, what: str) -> str
 
 def _sources(entry: TaskEntry, rows: Dataset, answered: bool) -> dict[str, str]:
     """Column of the kind -> where it comes from, for the columns that are to be read."""
-    kind = KINDS[entry.kind]
+    kind = TASK_KINDS[entry.kind]
     if entry.columns:
         sources = kind.sources(entry.columns)
     else:

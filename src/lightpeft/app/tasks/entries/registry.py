@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from lightpeft.app.tasks.entries import choice_qa, glue, superglue, text_qa
 from lightpeft.app.tasks.entries.converting import Convert, template_columns
-from lightpeft.app.tasks.kinds.registry import KINDS
+from lightpeft.app.tasks.kinds.registry import TASK_KINDS
 from lightpeft.app.tasks.metrics import METRICS
 from lightpeft.app.tasks.rows.columns import is_template
 from lightpeft.config import DataConfig, TaskEntry
@@ -34,14 +34,16 @@ def find_entry(config: DataConfig, own: Mapping[str, TaskEntry] | None = None) -
     own = own or {}
     name = config.task
     _check_own(own)
-    if name in KINDS:
+    if name in TASK_KINDS:
         _check_columns(name, config.columns, "data")
-        return TaskEntry(kind=name, test="test", columns=KINDS[name].sources(config.columns))
+        return TaskEntry(kind=name, test="test", columns=TASK_KINDS[name].sources(config.columns))
     known = {**ENTRIES, **own}
     if name not in known:
-        meant = nearest(name, [*KINDS, *known])
+        meant = nearest(name, [*TASK_KINDS, *known])
         hint = f'; did you mean "{meant}"?' if meant else ""
-        raise LightPeftError(f'data.task is "{name}", which is neither a kind ({", ".join(KINDS)}) nor a task{hint}')
+        raise LightPeftError(
+            f'data.task is "{name}", which is neither a kind ({", ".join(TASK_KINDS)}) nor a task{hint}'
+        )
     require(not config.columns, f"data.columns is for kinds; task {name} has its own columns")
     entry = replace(known[name], name=name)
     check_entry(entry)
@@ -51,9 +53,9 @@ def find_entry(config: DataConfig, own: Mapping[str, TaskEntry] | None = None) -
 def _check_own(own: Mapping[str, TaskEntry]) -> None:
     """Raise `LightPeftError` if a user's task has a name that is taken, or a kind that there is not."""
     for name, entry in own.items():
-        free = name not in KINDS and name not in ENTRIES
+        free = name not in TASK_KINDS and name not in ENTRIES
         require(free, f"tasks.{name}: there is a task of that name already; choose another one")
-        _check_known(entry.kind, KINDS, f"tasks.{name}.kind")
+        _check_known(entry.kind, TASK_KINDS, f"tasks.{name}.kind")
 
 
 def converter(entry: TaskEntry) -> Convert | None:
@@ -64,8 +66,8 @@ def converter(entry: TaskEntry) -> Convert | None:
 def check_entry(entry: TaskEntry) -> None:
     """Raise `LightPeftError` unless an entry says all that its kind needs, in names that exist."""
     where = f"tasks.{entry.name}"
-    _check_known(entry.kind, KINDS, f"{where}.kind")
-    kind = KINDS[entry.kind]
+    _check_known(entry.kind, TASK_KINDS, f"{where}.kind")
+    kind = TASK_KINDS[entry.kind]
     for metric in entry.metrics:
         _check_known(metric, METRICS, f"{where}.metrics")
     if entry.convert is not None:
@@ -78,7 +80,7 @@ def check_entry(entry: TaskEntry) -> None:
 
 def _check_columns(kind: str, named: Mapping[str, str], where: str) -> None:
     """Raise `LightPeftError` unless a kind has the columns that are named, and what they come from can be read."""
-    columns = (*KINDS[kind].columns, *KINDS[kind].optional)
+    columns = (*TASK_KINDS[kind].columns, *TASK_KINDS[kind].optional)
     for column, source in named.items():
         there = f"rows of kind {kind} have {', '.join(columns)}"
         require(column in columns, f'{where}.columns names "{column}", which does not exist; {there}')

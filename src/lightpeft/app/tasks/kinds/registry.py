@@ -16,7 +16,7 @@ from lightpeft.config import AnswerBy
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.task_heads import CAUSAL_LM, TaskHead
 
-KINDS: dict[str, type[Task]] = {
+TASK_KINDS: dict[str, type[Task]] = {
     "classification": ClassificationTask,
     "regression": RegressionTask,
     "multiple-choice": MultipleChoiceTask,
@@ -42,7 +42,7 @@ def task_class(kind: str, answer: AnswerBy, model: PretrainedConfig | None) -> t
     Raises:
         LightPeftError: the model cannot answer so.
     """
-    by_head, by_likelihood = KINDS[kind], BY_LIKELIHOOD.get(kind)
+    by_head, by_likelihood = TASK_KINDS[kind], BY_LIKELIHOOD.get(kind)
     if answer == "auto" and by_likelihood is not None and not _fits(by_head.head, model):
         lacking = f"{by_head.head.lacking} and {CAUSAL_LM.lacking}"
         refusal = f"{_name(model)} {lacking}, and {kind} needs one of them; give another model"

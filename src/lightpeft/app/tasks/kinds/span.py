@@ -39,7 +39,7 @@ MoreColumns = Callable[[dict[str, list[Any]], list[Window]], dict[str, list[Any]
 
 
 @dataclass(frozen=True)
-class Place:
+class AnswerSpan:
     """A right answer and where it is in its context."""
 
     text: str
@@ -182,7 +182,7 @@ def window_of(row: Mapping[str, Any]) -> Window:
     return Window(row["row"], {}, np.asarray(row["begins"]), np.asarray(row["ends"]), row["null"])
 
 
-def answer_places(value: Any, context: str, where: str) -> list[Place]:
+def answer_places(value: Any, context: str, where: str) -> list[AnswerSpan]:
     """Right answers that are not blank, from SQuAD's form or from texts; none where there is no answer.
 
     Raises:
@@ -192,9 +192,9 @@ def answer_places(value: Any, context: str, where: str) -> list[Place]:
         texts, starts = (_listed(value.get(name)) for name in ("text", "answer_start"))
         fits = len(texts) == len(starts) and all(map(_is_place, texts, starts))
         require(fits, f"{where}: {shown(value)} is not {_FORM}")
-        return [Place(text, start) for text, start in zip(texts, starts, strict=True) if text.strip()]
+        return [AnswerSpan(text, start) for text, start in zip(texts, starts, strict=True) if text.strip()]
     require(all(isinstance(text, str) for text in _listed(value)), f"{where}: {shown(value)} is not {_FORM}")
-    places = [Place(text, context.find(text)) for text in _texts(value)]
+    places = [AnswerSpan(text, context.find(text)) for text in _texts(value)]
     for answer in places:
         require(answer.start >= 0, f'{where}: "{answer.text}" is not in the context')
     return places
