@@ -102,13 +102,8 @@ def opened(folder: Path) -> tuple[Any, Any, Any, Any, str]:
     work = pipeline.prepare(run.config)
     model = finegates.reopened(run, work) if "finegates" in report else open_result(run, work.task)
     whole = merged_copy(model) if isinstance(model, PeftModel) else model
-    return (
-        whole,
-        work.tokenizer,
-        lambda n: [*serving.batched(work, n)],
-        COUNTED[work.task.main_metric],
-        work.task.main_metric,
-    )
+    metric = work.task.main_metric
+    return whole, work.tokenizer, lambda size: [*serving.batched(work, size)], COUNTED[metric], metric
 
 
 def exported(model: Any, tokenizer: Any, dtype: str, folder: Path) -> sessions.Session:
@@ -138,7 +133,7 @@ def answered(folder: Path, in_int8: bool) -> dict[str, Any]:
 
 
 def points_of(folders: Sequence[Path]) -> tuple[list[Point], dict[tuple[str, str], Path]]:
-    """All that was run, and of every task and shape a cell that has it."""
+    """All that was run, and a cell of every task and shape of a point."""
     points: dict[tuple[str, ...], Point] = {}
     shapes: dict[tuple[str, str], Path] = {}
     for file in (file for folder in folders for file in sorted(folder.glob("cells/*/*/*/*/metrics.json"))):
@@ -150,13 +145,13 @@ def points_of(folders: Sequence[Path]) -> tuple[list[Point], dict[tuple[str, str
         found = answered(file.parent, in_int8=not point.counts)
         point.metric, point.shape = found["metric"], point.shape or found["shape"]
         point.counts[int(seed)] = found["counts"]["f32"]
-        point.int8 |= {
-            int(seed): row_counts.value(point.metric, of) for k, of in found["counts"].items() if k == "int8"
-        }
+        if "int8" in found["counts"]:
+            point.int8[int(seed)] = row_counts.value(point.metric, found["counts"]["int8"])
         for measure in MEASURED:
             if (value := MEASURES[measure](report)) is not None:
                 point.measures.setdefault(measure, []).append(value)
-        shapes.setdefault((task, found["shape"]), file.parent)
+        if point.shape == found["shape"]:
+            shapes.setdefault((task, point.shape), file.parent)
     require(points, f"no finished cell in {', '.join(map(str, folders))}")
     return [*points.values()], shapes
 
@@ -177,16 +172,11 @@ def timed(cells: Mapping[str, Path], rounds: int, batches: int) -> dict[str, dic
                 session = exported(model, tokenizer, dtype, graph)
                 found[shape]["mib"][dtype] = folder_bytes(graph) / 2**20
                 for size, inputs in given.items():
-                    answers = {dtype: {shape: partial(serving.in_runtime, session)}}
-                    subjects[shape, f"{dtype} {size}"] = partial(_once, answers, inputs)
+                    way, answer = f"{dtype} {size}", partial(serving.in_runtime, session)
+                    subjects[shape, way] = partial(serving.once, answer, inputs)
         for (shape, way), values in alternate(subjects, rounds).items():
             found[shape]["values"][way], found[shape]["ms"][way] = values, statistics.median(values)
     return found
-
-
-def _once(answers: Mapping[str, Mapping[str, serving.Answer]], inputs: Sequence[serving.Inputs]) -> float:
-    ((value,),) = serving.timed(answers, inputs, 1).values()
-    return value
 
 
 def add_latency(points: Sequence[Point], shapes: Mapping[tuple[str, str], Path], given: argparse.Namespace) -> None:
