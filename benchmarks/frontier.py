@@ -196,10 +196,11 @@ def add_latency(points: Sequence[Point], shapes: Mapping[tuple[str, str], Path],
 
 
 def comparisons(points: Sequence[Point]) -> Iterator[dict[str, Any]]:
-    """Every cut minus its own model whole, and every smaller model beside the cuts nearest to its latency."""
+    """Every cut beside its own model whole and by FineGates, and every smaller model beside the cuts of its latency."""
     for cut in (point for point in points if point.cut):
         whole = {p.method: p for p in points if (p.task, p.model) == (cut.task, cut.model)}
-        yield from (_compared(cut, whole[method]) for method in ("full", "lora") if method in whole)
+        peers = ("full", "lora", *(name for name in whole if name.startswith(f"FineGates {cut.method[:2]}")))
+        yield from (_compared(cut, whole[method]) for method in peers if method in whole)
     dense = [point for point in points if not point.cut and not point.method.startswith("FineGates")]
     for small in dense:
         larger: dict[tuple[str, str], list[Point]] = defaultdict(list)
@@ -235,9 +236,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         row += [f"{100 * point['quality']:.1f}{spread}", f"{100 * statistics.fmean(point['int8'].values()):.1f}"]
         row += [f"{point['ms'][way]:.2f}" for way in ways] + [f"{point['mib'][dtype]:.0f}" for dtype in DTYPES]
         row += [f"{100 * of['removed']:.0f}", f"{of['trained']:,.0f}"]
-        rows.append(
-            [*row, f"{of.get('seconds', math.nan):.0f}", f"{of.get('peak_memory_bytes', math.nan) / 2**20:.0f}"]
-        )
+        rows.append([*row, f"{of['seconds']:.0f}", f"{of['peak_memory_bytes'] / 2**20:.0f}"])
     text = publishing.markdown_table(header, rows)
     header = ["task", "cut", "beside", "of its latency", "points", "95% interval", "p", "seeds"]
     rows = []

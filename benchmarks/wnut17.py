@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import publishing
-from datasets import load_dataset
+import torch
+from datasets import Dataset, load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from row_counts import Counts, entities, value
 from torch import Tensor
@@ -35,7 +36,7 @@ from lightpeft.adapters.merging import load_merged, merged_copy, save_merged
 from lightpeft.app.cli.command import quiet
 from lightpeft.app.runs.reproduce.grid import slug
 from lightpeft.config import TrainingConfig
-from lightpeft.errors import LightPeftError
+from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json
 from lightpeft.models.families.registry import block_specs
 from lightpeft.plans.structure import SLOTS
@@ -44,6 +45,7 @@ from lightpeft.profiling.sizes import folder_bytes, parameter_report
 from lightpeft.profiling.surroundings import hardware
 from lightpeft.saving.whole import MERGED
 from lightpeft.training.arguments import training_arguments
+from lightpeft.training.trainer import Training
 
 TASK, METRIC, FILE = "wnut17", "entity_f1", "metrics.json"
 DATA = Path("demo/cache/wnut17")
@@ -75,30 +77,49 @@ def encoded(file: Path, tokenizer: Any, names: Sequence[str] = ()) -> tuple[list
     return [encode(each) for each in data], names
 
 
-def train(model: str, method: str, seed: int, folder: Path, data: Path, limit: int | None) -> dict[str, Any]:
+class Dense(Training, Trainer):  # type: ignore[misc]
+    """A trainer of a model that stays as it is, which may have a teacher."""
+
+
+@torch.inference_mode()
+def ask(teacher: Path, file: Path, names: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    """Give rows the logits of a teacher whose tokenizer makes the same word pieces, with other numbers."""
+    model: Any = AutoModelForTokenClassification.from_pretrained(teacher).eval()
+    its_rows, _ = encoded(file, AutoTokenizer.from_pretrained(teacher), names)
+    for own, its in zip(rows, its_rows, strict=False):
+        require(
+            own["labels"] == its["labels"], f"{teacher} cuts words into other pieces; it cannot teach token by token"
+        )
+        own["teacher_logits"] = model(input_ids=torch.tensor([its["input_ids"]])).logits[0].tolist()
+
+
+def train(model: str, method: str, seed: int, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Train a cell and leave its model in the folder; what metrics.json holds beside the metric."""
     set_seed(seed)
     source, chosen = str(Path("demo") / "cache" / model), METHODS[method]
     tokenizer = AutoTokenizer.from_pretrained(source)
-    rows, names = encoded(data / "train.jsonl", tokenizer)
-    rows = rows[:limit]
+    file = given.data / "train.jsonl"
+    rows, names = encoded(file, tokenizer)
+    rows = rows[: given.rows]
     base: Any = AutoModelForTokenClassification.from_pretrained(source, id2label=dict(enumerate(names)))
     full, lora, epochs = RATES[model.partition("_")[0]]
     training = TrainingConfig(batch_size=32, learning_rate=full if chosen is None else lora, save_steps=10**9)
     steps = epochs * -(-len(rows) // 32)
-    common = {
+    common: dict[str, Any] = {
         "args": training_arguments(training, folder / "checkpoints", steps, seed),
-        "train_dataset": rows,
         "data_collator": without_length(DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=8)),
     }
     peft = LoraConfig(task_type="TOKEN_CLS")
+    started = time.perf_counter()
+    if given.teacher is not None:
+        ask(given.teacher, file, names, rows)
+    common["train_dataset"] = Dataset.from_list(rows)
     with PeakMemory(base) as memory:
-        started = time.perf_counter()
         if isinstance(chosen, dict):
             trainer: Any = LightTrainer(base, **common, processing_class=tokenizer, peft_config=peft, light=chosen)
         else:
             peft.target_modules = [spec.projections[slot] for spec in block_specs(base) for slot in chosen or ()]
-            trainer = Trainer(base if chosen is None else get_peft_model(base, peft), **common)
+            trainer = Dense(base if chosen is None else get_peft_model(base, peft), **common)
         trainer.train()
         seconds = time.perf_counter() - started
     trained: Any = trainer.model
@@ -113,7 +134,7 @@ def train(model: str, method: str, seed: int, folder: Path, data: Path, limit: i
         "training": {"train": {"peak_memory_bytes": memory.bytes, "resumed_at": 0}},
         "adapter_bytes": folder_bytes(folder / "model"),
         "hardware": hardware(),
-        "config": {"data": {"path": str(data)}, "training": {"teacher": None}, "seed": seed},
+        "config": {"data": {"path": str(given.data)}, "training": {"teacher": given.teacher and str(given.teacher)}},
     }
 
 
@@ -154,6 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--teacher", type=Path, help="the model of a finished cell, as .../full/0/model")
     parser.add_argument("--rows", type=int, help="train on the first rows alone")
     parser.add_argument("--out", type=Path, default=Path("runs/frontier/wnut17"))
     given = parser.parse_args(arguments)
@@ -162,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
         for seed, model, method in itertools.product(given.seeds, given.models, given.methods):
             folder = given.out / "cells" / model / TASK / slug(method) / str(seed)
             if not (folder / FILE).is_file():
-                found = train(model, method, seed, folder, given.data, given.rows)
+                found = train(model, method, seed, folder, given)
                 f1 = quality(folder, given.data)
                 write_json(folder / FILE, {**found, "method": method, "main_metric": METRIC, "metrics": {METRIC: f1}})
                 publishing.say(f"{model}/{method}/{seed}: {METRIC} {f1:.4f}, {found['seconds']['train']:.0f} s")

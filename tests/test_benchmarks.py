@@ -951,12 +951,15 @@ def test_a_smaller_model_is_compared_with_the_cut_of_its_latency() -> None:
         point("large", "20 all", 6.0, [1, 1, 1, 0]),
         point("large", "80 all", 1.9, [1, 1, 0, 0]),
         point("large", "90", 1.0, [0, 0, 0, 0]),
+        point("large", "FineGates 80", 1.9, [1, 1, 0, 1]),
         point("small", "60 all", 1.0, [1, 0, 0, 0]),
     ]
     found = {(each["cut"], each["other"]): each for each in frontier.comparisons(points)}
     assert {cut for cut, other in found if other == "small, full"} == {"large, 80 all", "large, 90", "small, 60 all"}
     assert not [pair for pair in found if pair[1] == "large, full" and pair[0].startswith("small")]
     assert found["large, 80 all", "small, full"]["difference"]["mean"] == pytest.approx(0.25)
+    assert found["large, 80 all", "large, FineGates 80"]["difference"]["mean"] == pytest.approx(-0.25)
+    assert ("large, 90", "large, FineGates 80") not in found
     assert found["large, 80 all", "small, full"]["of_its_latency"] == pytest.approx(0.95)
 
 
@@ -1056,6 +1059,25 @@ def test_wnut17(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert reports["60_all"]["parameters"]["base"] < reports["full"]["parameters"]["base"]
     before = stamps(tmp_path / "out")
     assert wnut17.main([*words, "full"]) == 0 and stamps(tmp_path / "out") == before
+    assert (
+        wnut17.main(
+            [
+                "--data",
+                str(tmp_path),
+                "--seeds",
+                "0",
+                "--out",
+                "taught",
+                "--methods",
+                "full",
+                "60%, all",
+                "--teacher",
+                "out/cells/minilm/wnut17/full/0/model",
+            ]
+        )
+        == 0
+    )
+    assert read(tmp_path / "taught/cells/minilm/wnut17/full/0/metrics.json")["config"]["training"]["teacher"]
     monkeypatch.setattr(frontier, "exported", InPyTorch)
     assert frontier.main(["out", "--rounds", "1", "--batches", "1", "--out", "frontier"]) == 0
     for each in read(tmp_path / "frontier/frontier.results.json")["points"]:
