@@ -84,6 +84,7 @@ def needed_for(use: str) -> Iterator[None]:
 HOOKS: dict[type, dict[str, str]] = {
     Trainer: {
         "_get_train_sampler": "batches that depend on seed and epoch alone, so that a run resumes with the same ones",
+        "_set_signature_columns_if_needed": "columns with a teacher's logits, which reach the loss",
         "_save_checkpoint": "one line about a full disk",
         "_remove_unused_columns": "batches that say which rows they are made of",
         "_load_from_checkpoint": "going on from a checkpoint behind the cut",

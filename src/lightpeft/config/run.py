@@ -182,6 +182,12 @@ class TrainingConfig:
     """Blocks below the lowest PEFT module compute the same for a row in every epoch. file, memory: compute them once,
     without dropout, and keep their outputs there, if they take no more than 16 GiB; off: compute them every time, with
     dropout."""
+    teacher: str | None = None
+    """A finished model of the same labels, whose answers to the training rows are learned beside the labels: the folder
+    of a run, of an adapter or of a model, or a name on the hub. It reads the texts by its own tokenizer, once, before
+    training. For classes, numbers and options that a head answers."""
+    teacher_weight: Annotated[float, Within(above=0, most=1)] = 0.5
+    """Part of the loss that is the teacher's, in (0, 1]; the rest is the labels'."""
     save_steps: Annotated[int, Within(least=1)] = 200
     """Steps between checkpoints that a killed run resumes from."""
 

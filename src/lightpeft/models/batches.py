@@ -11,7 +11,9 @@ IGNORED = -100
 """Label of positions that count in no loss."""
 SPAN_LABELS = ("start_positions", "end_positions")
 """Labels of an answer's first and last token."""
-LABELS = ("labels", *SPAN_LABELS)
+TEACHER_LOGITS = "teacher_logits"
+"""What a teacher gives of a row, which its student learns beside the labels."""
+LABELS = ("labels", *SPAN_LABELS, TEACHER_LOGITS)
 """What a batch has for the loss alone."""
 
 

@@ -42,12 +42,14 @@ from lightpeft.recipe.pruner import EarlyPruner, cut
 from lightpeft.recipe.refusals import check_length, check_light, refuse_parts
 from lightpeft.recipe.schedule import LightSchedule
 from lightpeft.recipe.settling import can_write, gives_classes, peft_config_of, settings_of_trainer
+from lightpeft.recipe.teacher import Teacher, taught_rows
 from lightpeft.recipe.wrapping import inner_peft_model, with_peft
 from lightpeft.training.acceleration import light_steps
 from lightpeft.training.fitting import train_in_float32
 from lightpeft.training.prefix import PrefixCache
 from lightpeft.training.schedule import pace_of
 from lightpeft.training.step_rows import rows_a_step
+from lightpeft.training.teaching import WEIGHT
 from lightpeft.training.trainer import Training
 
 _log = logging.getLogger(__name__)
@@ -69,6 +71,10 @@ class LightTraining(Training):
         fast_steps: fused LoRA layers, a language model's head for labelled tokens alone, fewer steps back through
             attention and norms on a CPU, and activations that the backward pass makes again.
         prefix_cache: how the outputs of the frozen lower blocks are kept from epoch to epoch; None: not at all.
+        teacher: a trained model of the same task, labels and tokenizer, or its folder, whose logits the model learns
+            beside the labels: a model that gives classes, numbers, or a class a token. It is asked about the training
+            rows once, before training. Rows that have a column `teacher_logits` need none.
+        teacher_weight: part of the loss that is the teacher's, in (0, 1].
 
     Attributes:
         light_plan: which units of the dense base are left; None where training ended before the cut.
@@ -95,6 +101,8 @@ class LightTraining(Training):
         peft_config: PeftConfig | None = None,
         fast_steps: bool = True,
         prefix_cache: PrefixCache | None = PrefixCache(),  # noqa: B008 (frozen)
+        teacher: Teacher | None = None,
+        teacher_weight: float = WEIGHT,
         **options: Any,
     ) -> None:
         args, options = trainer_kwargs(super().__init__, args, options)
@@ -109,6 +117,10 @@ class LightTraining(Training):
         peft = peft_config_of(self._peft_model)
         self.light_config = settings_of_trainer(light, peft, self._peft_model, options)
         check_light(self, sharded=self._sharding.fsdp)
+        require(0 < teacher_weight <= 1, f"teacher_weight is {teacher_weight}; it lies in (0, 1]")
+        self._teaching.weight = teacher_weight
+        if teacher is not None:
+            self.train_dataset = taught_rows(self, teacher)
         self.args: TrainingArguments = copy.copy(self.args)  # the user's own stay as they are
         if self.args.fp16:
             train_in_float32(self.model)

@@ -14,6 +14,7 @@ from lightpeft.compat.transformers import LengthGroupedSampler, used_columns
 from lightpeft.profiling.live import Batch
 from lightpeft.training.host import Host
 from lightpeft.training.step_rows import rows_a_step
+from lightpeft.training.teaching import without_answers
 
 
 class EpochOrder(Sampler):
@@ -52,7 +53,8 @@ def rows_of_steps(trainer: Host, steps: int) -> set[int] | None:
 
 
 def batches_of(rows: Any, trainer: Host, numbers: Sequence[int], size: int) -> list[Batch]:
-    """Batches of rows of similar length, in an order that has nothing to do with it, as a trainer feeds them.
+    """Batches of rows of similar length, in an order that has nothing to do with it, as a trainer feeds them, with
+    labels alone.
 
     Args:
         numbers: of the rows.
@@ -61,7 +63,7 @@ def batches_of(rows: Any, trainer: Host, numbers: Sequence[int], size: int) -> l
     lengths = rows["length"][:] if isinstance(rows, Dataset) and "length" in rows.column_names else None
     order = list(numbers) if lengths is None else sorted(numbers, key=lengths.__getitem__)
     if isinstance(rows, Dataset):
-        rows = used_columns(trainer, rows)
+        rows = without_answers(used_columns(trainer, rows))
     parts = [order[start : start + size] for start in range(0, len(order), size)]
     batches = [trainer.data_collator([rows[number] for number in part]) for part in parts]
     mixed = torch.randperm(len(batches), generator=torch.Generator().manual_seed(trainer.args.seed)).tolist()

@@ -19,6 +19,7 @@ from lightpeft.training.rows import repeatable
 from lightpeft.training.schedule import Schedule
 from lightpeft.training.sharding import Sharding
 from lightpeft.training.step_loss import step_loss
+from lightpeft.training.teaching import Teaching
 
 if TYPE_CHECKING:
     from lightpeft.training.host import Host as _Below
@@ -27,7 +28,8 @@ else:
 
 
 class Training(_Below):
-    """Mixin of `Trainer` classes: repeatable batches, sharded models, checkpoints of one process, a frozen prefix.
+    """Mixin of `Trainer` classes: repeatable batches, sharded models, checkpoints of one process, a frozen prefix, a
+    teacher.
 
     Methods of `Trainer` are extended here and nowhere else in lightpeft, in the order in which a training comes to
     them. Each hands on to one of the trainer's parts, and its first line says why it has to be. `LightTraining` puts
@@ -56,6 +58,11 @@ class Training(_Below):
         """The frozen lower blocks."""
         return TrainerPrefix(self, self._sharding)
 
+    @cached_property
+    def _teaching(self) -> Teaching:
+        """What a teacher has said of the training rows."""
+        return Teaching(self)
+
     # -- a trainer is made ---------------------------------------------------------------------------------------
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -70,6 +77,21 @@ class Training(_Below):
         checkpoint = self._checkpoints.to_resume(resume_from_checkpoint)
         with self._training(checkpoint):
             return super().train(checkpoint, *args, **options)
+
+    def get_train_dataloader(self) -> Any:
+        """Collators know nothing of a teacher's logits."""
+        with self._teaching.batching(training=True):
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, *args: Any, **options: Any) -> Any:
+        """Rows to evaluate on may have such logits, and no use for them."""
+        with self._teaching.batching(training=False):
+            return super().get_eval_dataloader(*args, **options)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """`Trainer` drops columns that are neither arguments of the model nor labels."""
+        with self._teaching.keeping_column():
+            super()._set_signature_columns_if_needed()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """`Trainer` draws batches by length from random numbers that a resumed run does not have."""
@@ -109,8 +131,12 @@ class Training(_Below):
         return self._sharding.autocast() or super().autocast_smart_context_manager(*args, **options)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
-        """`Trainer` adds up the means of a step's parts where a loss does not read how many labels these have."""
+        """`Trainer` adds up the means of a step's parts where a loss does not read how many labels these have, and
+        knows no teacher."""
+        lesson = self._teaching.lesson(model, inputs)
         usual = partial(super().compute_loss, model, inputs, *args)
+        if lesson is not None and not args:
+            usual = partial(lesson.loss, usual)
         return usual(**options) if args else step_loss(usual, self, options, plain=self.has_plain_loss())
 
     def has_plain_loss(self) -> bool:
@@ -144,6 +170,7 @@ class Training(_Below):
         """
         try:
             with meeting_others():
+                self._teaching.check(plain=self.has_plain_loss())
                 self._prefix.foresee()
                 self._sharding.before(checkpoint)
                 yield

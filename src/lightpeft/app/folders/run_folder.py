@@ -48,6 +48,7 @@ _RESULTS = (
     "depth.json",
     "curve.json",
     "estimation",
+    "teacher",
     "checkpoints",
     "log.jsonl",
     "report.html",
@@ -245,6 +246,11 @@ class RunFolder:
         return self.path / "log.jsonl"
 
     @property
+    def teacher(self) -> Path:
+        """What the teacher gives the training rows."""
+        return self.path / "teacher"
+
+    @property
     def depth(self) -> Path:
         """What `light.remove.depth: auto` found."""
         return self.path / "depth.json"
@@ -258,9 +264,10 @@ class RunFolder:
         return last_checkpoint(self.checkpoints(stage), lambda line: self.announce(stage, line))
 
     def has(self, stage: str) -> bool:
-        """Whether a stage has left its result: "depth", "estimate", "budget", "plan", "prune", "train", "widen" or
-        "evaluate"."""
+        """Whether a stage has left its result: "teach", "depth", "estimate", "budget", "plan", "prune", "train",
+        "widen" or "evaluate"."""
         result = {
+            "teach": self.teacher / "teacher.json",
             "depth": self.depth,
             "estimate": self.estimation / "estimation.json",
             "budget": self.budget,

@@ -108,6 +108,7 @@ def estimate(work: Workspace) -> EstimationRecord:
 def _train_light(work: Workspace, callbacks: Sequence[TrainerCallback] = (), stop_at_cut: bool = False) -> None:
     """Estimate, cut and fine-tune in one training, from a checkpoint before the cut if there is one."""
     run = work.run
+    work.taught_rows()  # the teacher is gone from memory before its student is there
     settle_depth(work)
     set_seed(work.config.seed)
     trainer = LightRun(work, _with_peft(work), stop_at_cut=stop_at_cut, callbacks=callbacks)
@@ -159,7 +160,7 @@ def _find_budget(work: Workspace) -> None:
     record = EstimationRecord.load(work.run.estimation)
     set_seed(work.config.seed)
     light = work.config.light.with_depth(0.0)  # those blocks are gone
-    work = replace(work, config=replace(work.config, light=light))
+    work = replace(work, config=replace(work.config, light=light), teacher=None)  # labels alone tell
     LightRun(work, estimated_model(work, record)).leave_light_budget(record)
 
 
@@ -188,6 +189,7 @@ def train(work: Workspace, callbacks: Sequence[TrainerCallback] = (), model: Mod
     """
     way = work.config.way
     if not work.run.has("train"):
+        work.taught_rows()
         set_seed(work.config.seed)
         if way.prunes:
             work.run.need("prune", "train")

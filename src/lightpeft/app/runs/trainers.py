@@ -147,7 +147,11 @@ class LightRun(light_trainer(RunTrainer)):  # type: ignore[misc]
         """
         self.work, self.stop_at_cut = work, stop_at_cut
         training = work.config.training
-        options = {"light": work.config.light, "fast_steps": training.fast_steps}
+        options = {
+            "light": work.config.light,
+            "fast_steps": training.fast_steps,
+            "teacher_weight": training.teacher_weight,
+        }
         super().__init__(model, **_options(work, [*callbacks, _EndsAt(self, work.steps - work.last_steps)]), **options)
         self._keep_prefix()
         self._schedule.last_steps = work.last_steps
@@ -225,6 +229,7 @@ class DenseRun(RunTrainer):
         """
         self.work = work
         super().__init__(model, **_options(work, callbacks, steps, rate))
+        self._teaching.weight = work.config.training.teacher_weight
         self._keep_prefix()
         if self.args.fp16:
             train_in_float32(model)
@@ -302,7 +307,7 @@ def _options(
     arguments = training_arguments(training, Path(tempfile.gettempdir()), steps, config.seed, given)
     return {
         "args": arguments,
-        "train_dataset": work.train_rows,
+        "train_dataset": work.taught_rows(),
         "eval_dataset": work.test_rows,
         "data_collator": work.collator,
         "callbacks": [

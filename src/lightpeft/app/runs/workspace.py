@@ -15,6 +15,7 @@ from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.folders.forms import Wanted
 from lightpeft.app.folders.opening import open_base
 from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.runs.teacher import RunTeacher, check_teachable
 from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.app.tasks.loading import load_task
 from lightpeft.app.tasks.tokens import Collator, check_max_length, check_tokens, padding_within, share_at_limit
@@ -66,6 +67,8 @@ class Workspace:
     held_rows: Dataset | None = None
     """Training rows set aside, not in `train_rows`: where the loss on them turns, training stops. None: it runs to its
     end."""
+    teacher: RunTeacher | None = None
+    """Whose answers the run learns beside the labels; None: nobody's, or training is over."""
 
     @property
     def collator(self) -> Collator:
@@ -120,6 +123,16 @@ class Workspace:
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         starts = range(0, len(order), size)
         return [self.collator(self.held_rows.select(order[start : start + size]).to_list()) for start in starts]
+
+    def taught_rows(self) -> Dataset:
+        """The training rows, with the logits of the teacher if there is one; it is asked unless it has answered.
+
+        Raises:
+            LightPeftError: it cannot answer; nothing is written then.
+        """
+        if self.teacher is None:
+            return self.train_rows
+        return self.teacher.taught(self.run, self.train_rows, self.config.training.eval_batch_size)
 
     @property
     def last_steps(self) -> int:
@@ -241,6 +254,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     check_peft_settings(config)
     model_config = load_model_config(config.model)
     task = load_task(config.data, model_config, config.tasks)
+    check_teachable(config, task)
     if config.training.gradient_checkpointing:
         able = supports_checkpointing(config.model, task.head, task.labels, to_prune=config.way.prunes)
         cannot = f"{config.model.name} ({model_config.model_type}) has no gradient checkpointing in transformers"
@@ -260,6 +274,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
         check_tokens(rows, model_config, what, tokenizer)
     width = getattr(model_config.get_text_config(), "hidden_size", None)
     train_rows, held_rows = _set_aside(config, train_rows, width)
+    texts, _ = _set_aside(config, task.train, width)
     config, unable = _able(config, train_rows, width)
     run = RunFolder.open(config, replan=replan, overwrite=overwrite)
     training: TrainingConfig = settled(
@@ -268,6 +283,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     config = replace(config, training=training)
     if run.has("depth") and run.goes_on:
         config = with_found_depth(config, run)
+    trained = run.goes_on and run.has(run.last_training)  # a teacher is of no more use then, and may be gone
     work = Workspace(
         run,
         task,
@@ -280,6 +296,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
         vocabulary,
         unable=unable,
         held_rows=held_rows,
+        teacher=None if trained else RunTeacher.of(config, task, texts),
     )
     if config.way.prunes and run.goes_on and run.has("estimate") and not run.has(run.last_training):
         check_steps(config, run, EstimationRecord.load(run.estimation))

@@ -21,6 +21,7 @@ from lightpeft.training.prefix.caching import CachedRows, PrefixCache, cache_pre
 from lightpeft.training.schedule import pace_of
 from lightpeft.training.sharding import Sharding
 from lightpeft.training.step_rows import rows_a_step
+from lightpeft.training.teaching import without_answers
 
 _log = logging.getLogger(__name__)
 SHARDED = "processes share the model's weights"
@@ -120,7 +121,7 @@ class TrainerPrefix:
     @property
     def _rows(self) -> Any:
         """The training rows as the collator gets them."""
-        rows = self._trainer.train_dataset
+        rows = without_answers(self._trainer.train_dataset)
         if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
             return used_columns(self._trainer, rows)
         return rows

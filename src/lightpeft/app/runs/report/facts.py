@@ -18,6 +18,7 @@ from lightpeft.files import read_json, understandable
 from lightpeft.plans.records import PrunePlan, block_parameters
 
 STAGES = {
+    "teach": "The teacher",
     "depth": "The depth",
     "estimate": "Estimation",
     "budget": "The budget",
@@ -141,7 +142,8 @@ def _stages(run: RunFolder, report: Report | None) -> Iterable[Stage]:
     light = run.config.light
     before, after = ["depth"] if light.remove.depth == "auto" else [], ["budget"] if light.is_auto else []
     names = [*before, "estimate", *after, "prune", "train"] if way.prunes else ["train"]
-    for name in [*names, *(["widen"] if run.keeps_full else []), "evaluate"]:
+    taught = ["teach"] if run.config.training.teacher is not None else []
+    for name in [*taught, *names, *(["widen"] if run.keeps_full else []), "evaluate"]:
         told: dict[str, Any] = logged.get(name, {})
         if report is not None:
             told = {**told, "seconds": report.seconds.get(name, told.get("seconds")), **report.training.get(name, {})}

@@ -1,0 +1,202 @@
+"""The teacher of a run: a finished model that answers the training rows once, by its own tokenizer, before training."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from lightpeft.app.evaluation.respondent import BatchedModel
+from lightpeft.app.folders.forms import Found, Wanted, WholeModel
+from lightpeft.app.folders.opening import find_model
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.tasks.kinds.base import Task
+from lightpeft.app.tasks.respondent import row_logits
+from lightpeft.app.tasks.tokens import check_tokens
+from lightpeft.config import SWITCHES, RunConfig
+from lightpeft.errors import LightPeftError, require
+from lightpeft.files import (
+    CHECKSUMS,
+    check_sealed,
+    file_checksum,
+    read_json,
+    read_tensors,
+    replacing_folder,
+    seal,
+    write_json,
+    write_tensors,
+)
+from lightpeft.machine import accelerator, random_apart
+from lightpeft.models.families.registry import max_positions
+from lightpeft.models.task_heads import CLASSIFICATION, MULTIPLE_CHOICE, REGRESSION
+from lightpeft.models.tokenizers import check_vocabulary
+from lightpeft.training.teaching import shared_out, with_answers
+
+TEACHABLE = (CLASSIFICATION, REGRESSION, MULTIPLE_CHOICE)
+"""Heads whose logits a student can learn."""
+_LOGITS, _FACTS = "logits.safetensors", "teacher.json"
+_UNNAMED = re.compile(r"LABEL_\d+")
+
+
+def check_teachable(config: RunConfig, task: Task) -> None:
+    """Raise `LightPeftError` if a run asks for a teacher, and its task has no logits to learn."""
+    told = f"training.teacher: task {config.data.task} (answered by {task.head}) gives no logits to learn"
+    kinds = "classification, regression and multiple-choice answered by a head"
+    teachable = config.training.teacher is None or task.head in TEACHABLE
+    require(teachable, f"{told}; only {kinds} can be taught")
+
+
+@dataclass(frozen=True)
+class RunTeacher:
+    """A teacher that was found good for a run; nothing of it is loaded yet."""
+
+    found: Found
+    task: Task
+    """The run's task, as the teacher reads its rows."""
+    rows: Dataset
+    """The rows that the run trains on, in the columns of the task's kind."""
+
+    @classmethod
+    def of(cls, config: RunConfig, task: Task, rows: Dataset) -> RunTeacher | None:
+        """The teacher that a run asks for; None: it asks for none.
+
+        Args:
+            rows: that it trains on, in the columns of the task's kind.
+
+        Raises:
+            LightPeftError: there is no such model, or it was trained for another task or other labels.
+        """
+        name = config.training.teacher
+        if name is None:
+            return None
+        switches = {name: getattr(config.model, name) for name in SWITCHES}
+        try:
+            found = find_model(name, None, switches)
+            found.check(Wanted.of(task))
+            _check_architecture(found, task)
+            _check_labels(found, task)
+        except LightPeftError as error:
+            raise LightPeftError(f"training.teacher: {error}") from error
+        limits = (found.facts.get("max_length", task.config.max_length), max_positions(found.config))
+        own = copy.copy(task)
+        own.config = replace(task.config, max_length=min(limit for limit in limits if limit))
+        return cls(found, own, rows)
+
+    def taught(self, run: RunFolder, rows: Dataset, batch_size: int) -> Dataset:
+        """The encoded training rows with the teacher's logits, which the run folder has or gets.
+
+        Args:
+            batch_size: rows that the teacher is asked about at once.
+
+        Raises:
+            LightPeftError: the teacher cannot be loaded, or its answers are NaN or infinite; nothing is written then.
+        """
+        fingerprint = self._fingerprint()
+        logits = _stored(run, fingerprint)
+        if logits is not None:
+            return with_answers(rows, logits)
+        started = time.perf_counter()
+        try:
+            with random_apart(accelerator() or torch.device("cpu")):
+                logits = self._asked(batch_size)
+            taught = with_answers(rows, logits)
+        except LightPeftError as error:
+            raise LightPeftError(f"training.teacher: {error}") from error
+
+        def save() -> None:
+            _store(run, fingerprint, logits)
+
+        with run.held():
+            run.finish_stage("teach", time.perf_counter() - started, save, teacher=self.found.name, rows=len(rows))
+        return taught
+
+    def _asked(self, batch_size: int) -> list[Tensor]:
+        """What it gives each row; it is gone from memory afterwards."""
+        found, task = self.found, self.task
+        tokenizer = found.tokenizer()
+        check_vocabulary(tokenizer, found.config)
+        encoded = task.encode_inputs(self.rows, tokenizer)
+        check_tokens(encoded, found.config, "the training rows", tokenizer)
+        model = found.open(Wanted.of(task))
+        collator = task.collator(tokenizer, found.padding(task.config.max_length))
+        respondent = BatchedModel(model, collator, batch_size, found.precision)
+
+        def answer(numbers: Sequence[int]) -> list[Tensor]:
+            part = encoded.select(numbers)
+            logits = row_logits(respondent, part)
+            if task.head != MULTIPLE_CHOICE:
+                return logits
+            return [of_row[: len(options)] for of_row, options in zip(logits, part["input_ids"], strict=True)]
+
+        return shared_out(len(encoded), answer)
+
+    def _fingerprint(self) -> str:
+        """Of the teacher, by its files or name, and of the texts that it reads."""
+        found, task = self.found, self.task
+        places = {str(getattr(found, "folder", found.model.name)), found.model.name}
+        digest = hashlib.sha256(json.dumps([found.kind, found.model.revision, task.config.max_length]).encode())
+        for place in sorted(places):
+            files = sorted(path for path in Path(place).iterdir() if path.is_file()) if Path(place).is_dir() else []
+            told: list[Any] = [(path.name, file_checksum(path)) for path in files] or [place]
+            digest.update(json.dumps(told).encode())
+        columns = [name for name in self.rows.column_names if name not in task.targets]
+        for row in self.rows.select_columns(columns):
+            digest.update(json.dumps(row, default=str, sort_keys=True).encode())
+        return digest.hexdigest()
+
+
+def _check_architecture(found: Found, task: Task) -> None:
+    """Refuse a model that says nothing of its task, and has another head."""
+    if found.facts or not isinstance(found, WholeModel):
+        return
+    wanted = task.head.auto.__name__.removeprefix("AutoModel")
+    own = ", ".join(found.config.architectures or ["no model with a head"])
+    require(own.endswith(wanted), f"{found.name} is {own}, and task {task.config.task} needs {wanted}")
+
+
+def _check_labels(found: Found, task: Task) -> None:
+    """Refuse a teacher of other classes, or with its classes in another order."""
+    classes, labels = found.class_names, task.labels
+    if task.head.outputs != "classes" or classes is None:
+        return
+    both = f"{found.name} tells the labels {_listed(classes)} apart, and the data have {_listed(labels)}"
+    require(len(classes) == len(labels), f"{both}; give a teacher of the same labels")
+    numbered = labels == [str(number) for number in range(len(labels))]
+    unnamed = numbered or all(_UNNAMED.fullmatch(name) for name in classes)
+    require(unnamed or classes == labels, f"{both}; give a teacher of the same labels in the same order")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if names[5:] else "")
+
+
+def _stored(run: RunFolder, fingerprint: str) -> list[Tensor] | None:
+    """Logits that the run folder has of this teacher and these rows, undamaged."""
+    if not run.has("teach"):
+        return None
+    try:
+        check_sealed(run.teacher)
+        if read_json(run.teacher / _FACTS).get("fingerprint") != fingerprint:
+            return None
+        kept = read_tensors(run.teacher / _LOGITS)
+    except LightPeftError:
+        return None  # they are computed again
+    return list(kept["logits"].split(kept["sizes"].tolist()))
+
+
+def _store(run: RunFolder, fingerprint: str, logits: Sequence[Tensor]) -> None:
+    with replacing_folder(run.teacher, last=CHECKSUMS) as temporary:
+        sizes = torch.tensor([len(of_row) for of_row in logits])
+        write_tensors(temporary / _LOGITS, {"logits": torch.cat(list(logits)), "sizes": sizes})
+        write_json(temporary / _FACTS, {"fingerprint": fingerprint})
+        seal(temporary)

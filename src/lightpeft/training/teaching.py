@@ -1,0 +1,277 @@
+"""Knowledge distillation: the loss of a trainer whose training rows have a teacher's logits beside their labels.
+
+The loss is `(1 - w) * own + w * T**2 * KL(teacher || student)`, both at the temperature T; for numbers it has the
+squared difference in the divergence's place. (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, Value
+from datasets import Sequence as ListOf
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+
+from lightpeft.compat.torch import Noted
+from lightpeft.errors import LightPeftError, require
+from lightpeft.machine import processes
+from lightpeft.models.batches import IGNORED, TEACHER_LOGITS
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.training.host import Host
+
+WEIGHT = 0.5
+"""Part of the loss that is the teacher's, where nobody says."""
+TEMPERATURE = 2.0
+"""What logits of student and teacher are divided by."""
+Manner = Literal["classes", "options", "tokens", "numbers"]
+"""What a model gives a row: one of the classes, one of the row's own options, a class a token, or numbers."""
+_SHOWN_ROWS = 5
+"""Rows that an error line names at most."""
+
+
+# -- what can be taught --------------------------------------------------------------------------------------------
+
+
+def manner_of(model: nn.Module, rows: Any = None) -> Manner:
+    """What a model gives a row.
+
+    Args:
+        rows: that it trains on, whose labels say whether a row may have several classes; None: not known.
+
+    Raises:
+        LightPeftError: neither one of several classes nor numbers, which are all that a teacher's logits can say.
+    """
+    inner = transformers_model(model)
+    name, config = type(inner).__name__, inner.config
+    if name.endswith("ForMultipleChoice"):
+        return "options"
+    if name.endswith("ForTokenClassification"):
+        return "tokens"
+    several = config.num_labels > 1 and config.problem_type is None and _has_fractions(rows)
+    several = several or config.problem_type == "multi_label_classification"
+    taught = name.endswith("ForSequenceClassification") and not several
+    only = "a teacher's logits are of models with one class a row, option or token, or with numbers"
+    require(taught, f"{name} gives nothing that a teacher could tell; {only}; leave the teacher out")
+    return "numbers" if config.num_labels == 1 or config.problem_type == "regression" else "classes"
+
+
+def _has_fractions(rows: Any) -> bool:
+    """Whether the labels of rows are no whole numbers, as far as can be told."""
+    first = rows[0] if isinstance(rows, Dataset) and len(rows) else {}
+    label = next((first[name] for name in ("labels", "label") if name in first), 0)
+    return bool(np.asarray(label).dtype.kind == "f")
+
+
+def has_answers(rows: Any) -> bool:
+    """Whether training rows have a teacher's logits."""
+    return isinstance(rows, Dataset) and TEACHER_LOGITS in rows.column_names
+
+
+def without_answers(rows: Any) -> Any:
+    """The rows without a teacher's logits, if they have some."""
+    return rows.remove_columns(TEACHER_LOGITS) if has_answers(rows) else rows
+
+
+def with_answers(rows: Dataset, logits: Sequence[Tensor]) -> Dataset:
+    """The rows with a teacher's logits as a column, float32.
+
+    Args:
+        logits: of each row: [classes], [options], [tokens, classes] or [numbers].
+
+    Raises:
+        LightPeftError: they are not finite, or the rows are made by a transform.
+    """
+    bad = [str(number) for number, of_row in enumerate(logits, 1) if not of_row.isfinite().all()]
+    named = ", ".join(bad[:_SHOWN_ROWS]) + (", ..." if bad[_SHOWN_ROWS:] else "")
+    require(not bad, f"the teacher's answers to {len(bad)} of {len(logits)} rows are NaN or infinite (row {named})")
+    shown = rows.format
+    made = "the training rows are made by a transform, and a teacher's logits are a column; use map instead"
+    require(shown["type"] != "custom", made)
+    feature: Any = Value("float32")
+    for _ in range(logits[0].dim()):
+        feature = ListOf(feature)
+    column: Any = [of_row.float().tolist() for of_row in logits]
+    taught = rows.with_format(None).add_column(TEACHER_LOGITS, column, feature=feature)
+    if shown["type"] is None:
+        return taught
+    columns = [*shown["columns"], TEACHER_LOGITS]
+    kept = {"columns": columns, "output_all_columns": shown["output_all_columns"]}
+    return taught.with_format(shown["type"], **kept, **shown["format_kwargs"])
+
+
+def shared_out(rows: int, answer: Callable[[Sequence[int]], list[Tensor]]) -> list[Tensor]:
+    """What a teacher gives all rows, of which each process asks it for a part.
+
+    Args:
+        answer: from numbers of rows to logits on the CPU.
+    """
+    state = processes()
+    own = range(state.process_index, rows, state.num_processes)
+    parts = gather_object([(own, answer(own) if own else [])])
+    found = {number: of_row for numbers, logits in parts for number, of_row in zip(numbers, logits, strict=True)}
+    return [found[number] for number in range(rows)]
+
+
+# -- a trainer's batches and loss ------------------------------------------------------------------------------------
+
+
+class Teaching:
+    """The teacher's part in a trainer whose training rows have its logits; nothing in any other.
+
+    Attributes:
+        weight: part of the loss that is the teacher's.
+    """
+
+    def __init__(self, trainer: Host) -> None:
+        self.weight = WEIGHT
+        self._trainer = trainer
+
+    def check(self, *, plain: bool) -> None:
+        """Refuse logits that cannot teach the trainer's model.
+
+        Args:
+            plain: whether the trainer's loss is `Trainer`'s own.
+
+        Raises:
+            LightPeftError: saying why.
+        """
+        rows = self._trainer.train_dataset
+        if not has_answers(rows):
+            return
+        what = type(self._trainer).__name__
+        require(plain, f"{what} has a loss of its own, which knows of no teacher; leave the teacher out")
+        manner, model = manner_of(self._trainer.model, rows), transformers_model(self._trainer.model)
+        count = None if manner == "options" else model.config.num_labels
+        of_rows = rows.with_format(None)[TEACHER_LOGITS][:]
+        for number, of_row in enumerate(of_rows, 1):
+            where = f"row {number} of the training rows: {TEACHER_LOGITS}"
+            given = np.asarray(np.nan if of_row is None else of_row, dtype=np.float32)
+            require(bool(np.isfinite(given).all()), f"{where} has no numbers, or some that are NaN or infinite")
+            given = given.reshape(1) if manner == "numbers" and not given.ndim else given
+            fits = given.ndim == (2 if manner == "tokens" else 1) and count in (None, given.shape[-1])
+            shape = {"tokens": f"[tokens, {count}]", "options": "[options]"}.get(manner, f"[{count}]")
+            require(fits, f"{where} is {list(given.shape)}, and {type(model).__name__} needs {shape}")
+
+    @contextmanager
+    def batching(self, *, training: bool) -> Iterator[None]:
+        """Inside the block the trainer makes batches of rows that have the teacher's logits.
+
+        Args:
+            training: whether batches have them, too; rows to evaluate on lose them.
+        """
+        trainer, own = self._trainer, self._trainer.data_collator
+        if has_answers(trainer.train_dataset):
+            trainer.data_collator = (_WithAnswers if training else _WithoutAnswers)(own)
+        try:
+            yield
+        finally:
+            trainer.data_collator = own
+
+    @contextmanager
+    def keeping_column(self) -> Iterator[None]:
+        """Inside the block the trainer takes the column for one of its labels, which it does not drop.
+
+        It asks once, perhaps before the rows have the column.
+        """
+        trainer, own = self._trainer, self._trainer.label_names
+        trainer.label_names = [*own, TEACHER_LOGITS]
+        try:
+            yield
+        finally:
+            trainer.label_names = own
+
+    def lesson(self, model: nn.Module, inputs: Any) -> Lesson | None:
+        """What the teacher says of a batch, which is taken out of it; None where the model is not to learn it."""
+        logits = inputs.pop(TEACHER_LOGITS, None) if isinstance(inputs, MutableMapping) else None
+        if not model.training or not has_answers(self._trainer.train_dataset):
+            return None
+        if logits is None:
+            raise LightPeftError(f"a batch has lost {TEACHER_LOGITS} on its way from the training rows to the loss")
+        return Lesson(self._trainer, logits, inputs.get("labels"), self.weight)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a teacher says of a batch."""
+
+    trainer: Host
+    logits: Tensor
+    """[rows, classes], [rows, options] (-inf where a row has fewer), [rows, length, classes] or [rows, numbers]."""
+    labels: Tensor | None
+    weight: float
+
+    def loss(self, usual: Callable[..., Any], **options: Any) -> Tensor:
+        """The loss with the teacher in it.
+
+        Args:
+            usual: the trainer's own, of the options.
+        """
+        own, outputs = usual(**{**options, "return_outputs": True})
+        distances = self._distances(outputs["logits"])
+        return (1 - self.weight) * own + self.weight * self._reduced(distances, options.get("num_items_in_batch"))
+
+    def _distances(self, student: Tensor) -> Tensor:
+        """How far the student is from the teacher, one number an answer."""
+        teacher, student = self.logits, student.float()
+        if manner_of(self.trainer.model) == "numbers":
+            return (student.reshape(teacher.shape) - teacher).square().mean(-1)
+        if student.dim() == 3:
+            assert self.labels is not None
+            labelled = self.labels != IGNORED
+            student, teacher = student[labelled], teacher[labelled]
+        of_student, of_teacher = (student / TEMPERATURE).log_softmax(-1), (teacher / TEMPERATURE).softmax(-1)
+        return TEMPERATURE**2 * kl_div(of_student, of_teacher, reduction="none").sum(-1)
+
+    def _reduced(self, distances: Tensor, count: Any) -> Tensor:
+        """One number, reduced as the trainer's own loss is."""
+        mean = distances.sum() / max(len(distances), 1)
+        if not isinstance(count, Noted):
+            return mean
+        trainer = self.trainer
+        total = distances.sum() / count if count.read else mean
+        many = trainer.accelerator.num_processes // trainer.get_tp_size()
+        return total * many if trainer.args.average_tokens_across_devices else total
+
+
+@dataclass(frozen=True)
+class _WithoutAnswers:
+    """A collator whose rows may have a teacher's logits, which it leaves out."""
+
+    collate: Callable[[list[dict[str, Any]]], Any]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        return self.collate([{name: row[name] for name in row if name != TEACHER_LOGITS} for row in rows])
+
+
+@dataclass(frozen=True)
+class _WithAnswers(_WithoutAnswers):
+    """A collator whose batches have the teacher's logits of their rows."""
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        logits = [torch.as_tensor(row[TEACHER_LOGITS], dtype=torch.float32) for row in rows]
+        batch = super().__call__(rows)
+        if logits[0].dim() == 2:
+            batch[TEACHER_LOGITS] = _at_labels(logits, rows, batch["labels"])
+        else:
+            of_rows = [of_row.reshape(-1) for of_row in logits]
+            batch[TEACHER_LOGITS] = nn.utils.rnn.pad_sequence(of_rows, batch_first=True, padding_value=-torch.inf)
+        return batch
+
+
+def _at_labels(logits: Sequence[Tensor], rows: Sequence[Mapping[str, Any]], labels: Tensor) -> Tensor:
+    """Logits of tokens, [rows, length, classes], where the labels of a padded batch are; 0 where there are none."""
+    own = [torch.as_tensor(row["labels"] if "labels" in row else row["label"]) != IGNORED for row in rows]
+    fits = [len(of_row) for of_row in own] == [len(of_row) for of_row in logits]
+    there = labels != IGNORED
+    fits = fits and int(there.sum()) == sum(int(of_row.sum()) for of_row in own)
+    require(fits, f"{TEACHER_LOGITS} are not one for each label of a row, or the collator drops or adds labels")
+    placed = torch.zeros(*labels.shape, logits[0].shape[-1])
+    placed[there] = torch.cat([of_row[mask] for of_row, mask in zip(logits, own, strict=True)])
+    return placed
