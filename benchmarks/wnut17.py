@@ -77,7 +77,7 @@ def encoded(file: Path, tokenizer: Any, names: Sequence[str] = ()) -> tuple[list
     return [encode(each) for each in data], names
 
 
-class Dense(Training, Trainer):  # type: ignore[misc]
+class Dense(Training, Trainer):
     """A trainer of a model that stays as it is, which may have a teacher."""
 
 

@@ -987,6 +987,9 @@ def test_gates_that_are_closed_can_be_removed(prepared: Any, threshold: float) -
             each.threshold = threshold
     masked = answers(model)
     assert relative_difference(before, masked) > 1e-2
+    parts, (spec, *_) = finegates.open_parts(model, specs, threshold), specs
+    q, k, v, o = (parts[spec.projections[slot]] for slot in "qkvo")
+    assert q[0].equal(k[0]) and v[0].equal(o[1]), "what is dead on one side goes on the other"
     count = finegates.left(model, specs, threshold)
     finegates.remove_closed(model, specs, threshold)
     narrow = [module for module in model.modules() if isinstance(module, finegates.Narrow)]
