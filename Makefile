@@ -25,7 +25,7 @@ help:
 	@echo "make test-axolotl the same tests with the versions that axolotl pins, in .venv-axolotl"
 	@echo "make test-newest  the same tests with the newest versions there are, pre-releases included, in .venv-newest"
 	@echo "make docs         the documentation as a site, in build/site"
-	@echo "make lint         ruff (lint and format), mypy and import-linter"
+	@echo "make lint         ruff (lint and format), mypy, import-linter, and the style of the documentation"
 	@echo "make format       rewrite the sources in ruff's format"
 	@echo "make clean        remove caches and build outputs (not .venv, not demo/cache)"
 
@@ -105,6 +105,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	rm -rf build/prose
+	$(BIN)/python docs/style.py --prose build/prose
+	$(BIN)/proselint check --config docs/proselint.json build/prose
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

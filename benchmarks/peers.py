@@ -3,7 +3,7 @@
     python benchmarks/peers.py configs/movie_reviews/minilm_default.yaml --seeds 0 1 2
 
 All methods get the same data, padding, batches by length, batch size, data type, epochs, seeds and schedule. Every
-(method, seed) is a cell of a grid (docs/reproduce.md), in a process of its own; finished cells are kept in the output
+(method, seed) is a cell of a grid (docs/how-to/grids.md), in a process of its own; finished cells stay in the output
 folder and not repeated, and one that fails is reported while the others go on. Speeds are measured last, in
 alternation. Writes peers.results.json, peers.md, peers.png and peers.svg beside the grid's own table. Paths inside the
 config are relative to the current folder.

@@ -1,4 +1,4 @@
-"""Write docs/settings.md: every setting with its type, its default and what it is, as the classes say it.
+"""Write docs/reference/settings.md: every setting with its type, its default and what it is, as the classes say it.
 
 The page has what `lightpeft run --help-all` has, from the same place. `make docs` writes it anew; a test compares it
 with what would be written.
@@ -15,15 +15,15 @@ from lightpeft.app.cli.options import shown_default, type_name
 from lightpeft.app.cli.settings import Section, sections, sections_of
 from lightpeft.config import TaskEntry
 
-PAGE = Path(__file__).parent / "settings.md"
+PAGE = Path(__file__).parent / "reference" / "settings.md"
 HEAD = """# Settings
 
-Every setting of a run, with its type, its default and what it is. In YAML `training.epochs` is `epochs` below
-`training`, on the command line `--training.epochs`; keys of a mapping are set in the same way
-(`--data.columns.text review`, `--peft.r 16`, `--trainer.optim sgd`). The [guide](guide.md) says what settings are
-good for.
+This page lists every setting of a run, with its type and its default. In YAML `training.epochs` is `epochs` below
+`training`; on the command line it is `--training.epochs`. Keys of a mapping are set in the same way
+(`--data.columns.text review`, `--peft.r 16`, `--trainer.optim sgd`). [Defaults](training.md) explains the
+settings that a run chooses by itself.
 
-This page is made from the classes by `docs/make_settings.py`.
+`docs/make_settings.py` makes this page from the classes.
 """
 
 

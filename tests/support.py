@@ -1,4 +1,4 @@
-"""What works with which family: one check a column of the table in docs/families.md, which this file also writes.
+"""What works with which family: one check a column of docs/reference/families.md, whose tables this file also writes.
 
 python tests/support.py --write
 """
@@ -46,7 +46,7 @@ from lightpeft.plans.structure import BlockSpec
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "reference" / "families.md"
 BUDGETS = {"usual": USUAL, "dropped": DROPPED}
 TOLERANCE = 1e-5
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
@@ -307,7 +307,7 @@ def result(check: str, kind: str, names: list[str]) -> str:
 def main() -> None:
     """Run all checks; with --write put the tables into the document, else print them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/families.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/reference/families.md")
     parser.add_argument("families", nargs="*", help="check these alone and keep what the document says of the others")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.families) - set(rows()))

@@ -163,15 +163,15 @@ def test_found_budgets_of_published_results(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_the_documented_table_of_found_budgets_is_the_published_one(capsys: pytest.CaptureFixture[str]) -> None:
-    """Whoever publishes other results writes the table of docs/quality.md anew."""
+    """Whoever publishes other results writes the table of docs/explanation/results.md anew."""
     command = shlex.split(read(ROOT / "benchmarks" / "found_budgets.json")["command"])
     files = [str(ROOT / part) for part in command if part.endswith(".results.json")]
     assert found_budgets.main(files) == 0
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    page = (ROOT / "docs/quality.md").read_text()
+    page = (ROOT / "docs/explanation/results.md").read_text()
     for line in shown[2:]:
         named, _, numbers = line.partition(" | ")
-        assert f" | {numbers}" in page, f"{named} has other numbers in docs/quality.md"
+        assert f" | {numbers}" in page, f"{named} has other numbers in docs/explanation/results.md"
 
 
 def test_costs_of_a_tolerance_in_nats_are_those_of_the_loss(tmp_path: Path) -> None:

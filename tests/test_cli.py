@@ -113,7 +113,7 @@ MISNAMED = {
     ("run", "--data.label", "stars"): "did you mean --data.columns.label?",
     ("run", "--model", "bert"): "--model takes a YAML file, and bert is none; did you mean --model.name?",
     ("run", "--training=5"): "did you mean --training.epochs?",
-    ("run", "--train", "rows.csv"): "unknown option --train; did you mean --data.train?",
+    ("run", "--train", "rows.csv"): "unknown option --train; did you mean --data.train or --light.train?",
     ("run", "--outptu", "here"): "unknown option --outptu; did you mean --output?",
     ("train", "--heads", "0.5"): "did you mean --light.remove.heads?",
     ("run", "--frobnicate"): "unknown option --frobnicate; --help shows all that there are",

@@ -252,7 +252,7 @@ def test_what_cannot_be_pruned_is_refused(build: Maker, says: str) -> None:
     text = refusal(model)
     assert says in text and f'model family "{model.config.model_type}"' in text
     if model.config.model_type not in REFUSED:
-        assert "could not be discovered" in text and "docs/families.md says how to add it" in text
+        assert "could not be discovered" in text and "docs/reference/families.md says how to add it" in text
     assert before == FAMILIES
 
 

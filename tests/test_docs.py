@@ -6,7 +6,7 @@ import itertools
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,26 @@ import workbench
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
-from documents import BLOCK, blocks
+from documents import BLOCK, blocks, changed
 from lanes import thorough
 from lights import light_of
 from peft import LoraConfig, get_peft_model
 from questions import CHAT_TEMPLATE, chats, squad, web_questions, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast, TrainingArguments
 
-from lightpeft import EarlyPruner
+from lightpeft import EarlyPruner, load_light
 from lightpeft.app import cli
 from lightpeft.app.runs.reproduce import running
 from lightpeft.budget import room
+from lightpeft.prune import length
+from lightpeft.training import schedule
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-DOCUMENTS.remove(ROOT / "docs/start.md")  # test_start.py runs it, in processes and a clone of its own
-LONG = {"guide", "shell"}
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS.remove(ROOT / "docs/tutorials/serve.md")  # test_start.py runs it, in processes and a clone of its own
+CHANGES = sorted((ROOT / "docs/how-to").glob("from_*.md"))
+ENCODER, DECODER = "sentence-transformers/all-MiniLM-L6-v2", "HuggingFaceTB/SmolLM2-135M-Instruct"
+LONG = {"command_line", "several_gpus", "grids", "onnx_openvino"}
 """Pages whose commands take longest: `make test-all` runs them."""
 OTHER_PROGRAMS = {"git", "pip", "python", "pre-commit", "pytest", ".venv/bin/pytest", ".venv/bin/pre-commit"}
 OTHER_PROGRAMS |= {"llama-cli", "llama-server", "ollama", "vllm"}
@@ -53,9 +57,14 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         patch.setattr(workbench, "POSITIONS", 128)
         patch.setattr(room, "LEAST_HELD", 16)
+        patch.setattr(schedule, "LEAST_STEPS", 30)
+        patch.setattr(length, "LEAST_STEPS", 8)
         patch.setattr(room, "SEARCH_FRACTION", 100.0)  # of trainings that are hardly longer than a probe
         workbench.save_base(folder / "demo/cache/minilm", "bert", tokenizer=workbench.tokenizer_of_word_pieces())
         workbench.save_base(folder / "demo/cache/smollm2", "llama", tokenizer=word_pieces())
+        (folder / "demo/cache/smollm2/chat_template.jinja").write_text(CHAT_TEMPLATE)
+        for cached, name in (("minilm", ENCODER), ("smollm2", DECODER)):  # folders of these names come before the hub
+            shutil.copytree(folder / f"demo/cache/{cached}", folder / name)
         rows = workbench.labelled(160)
         (folder / "demo/cache/movie_reviews").mkdir()
         for name in ("train", "test"):
@@ -71,13 +80,37 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         write_jsonl(folder / "passages.jsonl", squad(160, longest=100, unanswerable=0.3))
         write_jsonl(folder / "trivia.jsonl", web_questions(160))
         write_jsonl(folder / "chats.jsonl", chats(160))
-        (folder / "demo/cache/smollm2/chat_template.jinja").write_text(CHAT_TEMPLATE)
+        for name, kind in (("cornell-movie-review-data/rotten_tomatoes", classes), ("trl-lib/Capybara", chats)):
+            write_splits(folder / name, kind)
+        write_splits(folder / "sentence-transformers/natural-questions", pairs)
         (folder / "tasks").mkdir()
-        (folder / "tasks/questions.yaml").write_text(blocks(ROOT / "docs/evaluation.md", "yaml")[0])
+        (folder / "tasks/questions.yaml").write_text(blocks(ROOT / "docs/how-to/evaluate.md", "yaml")[0])
+        layouts.write_task(folder / "data/quartz", "quartz", train=160)
         layouts.write_task(folder / "demo/cache/quartz", "quartz", train=160)
         write_own_task(folder, rows)
         run_python(blocks(ROOT / "README.md", "python")[0], folder)  # leaves the folder "adapter"
+        run = commands(blocks(ROOT / "README.md", "")[1])[0]  # leaves the folder "runs/stars"
+        cli.main(run[1:])
         yield folder
+
+
+def write_splits(folder: Path, rows: Callable[[int], list[dict[str, Any]]]) -> None:
+    """A data set of the hub with the splits train and test, as a folder."""
+    folder.mkdir(parents=True)
+    for split, count in (("train", 320), ("test", 32)):
+        write_jsonl(folder / f"{split}.jsonl", rows(count))
+
+
+def classes(count: int) -> list[dict[str, Any]]:
+    """Texts with numbers for labels."""
+    return [{"text": row["text"], "label": int(row["label"] == "positive")} for row in workbench.labelled(count)]
+
+
+def pairs(count: int) -> list[dict[str, Any]]:
+    """Texts that belong together."""
+    return [
+        {"query": row["prompt"], "answer": row["prompt"] + row["completion"]} for row in workbench.completions(count)
+    ]
 
 
 def word_pieces() -> PreTrainedTokenizerFast:
@@ -86,9 +119,9 @@ def word_pieces() -> PreTrainedTokenizerFast:
 
 
 def write_own_task(folder: Path, rows: workbench.Rows) -> None:
-    """The YAML of docs/tasks.md that declares the task "claims", and rows for it."""
+    """The YAML of docs/reference/tasks.md that declares the task "claims", and rows for it."""
     (folder / "claims.yaml").write_text(
-        next(code for code in blocks(ROOT / "docs/tasks.md", "yaml") if "claims:" in code)
+        next(code for code in blocks(ROOT / "docs/reference/tasks.md", "yaml") if "claims:" in code)
     )
     (folder / "claims").mkdir()
     for split in ("train", "dev"):
@@ -144,9 +177,13 @@ def run_python(code: str, folder: Path) -> None:
     exec(compile(code, "documentation", "exec"), names)
 
 
+def named(page: Path) -> str:
+    return page.relative_to(ROOT).with_suffix("").as_posix()
+
+
 @pytest.mark.parametrize(
     "document",
-    [pytest.param(path, id=path.stem, marks=thorough if path.stem in LONG else ()) for path in DOCUMENTS],
+    [pytest.param(path, id=named(path), marks=thorough if path.stem in LONG else ()) for path in DOCUMENTS],
 )
 def test_commands_and_python_run(document: Path, sandbox: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()
@@ -164,3 +201,13 @@ def test_commands_and_python_run(document: Path, sandbox: Path) -> None:
                 assert re.search(rf"^{arguments[0]}:", makefile, re.MULTILINE), f"make {arguments[0]} does not exist"
             else:
                 assert program in OTHER_PROGRAMS, f"{document.name}: nobody checks the command {program}"
+
+
+@pytest.mark.parametrize("page", CHANGES, ids=lambda page: page.stem)
+def test_a_change_of_a_few_lines_makes_a_program_light(page: Path, sandbox: Path) -> None:
+    (diff,) = blocks(page, "diff")
+    assert len(diff.splitlines()) <= 6
+    shutil.rmtree(sandbox / page.stem, ignore_errors=True)
+    run_python(changed(blocks(page, "python")[0], diff), sandbox)
+    (found,) = (sandbox / page.stem).rglob("lightpeft.json")
+    assert load_light(found.parent).light_plan.removed_of_blocks > 0.15

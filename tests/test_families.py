@@ -275,7 +275,7 @@ def test_what_cannot_be_pruned(build: Callable[[], PreTrainedModel], says: str) 
 
 def test_families_that_are_not_listed() -> None:
     text = refusal(lambda: family_of("nothing"))
-    assert text.startswith('model family "nothing" is not ') and "docs/families.md" in text
+    assert text.startswith('model family "nothing" is not ') and "docs/reference/families.md" in text
     model = make("bert")
     model.config.model_type = "nothing"
     assert refusal(lambda: block_specs(model)) == text

@@ -48,8 +48,8 @@ def test_every_module_has_a_layer() -> None:
         assert there - {"__init__", "__main__"} == {name for line in contract for name in line}
 
 
-def test_the_design_page_shows_these_layers() -> None:
-    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+def test_the_architecture_page_shows_these_layers() -> None:
+    page = (ROOT / "docs/explanation/architecture.md").read_text(encoding="utf-8")
     section = page.partition("## Layers")[2].partition("## ")[0]
     tables = [re.findall(r"^\| `([^|]+)` \|", table, re.MULTILINE) for table in section.split("| folder")[1:]]
     method, app = ([re.findall(r"\w+", line) for line in reversed(table)] for table in tables)

@@ -49,7 +49,7 @@ TOLERANCE = 1e-5
 BUDGETS = {"usual": USUAL, "dropped": DROPPED}
 all_models = crossed(ALL, BUDGETS)
 UNITS = [(name, "group") for name in VARIANTS] + [(name, "balanced") for name in GROUPED]
-"""What the table of docs/families.md does not hold, which test_support.py checks: settings, and other head units."""
+"""What docs/reference/families.md does not hold, which test_support.py checks: settings, and other head units."""
 UNITS_IN_MAKE_TEST = {*IN_MAKE_TEST, "llama-tied", "llama-head-dim", "falcon-mqa"}
 UNITS_AND_BUDGETS = [
     pytest.param(name, unit, budget, id=f"{name}-{unit}-{key}", marks=() if name in UNITS_IN_MAKE_TEST else thorough)

@@ -1,4 +1,4 @@
-"""docs/start.md: its commands lead from a clone to a model that answers, in one shell, as they stand there."""
+"""docs/tutorials/serve.md: its commands lead from a clone to a model that answers, in one shell, word for word."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from documents import blocks
 from lanes import thorough
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = blocks(ROOT / "docs" / "start.md", "")[0].splitlines()
+COMMANDS = blocks(ROOT / "docs" / "tutorials" / "serve.md", "")[0].splitlines()
 TEXTS = "good1 word3 good2 good4\nbad1 word3 bad2 bad4"
 
 

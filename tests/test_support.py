@@ -1,4 +1,4 @@
-"""The tables of docs/families.md say what is so, and what else holds of pruned models of every family."""
+"""The tables of docs/reference/families.md say what is so, and what else holds of pruned models of every family."""
 
 from __future__ import annotations
 

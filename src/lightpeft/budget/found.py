@@ -11,7 +11,7 @@ from lightpeft.prune.learning import LEAST_LEARNED
 
 SHORT = 0.4
 """Of the blocks, what goes of a classifier whose run is too short for a search, as measured on files of 300 to 1,000
-rows (docs/quality.md)."""
+rows (docs/explanation/results.md)."""
 
 
 def has_learned(part: float) -> bool:

@@ -20,7 +20,7 @@ LEAST_STEPS, MOST_STEPS = 8, 64
 """From some 20 on, more of them hardly leave less of what a cut costs."""
 SEARCH_FRACTION = 0.15
 """Part of the time of plain PEFT's run that a search may take, by its count of passes through the model; where none is
-that short, there is none (docs/quality.md#a-budget-that-finds-itself)."""
+that short, there is none (docs/explanation/results.md#what-a-budget-costs)."""
 HELD_PART = 0.035
 """Rows that are set aside, as a part of all that the run's steps see. With this, and with probes of one whole model and
 of one or two cut ones, finding a budget takes a seventh of plain PEFT's run. The least numbers here would make that

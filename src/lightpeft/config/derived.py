@@ -42,7 +42,7 @@ TABLE = (
             "remove": {"blocks": "auto", "head_unit": "group", "multiple_of": 8},
             "estimate": {"length": "auto", "criterion": "fisher", "mask_learning_rate": 3e-4},
         },
-        "docs/quality.md#what-the-defaults-do-and-why and #how-much-has-to-be-learned-first",
+        "docs/explanation/results.md#defaults and #length-of-estimation",
     ),
     Rule(
         {"estimate": {"module_criterion": "ratio", "rank_criterion": "taylor"}},
@@ -55,20 +55,20 @@ TABLE = (
     ),
     Rule(
         {"modules": {"blocks": 2 / 3, "remove_ranks": 7 / 8}, "rates": {"scale": 2.0}},
-        "docs/quality.md#what-the-defaults-do-and-why",
+        "docs/explanation/results.md#defaults",
         presets=("fast",),
     ),
     Rule(
         {"modules": {"blocks": 1.0, "remove_ranks": 0.0}, "rates": {"scale": 1.0}},
-        "docs/quality.md#a-base-size-encoder",
+        "docs/explanation/results.md#base-size-encoders",
         presets=("accurate",),
     ),
     Rule(
         {"rates": {"scale": 4.0, "estimation_scale": 1.0}},
-        "docs/quality.md#bottleneck-adapters",
+        "docs/explanation/results.md#bottleneck-adapters",
         peft="bottleneck",
     ),
-    Rule({"remove": {"blocks": 0.0, "head_unit": "balanced"}}, "docs/writers.md", writes=True),
+    Rule({"remove": {"blocks": 0.0, "head_unit": "balanced"}}, "docs/explanation/decoders.md", writes=True),
     Rule(
         {
             "remove": {"heads": 1 / 3, "neurons": 1 / 3, "experts": 1 / 3, "head_unit": "group", "multiple_of": 1},
@@ -81,7 +81,7 @@ TABLE = (
     ),
     Rule(
         {"modules": {"remove": 0.0, "remove_ranks": 0.0}, "rates": {"scale": 0.1, "estimation_scale": 2.0}},
-        "docs/train_all.md",
+        "docs/how-to/train_all.md",
         train="all",
     ),
     Rule(
@@ -132,7 +132,7 @@ def _given(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def tolerance_of(light: LightConfig, classes: bool) -> Tolerance:
-    """`remove.tolerance`, or the usual one (docs/quality.md#a-budget-that-finds-itself).
+    """`remove.tolerance`, or the usual one (docs/explanation/results.md#what-a-budget-costs).
 
     Args:
         classes: whether answers are classes, of which points can be counted.

@@ -49,9 +49,9 @@ def light_config(light: Light) -> LightConfig:
 
 
 def cut_of_writer(light: LightConfig) -> str | None:
-    """What to say before a model that writes is cut (docs/writers.md); None: it is not, or a whole one is kept, too.
+    """What to say before a model that writes is cut (docs/explanation/decoders.md).
 
-    A budget that is `auto` is measured, and said when it is found.
+    None: it is not cut, or a whole one is kept, too. A budget that is `auto` is measured, and said when it is found.
     """
     if not light.cuts_blocks or light.after.keep != "light" or light.is_auto:
         return None

@@ -132,7 +132,7 @@ class DataConfig:
     columns: dict[str, str] = field(default_factory=dict)
     """Column of the kind -> column of the data, or a template such as "{premise} {hypothesis}". Of those that are not
     named, text, label, context, options, answer, question, answers and messages have their own names in the data;
-    text_pair, prompt and completion are read if they are named. docs/tasks.md has the columns of every kind."""
+    text_pair, prompt and completion are read if they are named. docs/reference/tasks.md has every kind's columns."""
     max_length: Annotated[int, Within(least=2, most=_LONGEST)] = 128
     """Tokens a row keeps at most; may not exceed what the model allows. Longer contexts are read in windows (span)."""
     null_threshold: float | None = None

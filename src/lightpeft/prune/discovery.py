@@ -63,7 +63,7 @@ def ensure_family(model: nn.Module) -> None:
     except LightPeftError as error:
         raise LightPeftError(
             f'model family "{model_type}" is not listed, and its structure could not be discovered: {error}; '
-            "docs/families.md says how to add it"
+            "docs/reference/families.md says how to add it"
         ) from error
     block_specs(inner, family)  # layers beyond the first two may be others
     register_family(family)

@@ -92,7 +92,7 @@ def unlearned_warning(record: EstimationRecord) -> str | None:
     """What to say before a cut by the scores of a model that has learned next to nothing; None: it has, or who knows.
 
     On CoLA, where that was so, a cut of 60% of the blocks cost MPNet-base nearly all of its Matthews' correlation
-    (docs/quality.md).
+    (docs/explanation/results.md).
     """
     learned = record.meta.get("learned")
     if learned is None or learned >= LEAST_LEARNED:

@@ -115,7 +115,7 @@ def check_examples(light: LightConfig, examples: int, longer: str = "training.ep
 def few_examples(light: LightConfig, examples: int) -> str | None:
     """What to say of a plan from so many examples, which is little better than chance if they are few; None: nothing.
 
-    On movie reviews plans from 128 or fewer cost 2 to 6 points (docs/quality.md#how-many-examples-a-plan-takes).
+    On movie reviews plans from 128 or fewer cost 2 to 6 points (docs/explanation/results.md#short-runs-and-few-rows).
     """
     if examples >= LEAST_EXAMPLES or not light.chooses:
         return None

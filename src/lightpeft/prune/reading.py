@@ -83,7 +83,7 @@ def find_depth(model: nn.Module, batches: Iterable[Batch], autocast: torch.dtype
     """How many of a model's blocks a task has to be read through; nothing is trained.
 
     Of decoders that classify, the others may be left out (`light.remove.depth`). An encoder's blocks are read otherwise
-    by the same measure: leaving out what it calls superfluous cost MiniLM accuracy (docs/quality.md).
+    by the same measure: leaving out what it calls superfluous cost MiniLM accuracy (docs/explanation/results.md).
 
     Args:
         model: the untouched one, with one stack of blocks and whatever head.

@@ -1,6 +1,6 @@
 """How long a run trains and at which rate: what `training.epochs: auto` and `training.learning_rate: auto` stand for.
 
-The numbers are measured on MiniLM over small and large data (docs/quality.md).
+The numbers are measured on MiniLM over small and large data (docs/explanation/results.md).
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def unknown_option(words: Sequence[str], known: Collection[str]) -> str:
 
 
 def meant_option(word: str, known: Collection[str]) -> str | None:
-    """The known option that somebody meant: called so in a section, or nearly so."""
+    """Return the option, or the two, that somebody meant: called so in a section, or nearly so."""
     name = word.lstrip("-").replace("-", "_").lower()
     if f"--{name}" in known and f"--{name}" != f"--{word}":
         return f"--{name}"
@@ -40,8 +40,10 @@ def meant_option(word: str, known: Collection[str]) -> str | None:
         return f"--data.columns.{column}"
     in_section = [option for option in known if option.endswith(f".{name}")]
     of_section = [option for option in known if option.startswith(f"--{name}.")]
-    if len(in_section) == 1 or of_section:
-        return (in_section or of_section)[0]
+    if len(in_section) in (1, 2):
+        return " or ".join(in_section)
+    if of_section:
+        return of_section[0]
     return nearest(word, set(known) - {"--help", "-h"})
 
 

@@ -246,7 +246,7 @@ class DenseRun(RunTrainer):
 
 FULL_WIDTH_RATE = 0.3
 """Learning rate of the last steps of a run that keeps its base whole, as a multiple of the run's
-(docs/writers.md)."""
+(docs/explanation/decoders.md)."""
 
 
 class WideRun(DenseRun):

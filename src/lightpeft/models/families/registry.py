@@ -60,7 +60,7 @@ def family_of(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise LightPeftError(
             f'model family "{model_type}" is not supported; supported: {", ".join(sorted(FAMILIES))}. '
-            "lightpeft.ensure_family(model) finds others, or a declarative entry: see docs/families.md"
+            "lightpeft.ensure_family(model) finds others, or a declarative entry: see docs/reference/families.md"
         )
     family = FAMILIES[model_type]
     here, first = transformers.__version__, ".".join(map(str, family.since))
@@ -262,7 +262,7 @@ def _linear(block: nn.Module, name: str, path: str) -> nn.Module:
     if not is_linear(layer):
         raise LightPeftError(
             f"{path} is a {describe(layer)}, which is no linear layer that lightpeft can cut; "
-            "load the base in float32, bfloat16 or float16, or quantised in a way that docs/guide.md lists"
+            "load the base in float32, bfloat16 or float16, or quantised in a way that docs/how-to/low_memory.md lists"
         )
     return layer
 
