@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from lanes import needs_other_types, thorough
+from lanes import needs, needs_family, needs_other_types, thorough
 from lights import light_of, preset
 from peft import IA3Config, LoraConfig, get_peft_model
 from tiny import make
@@ -122,6 +122,8 @@ def test_modules_stay_in_the_allowed_blocks(llama: Workbench) -> None:
         assert blocks == {1}, kind
 
 
+@needs("peft", "0.19", "older ones take no name for that of experts")
+@needs_family("deepseek_v3")
 def test_lora_keeps_off_names_that_peft_takes_for_experts() -> None:
     """The FFNs that are called so would get nothing, and the experts of all blocks LoRA."""
     light = light_of(module_blocks=0.5)
@@ -148,19 +150,19 @@ REFUSED: list[tuple[Any, str]] = [
     ({"r": "four"}, "peft.r is 'four'; it must be a whole number"),
     ({"r": 0}, "peft.r is 0; it must be at least 1"),
     ({"lora_alpha": 0}, "peft.lora_alpha is 0; it must be positive"),
-    ({"lora_dropout": 1.0}, "peft.lora_dropout is 1.0; it lies in [0, 1)"),
+    ({"lora_dropout": 1.0}, "peft.lora_dropout is 1.0; it must be in [0, 1)"),
     ({"slots": "q"}, "peft.slots is 'q'; it must be a list"),
-    ({"slots": ["query"]}, "peft.slots has query; slots are q, k, v"),
-    ({"type": "bottleneck", "slots": ["q"]}, "peft.slots is for modules on projections"),
+    ({"slots": ["query"]}, "peft.slots has unknown query; choose among q, k, v"),
+    ({"type": "bottleneck", "slots": ["q"]}, "peft.slots has no effect with bottleneck"),
     ({"type": "bottleneck", "size": 0}, "peft.size is 0; it must be at least 1"),
     ({"r": 10_000_000}, "peft.r is 10000000; it can be at most 65,536"),
     ({"use_dora": "maybe"}, "peft.use_dora is 'maybe'; it must be true or false"),
     ({"bias": "some"}, "peft.bias is 'some'; it must be one of none, all, lora_only"),
     ({"bias": "all"}, 'use bias="none"'),
     ({"init_lora_weights": "pissa"}, 'init_lora_weights="pissa" changes the base weights'),
-    ({"init_lora_weights": "eva"}, "peft.init_lora_weights is eva, which is computed from rows"),
+    ({"init_lora_weights": "eva"}, "peft.init_lora_weights: eva needs data"),
     ({"use_dora": True, "lora_bias": True}, "peft: The argument lora_bias=True is not supported for DoRA"),
-    ({"task_type": "SEQ_CLS"}, "peft.task_type is the run's to set; leave it out"),
+    ({"task_type": "SEQ_CLS"}, "peft.task_type is set by the run; leave it out"),
     ({"layers_to_transform": [0]}, "give peft.target_modules, too"),
     ({"use_qalora": True}, "LoRA with use_qalora cannot be pruned"),
 ]

@@ -147,7 +147,7 @@ def test_what_cannot_be_trimmed_is_refused(
     many = json.loads((tmp_path / "words/config.json").read_text())["vocab_size"]
     words.add_tokens([f"word{n}" for n in range(many)][: many - 4])
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path / "words")
-    assert "of kind WordLevel" in refusal(tmp_path / "words")
+    assert "its kind is WordLevel" in refusal(tmp_path / "words")
     assert "--data rows.csv" in refusal(encoder, tmp_path / "out", "--text", "text")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text(

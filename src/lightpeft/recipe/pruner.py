@@ -11,8 +11,9 @@ from typing import Any
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lightpeft.compat.accelerate import divide_no_loss
 from lightpeft.compat.fsdp import out_of_fsdp
-from lightpeft.config import Light, LightConfig, changed, cut_of_writer
+from lightpeft.config import Light, LightConfig, cut_of_writer, override_light
 from lightpeft.errors import require
 from lightpeft.models.families.registry import block_specs
 from lightpeft.models.linears.bitsandbytes import prepare_quantised
@@ -133,7 +134,7 @@ class EarlyPruner:
 
     def plan(self, light: Light = None) -> PrunePlan:
         """The plan by the pruner's settings, with others on top: a part of the blocks, or settings."""
-        return make_plan(self.record(), changed(self.config, light))
+        return make_plan(self.record(), override_light(self.config, light))
 
     def prune(self, plan: PrunePlan | None = None) -> LightModel:
         """Cut the model down to the plan, in place; it stays a `PeftModel` and its `save_pretrained` a light adapter.
@@ -184,6 +185,7 @@ class EstimationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin the stage, or go on with an interrupted one."""
+        divide_no_loss()
         self.estimator.start(state.max_steps)
         if self.resume_from is not None:
             self.estimator.load_state(self.resume_from)

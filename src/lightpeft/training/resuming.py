@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from transformers import TrainerState
 
-from lightpeft.compat.transformers import SCALER_NAME, TRAINER_STATE_NAME, check_resuming
-from lightpeft.config.validation import shown
+from lightpeft.compat.transformers import SCALER_NAME, TRAINER_STATE_NAME, check_resuming, cpu_without_number
+from lightpeft.config.validation import short_repr
 from lightpeft.errors import require
 from lightpeft.files.foreign import parsing
 from lightpeft.models.sharding import is_sharded
@@ -54,7 +54,8 @@ class Checkpoints:
 
     def load_states(self, checkpoint: str | None, usual: Callable[[str | None], None]) -> None:
         """Load optimizer and scheduler as the trainer does."""
-        with _readable(checkpoint, "state of optimizer and scheduler"), self._sharding.as_one_process():
+        readable = _readable(checkpoint, "state of optimizer and scheduler")
+        with readable, self._sharding.as_one_process(), cpu_without_number(self._trainer.args):
             usual(checkpoint)
 
     def load_random_state(self, checkpoint: str | None, usual: Callable[[str | None], None]) -> None:
@@ -85,7 +86,7 @@ def check_state(checkpoint: Path) -> None:
         state = TrainerState.load_from_json(str(file))
     step, steps = state.global_step, state.max_steps
     reached = type(step) is type(steps) is int and 0 <= step <= steps
-    require(reached, f"{file} is damaged: it is of step {shown(step)}, of {shown(steps)}; {_INSTEAD}")
+    require(reached, f"{file} is damaged: it is of step {short_repr(step)}, of {short_repr(steps)}; {_INSTEAD}")
     scaler = checkpoint / SCALER_NAME
     if scaler.is_file():
         with parsing(f"{checkpoint} is damaged: its state of the gradient scaler cannot be read", _INSTEAD):
