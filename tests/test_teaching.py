@@ -482,12 +482,12 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "another task": (
         "classes",
         lambda _: make("bert", 7, num_labels=1),
-        "(BertForSequenceClassification) answers another task than the model (BertForSequenceClassification)",
+        "(BertForSequenceClassification) has another task than the model (BertForSequenceClassification)",
     ),
     "tokens": (
         "classes",
         lambda _: tiny(BertForTokenClassification, 7),
-        "BertForTokenClassification) answers another",
+        "BertForTokenClassification) has another task",
     ),
     "more labels": ("classes", lambda _: make("bert", 7, num_labels=3), "has 3 outputs, and the model 2"),
     "more tokens": (
@@ -497,7 +497,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     ),
     "a base": ("classes", lambda folder: saved(make("bert", 7).bert, folder), "has no weights for classifier"),
     "no folder": ("classes", lambda folder: folder / "nowhere", "nowhere"),
-    "a run": ("classes", lambda folder: no_run(folder / "run"), "is a run; give what it has made, such as"),
+    "a run": ("classes", lambda folder: no_run(folder / "run"), "is a run folder; use its model:"),
 }
 
 
@@ -524,7 +524,7 @@ def test_a_trainer_refuses_other_names_and_answers_that_are_none(tmp_path: Path)
         return refusal(made)
 
     turned = said(named(0, "no", "yes"), named(7, "yes", "no"))
-    assert turned.endswith("has the labels yes, no and the model no, yes; give them in one order")
+    assert turned.endswith("has the labels yes, no and the model no, yes; use the same labels in one order")
     broken = make("bert", 7)
     broken.classifier.bias.data[0] = torch.inf
     assert "the teacher's answers to 24 of 24 rows are NaN or infinite (row 1, " in said(make("bert"), broken)
