@@ -235,7 +235,7 @@ def test_one_default_everywhere(builds: Builds, caplog: pytest.LogCaptureFixture
     with caplog.at_level("INFO", logger="lightpeft"):
         assert EarlyPruner(with_lora(make("llama-gqa"))).config == writes
         assert EarlyPruner(with_lora(make("t5"))).config == writes
-        assert "of the blocks go" not in caplog.text
+        assert "of the blocks will be cut" not in caplog.text
         scorer = LlamaForSequenceClassification(make("llama-gqa").config)
         assert EarlyPruner(get_peft_model(scorer, lora())).config == preset("fast", blocks=SHORT)
         assert f"{SHORT:.0%} of the blocks will be cut: EarlyPruner uses a fixed budget" in caplog.text
@@ -404,7 +404,7 @@ def test_training_goes_on_from_a_checkpoint_on_either_side(builds: Builds, step:
     for file in ("scheduler.pt", "trainer_state.json"):
         (builds.folder / f"checkpoint-{step}" / file).write_bytes(b"x")
         line = refusal(lambda: builds.trainer().train(resume_from_checkpoint=str(builds.folder / f"checkpoint-{step}")))
-        assert f"checkpoint-{step}" in line and "go on from an older one" in line
+        assert f"checkpoint-{step}" in line and "resume from an older one" in line
 
 
 @pytest.mark.parametrize(
@@ -480,7 +480,7 @@ def test_rows_that_change_have_no_prefix_cache(builds: Builds, caplog: pytest.Lo
     trainer.data_collator = noisy
     with caplog.at_level("INFO", logger="lightpeft"):
         trainer.train()
-    assert "no prefix cache: the collator noisy may give a row other tokens later" in caplog.text
+    assert "no prefix cache: the collator noisy may change the tokens of a row later" in caplog.text
     assert isinstance(trainer.model, LightModel)
 
 

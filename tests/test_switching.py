@@ -316,7 +316,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     assert "other/light is over the base" in text and "if they are the same, say where it is: base=" in text
     assert "belongs to another base than" in refusal(lambda: LightSwitch(both, base=tmp_path / "one/base"))
     wrong = LightSwitch({"b": both["b"]}, base=tmp_path / "one/base")
-    assert "belongs to another base: the weights given" in refusal(lambda: wrong["b"])
+    assert "belongs to another base: its fingerprint" in refusal(lambda: wrong["b"])
     switch = LightSwitch({"a": both["a"]})
     expected = logits(switch["a"])
     assert "over the base" in refusal(lambda: switch.add("b", both["b"]))

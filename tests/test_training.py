@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, damage
         assert last_checkpoint(tmp_path, lines.append) == (tmp_path / f"checkpoint-{left}" if left else None)
     assert len(lines) == 2
     assert "checkpoint-10" in lines[0] and "checkpoint-9" in lines[1]
-    assert all("going on from an older checkpoint, or from the beginning" in line for line in lines)
+    assert all("resuming from an older checkpoint, or from the start" in line for line in lines)
     assert os.listdir(tmp_path) == [], "nobody stumbles over them again"
 
 

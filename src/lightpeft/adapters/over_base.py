@@ -1,4 +1,4 @@
-"""A light adapter over its base: the base checked and cut, and the adapter's weights in it."""
+"""Put a light adapter on its base: check and cut the base, and load the adapter's weights."""
 
 from __future__ import annotations
 
@@ -31,14 +31,18 @@ def over_base(
     is_trainable: bool = False,
     fits: bool = False,
 ) -> PeftModel:
-    """What a dense model becomes, in place: cut to the plan, with the adapter's weights.
-
-    Arguments and errors are as for `load_light`.
+    """Cut a dense model in place to an adapter's plan, and load the adapter's weights.
 
     Args:
-        lacking: names of weights that the checkpoint of the dense model does not have.
-        stream: what the dense model was read into.
-        fits: it is known that the tensors of the adapter are those that the model will have.
+        saved: the light adapter.
+        dense: its base, which is cut in place.
+        lacking: names of weights that the dense model's checkpoint lacks.
+        stream: stream that the dense model was read through; None: it is in memory.
+        is_trainable: True: adapter weights stay trainable; False: they are frozen, and the model is in eval mode.
+        fits: True if the adapter's tensors are known to fit, and are not checked again.
+
+    Raises:
+        LightPeftError: the base is another one, or lacks weights, or the adapter's tensors do not fit.
     """
     folder, plan = saved.folder, saved.plan
     check_base(dense, saved.base, plan, str(folder), stream, saved.vocabulary)
@@ -60,7 +64,7 @@ def over_base(
 
 
 def _check_tensors(dense: PreTrainedModel, plan: PrunePlan, config: PeftConfig, folder: Path) -> None:
-    """Compare the tensors in the file with those that the model will have, before anything is cut."""
+    """Check the tensors in an adapter's file against the cut model's on the meta device, before anything is cut."""
     skeleton = skeleton_of(dense)
     apply_plan(skeleton, plan)
     check_fit(skeleton, config, folder)
@@ -69,10 +73,18 @@ def _check_tensors(dense: PreTrainedModel, plan: PrunePlan, config: PeftConfig, 
 
 
 def stream_of(saved: Saved, device: str | torch.device | None, shared: SharedTensors | None = None) -> Stream:
-    """What reads the base one tensor at a time; refuses at once what cannot be read so."""
+    """Make the stream that reads an adapter's base tensor by tensor.
+
+    Args:
+        device: device of kept weights; None: host memory.
+        shared: tensors that the model shares with others; None: none.
+
+    Raises:
+        LightPeftError: the base is quantized, or a GGUF file.
+    """
     folder, base = saved.folder, saved.base
-    kind = "quantised" if base.quantisation else "a GGUF file" if base.gguf_file else None
-    require(kind is None, f"the base of {folder} is {kind}, which low_memory cannot read: load without low_memory")
+    kind = "quantized" if base.quantisation else "a GGUF file" if base.gguf_file else None
+    require(kind is None, f"the base of {folder} is {kind}, which low_memory cannot read; load without low_memory")
 
     def check(model: PreTrainedModel) -> None:
         check_structure(model, base, saved.plan, str(folder))

@@ -1,4 +1,4 @@
-"""accelerate: what it keeps of a training that it has prepared."""
+"""accelerate: its references to the optimizers and models that it has prepared."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ __all__ = ["clear_device_cache", "forget_optimizers", "prepared", "should_reduce
 
 
 def forget_optimizers(accelerator: Any) -> None:
-    """Let accelerate know of no optimizer: under float16 it would unscale the gradients of parameters that are gone."""
+    """Remove all optimizers from an accelerator: under float16 it would unscale gradients of removed parameters.
+
+    Raises:
+        LightPeftError: accelerate has no such list, and a gradient scaler is in use.
+    """
     known = getattr(accelerator, "_optimizers", None)
     if known is not None:
         known.clear()
@@ -29,13 +33,13 @@ def forget_optimizers(accelerator: Any) -> None:
 
 
 def prepared(accelerator: Any, model: nn.Module, optimizer: Any) -> Any:
-    """An optimizer as accelerate wraps it; of a model that it has sharded it wants to be shown the model, too."""
+    """Return an optimizer wrapped by accelerate, which under FSDP2 needs the model as well."""
     return accelerator.prepare(model, optimizer)[1] if accelerator.is_fsdp2 else accelerator.prepare(optimizer)
 
 
 @contextmanager
 def without_autocast(model: nn.Module) -> Iterator[None]:
-    """Inside the block a model computes in the precision of its weights, without the autocast of its training."""
+    """Disable the autocast that accelerate has put around a model's forward inside the block."""
     prepared = vars(model).pop("forward", None)
     try:
         yield
