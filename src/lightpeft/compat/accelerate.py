@@ -16,7 +16,19 @@ except ImportError as _error:
     clear_device_cache = missing("Smaller batches where memory is short", _error)
     should_reduce_batch_size = missing("Smaller batches where memory is short", _error)
 
-__all__ = ["clear_device_cache", "forget_optimizers", "prepared", "should_reduce_batch_size", "without_autocast"]
+try:
+    from accelerate.state import GradientState
+except ImportError:
+    GradientState = None
+
+__all__ = [
+    "clear_device_cache",
+    "divide_no_loss",
+    "forget_optimizers",
+    "prepared",
+    "should_reduce_batch_size",
+    "without_autocast",
+]
 
 
 def forget_optimizers(accelerator: Any) -> None:
@@ -30,6 +42,15 @@ def forget_optimizers(accelerator: Any) -> None:
         known.clear()
     elif accelerator.scaler is not None:
         raise unavailable("Training in float16", "accelerate has no Accelerator._optimizers")
+
+
+def divide_no_loss() -> None:
+    """Keep accelerate from dividing the loss by the gradient accumulation steps, which `Trainer` has done already.
+
+    transformers 5.5 lets accelerate divide it again, so that gradients are too small by that number.
+    """
+    if GradientState is not None:
+        GradientState().plugin_kwargs["num_steps"] = 1
 
 
 def prepared(accelerator: Any, model: nn.Module, optimizer: Any) -> Any:

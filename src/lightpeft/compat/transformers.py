@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from lightpeft.compat.missing import missing, needed_for, unavailable
 from lightpeft.compat.torch import default_dtype
@@ -289,7 +289,27 @@ def recomputes(model: nn.Module) -> bool:
 
     The model's property for it has another name from 5.24 on; the attributes that it reads do not.
     """
-    return any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+    return any(getattr(part, _CHECKPOINTING, False) for part in model.modules())
+
+
+@contextmanager
+def computed_once(block: nn.Module) -> Iterator[None]:
+    """Disable gradient checkpointing of a transformer block inside the block.
+
+    Releases before 5.24 wrap it around any `forward` that the transformer block has, and the backward pass would
+    recompute a frozen block, which needs no gradient.
+    """
+    if not getattr(block, _CHECKPOINTING, False):
+        yield
+        return
+    setattr(block, _CHECKPOINTING, False)
+    try:
+        yield
+    finally:
+        setattr(block, _CHECKPOINTING, True)
+
+
+_CHECKPOINTING = "gradient_checkpointing"
 
 
 def grow_static_cache(model: PreTrainedModel) -> None:
@@ -321,6 +341,28 @@ def check_resuming() -> None:
     lacking = [name for name in _RESUMING if not hasattr(Trainer, name)]
     if lacking:
         raise unavailable("Resuming from a checkpoint", f"transformers has no Trainer.{lacking[0]}")
+
+
+@contextmanager
+def cpu_without_number(args: TrainingArguments) -> Iterator[None]:
+    """Let the device of a process on a CPU be `cpu`, without a number, inside the block.
+
+    With several processes the device is `cpu:0`, and releases before 5.24 pass it to `torch.load` as the target of
+    optimizer states, which PyTorch refuses.
+    """
+    numbered = args.device
+    if numbered.type != "cpu" or numbered.index is None:
+        yield
+        return
+    vars(args)[_DEVICE] = torch.device("cpu")
+    try:
+        yield
+    finally:
+        vars(args)[_DEVICE] = numbered
+
+
+_DEVICE = "_setup_devices"
+"""Cached property that `TrainingArguments.device` returns."""
 
 
 def used_columns(trainer: Any, rows: Dataset) -> Any:
