@@ -37,7 +37,7 @@ from lightpeft.budget import room as searching_room
 from lightpeft.budget.finding import find_budget
 from lightpeft.budget.found import SHORT, FoundBudget
 from lightpeft.budget.probes import Probe
-from lightpeft.budget.room import PARTS, SearchRoom, sizes_of, why_unmeasured
+from lightpeft.budget.room import SEARCH_BUDGETS, SearchRoom, sizes_of, why_unmeasured
 from lightpeft.budget.search import BudgetSearch
 from lightpeft.budget.tolerance import cost_in_words, tolerance_in_words
 from lightpeft.config import Tolerance
@@ -129,8 +129,8 @@ def test_a_search_behind_a_depth_is_one_of_the_rest() -> None:
     before = {0.35: 0.02, 0.4: 0.03, 0.5: 0.08, 0.6: 0.15}
     search = BudgetSearch(before, 0.02, gone=0.3)
     whole = BudgetSearch({(part - 0.3) / 0.7: rise for part, rise in before.items()}, 0.02)
-    search._take(0.4, rises(0.01, 0.003))
-    whole._take((0.4 - 0.3) / 0.7, rises(0.01, 0.003))
+    search._add_probe(0.4, rises(0.01, 0.003))
+    whole._add_probe((0.4 - 0.3) / 0.7, rises(0.01, 0.003))
     for part in (0.35, 0.4, 0.5):
         own, same = search._likely(part), whole._likely((part - 0.3) / 0.7)
         assert (own.left, own.upper) == pytest.approx((same.left, same.upper))
@@ -148,9 +148,9 @@ def test_what_is_known_does_not_hang_on_the_order_of_probes(
     known = dict(zip([0.15, 0.3, 0.45], costs, strict=True))
     first, other = (BudgetSearch({place: slope * place for place in PLACES}, 0.02) for _ in range(2))
     for blocks in known:
-        first._take(blocks, rises(known[blocks], 0.01))
+        first._add_probe(blocks, rises(known[blocks], 0.01))
     for blocks in order:
-        other._take(blocks, rises(known[blocks], 0.01))
+        other._add_probe(blocks, rises(known[blocks], 0.01))
     for blocks in PLACES:
         assert first.expected(blocks) == other.expected(blocks)
     for blocks, cost in known.items():
@@ -630,7 +630,7 @@ def test_passes_of_a_search_are_those_that_it_makes(unit: Any, monkeypatch: pyte
     _, cost = sizes_of(SearchRoom.of(trainer, trainer.light_tolerance()), LIGHT, 60)
     assert rows["trained"] == copies * cost.trained
     whole = cost.held if unit == "points" else cost.few
-    assert rows["forward"] == copies * cost.held + whole + cost.few * len(PARTS)
+    assert rows["forward"] == copies * cost.held + whole + cost.few * len(SEARCH_BUDGETS)
     assert found.of_plain == cost.of_plain([each.blocks for each in found.probed])
 
 

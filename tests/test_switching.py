@@ -225,12 +225,12 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of folders in the order in which their models were made."""
     made: list[str] = []
 
-    def load(folder: Path, *args: Any, original: Any = switching.load_sharing, **kwargs: Any) -> LightModel:
+    def load(folder: Path, *args: Any, original: Any = switching.load_with_shared_tensors, **kwargs: Any) -> LightModel:
         made.append(folder.name)
         time.sleep(0.01)
         return original(folder, *args, **kwargs)
 
-    monkeypatch.setattr(switching, "load_sharing", load)
+    monkeypatch.setattr(switching, "load_with_shared_tensors", load)
     return made
 
 

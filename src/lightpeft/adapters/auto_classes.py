@@ -14,9 +14,9 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from lightpeft.compat.transformers import class_names
 from lightpeft.errors import LightPeftError, require
 from lightpeft.machine import accelerator
-from lightpeft.saving.whole_config import LIGHT_TYPE, OWN
+from lightpeft.saving.whole_config import MERGED_TYPE, OWN
 
-_TABLES = {
+_TABLE_NAMES = {
     "AutoModel": "MODEL_MAPPING_NAMES",
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
@@ -29,7 +29,7 @@ _TABLES = {
     "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
 }
 """Auto class -> name of transformers' table of the classes that it returns."""
-_TAKEN = {"dtype", "attn_implementation", "revision", "token"}
+_SUPPORTED = {"dtype", "attn_implementation", "revision", "token"}
 """Options of `from_pretrained` that `load_merged` has, too."""
 _WITHOUT_EFFECT = {"adapter_kwargs", "code_revision", "trust_remote_code", "local_files_only", "low_cpu_mem_usage"}
 _WITHOUT_EFFECT |= {"use_safetensors", "weights_only", "_from_auto"}
@@ -39,21 +39,21 @@ _WITHOUT_EFFECT |= {"use_safetensors", "weights_only", "_from_auto"}
 class LightModelConfig(PretrainedConfig):
     """Configuration that transformers reads from a merged light model; the loaded model has that of its family."""
 
-    model_type = LIGHT_TYPE
+    model_type = MERGED_TYPE
 
 
 _AS_SAVED = LightModelConfig().to_diff_dict().keys() | {OWN, "name_or_path"}
 """Keys of an unchanged `LightModelConfig`."""
 
 
-def register(load: Callable[..., PreTrainedModel]) -> None:
+def register_auto_classes(load: Callable[..., PreTrainedModel]) -> None:
     """Make `AutoModelFor...from_pretrained(folder)` call `load(folder)` for merged light models."""
-    AutoConfig.register(LIGHT_TYPE, LightModelConfig)
-    for name, table in _TABLES.items():
-        getattr(transformers, name).register(LightModelConfig, _reader(name, table, load))
+    AutoConfig.register(MERGED_TYPE, LightModelConfig)
+    for name, table in _TABLE_NAMES.items():
+        getattr(transformers, name).register(LightModelConfig, _make_reader(name, table, load))
 
 
-def _reader(auto: str, table: str, load: Callable[..., PreTrainedModel]) -> type:
+def _make_reader(auto: str, table: str, load: Callable[..., PreTrainedModel]) -> type:
     """Return a stand-in for a model class that one auto class calls `from_pretrained` of.
 
     Args:
@@ -68,7 +68,7 @@ def _reader(auto: str, table: str, load: Callable[..., PreTrainedModel]) -> type
         @classmethod
         def from_pretrained(cls, folder: Any, *, config: Any = None, **options: Any) -> PreTrainedModel:
             changed = {} if config is None else config.to_diff_dict().keys() - _AS_SAVED
-            model = load(folder, **_options({**dict.fromkeys(changed, True), **options}, str(folder)))
+            model = load(folder, **_convert_options({**dict.fromkeys(changed, True), **options}, str(folder)))
             kind = type(model).__name__
             named = class_names(table, "A merged model in transformers' auto classes").values()
             gives = {name for names in named for name in ((names,) if isinstance(names, str) else names)}
@@ -78,14 +78,16 @@ def _reader(auto: str, table: str, load: Callable[..., PreTrainedModel]) -> type
     return Reader
 
 
-def _options(given: Mapping[str, Any], folder: str) -> dict[str, Any]:
+def _convert_options(given: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """Convert options of `from_pretrained` to those of `load_merged`.
 
     Raises:
         LightPeftError: an option is not supported.
     """
-    options = {name: value for name, value in given.items() if name in _TAKEN and value is not None}
-    rest = {name for name, value in given.items() if value and name not in {*_TAKEN, *_WITHOUT_EFFECT, "device_map"}}
+    options = {name: value for name, value in given.items() if name in _SUPPORTED and value is not None}
+    rest = {
+        name for name, value in given.items() if value and name not in {*_SUPPORTED, *_WITHOUT_EFFECT, "device_map"}
+    }
     refused = f"{folder} is a merged light model, which does not support"
     require(not rest, f"{refused} {', '.join(sorted(rest))}; leave that out")
     where = given.get("device_map")

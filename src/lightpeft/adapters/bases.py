@@ -74,7 +74,7 @@ def load_base(
             dtype=saved.dtype if dtype == "auto" else dtype,
             key_mapping=names,
             output_loading_info=True,
-            **_checked(model, failed, instead),
+            **_check_files(model, failed, instead),
             **saved.config.arguments(),
             **options,
         )
@@ -83,7 +83,7 @@ def load_base(
     return loaded, sorted(info["missing_keys"])
 
 
-def _checked(model: ModelConfig, failed: str, instead: str) -> dict[str, Any]:
+def _check_files(model: ModelConfig, failed: str, instead: str) -> dict[str, Any]:
     """Check the files of a base, and return the arguments to load it safely; an error line names the base."""
     try:
         return check_checkpoint(model, weights=True)

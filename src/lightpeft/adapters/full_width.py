@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightpeft.adapters.bases import architecture_of, load_base
-from lightpeft.adapters.right_base import check_base, check_brought, check_structure
+from lightpeft.adapters.right_base import check_base, check_missing_weights, check_structure
 from lightpeft.config import ModelConfig
 from lightpeft.config.validation import from_dict
 from lightpeft.errors import require
@@ -72,8 +72,8 @@ def full_width(light: LightModel, base: PreTrainedModel | None = None, *, is_tra
     tensors = get_peft_model_state_dict(light, adapter_name=name, save_embedding_layers=embeddings)
     dense, lacking = load_base(saved, saved.place()) if base is None else (base, [])
     check_base(dense, saved, light.light_plan, "this light model", vocabulary=vocabulary)
-    check_brought(lacking, config, "this light model")
-    return _filled(dense, light.light_plan, config, {n: t.cpu() for n, t in tensors.items()}, is_trainable)
+    check_missing_weights(lacking, config, "this light model")
+    return _load_expanded(dense, light.light_plan, config, {n: t.cpu() for n, t in tensors.items()}, is_trainable)
 
 
 def load_full_width(light: str | Path, base: PreTrainedModel, *, is_trainable: bool = False) -> PeftModel:
@@ -90,7 +90,7 @@ def load_full_width(light: str | Path, base: PreTrainedModel, *, is_trainable: b
     adapter = read_saved(Path(light))
     _check_kept_apart(adapter.plan)
     check_base(base, adapter.base, adapter.plan, str(light), vocabulary=adapter.vocabulary)
-    return _filled(base, adapter.plan, adapter.config, read_tensors(Path(light) / WEIGHTS), is_trainable)
+    return _load_expanded(base, adapter.plan, adapter.config, read_tensors(Path(light) / WEIGHTS), is_trainable)
 
 
 def save_full_width(light: str | Path, base: ModelConfig, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -118,7 +118,7 @@ def save_full_width(light: str | Path, base: ModelConfig, folder: str | Path, *,
     else:
         dense = load_base(adapter.base, base)[0]
         check_base(dense, adapter.base, adapter.plan, str(light), vocabulary=adapter.vocabulary)
-    model, wide = _widen(dense, adapter.plan, adapter.config, read_tensors(light / WEIGHTS))
+    model, wide = _expand(dense, adapter.plan, adapter.config, read_tensors(light / WEIGHTS))
     (plain,) = model.peft_config.values()
     plain.inference_mode = True
     with replacing_folder(folder, last=ADAPTER_CONFIG, alone=True) as temporary:
@@ -168,7 +168,7 @@ def _skeleton(saved: BaseFacts, base: ModelConfig) -> PreTrainedModel:
         return architecture(config)
 
 
-def _filled(
+def _load_expanded(
     dense: PreTrainedModel, plan: PrunePlan, config: PeftConfig, tensors: Mapping[str, Tensor], is_trainable: bool
 ) -> PeftModel:
     """Put PEFT modules with the expanded weights of a light adapter on its dense base.
@@ -178,14 +178,14 @@ def _filled(
         tensors: weights of the light adapter, as PEFT saves them, on the CPU.
     """
     prepare_quantised(dense)
-    model, wide = _widen(dense, plan, config, tensors)
+    model, wide = _expand(dense, plan, config, tensors)
     set_peft_model_state_dict(model, wide)
     if not is_trainable:
         model.requires_grad_(False)
     return model.train(is_trainable)
 
 
-def _widen(
+def _expand(
     dense: PreTrainedModel, plan: PrunePlan, config: PeftConfig, tensors: Mapping[str, Tensor]
 ) -> tuple[PeftModel, dict[str, Tensor]]:
     """Put PEFT modules on a dense model, and compute their weights from those of a light adapter.
@@ -208,7 +208,7 @@ def _widen(
     wide, unfit = dict(tensors), "the weights of the light adapter do not fit its base"
     with parsing(unfit):
         for site in find_sites(model, plan.specs):
-            wide |= _widened(site, f"{_PREFIX}{site.spec.name}.", plan, tensors)
+            wide |= _expand_site(site, f"{_PREFIX}{site.spec.name}.", plan, tensors)
     wide = {name: tensor.contiguous() for name, tensor in wide.items()}
     expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
     astray = sorted(name for name in expected.keys() | wide.keys() if expected.get(name) != _shape(wide.get(name)))
@@ -220,7 +220,7 @@ def _shape(tensor: Tensor | None) -> torch.Size | None:
     return None if tensor is None else tensor.shape
 
 
-def _widened(site: Site, prefix: str, plan: PrunePlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _expand_site(site: Site, prefix: str, plan: PrunePlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Expand the weights of one PEFT module to the dense width.
 
     Args:

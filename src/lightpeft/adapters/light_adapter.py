@@ -21,8 +21,8 @@ from lightpeft.models import repositories
 from lightpeft.models.tensors import SharedTensors
 from lightpeft.prune.light_model import LightModel, as_light
 from lightpeft.saving.adapter_files import (
+    ADAPTER_ON_HUB,
     DESCRIPTION,
-    ON_HUB,
     Saved,
     card_of,
     read_description,
@@ -88,20 +88,20 @@ def load_light(
         logits = light(**tokenizer("a warm, funny film", return_tensors="pt")).logits  # [1, classes]
         ```
     """
-    saved = read_saved(repositories.folder_of(folder, ON_HUB, revision, token))
+    saved = read_saved(repositories.folder_of(folder, ADAPTER_ON_HUB, revision, token))
     stream = None
     if low_memory:
         in_memory = "low_memory reads the base from disk, and base= is a model in memory; leave low_memory out"
         require(not isinstance(base, nn.Module), in_memory)
         stream = stream_of(saved, device)
     if isinstance(base, nn.Module):
-        return _light(saved, cast(PreTrainedModel, base), is_trainable=is_trainable, device=device)
+        return _make_light(saved, cast(PreTrainedModel, base), is_trainable=is_trainable, device=device)
     place = replace(saved.base.place(cast(Any, base)), trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     dense, lacking = load_base(saved.base, place, dtype=dtype, attn_implementation=attn_implementation, stream=stream)
-    return _light(saved, dense, lacking, stream, is_trainable=is_trainable, device=device)
+    return _make_light(saved, dense, lacking, stream, is_trainable=is_trainable, device=device)
 
 
-def load_sharing(
+def load_with_shared_tensors(
     folder: Path,
     place: ModelConfig,
     tensors: SharedTensors,
@@ -131,12 +131,12 @@ def load_sharing(
     dense, lacking = load_base(
         saved.base, place, dtype=place.dtype, attn_implementation=place.attn_implementation, stream=stream
     )
-    light = _light(saved, dense, lacking, stream, device=device, fits=saved.description == known)
+    light = _make_light(saved, dense, lacking, stream, device=device, fits=saved.description == known)
     stream.hold(light)
     return light
 
 
-def _light(
+def _make_light(
     saved: Saved,
     dense: PreTrainedModel,
     lacking: Sequence[str] = (),
@@ -184,7 +184,7 @@ def light_tokenizer(
         batch = tokenizer(["a warm, funny film"], return_tensors="pt")
         ```
     """
-    folder = repositories.folder_of(folder, ON_HUB, revision, token)
+    folder = repositories.folder_of(folder, ADAPTER_ON_HUB, revision, token)
     description, path = read_description(folder), Path(folder)
     place = base_facts(description, path / DESCRIPTION).place(base)
     return tokenizer_over(replace(place, trust_remote_code=trust_remote_code), vocabulary_in(path, description))

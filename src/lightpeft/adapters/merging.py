@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightpeft.adapters.auto_classes import register
+from lightpeft.adapters.auto_classes import register_auto_classes
 from lightpeft.adapters.bases import architecture_of
 from lightpeft.compat.transformers import Checkpoint, with_reader
 from lightpeft.config import ModelConfig
@@ -34,19 +34,19 @@ from lightpeft.saving.description import (
     Described,
     base_facts,
     facts_of,
-    unmeasured,
+    without_metrics,
 )
 from lightpeft.saving.tokens import tokenizer_of
 from lightpeft.saving.whole import (
     MERGED,
-    ON_HUB,
+    MERGED_ON_HUB,
     check_mergeable,
+    make_saveable,
     native_config,
     read_merged,
     save_whole,
-    settle,
 )
-from lightpeft.saving.whole_config import CONFIG, own_config, read_own
+from lightpeft.saving.whole_config import CONFIG_FILE, own_config, read_own
 
 _log = logging.getLogger(__name__)
 
@@ -152,14 +152,14 @@ def load_merged(
         model = load_merged("merged", device="cuda")
         ```
     """
-    folder = repositories.folder_of(folder, ON_HUB, revision, token)
+    folder = repositories.folder_of(folder, MERGED_ON_HUB, revision, token)
     description = read_merged(folder)
     facts = {name: value for name, value in description.items() if name not in ("schema_version", "checksums")}
     with understandable(folder / MERGED):
         plan, native = PrunePlan.from_dict(description["plan"]), bool(description["native"])
     saved = base_facts(description, folder / MERGED)
     of_base = read_own(folder).get("model_type") == saved.model_type
-    require(of_base, f"{folder / CONFIG} has another model_type than {MERGED}; copy the folder again")
+    require(of_base, f"{folder / CONFIG_FILE} has another model_type than {MERGED}; copy the folder again")
     architecture = architecture_of(saved, "install the version that it was saved with")
     config = merged_config(folder, saved)
 
@@ -181,7 +181,7 @@ def load_merged(
         )
     astray = sorted({*info["missing_keys"], *info["unexpected_keys"]})
     require(not astray, f"the weights in {folder} do not fit its plan: {', '.join(astray[:3])}; copy the folder again")
-    settle(model, plan, unmeasured(facts))  # the metrics do not hold once it is trained further
+    make_saveable(model, plan, without_metrics(facts))  # the metrics do not hold once it is trained further
     return model.eval() if device is None else model.eval().to(device)
 
 
@@ -197,4 +197,4 @@ def merged_config(folder: Path, saved: BaseFacts) -> PretrainedConfig:
     return own_config(folder, architecture_of(saved, "install the version that it was saved with"))
 
 
-register(load_merged)
+register_auto_classes(load_merged)

@@ -9,7 +9,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from lightpeft.adapters.right_base import check_base, check_brought, check_structure
+from lightpeft.adapters.right_base import check_base, check_missing_weights, check_structure
 from lightpeft.adapters.streaming import Stream
 from lightpeft.errors import require
 from lightpeft.models.linears.bitsandbytes import prepare_quantised
@@ -19,7 +19,7 @@ from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saving.adapter_files import Saved
 from lightpeft.saving.kept_weights import check_kept, read_kept
-from lightpeft.saving.peft_adapter import check_fit, load_adapter, skeleton_of
+from lightpeft.saving.peft_adapter import check_adapter_fit, load_adapter, skeleton_of
 
 
 def over_base(
@@ -46,7 +46,7 @@ def over_base(
     """
     folder, plan = saved.folder, saved.plan
     check_base(dense, saved.base, plan, str(folder), stream, saved.vocabulary)
-    check_brought(lacking, saved.config, str(folder))
+    check_missing_weights(lacking, saved.config, str(folder))
     if saved.vocabulary is not None:
         cut_model(dense, saved.vocabulary)
     prepare_quantised(dense)
@@ -67,7 +67,7 @@ def _check_tensors(dense: PreTrainedModel, plan: PrunePlan, config: PeftConfig, 
     """Check the tensors in an adapter's file against the cut model's on the meta device, before anything is cut."""
     skeleton = skeleton_of(dense)
     apply_plan(skeleton, plan)
-    check_fit(skeleton, config, folder)
+    check_adapter_fit(skeleton, config, folder)
     if plan.train == "all":
         check_kept(skeleton, folder)
 

@@ -81,7 +81,7 @@ def _another_base(what: str) -> str:
     )
 
 
-def check_brought(lacking: Sequence[str], config: PeftConfig, what: str) -> None:
+def check_missing_weights(lacking: Sequence[str], config: PeftConfig, what: str) -> None:
     """Refuse a base that lacks weights which the adapter does not contain either: they would be random.
 
     Args:

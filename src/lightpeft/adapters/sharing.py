@@ -7,7 +7,7 @@ from pathlib import Path
 from lightpeft.errors import LightPeftError
 from lightpeft.models.repositories import Token
 from lightpeft.saving.adapter_files import DESCRIPTION, read_description
-from lightpeft.saving.uploading import send
+from lightpeft.saving.uploading import upload
 from lightpeft.saving.whole import MERGED, read_merged
 
 _CHECKS = {DESCRIPTION: read_description, MERGED: read_merged}
@@ -57,4 +57,4 @@ def push_to_hub(
             if file.is_file() and not file.name.startswith("."):
                 (place / file.name).symlink_to(file.resolve())
 
-    return send(link, repo_id, token=token, commit_message=commit_message, private=private, revision=revision)
+    return upload(link, repo_id, token=token, commit_message=commit_message, private=private, revision=revision)

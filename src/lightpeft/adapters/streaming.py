@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
 )
 from transformers import PreTrainedModel
 
-from lightpeft.compat.torch import set_unseen, with_own_parameters
+from lightpeft.compat.torch import set_without_hooks, with_own_parameters
 from lightpeft.compat.transformers import Checkpoint, mark_read, one_at_a_time, with_reader
 from lightpeft.errors import require
 from lightpeft.models.experts import ExpertLayer
@@ -34,7 +34,7 @@ from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import BlockSpec
 from lightpeft.prune.fingerprint import Sample, digest_of, expert_weight, sample, weight_names
 
-_INSTEAD = "load the adapter without low_memory"
+_WITHOUT_LOW_MEMORY = "load the adapter without low_memory"
 
 
 class Stream:
@@ -80,14 +80,14 @@ class Stream:
         """
 
         def read(model: PreTrainedModel, checkpoint: Checkpoint) -> Any:
-            check_files(checkpoint, _INSTEAD)
+            check_files(checkpoint, _WITHOUT_LOW_MEMORY)
             self._check(model)
-            self._places = dict(_places(model, self._plan))
+            self._places = dict(_projection_places(model, self._plan))
             self._experts = dict(_expert_places(model, self._plan))
-            self._rows = {} if self._vocabulary is None else dict(_rows(model, self._vocabulary))
+            self._rows = {} if self._vocabulary is None else dict(_token_dims(model, self._vocabulary))
             hooks = [
                 register_module_parameter_registration_hook(self._receive),
-                register_module_buffer_registration_hook(self._see),
+                register_module_buffer_registration_hook(self._sample_buffer),
             ]
             try:
                 with one_at_a_time():
@@ -128,7 +128,7 @@ class Stream:
                 setattr(modules[part], own, nn.Parameter(expert_place.kept, requires_grad=False))
         self._places, self._experts, self._rows = {}, {}, {}
         empty = [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if tensor.is_meta]
-        require(not empty, f"low_memory found no weights for {', '.join(empty[:3])}; {_INSTEAD}")
+        require(not empty, f"low_memory found no weights for {', '.join(empty[:3])}; {_WITHOUT_LOW_MEMORY}")
 
     def hold(self, model: nn.Module) -> None:
         """Keep the shared tensors for as long as the model lives."""
@@ -145,14 +145,14 @@ class Stream:
         if self._vocabulary is not None and (module, name) in self._rows:
             self._reading.forget()
             kept = self._vocabulary.rows(parameter.detach(), self._rows[module, name])
-            return _read(nn.Parameter(kept, requires_grad=parameter.requires_grad))
+            return _mark_loaded(nn.Parameter(kept, requires_grad=parameter.requires_grad))
         if (module, name) in self._experts:
             return self._receive_experts(module, name, parameter)
         place = self._places.get(module)
         if place is None:
             return self._reading.in_common(parameter)
         whole = self._reading.in_common(parameter) if place.leaves_whole(name) else None
-        set_unseen(place.layer, name, parameter if whole is None else whole)
+        set_without_hooks(place.layer, name, parameter if whole is None else whole)
         if name == "weight":
             self._samples[place.name] = sample(stored_weight(place.layer))
         if place.index is None:
@@ -163,9 +163,9 @@ class Stream:
                 place.layer.to(self._device)
             slice_linear(place.layer, place.index, place.dim)
             place.layer.to(self._device)
-        return _read(module.get_parameter(name))
+        return _mark_loaded(module.get_parameter(name))
 
-    def _see(self, module: nn.Module, name: str, buffer: Any) -> None:
+    def _sample_buffer(self, module: nn.Module, name: str, buffer: Any) -> None:
         """Registration hook for buffers: sample those of routers, which are small and are cut later."""
         if buffer is not None and not buffer.is_meta and (module, name) in self._experts:
             self._samples[self._experts[module, name].name] = sample(buffer)
@@ -178,7 +178,7 @@ class Stream:
             return self._reading.in_common(parameter)
         self._reading.forget()
         place.kept = place.cut(parameter.detach()).to(self._device or parameter.device)
-        return _read(module.get_parameter(name))
+        return _mark_loaded(module.get_parameter(name))
 
     def _check_complete(self) -> None:
         """Refuse a base in which weights of projections or experts are missing."""
@@ -187,10 +187,10 @@ class Stream:
         empty = {name for name, layer in cut.items() if any(p.is_meta for p in layer.parameters(recurse=False))}
         names += [place.name for place in self._experts.values()]
         lacking = [name for name in names if name not in self._samples or name in empty]
-        require(not lacking, f"low_memory cannot read the weights of {', '.join(lacking[:1])}; {_INSTEAD}")
+        require(not lacking, f"low_memory cannot read the weights of {', '.join(lacking[:1])}; {_WITHOUT_LOW_MEMORY}")
 
 
-def _read(parameter: nn.Parameter) -> nn.Parameter:
+def _mark_loaded(parameter: nn.Parameter) -> nn.Parameter:
     """Mark a parameter as loaded, so that transformers does not initialize it, and return it."""
     mark_read(parameter)
     return parameter
@@ -235,31 +235,31 @@ def _expert_places(model: PreTrainedModel, plan: PrunePlan) -> Iterator[tuple[tu
         for name, _ in layer.weights():
             path = expert_weight(spec, name)
             owner, _, own = path.rpartition(".")
-            cut = None if whole else partial(_part, layer, name, stay)
+            cut = None if whole else partial(_cut_expert_weight, layer, name, stay)
             yield (model.get_submodule(owner), own), _ExpertPlace(path, cut)
 
 
-def _part(layer: ExpertLayer, name: str, stay: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
+def _cut_expert_weight(layer: ExpertLayer, name: str, stay: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
     return layer.part(name, weight, *stay)
 
 
-def _places(model: PreTrainedModel, plan: PrunePlan) -> Iterator[tuple[nn.Module, _Place]]:
+def _projection_places(model: PreTrainedModel, plan: PrunePlan) -> Iterator[tuple[nn.Module, _Place]]:
     """Yield each projection of the model, with how to cut it."""
     nothing = [(spec, BlockPlan((), (), ())) for spec in plan.left_out]
     for spec, kept in (*plan.parts, *nothing):
         for slot, name in spec.projections.items():
             layer = model.get_submodule(name)
-            yield layer, _Place(name, _kept(spec, kept, slot), cut_dim(slot), with_own_parameters(layer))
+            yield layer, _Place(name, _kept_channels(spec, kept, slot), cut_dim(slot), with_own_parameters(layer))
 
 
-def _rows(model: PreTrainedModel, vocabulary: Vocabulary) -> Iterator[tuple[tuple[nn.Module, str], int]]:
+def _token_dims(model: PreTrainedModel, vocabulary: Vocabulary) -> Iterator[tuple[tuple[nn.Module, str], int]]:
     """Yield (module, name) of each tensor with one entry per token, and the dimension of the tokens."""
     for name, dim in rows_by_token(model, vocabulary).items():
         owner, _, leaf = name.rpartition(".")
         yield (model.get_submodule(owner), leaf), dim
 
 
-def _kept(spec: BlockSpec, kept: BlockPlan, slot: str) -> Tensor | None:
+def _kept_channels(spec: BlockSpec, kept: BlockPlan, slot: str) -> Tensor | None:
     """Return the kept channels of a projection; None: all. Rows before a norm over all heads stay unless no head
     does."""
     if slot in spec.wide_norms and not kept.heads:

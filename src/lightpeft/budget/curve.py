@@ -21,9 +21,9 @@ from lightpeft.plans.records import EstimationRecord, PrunePlan, block_parameter
 from lightpeft.profiling.live import losses_of
 from lightpeft.prune.surgery import cut_copy
 
-PARTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+CURVE_BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Default budgets of a curve, as parts of the blocks' parameters."""
-_SIDE = 1.96
+_INTERVAL_ERRORS = 1.96
 """Standard errors on each side of a 95% interval."""
 
 
@@ -46,7 +46,7 @@ class CurvePoint:
 
 
 def nested_plans(
-    record: EstimationRecord, light: LightConfig, parts: Sequence[float] = PARTS
+    record: EstimationRecord, light: LightConfig, parts: Sequence[float] = CURVE_BUDGETS
 ) -> Iterator[tuple[float, PrunePlan]]:
     """Yield plans of growing budgets from the same scores; each cut contains the previous one, up to rounded widths.
 
@@ -114,13 +114,13 @@ def loss_curve(
     points = []
     for part, plan in plans.items():
         cut = cut_copy(model, plan)
-        points.append(_point(part, plan, losses_of(cut, batches, autocast), dense))
+        points.append(_curve_point(part, plan, losses_of(cut, batches, autocast), dense))
         del cut  # before the next one is there
     return float(dense.mean()), points
 
 
-def _point(part: float, plan: PrunePlan, losses: Tensor, dense: Tensor) -> CurvePoint:
+def _curve_point(part: float, plan: PrunePlan, losses: Tensor, dense: Tensor) -> CurvePoint:
     rises = losses - dense
-    rise, side = float(rises.mean()), _SIDE * float(rises.std()) / math.sqrt(len(rises))
+    rise, side = float(rises.mean()), _INTERVAL_ERRORS * float(rises.std()) / math.sqrt(len(rises))
     interval = (rise - side, rise + side)
     return CurvePoint(part, plan.removed_of_blocks, plan.removed_ratio, float(losses.mean()), rise, interval)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightpeft.budget.curve import gone_before, loss_curve, nested_plans
 from lightpeft.budget.found import FoundBudget, has_learned
 from lightpeft.budget.probes import Probe
-from lightpeft.budget.room import PARTS
+from lightpeft.budget.room import SEARCH_BUDGETS
 from lightpeft.budget.search import PROBES, BudgetSearch
 from lightpeft.config import LightConfig, Tolerance
 from lightpeft.plans.planning import make_plan
@@ -53,10 +53,10 @@ def find_budget(
     # a cut of ranks throws away what they have learned, which hides all else
     light = light.with_whole_modules()
     gone = gone_before(record)
-    parts = [round(gone + part * (1 - gone), 3) for part in PARTS]
+    parts = [round(gone + part * (1 - gone), 3) for part in SEARCH_BUDGETS]
     plans = dict(nested_plans(record, light, parts))
     few = probe.held[: probe.few]
-    losses, points_a_nat = _whole(model, few if worth is None else probe.held, probe.autocast, worth)
+    losses, points_a_nat = _measure_uncut(model, few if worth is None else probe.held, probe.autocast, worth)
     _, curve = loss_curve(model, plans, few, probe.autocast, losses[: len(few)])
     nats = tolerance.amount / (points_a_nat or 1.0)
     search = BudgetSearch({each.blocks: each.rise for each in curve}, nats, gone)
@@ -91,7 +91,7 @@ def find_budget(
     )
 
 
-def _whole(
+def _measure_uncut(
     model: PeftModel, batches: Sequence[Batch], autocast: torch.dtype | None, worth: Worth | None
 ) -> tuple[Tensor, float | None]:
     """Compute the losses with nothing cut, [batches], and from the same pass the points per nat (None: no `worth`)."""

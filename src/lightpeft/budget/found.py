@@ -97,20 +97,20 @@ class FoundBudget:
         allowed = f"the tolerance is {tolerance_in_words(self.tolerance, self.points_a_nat)}"
         if not self.probed:
             most = max(self.before)
-            why = f"even a cut of {most:.0%} does not surely raise the loss (by {self._said(self.before[most])})"
+            why = f"even a cut of {most:.0%} does not surely raise the loss (by {self._in_words(self.before[most])})"
             if self.learned is not None and not has_learned(self.learned):
                 why = "the model is hardly better than the label frequencies"
             longer = "estimation was too short; raise light.estimate.length, or set a number to cut"
             return f"light: auto cuts nothing of the blocks: {why}, so {longer}; {how}"
         if self.expected is None:
             least = min(self.probed, key=lambda probed: probed.blocks)
-            cost = f"{least.blocks:.0%} would cost {self._said(least.after)} after {self.steps} steps"
+            cost = f"{least.blocks:.0%} would cost {self._in_words(least.after)} after {self.steps} steps"
             return f"light: auto cuts nothing of the blocks: {cost}, and {allowed}; {how}"
-        cost = f"that is expected to cost {self._said(self.expected.left)}"
-        bound = f"at most {self._said(self.expected.upper)} with a confidence of {CONFIDENCE:.0%}, and {allowed}"
+        cost = f"that is expected to cost {self._in_words(self.expected.left)}"
+        bound = f"at most {self._in_words(self.expected.upper)} with a confidence of {CONFIDENCE:.0%}, and {allowed}"
         return f"light: auto cuts {self.blocks:.0%} of the blocks: {cost}, {bound}; {how}"
 
-    def _said(self, nats: float) -> str:
+    def _in_words(self, nats: float) -> str:
         return cost_in_words(nats, self.points_a_nat)
 
     def facts(self) -> dict[str, Any]:

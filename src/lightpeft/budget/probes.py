@@ -137,7 +137,7 @@ def make_probe(
     batches = partial(batches_of, rows, trainer)
     return Probe(
         light=light,
-        train=[*batches(_around(rest, sizes.steps * rows_a_step(args)), size)],
+        train=[*batches(_repeat(rest, sizes.steps * rows_a_step(args)), size)],
         accumulation=args.gradient_accumulation_steps,
         rows=aside,
         held=batches(aside, sizes.in_batch),
@@ -151,6 +151,6 @@ def make_probe(
     )
 
 
-def _around(numbers: Sequence[int], count: int) -> list[int]:
+def _repeat(numbers: Sequence[int], count: int) -> list[int]:
     """Return `count` numbers, starting over from the beginning where they end."""
     return list(islice(cycle(numbers), count))

@@ -11,17 +11,17 @@ from lightpeft.training.host import Host
 from lightpeft.training.schedule import pace_of
 from lightpeft.training.step_rows import rows_a_step
 
-PARTS = (0.2, 0.4, 0.6)
+SEARCH_BUDGETS = (0.2, 0.4, 0.6)
 """Budgets of the loss curve, as parts of the blocks that are there; the rise between them is interpolated linearly. A
 model that has all of its blocks gets no larger budget than the last one (`budget.search.MOST`)."""
-PART = 0.04
+PROBE_PART = 0.04
 """Steps of a probe, as a part of the run's steps."""
-LEAST_STEPS, MOST_STEPS = 8, 64
+LEAST_PROBE_STEPS, MOST_PROBE_STEPS = 8, 64
 """Limits of a probe's steps. Beyond about 20, more steps hardly recover more of the loss."""
 SEARCH_FRACTION = 0.15
 """Largest cost of a search, as a part of plain PEFT's run, in passes through the model; if even the smallest search
 costs more, there is no search (docs/explanation/results.md#what-a-budget-costs)."""
-HELD_PART = 0.035
+SEARCH_HELD_PART = 0.035
 """Held-out rows, as a part of all rows that the run's steps see. With this, and with probes of the uncut model and of
 one or two cuts, a search costs a seventh of plain PEFT's run. In short runs the minimums here cost more than that; then
 fewer budgets are probed, or none (`SEARCH_FRACTION`)."""
@@ -96,7 +96,7 @@ class SearchRoom:
             seen: rows that the run's steps see, repeated ones included.
         """
         most = int(_MOST_OF_ROWS * (self.rows or 0))
-        return min(max(LEAST_HELD, int(HELD_PART * seen)), MOST_HELD, most)
+        return min(max(LEAST_HELD, int(SEARCH_HELD_PART * seen)), MOST_HELD, most)
 
 
 def sizes_of(room: SearchRoom, light: LightConfig, steps: int, gone: float = 0.0) -> tuple[Sizes, SearchCost]:
@@ -109,14 +109,14 @@ def sizes_of(room: SearchRoom, light: LightConfig, steps: int, gone: float = 0.0
     each = room.rows_a_step
 
     def sized(part: float) -> tuple[Sizes, SearchCost]:
-        length = min(max(LEAST_STEPS, round(part * PART * steps)), MOST_STEPS)
+        length = min(max(LEAST_PROBE_STEPS, round(part * PROBE_PART * steps)), MOST_PROBE_STEPS)
         size = Sizes(length, room.aside(part * steps * each), room.batch_size)
         cost = SearchCost(
             run=steps * each // room.processes,  # each process makes all of a search
             trained=size.steps * each,
             held=size.aside,
             few=min(size.few * size.in_batch, size.aside),
-            cuts=PARTS,
+            cuts=SEARCH_BUDGETS,
             answered=room.points,
             graph=light.modules.blocks or 1.0,
             gone=gone,

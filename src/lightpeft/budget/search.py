@@ -29,7 +29,7 @@ STEP, MOST = 0.05, 0.6
 probe early in training does not always show that."""
 CONFIDENCE = 0.8
 """Confidence that the cost stays below its upper bound."""
-_SIDE = NormalDist().inv_cdf(CONFIDENCE)
+_BOUND_ERRORS = NormalDist().inv_cdf(CONFIDENCE)
 """Standard errors between the mean and that bound."""
 _FIRST = 0.3
 """Assumed r before the first probe."""
@@ -89,7 +89,7 @@ class BudgetSearch:
         while (tried := self._next()) is not None:
             if allows is not None and self.probed and not allows([*(each.blocks for each in self.probed), tried]):
                 break
-            self._take(tried, probe(tried))
+            self._add_probe(tried, probe(tried))
         return self.found
 
     @property
@@ -100,7 +100,7 @@ class BudgetSearch:
 
     def expected(self, blocks: float) -> Expected:
         """Return the expected cost of a budget by the probes so far."""
-        return self._cost(blocks, _on_line(self._recovery, blocks))
+        return self._cost(blocks, _interpolate(self._recovery, blocks))
 
     @property
     def grid(self) -> list[float]:
@@ -117,13 +117,13 @@ class BudgetSearch:
         proportion also below the probed budget.
         """
         before = {self.gone: 0.0, **self.before}
-        points = {part: _on_line(before, part) for part in {*before, *(each.blocks for each in self.probed)}}
+        points = {part: _interpolate(before, part) for part in {*before, *(each.blocks for each in self.probed)}}
         for each in self.probed:
             slope = each.after / (each.blocks - self.gone)
             points |= {
                 part: max(rise, slope * (part - self.gone)) for part, rise in points.items() if part <= each.blocks
             }
-        return max(_on_line(points, blocks), 1e-6)
+        return max(_interpolate(points, blocks), 1e-6)
 
     @property
     def _recovery(self) -> dict[float, float]:
@@ -153,16 +153,16 @@ class BudgetSearch:
         seen = {part: max(recovery, _LEAST_LEFT) for part, recovery in self._recovery.items()}
         highest = max(seen)
         at_all = seen[highest] * (1 - self.gone) / (highest - self.gone)
-        return self._cost(blocks, _on_line({self.gone: 0.0, **seen, 1.0: at_all}, blocks))
+        return self._cost(blocks, _interpolate({self.gone: 0.0, **seen, 1.0: at_all}, blocks))
 
     def _cost(self, blocks: float, recovery: float) -> Expected:
         """Return the expected cost of a budget, given the part `recovery` of its rise that is left after training."""
         rise = self.rise(blocks)
         spreads = {each.blocks: each.error / self.rise(each.blocks) for each in self.probed}
-        error = rise * _on_line(spreads, blocks) if spreads else 0.0
-        return Expected(blocks, rise * recovery, min(rise, rise * recovery + _SIDE * error))
+        error = rise * _interpolate(spreads, blocks) if spreads else 0.0
+        return Expected(blocks, rise * recovery, min(rise, rise * recovery + _BOUND_ERRORS * error))
 
-    def _take(self, blocks: float, rises: Tensor) -> None:
+    def _add_probe(self, blocks: float, rises: Tensor) -> None:
         after, error = float(rises.mean()), float(rises.std()) / math.sqrt(len(rises))
         probed = Probed(blocks, max(self.rise(blocks), after), after, error)
         self.probed = sorted([*self.probed, probed], key=lambda each: each.blocks)
@@ -177,6 +177,6 @@ class BudgetSearch:
         return within
 
 
-def _on_line(points: Mapping[float, float], place: float) -> float:
+def _interpolate(points: Mapping[float, float], place: float) -> float:
     """Interpolate linearly between points (x -> y); beyond the outermost points, return the nearest one's value."""
     return float(np.interp(place, sorted(points), [points[x] for x in sorted(points)]))

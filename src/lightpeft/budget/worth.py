@@ -23,7 +23,7 @@ def accuracy_of_counts(counts: np.ndarray) -> float:
     return float(np.trace(counts) / counts.sum())
 
 
-def points_a_nat(
+def points_per_nat(
     right: np.ndarray, answered: np.ndarray, classes: int, metric: Callable[[np.ndarray], float] = accuracy_of_counts
 ) -> float:
     """Return the points (hundredths) of a metric per nat of the loss, for small rises of the loss.

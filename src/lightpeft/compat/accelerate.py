@@ -23,9 +23,9 @@ except ImportError:
 
 __all__ = [
     "clear_device_cache",
-    "divide_no_loss",
     "forget_optimizers",
-    "prepared",
+    "keep_loss_undivided",
+    "prepare_optimizer",
     "should_reduce_batch_size",
     "without_autocast",
 ]
@@ -44,7 +44,7 @@ def forget_optimizers(accelerator: Any) -> None:
         raise unavailable("Training in float16", "accelerate has no Accelerator._optimizers")
 
 
-def divide_no_loss() -> None:
+def keep_loss_undivided() -> None:
     """Keep accelerate from dividing the loss by the gradient accumulation steps, which `Trainer` has done already.
 
     transformers 5.5 lets accelerate divide it again, so that gradients are too small by that number.
@@ -53,7 +53,7 @@ def divide_no_loss() -> None:
         GradientState().plugin_kwargs["num_steps"] = 1
 
 
-def prepared(accelerator: Any, model: nn.Module, optimizer: Any) -> Any:
+def prepare_optimizer(accelerator: Any, model: nn.Module, optimizer: Any) -> Any:
     """Return an optimizer wrapped by accelerate, which under FSDP2 needs the model as well."""
     return accelerator.prepare(model, optimizer)[1] if accelerator.is_fsdp2 else accelerator.prepare(optimizer)
 

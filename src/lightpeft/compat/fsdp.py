@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightpeft.compat.missing import needed_for
-from lightpeft.compat.torch import set_unseen
+from lightpeft.compat.torch import set_without_hooks
 
 
 @contextmanager
@@ -52,7 +52,7 @@ class _Unit:
 
         state = _fsdp_state(self.modules[0])
         handles = {state._pre_forward_hook_handle, state._post_forward_hook_handle}
-        for group in _groups(state):
+        for group in _parameter_groups(state):
             handles.update(group._module_to_pre_save_state_dict_hook_handle.values())
             handles.update(group._module_to_pre_load_state_dict_hook_handle.values())
             handles.update(parameter._post_load_hook_handle for parameter in group.fsdp_params)
@@ -75,7 +75,9 @@ class _Unit:
             parameter = part._parameters[name]
             if isinstance(parameter, DTensor):
                 values = parameter.detach().full_tensor() if parameter not in whole else whole[parameter]
-                set_unseen(part, name, whole.setdefault(parameter, nn.Parameter(values, parameter.requires_grad)))
+                set_without_hooks(
+                    part, name, whole.setdefault(parameter, nn.Parameter(values, parameter.requires_grad))
+                )
             elif parameter is not None:
                 ignored.add(parameter)
         if modules:
@@ -93,14 +95,14 @@ def _units(model: nn.Module) -> Iterator[_Unit]:
         seen.add(state)
         module.reshard()
         options: dict[str, Any] = {"mp_policy": state._mp_policy}
-        for group in _groups(state):
+        for group in _parameter_groups(state):
             options |= {"mesh": group.mesh_info.mesh, "offload_policy": group.offload_policy}
             if not state._auto_reshard_after_forward:
                 options["reshard_after_forward"] = group.post_forward_mesh_info is not None
         yield _Unit(tuple(state._modules), options)
 
 
-def _groups(state: Any) -> list[Any]:
+def _parameter_groups(state: Any) -> list[Any]:
     """Return the parameter groups of a module's state; PyTorch 2.9 has at most one."""
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)

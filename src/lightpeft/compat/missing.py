@@ -9,7 +9,7 @@ from typing import Any
 
 from lightpeft.errors import LightPeftError, one_line
 
-TRIED = {
+TESTED_RELEASES = {
     "torch": "2.9 to 2.13",
     "transformers": "5.5 to 5.24",
     "peft": "0.18 to 0.21",
@@ -28,8 +28,8 @@ def unavailable(feature: str, lacking: object) -> LightPeftError:
         lacking: the missing name, or the error of the library.
     """
     said = one_line(lacking).partition(" (")[0]
-    named = [name for name in TRIED if name in said] or list(TRIED)
-    tried = ", ".join(f"{name} {TRIED[name]} (here {_installed(name)})" for name in named)
+    named = [name for name in TESTED_RELEASES if name in said] or list(TESTED_RELEASES)
+    tried = ", ".join(f"{name} {TESTED_RELEASES[name]} (here {_installed(name)})" for name in named)
     return LightPeftError(f"{feature} works with {tried}: {said}")
 
 

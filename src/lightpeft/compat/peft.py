@@ -68,9 +68,9 @@ __all__ = [
     "ModulesToSaveWrapper",
     "ParamWrapper",
     "adapters_in",
+    "call_with_hooks",
     "check_saves_other_types",
     "forget_norms",
-    "let_hooks_see",
     "names_of_experts",
     "register_prefix",
 ]
@@ -93,7 +93,7 @@ _PAST_HOOKS = tuple(int(part) for part in peft.__version__.split(".")[:2]) < (0,
 """True if PEFT calls the method `forward` of the adapted model, which skips the model's hooks."""
 
 
-def let_hooks_see(model: PeftModel) -> None:
+def call_with_hooks(model: PeftModel) -> None:
     """Make a PeftModel call the model inside it with its hooks, as PEFT does from 0.21 on."""
     tuner = model.base_model
     if _PAST_HOOKS and isinstance(tuner, BaseTuner):

@@ -70,11 +70,11 @@ class StorageWatch(TorchDispatchMode):
             dtype = args[0].dtype
             return False if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
         if func is aten.nonzero.default:
-            return self.counted(self._places(args[0]))
+            return self.count_storage(self._places(args[0]))
         if func is aten.bincount.default:
             return self._even_counts(*args, **(kwargs or {}))
         if func is self._grouped_product:  # the fake version refuses float32, which the real one accepts
-            result = self.counted(_grouped(*args[:3]))
+            result = self.count_storage(_fake_grouped_product(*args[:3]))
             self._count_result(func.overloadpacket, result, args, kwargs or {})
             return result
         if func is aten.index.Tensor:
@@ -83,7 +83,7 @@ class StorageWatch(TorchDispatchMode):
         self._count_result(func.overloadpacket, result, args, kwargs or {})
         for tensor in leaves_of(result):
             if isinstance(tensor, Tensor):
-                self.counted(tensor)
+                self.count_storage(tensor)
         return result
 
     def _count_result(self, operator: Any, result: Any, args: Any, kwargs: Any) -> None:
@@ -93,14 +93,14 @@ class StorageWatch(TorchDispatchMode):
             given = [each for each in leaves_of((args, kwargs)) if isinstance(each, Tensor)]
             self.calls.add((operator, *((each.shape, each.stride(), each.dtype) for each in given)))
 
-    def counted(self, tensor: Tensor) -> Tensor:
+    def count_storage(self, tensor: Tensor) -> Tensor:
         """Count the bytes of a tensor's storage from now until it is freed, and return the tensor."""
         storage, key = tensor.untyped_storage(), storage_of(tensor)
         if key not in self._sizes:
             self._sizes[key] = storage.nbytes()
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._freed, key)
+            weakref.finalize(storage, self._subtract_storage, key)
         return tensor
 
     def _as_numbers(self, index: Tensor | None) -> Iterable[Tensor | None]:
@@ -120,12 +120,12 @@ class StorageWatch(TorchDispatchMode):
         """Return a fake result of `nonzero`: [selected entries, dimensions], long."""
         return mask.new_empty((int(self._share * mask.numel() + 0.5), mask.dim()), dtype=torch.long)
 
-    def _freed(self, key: int) -> None:
+    def _subtract_storage(self, key: int) -> None:
         """Subtract the bytes of a storage that was freed."""
         self.now -= self._sizes.pop(key)
 
 
-def _grouped(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+def _fake_grouped_product(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """Return a fake result of `grouped_mm`: rows times the matrix of their group, or the gradient of these matrices."""
     if right.dim() == 3:
         return left.new_empty(left.shape[0], right.shape[-1])

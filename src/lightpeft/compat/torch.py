@@ -44,7 +44,7 @@ def leaves_of(tree: Any) -> Iterator[Any]:
         yield tree
 
 
-def changes_of(tensor: Tensor) -> object:
+def change_count(tensor: Tensor) -> object:
     """Return a tensor's version, which counts in-place changes; None for an inference tensor, which has none.
 
     If PyTorch has no versions, each call returns a value that equals no other.
@@ -65,7 +65,7 @@ def maker_of(tensor: Tensor) -> partial[Tensor] | None:
     """Return a function that recomputes a tensor bitwise from other tensors that autograd saves; None: none is cheap.
 
     Activation functions save their input, a product saves each factor for the gradient of the other, and autograd
-    functions in Python may define a static method `made_again(node)`. The result may be multiplied with a frozen
+    functions in Python may define a static method `recompute(node)`. The result may be multiplied with a frozen
     factor, as in a norm, and converted. Nodes free their saved tensors when the backward pass has used them; the
     consumers of the tensor come before that, so they can still recompute it.
     """
@@ -73,16 +73,20 @@ def maker_of(tensor: Tensor) -> partial[Tensor] | None:
     if node is None or getattr(tensor, "_base", tensor) is not None:
         return None
     if node.name() != _CONVERTED:
-        return partial(_recomputed, node) if _is_recomputable(node, _DEEPEST) else None
+        return partial(_recompute_result, node) if _is_recomputable(node, _DEEPEST) else None
     source = node.next_functions[0][0]
-    return partial(_converted, source, tensor.device, tensor.dtype) if _is_recomputable(source, _DEEPEST - 1) else None
+    return (
+        partial(_recompute_converted, source, tensor.device, tensor.dtype)
+        if _is_recomputable(source, _DEEPEST - 1)
+        else None
+    )
 
 
 def _is_recomputable(node: Any, depth: int) -> bool:
     """Return True if a node's result can be recomputed from saved tensors, through at most `depth` nodes."""
     if node is None or depth == 0:
         return False
-    if _own_way(node) is not None:
+    if _custom_recompute(node) is not None:
         return True
     keeps = hasattr(type(node), "_saved_self")
     if node.name() in _ACTIVATIONS:
@@ -93,25 +97,25 @@ def _is_recomputable(node: Any, depth: int) -> bool:
     return None not in factors or any(_is_recomputable(factor, depth - 1) for factor in factors)
 
 
-def _own_way(node: Any) -> Callable[[Any], Tensor] | None:
-    """Return the method `made_again` of a node's autograd function in Python; None: it has none."""
-    way: Callable[[Any], Tensor] | None = getattr(getattr(node, "_forward_cls", None), "made_again", None)
+def _custom_recompute(node: Any) -> Callable[[Any], Tensor] | None:
+    """Return the method `recompute` of a node's autograd function in Python; None: it has none."""
+    way: Callable[[Any], Tensor] | None = getattr(getattr(node, "_forward_cls", None), "recompute", None)
     return way
 
 
-def _recomputed(node: Any) -> Tensor:
+def _recompute_result(node: Any) -> Tensor:
     """Recompute the result of a node."""
-    way = _ACTIVATIONS.get(node.name()) or _own_way(node)
+    way = _ACTIVATIONS.get(node.name()) or _custom_recompute(node)
     if way is not None:
         return way(node)
     one, other = (factor for factor, _ in node.next_functions)  # a frozen one has no node, and the other is not kept
-    first: Tensor = _recomputed(one) if other is None else node._saved_self
-    return first * (_recomputed(other) if one is None else node._saved_other)
+    first: Tensor = _recompute_result(one) if other is None else node._saved_self
+    return first * (_recompute_result(other) if one is None else node._saved_other)
 
 
-def _converted(node: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _recompute_converted(node: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Recompute the result of a node, and convert it."""
-    return _recomputed(node).to(device, dtype)
+    return _recompute_result(node).to(device, dtype)
 
 
 def softmax_backward(gradient: Tensor, result: Tensor) -> Tensor:
@@ -153,7 +157,7 @@ def storage_of(tensor: Tensor) -> int:
     return int(getattr(storage, "_cdata", 0) or storage.data_ptr() or id(tensor))
 
 
-def is_watched(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Return True if a module has hooks that may read or change its computation, or if PyTorch does not tell."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, name, True) for name in names)
@@ -170,7 +174,7 @@ def with_own_parameters(module: nn.Module) -> nn.Module:
 _TABLES = "Weights that come and go (low_memory, weights_on_disk, FSDP2, forecasts of memory)"
 
 
-def set_unseen(module: nn.Module, name: str, parameter: Any) -> None:
+def set_without_hooks(module: nn.Module, name: str, parameter: Any) -> None:
     """Replace a parameter of a module without calling registration hooks."""
     with needed_for(_TABLES):
         module._parameters[name] = parameter
@@ -216,12 +220,12 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         asked.pop()
 
 
-_ASKED = frozenset({"__get__", "is_floating_point", "dim", "size"})
+_QUERIES = frozenset({"__get__", "is_floating_point", "dim", "size"})
 _CONVERTED_BY = frozenset({"to", "cpu", "cuda", "float", "double", "half", "bfloat16", "detach", "clone"})
-"""Names of functions that compute nothing: `_ASKED` query a tensor's properties, `_CONVERTED_BY` convert it."""
+"""Names of functions that compute nothing: `_QUERIES` query a tensor's properties, `_CONVERTED_BY` convert it."""
 
 
-class Noted(Tensor):
+class ReadRecorder(Tensor):
     """A tensor that records if anything was computed from it; results are plain tensors.
 
     Model wrappers (FSDP2, DistributedDataParallel) query the data type of all inputs and convert them. A query does not
@@ -232,12 +236,12 @@ class Noted(Tensor):
     _readers: list[str]
 
     @classmethod
-    def of(cls, tensor: Tensor | float) -> Noted:
+    def of(cls, tensor: Tensor | float) -> ReadRecorder:
         """Return a view of a tensor that records reads."""
-        return cls._noting(torch.as_tensor(tensor), [])
+        return cls._recording(torch.as_tensor(tensor), [])
 
     @classmethod
-    def _noting(cls, tensor: Tensor, readers: list[str]) -> Noted:
+    def _recording(cls, tensor: Tensor, readers: list[str]) -> ReadRecorder:
         noted = tensor.as_subclass(cls)
         noted._plain, noted._readers = tensor, readers
         return noted
@@ -250,19 +254,19 @@ class Noted(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function with plain tensors, and record the read."""
-        result, name = func(*_with_plain(args), **_with_plain(kwargs or {})), func.__name__
+        result, name = func(*_without_recorders(args), **_without_recorders(kwargs or {})), func.__name__
         if name in _CONVERTED_BY and isinstance(args[0], cls):
-            return cls._noting(result, args[0]._readers)
+            return cls._recording(result, args[0]._readers)
         for each in leaves_of((args, kwargs)):
-            if isinstance(each, cls) and name not in _ASKED:
+            if isinstance(each, cls) and name not in _QUERIES:
                 each._readers.append(name)
         return result
 
 
-def _with_plain(tree: Any) -> Any:
+def _without_recorders(tree: Any) -> Any:
     """Replace recording tensors by plain ones in nested lists, tuples and dicts."""
-    if isinstance(tree, Noted):
+    if isinstance(tree, ReadRecorder):
         return tree._plain
     if isinstance(tree, dict):
-        return {key: _with_plain(each) for key, each in tree.items()}
-    return type(tree)(_with_plain(each) for each in tree) if type(tree) in (list, tuple) else tree
+        return {key: _without_recorders(each) for key, each in tree.items()}
+    return type(tree)(_without_recorders(each) for each in tree) if type(tree) in (list, tuple) else tree

@@ -26,7 +26,7 @@ def trainer_kwargs(
     Raises:
         LightPeftError: an argument that does not survive the cut.
     """
-    named, args = _by_name(init, args)
+    named, args = _split_by_name(init, args)
     options = dict(**named, **options)
     refuse_deepspeed(getattr(options.get("args"), "deepspeed", None))
     given_optimizers = options.get("optimizers") or (None, None)
@@ -39,7 +39,7 @@ def trainer_kwargs(
     return args, options
 
 
-def _by_name(init: Callable[..., None], args: tuple[Any, ...]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+def _split_by_name(init: Callable[..., None], args: tuple[Any, ...]) -> tuple[dict[str, Any], tuple[Any, ...]]:
     """Split positional arguments after the model into those with a parameter name and those without (`*args`)."""
     _, *behind = inspect.signature(init).parameters.values()
     names = [each.name for each in behind if each.kind is each.POSITIONAL_OR_KEYWORD]

@@ -51,10 +51,10 @@ class LightCheckpoints(Checkpoints):
             write_json(folder / _CUT, {**trainer.light_report, "estimation_steps": trainer._estimation_steps})
         if write:
             write_step(folder, trainer.args)
-        if write and self._inside:
+        if write and self._wraps_peft_model:
             _save_outside(trainer.model, trainer._peft_model, folder)
 
-    def at_cut(self, estimation_steps: int, max_steps: int) -> Path:
+    def write_at_cut(self, estimation_steps: int, max_steps: int) -> Path:
         """Write a checkpoint of a light model right after the cut, from which fine-tuning can start.
 
         Args:
@@ -95,8 +95,8 @@ class LightCheckpoints(Checkpoints):
             trainer.light_report, trainer._estimation_steps = report, int(report["estimation_steps"])
             if trainer._light_pruner is not None and trainer.light_plan is None:
                 dense = trainer._light_pruner.estimator.fingerprint
-                trainer.light_plan = _cut_as_saved(trainer._peft_model, dense, Path(folder))
-        if self._inside:
+                trainer.light_plan = _cut_to_saved_plan(trainer._peft_model, dense, Path(folder))
+        if self._wraps_peft_model:
             _load_inside(trainer.model, trainer._peft_model, Path(folder))
         else:
             super().load_weights(folder, usual)
@@ -110,14 +110,14 @@ class LightCheckpoints(Checkpoints):
 
     def load_best(self, usual: Callable[[], None]) -> None:
         """Load the best model, also where the PeftModel is wrapped in the trainer's model."""
-        if self._inside:
+        if self._wraps_peft_model:
             best = Path(self._trainer.state.best_model_checkpoint)
             _load_inside(self._trainer.model, self._trainer._peft_model, best)
         else:
             super().load_best(usual)
 
     @property
-    def _inside(self) -> bool:
+    def _wraps_peft_model(self) -> bool:
         """True if the PeftModel is a part of the trainer's model, which then saves and loads in its own way."""
         return self._trainer._peft_model is not self._trainer.model
 
@@ -139,7 +139,7 @@ def read_cut(folder: Path) -> dict[str, Any] | None:
     return report
 
 
-def _cut_as_saved(model: PeftModel, fingerprint: str, folder: Path) -> PrunePlan:
+def _cut_to_saved_plan(model: PeftModel, fingerprint: str, folder: Path) -> PrunePlan:
     """Cut a dense model in place to the plan of a checkpoint, without loading its weights.
 
     Raises:
@@ -158,7 +158,7 @@ def _cut_as_saved(model: PeftModel, fingerprint: str, folder: Path) -> PrunePlan
 
 def _save_outside(model: nn.Module, inside: PeftModel, folder: Path) -> None:
     """Write the trained weights of a model that lie outside the PeftModel inside it; no file if there are none."""
-    trained = {name: p.detach() for name, p in _outside(model, inside).items()}
+    trained = {name: p.detach() for name, p in _parameters_outside(model, inside).items()}
     if trained:
         write_tensors(folder / _OUTSIDE, trained)
 
@@ -168,12 +168,12 @@ def _load_inside(model: nn.Module, inside: PeftModel, folder: Path) -> None:
     inside.load_adapter(str(_adapter_folder(folder)), str(inside.active_adapter), is_trainable=True)
     saved = read_tensors(folder / _OUTSIDE) if (folder / _OUTSIDE).is_file() else {}
     with torch.no_grad():
-        for name, parameter in _outside(model, inside).items():
+        for name, parameter in _parameters_outside(model, inside).items():
             require(name in saved, f"{folder} has no weights for {name}; resume from a checkpoint of the same model")
             parameter.copy_(saved[name])
 
 
-def _outside(model: nn.Module, inside: PeftModel) -> dict[str, nn.Parameter]:
+def _parameters_outside(model: nn.Module, inside: PeftModel) -> dict[str, nn.Parameter]:
     """Return the trained parameters of a model that lie outside the PeftModel inside it, by name."""
     own = {id(p) for p in inside.parameters()}
     return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in own}

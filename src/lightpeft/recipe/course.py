@@ -14,7 +14,7 @@ from lightpeft.training.host import Host
 from lightpeft.training.prefix import TrainerPrefix
 
 
-class Course(EstimationCallback):
+class LightCallback(EstimationCallback):
     """Run estimation, the cut and checkpoints at the trainer's events."""
 
     def __init__(self, training: LightHost, checkpoints: LightCheckpoints, prefix: TrainerPrefix) -> None:
@@ -63,7 +63,7 @@ class Course(EstimationCallback):
         return pruner.estimator
 
 
-def tell_cut(trainer: Host, before: dict[str, Any], after: dict[str, Any]) -> None:
+def report_cut(trainer: Host, before: dict[str, Any], after: dict[str, Any]) -> None:
     """Log the parameter counts before and after the cut, and reset the best metric and early stopping.
 
     Args:

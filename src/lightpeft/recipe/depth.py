@@ -40,13 +40,13 @@ def with_depth(light: LightConfig, model: Any, options: Mapping[str, Any]) -> Li
         _log.info("light.remove.depth: auto drops no blocks: %s", ONLY_THESE)
         return light.with_depth(0.0)
     with torch.random.fork_rng():  # what is made of random numbers afterwards does not depend on this
-        found = broadcast_from_main(find_depth(model, *_fed(model, options)))
+        found = broadcast_from_main(find_depth(model, *_sample_batches(model, options)))
     depth = found.within(light.remove.blocks)
     _log.info("light.remove.depth: auto drops %.0f%% of the blocks: %s", 100 * depth, found.summary())
     return light.with_depth(depth)
 
 
-def _fed(model: nn.Module, options: Mapping[str, Any]) -> tuple[Any, torch.dtype | None]:
+def _sample_batches(model: nn.Module, options: Mapping[str, Any]) -> tuple[Any, torch.dtype | None]:
     """Return batches of some training rows, collated as the trainer does, and its half precision (None: none)."""
     rows, args = cast(Any, options.get("train_dataset")), options.get("args")
     try:

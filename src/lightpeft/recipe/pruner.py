@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lightpeft.compat.accelerate import divide_no_loss
+from lightpeft.compat.accelerate import keep_loss_undivided
 from lightpeft.compat.fsdp import out_of_fsdp
 from lightpeft.config import Light, LightConfig, changed, cut_of_writer
 from lightpeft.errors import require
@@ -29,7 +29,7 @@ from lightpeft.prune.learning import unlearned_warning
 from lightpeft.prune.light_model import LightModel, as_light
 from lightpeft.prune.surgery import apply_plan, check_amount
 from lightpeft.recipe.settling import can_write, peft_config_of, settings_of_loop
-from lightpeft.recipe.wrapping import leave_modules
+from lightpeft.recipe.wrapping import remove_disallowed_modules
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class EarlyPruner:
         self.config = settings_of_loop(light, peft_config_of(model), model)
         check_amount(model, self.config)
         _check_vocabulary(model, self.config)
-        leave_modules(model, self.config)
+        remove_disallowed_modules(model, self.config)
         self.estimator = estimator(model, self.config)
 
     def advice(self) -> Iterator[str]:
@@ -104,7 +104,7 @@ class EarlyPruner:
         Args:
             resume_from: checkpoint of an interrupted stage, the same that `train` resumes from; None: start anew.
         """
-        self._say()
+        self._warn_about_loop()
         return EstimationCallback(self.estimator, resume_from)
 
     def start(self, total_steps: int | None = None) -> None:
@@ -113,10 +113,10 @@ class EarlyPruner:
         Args:
             total_steps: optimizer steps of the whole run; needed if `light.estimate.length` is a fraction.
         """
-        self._say()
+        self._warn_about_loop()
         self.estimator.start(total_steps)
 
-    def _say(self) -> None:
+    def _warn_about_loop(self) -> None:
         measured = "light: auto needs LightTrainer, which measures on training rows; pass a number, such as light=0.4"
         require(not self.config.is_auto, measured)
         lines = "; ".join(self.advice())
@@ -205,7 +205,7 @@ class EstimationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin estimation, or resume an interrupted one."""
-        divide_no_loss()
+        keep_loss_undivided()
         self.estimator.start(state.max_steps)
         if self.resume_from is not None:
             self.estimator.load_state(self.resume_from)

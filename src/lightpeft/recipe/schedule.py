@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightpeft.compat.accelerate import forget_optimizers, prepared
+from lightpeft.compat.accelerate import forget_optimizers, prepare_optimizer
 from lightpeft.recipe.host import LightHost
 from lightpeft.recipe.parallel import rewrap
 from lightpeft.training.schedule import Schedule
@@ -43,7 +43,7 @@ class LightSchedule(Schedule):
         forget_optimizers(trainer.accelerator)
         trainer.optimizer = trainer.lr_scheduler = None
         trainer.create_optimizer()
-        trainer.optimizer = prepared(trainer.accelerator, trainer.model, trainer.optimizer)
+        trainer.optimizer = prepare_optimizer(trainer.accelerator, trainer.model, trainer.optimizer)
         trainer.create_scheduler(num_training_steps=max_steps)
         for name in ("optimizer", "lr_scheduler"):
             setattr(trainer.callback_handler, name, getattr(trainer, name))

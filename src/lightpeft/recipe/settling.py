@@ -108,10 +108,10 @@ def gives_classes(model: nn.Module, rows: Any = None) -> bool:
         return True
     classes = head.endswith("ForSequenceClassification") and inner.config.num_labels > 1
     one = inner.config.problem_type in (None, "single_label_classification") if classes else False
-    return one and _whole_numbers(rows)
+    return one and _may_have_integer_labels(rows)
 
 
-def _whole_numbers(rows: Any) -> bool:
+def _may_have_integer_labels(rows: Any) -> bool:
     """Return True unless the labels of a dataset are known to be no integers."""
     if not isinstance(rows, Dataset):
         return True

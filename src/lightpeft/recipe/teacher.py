@@ -33,15 +33,21 @@ from lightpeft.saving.peft_adapter import ADAPTER_CONFIG, load_adapter, read_ada
 from lightpeft.saving.whole import MERGED
 from lightpeft.training.arguments import half_precision
 from lightpeft.training.host import Host
-from lightpeft.training.teaching import Manner, has_answers, manner_of, shared_out, with_answers
+from lightpeft.training.teaching import (
+    OutputKind,
+    has_teacher_logits,
+    output_kind_of,
+    split_over_processes,
+    with_teacher_logits,
+)
 
 Teacher = nn.Module | str | os.PathLike[str]
 """A model, or the folder of one: a light adapter, a merged light model, a PEFT adapter, or a transformers model, which
 may also be a name on the hub."""
-_UNNAMED = re.compile(r"LABEL_\d+")
+_DEFAULT_LABEL = re.compile(r"LABEL_\d+")
 
 
-def taught_rows(trainer: Host, teacher: Teacher) -> Any:
+def add_teacher_logits(trainer: Host, teacher: Teacher) -> Any:
     """Return the training rows of a trainer with a column of the teacher's logits; unchanged if they have one.
 
     Args:
@@ -52,24 +58,26 @@ def taught_rows(trainer: Host, teacher: Teacher) -> Any:
             are no `datasets.Dataset`.
     """
     rows = trainer.train_dataset
-    if has_answers(rows):
+    if has_teacher_logits(rows):
         return rows
     require(isinstance(rows, Dataset), "teacher: train_dataset must be a datasets.Dataset, to which it adds a column")
-    manner = manner_of(trainer.model, rows)
+    output_kind = output_kind_of(trainer.model, rows)
     device = device_of(trainer.model)
     with random_apart(device):
-        model = teacher if isinstance(teacher, nn.Module) else _loaded(teacher, transformers_model(trainer.model))
-        _check(model, transformers_model(trainer.model), manner)
+        model = teacher if isinstance(teacher, nn.Module) else _load_teacher(teacher, transformers_model(trainer.model))
+        _check_teacher(model, transformers_model(trainer.model), output_kind)
         if model is not teacher:
             model.to(trainer.args.device)
-        return with_answers(rows, shared_out(len(rows), _Asked(trainer, model, manner)))
+        return with_teacher_logits(
+            rows, split_over_processes(len(rows), _TeacherInference(trainer, model, output_kind))
+        )
 
 
-class _Asked:
+class _TeacherInference:
     """Computes a teacher's logits of some of a trainer's rows."""
 
-    def __init__(self, trainer: Host, teacher: nn.Module, manner: Manner) -> None:
-        self._trainer, self._teacher, self._manner = trainer, teacher, manner
+    def __init__(self, trainer: Host, teacher: nn.Module, output_kind: OutputKind) -> None:
+        self._trainer, self._teacher, self._output_kind = trainer, teacher, output_kind
         self._rows = used_columns(trainer, trainer.train_dataset)
 
     def __call__(self, numbers: Sequence[int]) -> list[Tensor]:
@@ -86,23 +94,23 @@ class _Asked:
                 batch = trainer.data_collator([dict(row) for row in part])
                 with without_graph(self._teacher), autocasting(device, autocast):
                     output = self._teacher(**moved(without_labels(batch), device))
-                of_rows = zip(order[start : start + size], self._of_rows(output.logits, batch, part), strict=True)
+                of_rows = zip(order[start : start + size], self._split_rows(output.logits, batch, part), strict=True)
                 found.update(of_rows)
         return [found[number] for number in numbers]
 
-    def _of_rows(self, logits: Tensor, batch: Any, rows: Sequence[Any]) -> list[Tensor]:
+    def _split_rows(self, logits: Tensor, batch: Any, rows: Sequence[Any]) -> list[Tensor]:
         """Split a batch's logits into rows, without padding."""
         logits = logits.float().cpu()
-        if self._manner == "options":
+        if self._output_kind == "options":
             return [of_row[: len(row["input_ids"])] for of_row, row in zip(logits, rows, strict=True)]
-        if self._manner != "tokens":
+        if self._output_kind != "tokens":
             return list(logits.reshape(len(rows), -1))
         labels = [torch.as_tensor(row["labels"] if "labels" in row else row["label"]) for row in rows]
         there = [of_row[places] for of_row, places in zip(logits, batch["labels"] != IGNORED, strict=True)]
-        return [_at(of_row, own != IGNORED) for of_row, own in zip(there, labels, strict=True)]
+        return [_scatter_labelled(of_row, own != IGNORED) for of_row, own in zip(there, labels, strict=True)]
 
 
-def _at(logits: Tensor, there: Tensor) -> Tensor:
+def _scatter_labelled(logits: Tensor, there: Tensor) -> Tensor:
     """Scatter logits of labelled tokens, [labelled, classes], to all tokens of a row, [tokens, classes]; 0 elsewhere.
 
     Args:
@@ -116,20 +124,20 @@ def _at(logits: Tensor, there: Tensor) -> Tensor:
 # -- a teacher that fits -------------------------------------------------------------------------------------------
 
 
-def _check(teacher: nn.Module, student: PreTrainedModel, manner: Manner) -> None:
+def _check_teacher(teacher: nn.Module, student: PreTrainedModel, output_kind: OutputKind) -> None:
     """Refuse a teacher of another task, other classes or another vocabulary."""
     inner = transformers_model(teacher)
     theirs, ours = inner.config, student.config
     name = f"the teacher ({type(inner).__name__})"
     same = type(inner).__name__.rpartition("For")[2] == type(student).__name__.rpartition("For")[2]
-    same = same and manner_of(teacher) == manner
+    same = same and output_kind_of(teacher) == output_kind
     require(same, f"{name} has another task than the model ({type(student).__name__}); use a teacher of the same task")
-    if manner != "options":
+    if output_kind != "options":
         counts = f"{name} has {theirs.num_labels} outputs, and the model {ours.num_labels}"
         require(theirs.num_labels == ours.num_labels, f"{counts}; use a teacher with the same labels")
-    if manner in ("classes", "tokens"):
+    if output_kind in ("classes", "tokens"):
         orders = [[names.id2label[i] for i in range(names.num_labels)] for names in (theirs, ours)]
-        named = not any(all(_UNNAMED.fullmatch(str(label)) for label in order) for order in orders)
+        named = not any(all(_DEFAULT_LABEL.fullmatch(str(label)) for label in order) for order in orders)
         listed = " and the model ".join(", ".join(map(str, order)) for order in orders)
         require(
             not named or orders[0] == orders[1], f"{name} has the labels {listed}; use the same labels in one order"
@@ -140,7 +148,7 @@ def _check(teacher: nn.Module, student: PreTrainedModel, manner: Manner) -> None
     require(sizes[0] == sizes[1], f"{other}; {way}")
 
 
-def _loaded(place: str | os.PathLike[str], student: PreTrainedModel) -> nn.Module:
+def _load_teacher(place: str | os.PathLike[str], student: PreTrainedModel) -> nn.Module:
     """Load a teacher from its folder, or by a model's name on the hub.
 
     Args:

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from lightpeft.budget.found import FoundBudget
 from lightpeft.budget.trainer import budget_in
-from lightpeft.budget.worth import points_a_nat
+from lightpeft.budget.worth import points_per_nat
 from lightpeft.compat.accelerate import without_autocast
 from lightpeft.config import Light, LightConfig, Tolerance, cut_of_writer, tolerance_of
 from lightpeft.errors import require
@@ -35,17 +35,17 @@ from lightpeft.prune.length import fitted
 from lightpeft.prune.light_model import LightModel
 from lightpeft.recipe.arguments import trainer_kwargs, with_dense_reference
 from lightpeft.recipe.checkpoints import LightCheckpoints
-from lightpeft.recipe.course import Course, tell_cut
+from lightpeft.recipe.course import LightCallback, report_cut
 from lightpeft.recipe.naming import with_loaded_model
 from lightpeft.recipe.parallel import broadcast_from_main
 from lightpeft.recipe.pruner import EarlyPruner, cut
 from lightpeft.recipe.refusals import check_length, check_light, refuse_parts
 from lightpeft.recipe.schedule import LightSchedule
 from lightpeft.recipe.settling import can_write, gives_classes, peft_config_of, settings_of_trainer
-from lightpeft.recipe.teacher import Teacher, taught_rows
-from lightpeft.recipe.wrapping import inner_peft_model, with_peft
+from lightpeft.recipe.teacher import Teacher, add_teacher_logits
+from lightpeft.recipe.wrapping import add_peft_modules, inner_peft_model
 from lightpeft.training.acceleration import light_steps
-from lightpeft.training.fitting import train_in_float32
+from lightpeft.training.fitting import upcast_trained_weights
 from lightpeft.training.prefix import PrefixCache
 from lightpeft.training.schedule import pace_of
 from lightpeft.training.step_rows import rows_a_step
@@ -119,7 +119,7 @@ class LightTraining(Training):
         refuse_parts(model)
         if peft_config is not None:
             light = settings_of_trainer(light, peft_config, model, options)
-            model = with_peft(model, peft_config, light)
+            model = add_peft_modules(model, peft_config, light)
         super().__init__(model, *args, **with_dense_reference(options))  # type: ignore[call-arg]
         self._peft_model = inner_peft_model(self.model)
         peft = peft_config_of(self._peft_model)
@@ -128,12 +128,12 @@ class LightTraining(Training):
         require(0 < teacher_weight <= 1, f"teacher_weight is {teacher_weight}; it lies in (0, 1]")
         self._teaching.weight = teacher_weight
         if teacher is not None:
-            self.train_dataset = taught_rows(self, teacher)
+            self.train_dataset = add_teacher_logits(self, teacher)
         self.args: TrainingArguments = copy.copy(self.args)  # the user's own stay as they are
         if self.args.fp16:
-            train_in_float32(self.model)
+            upcast_trained_weights(self.model)
         if self.light_config.after.keep != "light":
-            self._note_full_width()
+            self._warn_about_full_width()
         self.light_plain_rate = self.args.learning_rate
         self._light_contexts = ExitStack()
         self._estimation_steps, self._light_seconds = 0, {"estimation": 0.0, "cut": 0.0}
@@ -146,7 +146,7 @@ class LightTraining(Training):
             self._light_pruner = EarlyPruner(self._peft_model, self.light_config, self.make_light_estimator)
         check_length(self)
         self._schedule.set_rate()
-        self.add_callback(Course(self, self._checkpoints, self._prefix))
+        self.add_callback(LightCallback(self, self._checkpoints, self._prefix))
 
     @cached_property
     def _checkpoints(self) -> LightCheckpoints:
@@ -232,14 +232,14 @@ class LightTraining(Training):
         with without_autocast(self._peft_model), self._sharding.answering():
             light = self.prune_light_model(plan)
         if self.args.fp16:
-            train_in_float32(light)  # more weights train than before
+            upcast_trained_weights(light)  # more weights train than before
         if plan.train == "all" and (line := too_few_digits(light)) is not None:
             self._warn(line)
         self.light_plan = plan
         self._light_seconds["cut"] = time.perf_counter() - started
         self._schedule.renew(state.max_steps)
         set_seed(self.args.seed + 1)  # so that what follows does not depend on how it came here
-        self._note_cut(before, parameter_report(light))
+        self._record_cut(before, parameter_report(light))
         self._begin_fine_tuning(state.max_steps)
 
     def make_light_plan(self, record: EstimationRecord) -> PrunePlan | None:
@@ -270,7 +270,7 @@ class LightTraining(Training):
         Raises:
             LightPeftError: the tolerance is in points, and the model outputs no classes or has a custom loss.
         """
-        classes = self._has_models_loss() and gives_classes(self._peft_model, self.train_dataset)
+        classes = self._uses_model_loss() and gives_classes(self._peft_model, self.train_dataset)
         asked = tolerance_of(self.light_config, classes)
         what = f'light.remove.tolerance is "{asked}", and this model or loss has no classes to count points on'
         require(classes or asked.unit == "nats", f"{what}; set it in nats of the loss")
@@ -284,7 +284,7 @@ class LightTraining(Training):
             right: class numbers of their labels, [rows].
         """
         known = max(2, 1 + int(torch.cat([classes, right]).max()))
-        return points_a_nat(right.cpu().numpy(), classes.cpu().numpy(), known)
+        return points_per_nat(right.cpu().numpy(), classes.cpu().numpy(), known)
 
     def prune_light_model(self, plan: PrunePlan) -> LightModel:
         """Cut the model in place to the plan. To be overridden."""
@@ -301,16 +301,16 @@ class LightTraining(Training):
 
     def _light_acceleration(self) -> Any:
         """Return a context with the faster steps and the base's dropout, for estimation and fine-tuning."""
-        alone = self._has_models_loss()
+        alone = self._uses_model_loss()
         return light_steps(self._peft_model, self.light_config, fast=self.fast_steps, loss_alone=alone)
 
-    def _has_models_loss(self) -> bool:
+    def _uses_model_loss(self) -> bool:
         """Return True if the loss is the model's own; a custom loss may read all logits."""
         return self.has_plain_loss() and self.compute_loss_func is None and self.label_smoother is None
 
     # -- reports and warnings ------------------------------------------------------------------------------------
 
-    def _note_cut(self, before: dict[str, Any], after: dict[str, Any]) -> None:
+    def _record_cut(self, before: dict[str, Any], after: dict[str, Any]) -> None:
         """Store the report on the cut, and log the parameter counts."""
         self.light_report = {
             "estimation_steps": self._estimation_steps,
@@ -318,13 +318,13 @@ class LightTraining(Training):
             "seconds": dict(self._light_seconds),
             "parameters": {"before": before, "after": after},
         }
-        tell_cut(self, before, after)
+        report_cut(self, before, after)
 
     def _warn(self, line: str) -> None:
         """Warn that the result of training may differ from what the settings ask for."""
         _log.warning("%s", line)
 
-    def _note_full_width(self) -> None:
+    def _warn_about_full_width(self) -> None:
         """Warn that `light.after.keep` is left to the caller: the dense base is gone when training ends."""
         _log.warning(
             "light.after.keep: %s is not done by the trainer; call lightpeft.full_width(trainer.model) after training, "

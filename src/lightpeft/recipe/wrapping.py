@@ -36,7 +36,7 @@ def inner_peft_model(model: nn.Module) -> PeftModel:
     return found[0]
 
 
-def with_peft(model: nn.Module, config: PeftConfig, light: LightConfig, **options: Any) -> nn.Module:
+def add_peft_modules(model: nn.Module, config: PeftConfig, light: LightConfig, **options: Any) -> nn.Module:
     """Put PEFT modules on a dense model, in the blocks that `light.modules.blocks` allows.
 
     Args:
@@ -54,24 +54,24 @@ def with_peft(model: nn.Module, config: PeftConfig, light: LightConfig, **option
         "the model has PEFT modules already; leave peft_config= out",
     )
     if isinstance(model, PreTrainedModel):
-        return _peft_model(model, config, light, **options)
+        return _make_peft_model(model, config, light, **options)
     inner = next((name for name, module in model.named_modules() if isinstance(module, PreTrainedModel)), None)
     if inner is None:
         raise LightPeftError(f"{type(model).__name__} contains no transformers model; PEFT modules need one")
     parent, _, attribute = inner.rpartition(".")
-    wrapped = _peft_model(model.get_submodule(inner), config, light, **options)
+    wrapped = _make_peft_model(model.get_submodule(inner), config, light, **options)
     setattr(model.get_submodule(parent), attribute, wrapped)
     return model
 
 
-def _peft_model(model: nn.Module, config: PeftConfig, light: LightConfig, **options: Any) -> PeftModel:
+def _make_peft_model(model: nn.Module, config: PeftConfig, light: LightConfig, **options: Any) -> PeftModel:
     try:
-        return get_peft_model(model, placed(config, model, light), **options)
+        return get_peft_model(model, with_allowed_modules(config, model, light), **options)
     except ValueError as error:
         raise LightPeftError(f"peft_config: PEFT cannot put its modules on the model: {one_line(error)}") from error
 
 
-def placed(config: PeftConfig, model: nn.Module, light: LightConfig) -> PeftConfig:
+def with_allowed_modules(config: PeftConfig, model: nn.Module, light: LightConfig) -> PeftConfig:
     """Return a copy of a PEFT configuration whose modules lie in the blocks that `light.modules.blocks` allows.
 
     Without `target_modules` the modules go on all projections of these blocks (in mixtures of experts, on those that
@@ -96,7 +96,7 @@ def placed(config: PeftConfig, model: nn.Module, light: LightConfig) -> PeftConf
     return config
 
 
-def leave_modules(model: PeftModel, light: LightConfig) -> None:
+def remove_disallowed_modules(model: PeftModel, light: LightConfig) -> None:
     """Remove the PEFT modules of blocks that `light.modules.blocks` does not allow, so that none is trained in vain.
 
     Modules in blocks that `light.remove.depth` drops go with their blocks.

@@ -15,7 +15,7 @@ from lightpeft.models import repositories
 from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.peft_kinds.sites.config_file import hide_config
 from lightpeft.plans.records import PrunePlan
-from lightpeft.saving.cards import CARD, CardForm, model_card, read_by
+from lightpeft.saving.cards import CARD, CardForm, loading_code, model_card
 from lightpeft.saving.description import BaseFacts, base_facts
 from lightpeft.saving.kept_weights import KEPT_WEIGHTS
 from lightpeft.saving.peft_adapter import read_adapter
@@ -24,7 +24,7 @@ from lightpeft.saving.tokens import VOCABULARY_FILE, read_vocabulary, write_voca
 DESCRIPTION = "lightpeft.json"
 FILES = ("adapter_config.json", "adapter_model.safetensors", KEPT_WEIGHTS, VOCABULARY_FILE)
 """Files that a light adapter may have besides its description."""
-ON_HUB = repositories.Form("light adapter", DESCRIPTION, (DESCRIPTION, *FILES))
+ADAPTER_ON_HUB = repositories.Form("light adapter", DESCRIPTION, (DESCRIPTION, *FILES))
 """Form of a light adapter's repository on the hub."""
 
 
@@ -57,7 +57,9 @@ def card_of(facts: dict[str, Any], plan: PrunePlan) -> str:
         what = f"An adapter for an unchanged base model: all trained weights of the pruned blocks, and {plans}"
     own = facts["tokens"] or plan.removed_parameters or plan.train == "all"
     library = "lightpeft" if own else "peft"
-    form = CardForm("Light adapter", what, read_by("load_light"), library=library, relation="adapter", exports=True)
+    form = CardForm(
+        "Light adapter", what, loading_code("load_light"), library=library, relation="adapter", exports=True
+    )
     return model_card(facts, plan, form)
 
 

@@ -44,7 +44,7 @@ class CardForm:
     """True if `lightpeft export` converts the model to other forms."""
 
 
-def of_whole(plan: PrunePlan, code: str, form: str = "", **options: Any) -> CardForm:
+def whole_model_form(plan: PrunePlan, code: str, form: str = "", **options: Any) -> CardForm:
     """Make the card texts of a model that needs no base.
 
     Args:
@@ -62,12 +62,12 @@ def of_whole(plan: PrunePlan, code: str, form: str = "", **options: Any) -> Card
     return CardForm(f"Pruned model{form}", what, code, **options)
 
 
-def read_by(loader: str) -> str:
+def loading_code(loader: str) -> str:
     """Return Python code that loads the folder by a function of lightpeft."""
     return f'from lightpeft import {loader}\n\nmodel = {loader}("{THIS_FOLDER}")'
 
 
-def read_by_transformers(architecture: str) -> str:
+def transformers_loading_code(architecture: str) -> str:
     """Return Python code that loads the folder by a class of transformers."""
     return f'from transformers import {architecture}\n\nmodel = {architecture}.from_pretrained("{THIS_FOLDER}")'
 
@@ -92,7 +92,7 @@ def model_card(facts: Mapping[str, Any], plan: PrunePlan, form: CardForm) -> str
         "## What is left of the base",
         f"```\n{plan}\n```",
         "## Quality",
-        "\n".join(_quality(facts)),
+        "\n".join(_quality_table(facts)),
     ]
     data = _metadata(facts, plan, form, licence)
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
@@ -104,7 +104,7 @@ def _metadata(facts: Mapping[str, Any], plan: PrunePlan, form: CardForm, licence
     if is_name(base["id"]):  # a folder means nothing to other readers, and is no valid id
         known |= {"base_model": base["id"], "base_model_relation": form.relation}
     if results:
-        known |= {"model_name": f"{_name(base).rpartition('/')[2]}-light", "eval_results": results}
+        known |= {"model_name": f"{_base_name(base).rpartition('/')[2]}-light", "eval_results": results}
     kind = facts["peft_type"].lower() if facts.get("peft_type") else None
     tags = [tag for tag in ("lightpeft", "light-peft", plan.cuts_blocks and "pruning", "peft", kind) if tag]
     return ModelCardData(library_name=form.library, pipeline_tag=task, tags=tags, **known)
@@ -122,7 +122,7 @@ def _classes(names: Mapping[str, Any]) -> Iterator[str]:
 
 def _results(facts: Mapping[str, Any]) -> Iterator[EvalResult]:
     """Yield the metrics as evaluation results of the hub; none if the hub has no name for the task."""
-    task, entry = pipeline_tag(facts["base"]["architecture"]), _entry(facts) or TaskEntry()
+    task, entry = pipeline_tag(facts["base"]["architecture"]), _task_entry(facts) or TaskEntry()
     rows: dict[str, Any] = {"dataset_type": "custom", "dataset_name": entry.name or "rows of its author"}
     if entry.hub and not entry.path:
         owner, name, *config = entry.hub.split("/")
@@ -133,7 +133,7 @@ def _results(facts: Mapping[str, Any]) -> Iterator[EvalResult]:
             yield EvalResult(task_type=task, metric_type=metric, metric_value=value, **rows)
 
 
-def _entry(facts: Mapping[str, Any]) -> TaskEntry | None:
+def _task_entry(facts: Mapping[str, Any]) -> TaskEntry | None:
     """Return the task of a description; None if it has none, or a damaged one."""
     try:
         return from_dict(TaskEntry, facts["task"]["entry"], "task.entry.")
@@ -142,13 +142,13 @@ def _entry(facts: Mapping[str, Any]) -> TaskEntry | None:
 
 
 def _table(facts: Mapping[str, Any], plan: PrunePlan, licence: str | None) -> Iterator[str]:
-    base, task = facts["base"], _entry(facts)
+    base, task = facts["base"], _task_entry(facts)
     revision = f", revision `{base['revision']}`" if base["revision"] else ""
     place = "" if is_name(base["id"]) else ", a folder of its author"
     ranks, dense = sum(map(len, plan.sites.values())), sum(site.rank for site in plan.dense_sites)
     yield "| | |"
     yield "|---|---|"
-    yield f"| base | `{_name(base)}` (`{base['architecture']}`{revision}{place}) |"
+    yield f"| base | `{_base_name(base)}` (`{base['architecture']}`{revision}{place}) |"
     if task is not None:
         labels = ", ".join(f"`{label}`" for label in list(facts["task"].get("labels", ()))[:20])
         named = f" `{task.name}`" if task.name else ""
@@ -164,7 +164,7 @@ def _table(facts: Mapping[str, Any], plan: PrunePlan, licence: str | None) -> It
     yield f"| licence of the base | {said} |"
 
 
-def _quality(facts: Mapping[str, Any]) -> Iterator[str]:
+def _quality_table(facts: Mapping[str, Any]) -> Iterator[str]:
     if not facts["metrics"]:
         yield "No metrics were recorded."
         return
@@ -193,7 +193,7 @@ def _shell(facts: Mapping[str, Any], form: CardForm) -> Iterator[str]:
         yield "In the shell:\n\n```\n" + "\n".join(commands) + "\n```"
 
 
-def _name(base: Mapping[str, Any]) -> str:
+def _base_name(base: Mapping[str, Any]) -> str:
     """Return the name of a base; of a folder, its last part."""
     return base["id"] if is_name(base["id"]) else Path(base["id"]).name or base["model_type"]
 

@@ -128,7 +128,7 @@ def facts_of(model: Described) -> dict[str, Any]:
             "gguf_file": getattr(inner, "light_gguf_file", None),
             "quantisation": _quantisation(config),
         },
-        "tokens": _tokens(vocabulary_of(inner)),
+        "tokens": _token_counts(vocabulary_of(inner)),
         "plan": model.light_plan.to_dict(),
         "per_layer_config": per_layer_config(config.model_type, model.light_plan),
         "task": model.light_task,
@@ -139,12 +139,12 @@ def facts_of(model: Described) -> dict[str, Any]:
     }
 
 
-def unmeasured(facts: Mapping[str, Any]) -> dict[str, Any]:
+def without_metrics(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return a description without metrics, for a model that is about to change."""
     return {**facts, "metrics": {}, "intervals": {}}
 
 
-def _tokens(vocabulary: Vocabulary | None) -> dict[str, int] | None:
+def _token_counts(vocabulary: Vocabulary | None) -> dict[str, int] | None:
     """Return the number of kept tokens, and of the base's tokens; None: all are kept."""
     return None if vocabulary is None else {"kept": len(vocabulary), "of": vocabulary.size}
 

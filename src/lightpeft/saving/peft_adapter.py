@@ -22,7 +22,7 @@ PICKLED = "adapter_model.bin"
 _ELSEWHERE = ("megatron_config", "prompt_tuning_init_state_dict_path", "adapters", "shadow_model", "layer_replication")
 """Settings that make PEFT import modules, read other files, load other models, or copy layers."""
 
-Shapes = dict[str, tuple[int, ...]]
+TensorShapes = dict[str, tuple[int, ...]]
 
 
 def read_adapter(folder: Path, *, explicit: bool = False, allow_pickle: bool = False) -> PeftConfig:
@@ -66,7 +66,7 @@ def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
         return type(model)(copy.deepcopy(model.config))
 
 
-def check_fit(skeleton: PreTrainedModel, config: PeftConfig, folder: Path, *, exact: bool = True) -> None:
+def check_adapter_fit(skeleton: PreTrainedModel, config: PeftConfig, folder: Path, *, exact: bool = True) -> None:
     """Compare names and shapes of an adapter's tensors with those that a model needs, before any is loaded.
 
     Args:
@@ -80,7 +80,7 @@ def check_fit(skeleton: PreTrainedModel, config: PeftConfig, folder: Path, *, ex
         LightPeftError: tensors are missing, additional, or of another shape.
     """
     try:
-        expected = _expected(skeleton, config, folder)
+        expected = _expected_shapes(skeleton, config, folder)
     except LightPeftError as error:
         # some of PEFT's kinds look at values, which are not there
         if exact or not isinstance(error.__cause__, RuntimeError):
@@ -96,7 +96,7 @@ def check_fit(skeleton: PreTrainedModel, config: PeftConfig, folder: Path, *, ex
     _report_difference(other, f"{folder} does not fit its base: tensors of another shape")
 
 
-def _expected(skeleton: PreTrainedModel, config: PeftConfig, folder: Path) -> Shapes:
+def _expected_shapes(skeleton: PreTrainedModel, config: PeftConfig, folder: Path) -> TensorShapes:
     """Return the shapes of the tensors that an adapter needs on a model, by PEFT's names."""
     config = copy.deepcopy(config)
     config.base_model_name_or_path = None  # the base may have moved; PEFT would warn
@@ -107,7 +107,7 @@ def _expected(skeleton: PreTrainedModel, config: PeftConfig, folder: Path) -> Sh
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def shapes_in(path: Path) -> Shapes:
+def shapes_in(path: Path) -> TensorShapes:
     """Read the shapes of the tensors in a safetensors file, without their values.
 
     Raises:

@@ -14,11 +14,11 @@ from lightpeft.files.foreign import reason_of
 from lightpeft.models.repositories import Token
 from lightpeft.saving.cards import CARD, THIS_FOLDER
 
-_WEIGHTS = "model*.safetensors*"
+_WEIGHT_FILES = "model*.safetensors*"
 """Weight files of a complete model, which an upload replaces."""
 
 
-def send(
+def upload(
     write: Callable[[Path], object],
     name: str,
     *,
@@ -63,14 +63,14 @@ def send(
                 folder_path=folder,
                 commit_message=commit_message or "Upload a light model",
                 revision=revision,
-                delete_patterns=_WEIGHTS if any(folder.glob(_WEIGHTS)) else None,
+                delete_patterns=_WEIGHT_FILES if any(folder.glob(_WEIGHT_FILES)) else None,
             )
         except Exception as error:
-            raise LightPeftError(f"cannot upload {name} to the hub: {_refusal(error)}") from error
+            raise LightPeftError(f"cannot upload {name} to the hub: {_upload_error(error)}") from error
     return done.commit_url
 
 
-def _refusal(error: Exception) -> str:
+def _upload_error(error: Exception) -> str:
     """Return the reason of a failed upload, with a remedy if access was denied."""
     code = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     if code not in (401, 403, 404):

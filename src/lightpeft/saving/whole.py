@@ -20,17 +20,24 @@ from lightpeft.errors import require
 from lightpeft.files import check_file, file_checksum, read_json, replacing_folder, understandable, write_json
 from lightpeft.models import repositories
 from lightpeft.plans.records import PrunePlan
-from lightpeft.saving.cards import CARD, CardForm, model_card, of_whole, read_by, read_by_transformers
+from lightpeft.saving.cards import CARD, CardForm, loading_code, model_card, transformers_loading_code, whole_model_form
 from lightpeft.saving.description import base_facts, per_layer_config
-from lightpeft.saving.uploading import send
-from lightpeft.saving.whole_config import CONFIG, hide_config
+from lightpeft.saving.uploading import upload
+from lightpeft.saving.whole_config import CONFIG_FILE, nest_config
 
 MERGED = "merged.json"
 """Description file of a merged light model."""
-ON_HUB = repositories.Form(
+MERGED_ON_HUB = repositories.Form(
     "merged light model",
     MERGED,
-    (MERGED, CONFIG, "generation_config.json", "*.safetensors", "*.safetensors.index.json", *repositories.TOKENIZER),
+    (
+        MERGED,
+        CONFIG_FILE,
+        "generation_config.json",
+        "*.safetensors",
+        "*.safetensors.index.json",
+        *repositories.TOKENIZER,
+    ),
 )
 """Form of a merged light model's repository on the hub."""
 WHOLE_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
@@ -46,7 +53,7 @@ def read_merged(folder: str | Path) -> dict[str, Any]:
     Raises:
         LightPeftError: `merged.json` or the config is missing, a file is damaged, or the schema is newer.
     """
-    for name in (MERGED, CONFIG):  # transformers would not complain about a missing config
+    for name in (MERGED, CONFIG_FILE):  # transformers would not complain about a missing config
         require((Path(folder) / name).is_file(), f"{folder} is no merged light model: it has no {name}")
     description = read_json(Path(folder) / MERGED)
     with understandable(Path(folder) / MERGED):
@@ -67,7 +74,7 @@ def check_mergeable(config: PretrainedConfig) -> None:
     require(not quantised, "the base is quantized, and merging would round it again; keep the light adapter")
 
 
-def settle(model: PreTrainedModel, plan: PrunePlan, facts: Mapping[str, Any]) -> None:
+def make_saveable(model: PreTrainedModel, plan: PrunePlan, facts: Mapping[str, Any]) -> None:
     """Let a pruned model without PEFT save itself in a form that can be loaded.
 
     It gets a config with its widths; if its family's config cannot express them, `save_pretrained` calls `save_whole`,
@@ -118,9 +125,9 @@ def save_whole(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if not facts["native"]:
-            hide_config(temporary)
+            nest_config(temporary)
         checksums = {file.name: file_checksum(file) for file in sorted(temporary.iterdir()) if file.is_file()}
-        card = model_card(facts, model.light_plan, _card(facts, model.light_plan))
+        card = model_card(facts, model.light_plan, _card_form(facts, model.light_plan))
         (temporary / CARD).write_text(card, encoding="utf-8")
         write_json(temporary / MERGED, {**facts, "checksums": checksums})
 
@@ -154,13 +161,13 @@ def push_whole(
     def write(folder: Path) -> None:
         save_whole(model, facts, folder, **options)
 
-    return send(write, repo_id, private=private, revision=revision, token=token, commit_message=commit_message)
+    return upload(write, repo_id, private=private, revision=revision, token=token, commit_message=commit_message)
 
 
-def _card(facts: Mapping[str, Any], plan: PrunePlan) -> CardForm:
+def _card_form(facts: Mapping[str, Any], plan: PrunePlan) -> CardForm:
     native = facts["native"]
-    code = read_by_transformers(facts["base"]["architecture"]) if native else read_by("load_merged")
-    return of_whole(plan, code, library="transformers" if native else "lightpeft")
+    code = transformers_loading_code(facts["base"]["architecture"]) if native else loading_code("load_merged")
+    return whole_model_form(plan, code, library="transformers" if native else "lightpeft")
 
 
 def native_config(whole: PreTrainedModel, plan: PrunePlan) -> PretrainedConfig | None:

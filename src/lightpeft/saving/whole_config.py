@@ -18,16 +18,16 @@ from lightpeft.errors import require
 from lightpeft.files import write_text
 from lightpeft.files.foreign import check_config, parsing, read_config
 
-CONFIG = "config.json"
-LIGHT_TYPE = "LIGHT_PEFT: layers of unequal widths; load it with lightpeft.load_merged(folder)"
+CONFIG_FILE = "config.json"
+MERGED_TYPE = "LIGHT_PEFT: layers of unequal widths; load it with lightpeft.load_merged(folder)"
 OWN = "pruned_config"
 """Key of the family's config in the file."""
 
 
-def hide_config(folder: Path) -> None:
+def nest_config(folder: Path) -> None:
     """Nest the config.json that transformers has written under `OWN`, so that only `own_config` reads it."""
-    config = read_config(folder / CONFIG)
-    write_text(folder / CONFIG, json.dumps({"model_type": LIGHT_TYPE, OWN: config}, indent=2) + "\n")
+    config = read_config(folder / CONFIG_FILE)
+    write_text(folder / CONFIG_FILE, json.dumps({"model_type": MERGED_TYPE, OWN: config}, indent=2) + "\n")
 
 
 def read_own(folder: Path) -> dict[str, Any]:
@@ -36,9 +36,11 @@ def read_own(folder: Path) -> dict[str, Any]:
     Raises:
         LightPeftError: the file is missing or damaged, or refers to code on the hub.
     """
-    data = read_config(folder / CONFIG)
+    data = read_config(folder / CONFIG_FILE)
     own = data.get(OWN, data)
-    require(isinstance(own, dict), f"{folder / CONFIG} is damaged: {OWN} is no model config; copy the folder again")
+    require(
+        isinstance(own, dict), f"{folder / CONFIG_FILE} is damaged: {OWN} is no model config; copy the folder again"
+    )
     check_config(own, f"model {folder}")
     return dict(own)
 
@@ -49,7 +51,7 @@ def own_config(folder: Path, architecture: type[PreTrainedModel]) -> PretrainedC
     Raises:
         LightPeftError: the file is missing or damaged, refers to code on the hub, or does not fit the architecture.
     """
-    with parsing(f"{folder / CONFIG} cannot be read"):
+    with parsing(f"{folder / CONFIG_FILE} cannot be read"):
         config = architecture.config_class.from_dict(read_own(folder))
     config.name_or_path = str(folder)
     return config

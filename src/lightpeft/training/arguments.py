@@ -16,7 +16,7 @@ from lightpeft.config.validation import Within, checked, unknown_key
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.machine import accelerator, autocast_dtype, deepspeed_launched
 
-_AS_THEY_ARE = {
+_SAME_VALUE = {
     "per_device_train_batch_size": "batch_size",
     "per_device_eval_batch_size": "eval_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation",
@@ -26,7 +26,7 @@ _AS_THEY_ARE = {
 }
 """Field of `TrainingArguments` -> the setting of `training` with the same value."""
 _ALIASES = {
-    **{name: f"training.{setting}" for name, setting in _AS_THEY_ARE.items()},
+    **{name: f"training.{setting}" for name, setting in _SAME_VALUE.items()},
     "num_train_epochs": "training.epochs",
     "max_steps": "training.epochs",
     "learning_rate": "training.learning_rate",
@@ -36,7 +36,7 @@ _ALIASES = {
     "data_seed": "seed",
 }
 """Field of `TrainingArguments` -> the setting of a run that determines it."""
-USUAL: dict[str, Any] = {
+TRAINER_DEFAULTS: dict[str, Any] = {
     "lr_scheduler_type": "linear",
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
@@ -50,9 +50,9 @@ USUAL: dict[str, Any] = {
     "report_to": [],
 }
 """Defaults of a run for fields of `TrainingArguments`, which `trainer:` overrides."""
-_NUMBERS = {"weight_decay": Within(least=0), "max_grad_norm": Within(least=0)}
+_RANGES = {"weight_decay": Within(least=0), "max_grad_norm": Within(least=0)}
 """Ranges of fields that transformers does not check."""
-_OWN = (
+_RESERVED = (
     "output_dir",
     "use_cpu",
     "length_column_name",
@@ -101,12 +101,12 @@ def training_arguments(
         LightPeftError: a field does not exist, has a setting of its own, or is set by every run; or transformers
             refuses a value.
     """
-    check_given(given or {})
+    check_trainer_fields(given or {})
     refuse_deepspeed((given or {}).get("deepspeed"))
     autocast = autocast_dtype(config)
     fields: dict[str, Any] = {
-        **USUAL,
-        **{name: getattr(config, setting) for name, setting in _AS_THEY_ARE.items()},
+        **TRAINER_DEFAULTS,
+        **{name: getattr(config, setting) for name, setting in _SAME_VALUE.items()},
         "output_dir": str(folder),
         "max_steps": steps,
         "learning_rate": float(config.learning_rate),
@@ -140,7 +140,7 @@ def half_precision(args: TrainingArguments) -> torch.dtype | None:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
-def check_given(given: Mapping[str, Any]) -> None:
+def check_trainer_fields(given: Mapping[str, Any]) -> None:
     """Check the fields of `trainer:`.
 
     Raises:
@@ -149,8 +149,8 @@ def check_given(given: Mapping[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
     for name in given:
         require(name not in _ALIASES, f"trainer.{name} is determined by {_ALIASES.get(name)}; set that instead")
-        require(name not in _OWN, f"trainer.{name} is set by the run itself; leave it out")
+        require(name not in _RESERVED, f"trainer.{name} is set by the run itself; leave it out")
         if name not in known:
             raise LightPeftError(unknown_key(f"trainer.{name}", [f"trainer.{each}" for each in known]))
-        if name in _NUMBERS:
-            _NUMBERS[name].check(checked(given[name], float, f"trainer.{name}"), f"trainer.{name}")
+        if name in _RANGES:
+            _RANGES[name].check(checked(given[name], float, f"trainer.{name}"), f"trainer.{name}")

@@ -18,14 +18,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from lightpeft.compat.torch import changes_of, softmax_backward
+from lightpeft.compat.torch import change_count, softmax_backward
 from lightpeft.compat.transformers import recomputes
 from lightpeft.models.patching import override_forward
 from lightpeft.models.unwrap import transformers_model
 
 LONGEST = 256
 """Longest row, in tokens, for which products are faster; on CPUs with matrix units for bfloat16 it would be 512."""
-_AT_ONCE = 2**22
+_PROBABILITY_BYTES = 2**22
 """Bytes of probabilities that are computed together, about the size of a CPU cache."""
 
 
@@ -90,7 +90,7 @@ class ByProducts(TorchFunctionMode):
             key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], 1) for states in (key, value))
         bias, attends = self._masks.of(query, key, attn_mask, is_causal)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return _Attention.apply(query, key, value, attn_mask, is_causal, scale, bias, attends)
+        return _AttentionFunction.apply(query, key, value, attn_mask, is_causal, scale, bias, attends)
 
 
 def _are_faster(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
@@ -119,16 +119,16 @@ class _Masks:
             Mask [1 or batch, 1 or heads, tokens, keys]; None if every token attends to all keys. Tokens [..., tokens,
             1], bool; None if every token attends to at least one key.
         """
-        given = (None if mask is None else changes_of(mask), is_causal, query.shape[2], key.shape[2])
+        given = (None if mask is None else change_count(mask), is_causal, query.shape[2], key.shape[2])
         if self._mask is not mask or self._given != given:
             self._mask, self._given = mask, given
             if is_causal:
                 mask = query.new_ones(*given[2:], dtype=torch.bool).tril()
-            self._terms = (None, None) if mask is None else _term(mask, query.dtype)
+            self._terms = (None, None) if mask is None else _additive_mask(mask, query.dtype)
         return self._terms
 
 
-def _term(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def _additive_mask(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Convert a mask to an additive one, and find the tokens that attend to any key (None: all do)."""
     lowest = torch.finfo(dtype).min
     seen = mask if mask.dtype == torch.bool else mask > -torch.inf
@@ -137,7 +137,7 @@ def _term(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     return finite.masked_fill(~seen, lowest), None if attends.all() else attends
 
 
-class _Attention(torch.autograd.Function):
+class _AttentionFunction(torch.autograd.Function):
     """`softmax(scale Q K' + bias) V`, each [batch, heads, tokens, channels]."""
 
     @staticmethod
@@ -171,17 +171,17 @@ class _Attention(torch.autograd.Function):
         keys = key.shape[2]
         results = [torch.empty(states.shape, dtype=states.dtype) for states in (query, key, value)]
         bias = None if bias is None else bias.expand(batch, heads, tokens, keys)
-        rows = max(_AT_ONCE // (heads * tokens * keys * query.element_size()), 1)
+        rows = max(_PROBABILITY_BYTES // (heads * tokens * keys * query.element_size()), 1)
         with torch.autocast("cpu", enabled=False):
             for start in range(0, batch, rows):
                 part = slice(start, start + rows)
                 given = [states[part].flatten(0, 1) for states in (gradient, query, key, value)]
                 term = None if bias is None else bias[part].clone(memory_format=torch.contiguous_format).flatten(0, 1)
-                _backward(given, term, ctx.scale, [result[part].flatten(0, 1) for result in results])
+                _write_gradients(given, term, ctx.scale, [result[part].flatten(0, 1) for result in results])
         return (*results, None, None, None, None, None)
 
 
-def _backward(given: list[Tensor], term: Tensor | None, scale: float, results: list[Tensor]) -> None:
+def _write_gradients(given: list[Tensor], term: Tensor | None, scale: float, results: list[Tensor]) -> None:
     """Compute the gradients of queries, keys and values in place.
 
     Args:

@@ -20,14 +20,14 @@ class Interrupted(KeyboardInterrupt):
     """A signal stopped the run; a checkpoint is on disk, and the same command resumes from it."""
 
 
-def train_in_float32(model: nn.Module) -> None:
+def upcast_trained_weights(model: nn.Module) -> None:
     """Convert trained weights to float32, which a gradient scaler needs; PEFT converts its own, but not a head."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
-def fit(trainer: Trainer, resume_from: Path | None) -> None:
+def run_training(trainer: Trainer, resume_from: Path | None) -> None:
     """Train until the end, or until a signal.
 
     Args:
@@ -39,7 +39,7 @@ def fit(trainer: Trainer, resume_from: Path | None) -> None:
     """
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    with stop.listening(), _readable_errors(trainer.args.output_dir), meeting_others():
+    with stop.listening(), _readable_errors(trainer.args.output_dir), reporting_lost_processes():
         bars = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ProgressBar)]
         try:
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
@@ -53,7 +53,7 @@ def fit(trainer: Trainer, resume_from: Path | None) -> None:
 
 
 @contextmanager
-def meeting_others() -> Iterator[None]:
+def reporting_lost_processes() -> Iterator[None]:
     """Turn the error of a collective operation into one line if another process of the training has ended.
 
     Raises:

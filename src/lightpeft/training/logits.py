@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from lightpeft.compat.torch import is_watched
+from lightpeft.compat.torch import has_hooks
 from lightpeft.compat.transformers import causal_loss, has_causal_loss, override_loss
 from lightpeft.machine import computed_in
 from lightpeft.models.batches import IGNORED
@@ -20,9 +20,9 @@ from lightpeft.models.head import given_by, language_head, two_tokens
 from lightpeft.models.patching import override_forward
 from lightpeft.models.unwrap import transformers_model
 
-_AT_ONCE, _AT_ONCE_ON_CPU = 2**28, 2**25
+_LOGIT_BYTES, _LOGIT_BYTES_ON_CPU = 2**28, 2**25
 """Bytes of float32 logits in memory at a time: few compared with a model, and enough for efficient matrix products."""
-_LEAST_AT_ONCE = 64
+_LEAST_CHUNK = 64
 """Least tokens per chunk, however large the vocabulary is."""
 
 
@@ -49,7 +49,7 @@ def labelled_head(model: nn.Module) -> Iterator[None]:
     if head is None or way is None:
         yield
         return
-    labelled = _Labelled(head, straight=way == "straight")
+    labelled = _LabelledHead(head, straight=way == "straight")
     handle = inner.register_forward_pre_hook(labelled.begin, with_kwargs=True)
     try:
         with override_loss(inner, labelled.loss), override_forward(head, labelled.project):
@@ -82,7 +82,7 @@ def _way_to_loss(inner: Any, head: nn.Linear) -> str | None:
     return "straight" if len(given) == 1 and taken[0] is given[0] else "changed"
 
 
-class _Labelled:
+class _LabelledHead:
     """Replacements for one model's head and loss."""
 
     def __init__(self, head: nn.Linear, *, straight: bool) -> None:
@@ -114,20 +114,20 @@ class _Labelled:
         following = self._next.to(hidden.device)
         labelled = following != IGNORED
         hidden, self._labels = hidden[labelled], following[labelled]
-        dtype = self._computed_in(hidden)
+        dtype = self._chunked_dtype(hidden)
         if dtype is None:
             return self._project(hidden)[None]
         self._sum = _SummedLoss.apply(hidden.to(dtype), self._head.weight, self._head.bias, self._labels)
         return hidden.new_empty(1, len(hidden), 0)
 
-    def _computed_in(self, hidden: Tensor) -> torch.dtype | None:
+    def _chunked_dtype(self, hidden: Tensor) -> torch.dtype | None:
         """Return the data type for the chunked loss; None: hooks may read the logits, or the head trains.
 
         In float16 it is None, too: gradients before scaling would underflow.
         """
         weight, bias = self._head.weight, self._head.bias
         parts = [weight] if bias is None else [weight, bias]
-        if not self._straight or is_watched(self._head) or any(part.requires_grad for part in parts):
+        if not self._straight or has_hooks(self._head) or any(part.requires_grad for part in parts):
             return None
         dtype = computed_in(hidden, *parts)
         return None if dtype == torch.float16 else dtype
@@ -176,7 +176,7 @@ class _SummedLoss(torch.autograd.Function):
         bias = None if bias is None else bias.to(hidden.dtype)
         gradient = torch.empty_like(hidden)
         total = hidden.new_zeros((), dtype=torch.float32)
-        at_once = max((_AT_ONCE_ON_CPU if hidden.is_cpu else _AT_ONCE) // (4 * len(weight)), _LEAST_AT_ONCE)
+        at_once = max((_LOGIT_BYTES_ON_CPU if hidden.is_cpu else _LOGIT_BYTES) // (4 * len(weight)), _LEAST_CHUNK)
         split = partial(torch.chunk, chunks=max(-(-len(hidden) // at_once), 1))
         with torch.autocast(hidden.device.type, enabled=False):
             for states, wanted, back in zip(*map(split, (hidden, labels[:, None], gradient)), strict=True):

@@ -32,11 +32,11 @@ def fused_norms(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in model.modules():
             if is_rms_norm(module) and module.weight.device.type == "cpu":
-                stack.enter_context(override_forward(module, partial(_normed, module, module.forward)))
+                stack.enter_context(override_forward(module, partial(_norm_forward, module, module.forward)))
         yield
 
 
-def _normed(module: Any, usual: Any, hidden_states: Tensor) -> Tensor:
+def _norm_forward(module: Any, usual: Any, hidden_states: Tensor) -> Tensor:
     """Forward of a norm module; falls back to the usual one outside of float32 training."""
     weight, x = module.weight, hidden_states
     in_float32 = x.dtype == weight.dtype == torch.float32
@@ -61,7 +61,7 @@ class _RmsNorm(torch.autograd.Function):
         return (x * inverse).mul_(weight)
 
     @staticmethod
-    def made_again(node: Any) -> Tensor:
+    def recompute(node: Any) -> Tensor:
         """Recompute the result from the tensors that the node saved."""
         x, weight, inverse = node.saved_tensors
         result: Tensor = (x * inverse).mul_(weight)

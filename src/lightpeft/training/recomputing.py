@@ -39,19 +39,19 @@ def recomputed_activations(model: nn.Module) -> Iterator[None]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not is_grad_enabled() or recomputes(inner):
             return usual(*args, **kwargs)
-        with saved_tensors_hooks(_keep, _Kept()):
+        with saved_tensors_hooks(_pack, _Unpack()):
             return usual(*args, **kwargs)
 
     with override_forward(inner, forward):
         yield
 
 
-def _keep(tensor: Tensor) -> Tensor | partial[Tensor]:
+def _pack(tensor: Tensor) -> Tensor | partial[Tensor]:
     """Pack hook of autograd: return a function that recomputes the tensor, or the tensor if there is none."""
     return maker_of(tensor) or tensor
 
 
-class _Kept:
+class _Unpack:
     """Unpack hook of autograd: return a stored tensor, or recompute it.
 
     The last recomputed tensor is cached, because queries, keys and values read the same one. Each forward pass has its

@@ -15,12 +15,12 @@ from lightpeft.errors import require
 from lightpeft.files.foreign import parsing
 from lightpeft.models.sharding import is_sharded
 from lightpeft.training.checkpoints import newest_checkpoint
-from lightpeft.training.fitting import meeting_others
+from lightpeft.training.fitting import reporting_lost_processes
 from lightpeft.training.host import Host
 from lightpeft.training.sharding import Sharding
 from lightpeft.training.step_rows import check_step
 
-_INSTEAD = "resume from an older one: remove this checkpoint, or name another"
+_USE_OLDER = "resume from an older one: remove this checkpoint, or name another"
 
 
 class Checkpoints:
@@ -49,18 +49,18 @@ class Checkpoints:
     def load_weights(self, folder: str, usual: Callable[[], None]) -> None:
         """Load weights by the trainer's own method, unless the model is sharded: those are loaded before sharding."""
         if not is_sharded(self._trainer.model):
-            with _readable(folder, "weights"), self._sharding.as_one_process():
+            with _reporting_damage(folder, "weights"), self._sharding.as_one_process():
                 usual()
 
     def load_states(self, checkpoint: str | None, usual: Callable[[str | None], None]) -> None:
         """Load optimizer and scheduler by the trainer's own method."""
-        readable = _readable(checkpoint, "state of optimizer and scheduler")
+        readable = _reporting_damage(checkpoint, "state of optimizer and scheduler")
         with readable, self._sharding.as_one_process(), cpu_without_number(self._trainer.args):
             usual(checkpoint)
 
     def load_random_state(self, checkpoint: str | None, usual: Callable[[str | None], None]) -> None:
         """Load the random state by the trainer's own method."""
-        with _readable(checkpoint, "random state"):
+        with _reporting_damage(checkpoint, "random state"):
             usual(checkpoint)
 
     def load_best(self, usual: Callable[[], None]) -> None:
@@ -70,9 +70,9 @@ class Checkpoints:
 
 
 @contextmanager
-def _readable(checkpoint: str | None, what: str) -> Iterator[None]:
+def _reporting_damage(checkpoint: str | None, what: str) -> Iterator[None]:
     """Turn errors inside the block into one line: this part of the checkpoint is damaged."""
-    with parsing(f"{checkpoint} is damaged: its {what} cannot be read", _INSTEAD), meeting_others():
+    with parsing(f"{checkpoint} is damaged: its {what} cannot be read", _USE_OLDER), reporting_lost_processes():
         yield
 
 
@@ -83,12 +83,12 @@ def check_state(checkpoint: Path) -> None:
         LightPeftError: the file is missing or damaged.
     """
     file = checkpoint / TRAINER_STATE_NAME
-    with parsing(f"{file} is damaged", _INSTEAD):
+    with parsing(f"{file} is damaged", _USE_OLDER):
         state = TrainerState.load_from_json(str(file))
     step, steps = state.global_step, state.max_steps
     reached = type(step) is type(steps) is int and 0 <= step <= steps
-    require(reached, f"{file} is damaged: it says step {shown(step)} of {shown(steps)}; {_INSTEAD}")
+    require(reached, f"{file} is damaged: it says step {shown(step)} of {shown(steps)}; {_USE_OLDER}")
     scaler = checkpoint / SCALER_NAME
     if scaler.is_file():
-        with parsing(f"{checkpoint} is damaged: its gradient scaler cannot be read", _INSTEAD):
+        with parsing(f"{checkpoint} is damaged: its gradient scaler cannot be read", _USE_OLDER):
             torch.amp.GradScaler("cpu").load_state_dict(torch.load(scaler, weights_only=True))

@@ -14,7 +14,7 @@ from lightpeft.compat.transformers import LengthGroupedSampler, used_columns
 from lightpeft.profiling.live import Batch
 from lightpeft.training.host import Host
 from lightpeft.training.step_rows import rows_a_step
-from lightpeft.training.teaching import without_answers
+from lightpeft.training.teaching import without_teacher_logits
 
 
 class EpochOrder(Sampler):
@@ -35,7 +35,7 @@ class EpochOrder(Sampler):
         return iter(self.sampler)
 
 
-def repeatable(sampler: Sampler | None, trainer: Host) -> Sampler | None:
+def with_repeatable_order(sampler: Sampler | None, trainer: Host) -> Sampler | None:
     """Make a trainer's length-grouped order depend on seed and epoch only, for any number of processes.
 
     Samplers of other kinds are returned unchanged.
@@ -66,7 +66,7 @@ def batches_of(rows: Any, trainer: Host, numbers: Sequence[int], size: int) -> l
     lengths = rows["length"][:] if isinstance(rows, Dataset) and "length" in rows.column_names else None
     order = list(numbers) if lengths is None else sorted(numbers, key=lengths.__getitem__)
     if isinstance(rows, Dataset):
-        rows = without_answers(used_columns(trainer, rows))
+        rows = without_teacher_logits(used_columns(trainer, rows))
     parts = [order[start : start + size] for start in range(0, len(order), size)]
     batches = [trainer.data_collator([rows[number] for number in part]) for part in parts]
     mixed = torch.randperm(len(batches), generator=torch.Generator().manual_seed(trainer.args.seed)).tolist()

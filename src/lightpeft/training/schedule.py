@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from lightpeft.config import TrainingConfig
 from lightpeft.training.host import Host
 
-LEAST_STEPS = 200
+LEAST_RUN_STEPS = 200
 """Least optimizer steps of a run under `epochs: auto`: with fewer, PEFT weights have hardly changed."""
 LEAST_EPOCHS = 3
 """Least epochs under `epochs: auto`."""
@@ -114,7 +114,7 @@ def scored_steps(length: int) -> int:
     return length - length // 2
 
 
-def settled(
+def resolve_auto(
     config: TrainingConfig, rows: int, width: int | None, processes: int = 1, has_peft: bool = True
 ) -> TrainingConfig:
     """Return the settings with numbers in place of `auto`.
@@ -143,12 +143,12 @@ def rows_held(rows: int, epochs: float) -> int:
 
 
 def auto_epochs(steps: int) -> int:
-    """Return the epochs under `epochs: auto`: at least `LEAST_STEPS` in total, within `LEAST_EPOCHS` and `MOST_EPOCHS`.
+    """Return the epochs under `epochs: auto`: `LEAST_RUN_STEPS` steps or more, within `LEAST_EPOCHS` and `MOST_EPOCHS`.
 
     Args:
         steps: optimizer steps per epoch.
     """
-    return min(max(math.ceil(LEAST_STEPS / max(steps, 1)), LEAST_EPOCHS), MOST_EPOCHS)
+    return min(max(math.ceil(LEAST_RUN_STEPS / max(steps, 1)), LEAST_EPOCHS), MOST_EPOCHS)
 
 
 def auto_rate(width: int | None) -> float:

@@ -71,11 +71,11 @@ class Sharding:
             return
         if checkpoint is not None:
             trainer._load_from_checkpoint(checkpoint)
-        trains, plugin = list(_trains(trainer.model)), trainer.accelerator.state.fsdp_plugin
+        trains, plugin = list(_trained_modules(trainer.model)), trainer.accelerator.state.fsdp_plugin
         plugin.ignored_modules = trains
         if plugin.transformer_cls_names_to_wrap is None:  # by default accelerate would also shard some embeddings apart
-            plugin.transformer_cls_names_to_wrap = _blocks(trainer.model)
-        for parameter in (p for module in trains for p in _own(module)):
+            plugin.transformer_cls_names_to_wrap = _block_classes(trainer.model)
+        for parameter in (p for module in trains for p in _own_parameters(module)):
             parameter.data = parameter.data.to(trainer.args.device)
             dist.broadcast(parameter.data, 0)
 
@@ -129,7 +129,7 @@ def _check_plugin(plugin: Any) -> None:
     require(not plugin.activation_checkpointing, f"{again}; set gradient_checkpointing instead")
 
 
-def _trains(model: nn.Module) -> Iterator[nn.Module]:
+def _trained_modules(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the modules that hold trained weights.
 
     Raises:
@@ -140,20 +140,20 @@ def _trains(model: nn.Module) -> Iterator[nn.Module]:
         "FSDP shards frozen weights only, and all weights of this model train; use a PEFT method, or DDP",
     )
     for name, module in model.named_modules():
-        trains = {p.requires_grad for p in _own(module)}
+        trains = {p.requires_grad for p in _own_parameters(module)}
         both = f'{name} has both trained and frozen weights, of which FSDP shards the frozen ones; use bias="none"'
         require(trains != {True, False}, both)
         if True in trains:
             yield module
 
 
-def _blocks(model: nn.Module) -> list[str]:
+def _block_classes(model: nn.Module) -> list[str]:
     """Return the class names of the transformers model's blocks."""
     (inner,) = (module for module in model.modules() if isinstance(module, PeftModel))
     return sorted({type(block).__name__ for stack in block_lists(transformers_model(inner)) for block in stack})
 
 
-def _own(module: nn.Module) -> list[nn.Parameter]:
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a module without those of its children."""
     return list(module.parameters(recurse=False))
 

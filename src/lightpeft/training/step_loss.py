@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightpeft.compat.torch import Noted
+from lightpeft.compat.torch import ReadRecorder
 from lightpeft.training.host import Host
 
 
@@ -26,7 +26,7 @@ def step_loss(usual: Callable[..., Any], trainer: Host, options: dict[str, Any],
     count = options.get("num_items_in_batch")
     if options.get("return_outputs") or count is None or told:  # evaluation, or nothing to find out
         return usual(**options)
-    items = Noted.of(count)
+    items = ReadRecorder.of(count)
     loss = usual(**{**options, "num_items_in_batch": items})
     if items.read:
         return loss

@@ -19,7 +19,7 @@ from datasets import Sequence as ListOf
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-from lightpeft.compat.torch import Noted
+from lightpeft.compat.torch import ReadRecorder
 from lightpeft.errors import LightPeftError, require
 from lightpeft.machine import processes
 from lightpeft.models.batches import IGNORED, TEACHER_LOGITS
@@ -30,7 +30,7 @@ WEIGHT = 0.5
 """Default weight of the teacher's loss in the total loss."""
 TEMPERATURE = 2.0
 """Temperature T, which divides the logits of student and teacher."""
-Manner = Literal["classes", "options", "tokens", "numbers"]
+OutputKind = Literal["classes", "options", "tokens", "numbers"]
 """Kind of a model's output for a row: one of the classes, one of the row's options, a class per token, or numbers."""
 _SHOWN_ROWS = 5
 """Most rows that an error line names."""
@@ -39,7 +39,7 @@ _SHOWN_ROWS = 5
 # -- what can be taught --------------------------------------------------------------------------------------------
 
 
-def manner_of(model: nn.Module, rows: Any = None) -> Manner:
+def output_kind_of(model: nn.Module, rows: Any = None) -> OutputKind:
     """Return the kind of a model's output.
 
     Args:
@@ -69,17 +69,17 @@ def _has_fractions(rows: Any) -> bool:
     return bool(np.asarray(label).dtype.kind == "f")
 
 
-def has_answers(rows: Any) -> bool:
+def has_teacher_logits(rows: Any) -> bool:
     """Return True if training rows have a column of a teacher's logits."""
     return isinstance(rows, Dataset) and TEACHER_LOGITS in rows.column_names
 
 
-def without_answers(rows: Any) -> Any:
+def without_teacher_logits(rows: Any) -> Any:
     """Return the rows without the column of a teacher's logits."""
-    return rows.remove_columns(TEACHER_LOGITS) if has_answers(rows) else rows
+    return rows.remove_columns(TEACHER_LOGITS) if has_teacher_logits(rows) else rows
 
 
-def with_answers(rows: Dataset, logits: Sequence[Tensor]) -> Dataset:
+def with_teacher_logits(rows: Dataset, logits: Sequence[Tensor]) -> Dataset:
     """Return the rows with a teacher's logits as an additional column, float32.
 
     Args:
@@ -106,7 +106,7 @@ def with_answers(rows: Dataset, logits: Sequence[Tensor]) -> Dataset:
     return taught.with_format(shown["type"], **kept, **shown["format_kwargs"])
 
 
-def shared_out(rows: int, answer: Callable[[Sequence[int]], list[Tensor]]) -> list[Tensor]:
+def split_over_processes(rows: int, answer: Callable[[Sequence[int]], list[Tensor]]) -> list[Tensor]:
     """Compute a teacher's logits of all rows, split over the processes.
 
     Args:
@@ -145,20 +145,20 @@ class Teaching:
                 shape.
         """
         rows = self._trainer.train_dataset
-        if not has_answers(rows):
+        if not has_teacher_logits(rows):
             return
         what = type(self._trainer).__name__
         require(plain, f"teacher: {what} has a loss of its own, which ignores a teacher; leave the teacher out")
-        manner, model = manner_of(self._trainer.model, rows), transformers_model(self._trainer.model)
-        count = None if manner == "options" else model.config.num_labels
+        output_kind, model = output_kind_of(self._trainer.model, rows), transformers_model(self._trainer.model)
+        count = None if output_kind == "options" else model.config.num_labels
         of_rows = rows.with_format(None)[TEACHER_LOGITS][:]
         for number, of_row in enumerate(of_rows, 1):
             where = f"row {number} of the training rows: {TEACHER_LOGITS}"
             given = np.asarray(np.nan if of_row is None else of_row, dtype=np.float32)
             require(bool(np.isfinite(given).all()), f"{where} is empty, or contains NaN or infinity; correct the row")
-            given = given.reshape(1) if manner == "numbers" and not given.ndim else given
-            fits = given.ndim == (2 if manner == "tokens" else 1) and count in (None, given.shape[-1])
-            shape = {"tokens": f"[tokens, {count}]", "options": "[options]"}.get(manner, f"[{count}]")
+            given = given.reshape(1) if output_kind == "numbers" and not given.ndim else given
+            fits = given.ndim == (2 if output_kind == "tokens" else 1) and count in (None, given.shape[-1])
+            shape = {"tokens": f"[tokens, {count}]", "options": "[options]"}.get(output_kind, f"[{count}]")
             require(fits, f"{where} has shape {list(given.shape)}, and {type(model).__name__} needs {shape}")
 
     @contextmanager
@@ -169,8 +169,8 @@ class Teaching:
             training: True: batches have the logits, too; False: they are dropped, for evaluation.
         """
         trainer, own = self._trainer, self._trainer.data_collator
-        if has_answers(trainer.train_dataset):
-            trainer.data_collator = (_WithAnswers if training else _WithoutAnswers)(own)
+        if has_teacher_logits(trainer.train_dataset):
+            trainer.data_collator = (_TeacherCollator if training else _PlainCollator)(own)
         try:
             yield
         finally:
@@ -189,23 +189,23 @@ class Teaching:
         finally:
             trainer.label_names = own
 
-    def lesson(self, model: nn.Module, inputs: Any) -> Lesson | None:
+    def distillation(self, model: nn.Module, inputs: Any) -> DistillationLoss | None:
         """Take the teacher's logits out of a batch, and return the loss with them; None in evaluation, or without any.
 
         Raises:
             LightPeftError: the batch has no logits although the training rows do.
         """
         logits = inputs.pop(TEACHER_LOGITS, None) if isinstance(inputs, MutableMapping) else None
-        if not model.training or not has_answers(self._trainer.train_dataset):
+        if not model.training or not has_teacher_logits(self._trainer.train_dataset):
             return None
         if logits is None:
             lost = f"a batch has no {TEACHER_LOGITS}, although the training rows do"
             raise LightPeftError(f"{lost}; use a data collator that keeps that column")
-        return Lesson(self._trainer, logits, inputs.get("labels"), self.weight)
+        return DistillationLoss(self._trainer, logits, inputs.get("labels"), self.weight)
 
 
 @dataclass(frozen=True)
-class Lesson:
+class DistillationLoss:
     """Loss of a batch with a teacher's logits."""
 
     trainer: Host
@@ -222,12 +222,12 @@ class Lesson:
         """
         own, outputs = usual(**{**options, "return_outputs": True})
         distances = self._distances(outputs["logits"])
-        return (1 - self.weight) * own + self.weight * self._reduced(distances, options.get("num_items_in_batch"))
+        return (1 - self.weight) * own + self.weight * self._reduce(distances, options.get("num_items_in_batch"))
 
     def _distances(self, student: Tensor) -> Tensor:
         """Compute the divergence (for numbers, the squared difference) between student and teacher, one per output."""
         teacher, student = self.logits, student.float()
-        if manner_of(self.trainer.model) == "numbers":
+        if output_kind_of(self.trainer.model) == "numbers":
             return (student.reshape(teacher.shape) - teacher).square().mean(-1)
         if student.dim() == 3:
             assert self.labels is not None
@@ -236,10 +236,10 @@ class Lesson:
         of_student, of_teacher = (student / TEMPERATURE).log_softmax(-1), (teacher / TEMPERATURE).softmax(-1)
         return TEMPERATURE**2 * kl_div(of_student, of_teacher, reduction="none").sum(-1)
 
-    def _reduced(self, distances: Tensor, count: Any) -> Tensor:
+    def _reduce(self, distances: Tensor, count: Any) -> Tensor:
         """Reduce the distances to one number, in the same way as the trainer's own loss."""
         mean = distances.sum() / max(len(distances), 1)
-        if not isinstance(count, Noted):
+        if not isinstance(count, ReadRecorder):
             return mean
         trainer = self.trainer
         total = distances.sum() / count if count.read else mean
@@ -248,7 +248,7 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class _WithoutAnswers:
+class _PlainCollator:
     """Collator that drops a teacher's logits from its rows."""
 
     collate: Callable[[list[dict[str, Any]]], Any]
@@ -258,21 +258,21 @@ class _WithoutAnswers:
 
 
 @dataclass(frozen=True)
-class _WithAnswers(_WithoutAnswers):
+class _TeacherCollator(_PlainCollator):
     """Collator that adds the padded teacher logits of its rows to the batch."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
         logits = [torch.as_tensor(row[TEACHER_LOGITS], dtype=torch.float32) for row in rows]
         batch = super().__call__(rows)
         if logits[0].dim() == 2:
-            batch[TEACHER_LOGITS] = _at_labels(logits, rows, batch["labels"])
+            batch[TEACHER_LOGITS] = _place_at_labels(logits, rows, batch["labels"])
         else:
             of_rows = [of_row.reshape(-1) for of_row in logits]
             batch[TEACHER_LOGITS] = nn.utils.rnn.pad_sequence(of_rows, batch_first=True, padding_value=-torch.inf)
         return batch
 
 
-def _at_labels(logits: Sequence[Tensor], rows: Sequence[Mapping[str, Any]], labels: Tensor) -> Tensor:
+def _place_at_labels(logits: Sequence[Tensor], rows: Sequence[Mapping[str, Any]], labels: Tensor) -> Tensor:
     """Place token logits at the labels of a padded batch, [rows, length, classes]; 0 elsewhere.
 
     Raises:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer
 
-from lightpeft.compat.accelerate import divide_no_loss
-from lightpeft.training.fitting import meeting_others
+from lightpeft.compat.accelerate import keep_loss_undivided
+from lightpeft.training.fitting import reporting_lost_processes
 from lightpeft.training.prefix import TrainerPrefix
 from lightpeft.training.resuming import Checkpoints
-from lightpeft.training.rows import repeatable
+from lightpeft.training.rows import with_repeatable_order
 from lightpeft.training.schedule import Schedule
 from lightpeft.training.sharding import Sharding
 from lightpeft.training.step_loss import step_loss
@@ -69,7 +69,7 @@ class Training(_Below):
     def create_accelerator_and_postprocess(self) -> None:
         """Let a loss be divided once, and refuse unsupported sharding before `Trainer` ignores it or fails later."""
         super().create_accelerator_and_postprocess()
-        divide_no_loss()
+        keep_loss_undivided()
         self._sharding.check()
 
     # -- training begins -----------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ class Training(_Below):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """Make the order repeatable: `Trainer` draws it from a random state that a resumed run does not have."""
-        return repeatable(super()._get_train_sampler(train_dataset), self)
+        return with_repeatable_order(super()._get_train_sampler(train_dataset), self)
 
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
         """Set the learning rate first: it differs before and after the cut."""
@@ -134,10 +134,10 @@ class Training(_Below):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
         """Add the teacher's loss, and correct losses that ignore `num_items_in_batch`: `Trainer` would add up means."""
-        lesson = self._teaching.lesson(model, inputs)
+        distillation = self._teaching.distillation(model, inputs)
         usual = partial(super().compute_loss, model, inputs, *args)
-        if lesson is not None and not args:
-            usual = partial(lesson.loss, usual)
+        if distillation is not None and not args:
+            usual = partial(distillation.loss, usual)
         return usual(**options) if args else step_loss(usual, self, options, plain=self.has_plain_loss())
 
     def has_plain_loss(self) -> bool:
@@ -170,9 +170,9 @@ class Training(_Below):
             checkpoint: checkpoint to resume from; None: start anew.
         """
         try:
-            with meeting_others():
+            with reporting_lost_processes():
                 self._teaching.check(plain=self.has_plain_loss())
-                self._prefix.foresee()
+                self._prefix.announce_obstacle()
                 self._sharding.before(checkpoint)
                 yield
         finally:

@@ -69,10 +69,10 @@ class FrozenPrefix:
         if not self.blocks:
             return
         enter = self._attached.enter_context
-        enter(self.model.register_forward_pre_hook(self._take, with_kwargs=True))
-        enter(self.model.register_forward_hook(self._drop, always_call=True))
+        enter(self.model.register_forward_pre_hook(self._receive_states, with_kwargs=True))
+        enter(self.model.register_forward_hook(self._forget_states, always_call=True))
         for block in self.blocks:
-            enter(override_forward(block, partial(self._run, block.forward, block is self.blocks[-1])))
+            enter(override_forward(block, partial(self._run_block, block.forward, block is self.blocks[-1])))
             enter(computed_once(block))
 
     def detach(self) -> None:
@@ -92,16 +92,16 @@ class FrozenPrefix:
             self._capturing = False
         raise RuntimeError("the model's forward did not reach its last frozen block")
 
-    def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _receive_states(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._states = kwargs.pop(STATES, None)
         if self._states is None and self.known is not None and not args and module.training and torch.is_grad_enabled():
             self._states = self.known.of(kwargs)
         return args, kwargs
 
-    def _drop(self, *_: Any) -> None:
+    def _forget_states(self, *_: Any) -> None:
         self._states = None
 
-    def _run(self, forward: Callable[..., Any], last: bool, *args: Any, **kwargs: Any) -> Any:
+    def _run_block(self, forward: Callable[..., Any], last: bool, *args: Any, **kwargs: Any) -> Any:
         """Forward of one frozen block.
 
         Args:
@@ -118,7 +118,7 @@ class FrozenPrefix:
             output = forward(*args, **kwargs)
         self.outputs = len(output) if isinstance(output, tuple) else 0
         if self._states is not None:  # the first call has told how many outputs a block returns
-            return self._run(forward, last, *args, **kwargs)
+            return self._run_block(forward, last, *args, **kwargs)
         if last and self._capturing:
             raise _Captured(output[0] if self.outputs else output)
         if not (torch.is_grad_enabled() and states.requires_grad):

@@ -99,7 +99,7 @@ def cache_prefix(
     if reason is not None:
         announce(f"no prefix cache: {reason}")
         return None
-    caching = _Caching(prefix, rows, collator, batch_size, autocast)
+    caching = _PrefixRunner(prefix, rows, collator, batch_size, autocast)
     if not caching.slots:
         announce(f"no prefix cache: {_UNPADDED}")
         return None
@@ -109,7 +109,7 @@ def cache_prefix(
         return None
     dtype, width = first.dtype, first.shape[-1]
     size = store_bytes(caching.lengths, width, dtype)
-    room, where = _room(settings, folder)
+    room, where = _free_bytes(settings, folder)
     blocks = len(prefix.blocks)
     if size > min(room, settings.limit):
         most = decimal(min(room, settings.limit))
@@ -126,7 +126,7 @@ def cache_prefix(
     return CachedRows(caching.slots, store)
 
 
-class _Caching:
+class _PrefixRunner:
     """Runs the prefix over rows; rows with the same tokens share a slot, and run once."""
 
     def __init__(
@@ -146,9 +146,9 @@ class _Caching:
         """Number of real tokens, by slot."""
         self._numbers: list[int] = []
         """Number of the first row of each slot."""
-        self._learn()
+        self._assign_slots()
 
-    def _learn(self) -> None:
+    def _assign_slots(self) -> None:
         """Collate all rows, and assign a slot to each distinct key."""
         ids = self.rows.with_format(None)["input_ids"][:]
         order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
@@ -166,7 +166,7 @@ class _Caching:
 
     def _batch(self, numbers: Sequence[int]) -> dict[str, Any]:
         """Return the model's inputs for the rows with these numbers, without labels."""
-        return dict(without_labels(self.collator(_taken(self.rows, numbers))))
+        return dict(without_labels(self.collator(_fetch_rows(self.rows, numbers))))
 
     def compute(self, slots: Sequence[int]) -> list[Tensor]:
         """Compute the states of the real tokens for some slots, [length, width] each."""
@@ -181,9 +181,9 @@ class _Caching:
         """Compute the states of the shortest row; None if they change in a batch with the longest row."""
         shortest, longest = self.lengths.index(min(self.lengths)), self.lengths.index(max(self.lengths))
         alone, padded = self.compute([shortest])[0], self.compute([shortest, longest])[0]
-        return alone if self._close(alone, padded) else None
+        return alone if self._nearly_equal(alone, padded) else None
 
-    def _close(self, one: Tensor, other: Tensor) -> bool:
+    def _nearly_equal(self, one: Tensor, other: Tensor) -> bool:
         """Return True if states are equal up to rounding.
 
         Tokens are compared as vectors: decoders have single channels a thousand times as large as the others, whose
@@ -217,10 +217,10 @@ def obstacle(rows: Any, collator: Collate) -> str | None:
         return "the rows are no dataset of tokens (datasets.Dataset with input_ids)"
     if rows.format["type"] == "custom":
         return "the rows have a transform, which may change the tokens of a row each time"
-    picked = _taken(rows, range(min(_TRIED_ROWS, len(rows))))
+    picked = _fetch_rows(rows, range(min(_TRIED_ROWS, len(rows))))
     if getattr(picked[0]["input_ids"][0], "__len__", None) and not isinstance(picked[0]["input_ids"][0], Tensor):
         return "it holds one sequence per row, and multiple choice has one per option"
-    with _undisturbed():
+    with _keeping_random_state():
         trial = copy.deepcopy(collator)
         first, again = (row_keys(without_labels(trial(copy.deepcopy(picked)))) for _ in range(2))
     if first is None or again is None or len(first) != len(picked):
@@ -236,7 +236,7 @@ def may_change(collator: Collate) -> str | None:
     return f"the collator {kind.__name__} may change the tokens of a row later; those of transformers and TRL do not"
 
 
-def _taken(rows: Dataset, numbers: Sequence[int]) -> list[dict[str, Any]]:
+def _fetch_rows(rows: Dataset, numbers: Sequence[int]) -> list[dict[str, Any]]:
     """Return the rows with these numbers in their format, as a data loader fetches them."""
     return list(rows.__getitems__(list(numbers)))
 
@@ -246,7 +246,7 @@ def _chunks(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def _keeping_random_state() -> Iterator[None]:
     """Restore the random state of Python, NumPy and PyTorch after the block."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
@@ -257,7 +257,7 @@ def _undisturbed() -> Iterator[None]:
             np.random.set_state(states[1])
 
 
-def _room(settings: PrefixCache, folder: Path) -> tuple[int, str]:
+def _free_bytes(settings: PrefixCache, folder: Path) -> tuple[int, str]:
     """Return the free bytes in the cache's place, and the name of that place."""
     if settings.place == "memory":
         return psutil.virtual_memory().available, "memory"

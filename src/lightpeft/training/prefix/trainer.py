@@ -21,7 +21,7 @@ from lightpeft.training.prefix.caching import CachedRows, PrefixCache, cache_pre
 from lightpeft.training.schedule import pace_of
 from lightpeft.training.sharding import Sharding
 from lightpeft.training.step_rows import rows_a_step
-from lightpeft.training.teaching import without_answers
+from lightpeft.training.teaching import without_teacher_logits
 
 _log = logging.getLogger(__name__)
 SHARDED = "the model is sharded over processes"
@@ -49,7 +49,7 @@ class TrainerPrefix:
         self._obstacle: str | None = None
         """Reason why there is no cache although one is set; None: no reason."""
 
-    def foresee(self) -> None:
+    def announce_obstacle(self) -> None:
         """Announce before training why there will be no cache, if there is a reason."""
         self._obstacle = None
         if self.cache is None or not FrozenPrefix(self._model):
@@ -78,7 +78,7 @@ class TrainerPrefix:
         args = self._trainer.args
         if self.cache is None or self._obstacle is not None or not self._prefix:
             return
-        if is_sharded(self._model):  # FSDP shards the model only when training begins, after `foresee`
+        if is_sharded(self._model):  # FSDP shards the model only when training begins, after `announce_obstacle`
             self.announce(f"no prefix cache: {SHARDED}")
             return
         if steps * rows_a_step(args) <= len(self._trainer.train_dataset):
@@ -123,7 +123,7 @@ class TrainerPrefix:
     @property
     def _rows(self) -> Any:
         """Training rows as the collator gets them."""
-        rows = without_answers(self._trainer.train_dataset)
+        rows = without_teacher_logits(self._trainer.train_dataset)
         if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
             return used_columns(self._trainer, rows)
         return rows
