@@ -30,12 +30,12 @@ import plots
 import publishing
 import row_counts
 import serving
-import sessions
 import torch
 import wnut17
 from peft import PeftModel
 
 from lightpeft.adapters.merging import merged_copy
+from lightpeft.app.exports.graphs import sessions
 from lightpeft.app.exports.graphs.exporting import write_graph
 from lightpeft.app.exports.graphs.runtimes import RUNTIMES
 from lightpeft.app.exports.graphs.tracing import traceable

@@ -19,13 +19,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import sessions
 import torch
 from publishing import markdown_table, report, spread_text
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightpeft.adapters.merging import merged_copy
+from lightpeft.app.exports.graphs import sessions
 from lightpeft.app.exports.graphs.exporting import write_graph
 from lightpeft.app.exports.graphs.runtimes import RUNTIMES, Runtime
 from lightpeft.app.exports.graphs.tracing import reads, traceable
