@@ -51,7 +51,7 @@ def test_budgets_that_the_floors_forbid_are_left_out(monkeypatch: pytest.MonkeyP
     plans = dict(nested_plans(record, BUDGET, CURVE_BUDGETS))
     assert plans and max(plans) < max(CURVE_BUDGETS)
     monkeypatch.setattr("lightpeft.plans.planning.LEAST_NEURONS", 48)
-    assert "no plan can be made for any budget: blocks 0.9 cannot be reached" in refusal(
+    assert "no plan can be made for any budget: light.remove.blocks 0.9 cannot be reached" in refusal(
         lambda: dict(nested_plans(record, BUDGET, [0.9]))
     )
 
