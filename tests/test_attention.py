@@ -50,13 +50,13 @@ def both(states: list[Tensor], dtype: torch.dtype, **options: Any) -> list[Tenso
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens a row of what went back by products."""
     seen: list[int] = []
-    backward = attention._backward
+    backward = attention._write_gradients
 
     def counted(given: list[Tensor], *rest: Any) -> None:
         seen.append(given[1].shape[1])
         backward(given, *rest)
 
-    monkeypatch.setattr(attention, "_backward", counted)
+    monkeypatch.setattr(attention, "_write_gradients", counted)
     return seen
 
 
@@ -85,7 +85,7 @@ class TestGradients:
             exact = both(states, torch.float32, **options)
         own = both(states, BFLOAT16, **options)
         with pytest.MonkeyPatch.context() as patch, attention.ByProducts():
-            patch.setattr(attention, "_AT_ONCE", at_once)
+            patch.setattr(attention, "_PROBABILITY_BYTES", at_once)
             found = both(states, BFLOAT16, **options)
         assert found[0].equal(own[0])
         size = max(float(each.norm()) for each in exact[1:])

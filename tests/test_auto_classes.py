@@ -134,16 +134,16 @@ def test_options_of_auto_classes(classifier: Made) -> None:
     assert loaded.dtype == torch.bfloat16 and loaded.device.type == "cpu"
     assert auto.from_pretrained(merged, device_map={"": "cpu"}, trust_remote_code=True).light_plan
     for options, said in (
-        ({"num_labels": 3}, "cannot be loaded with id2label, label2id; leave that out"),
-        ({"quantization_config": object()}, "cannot be loaded with quantization_config"),
-        ({"device_map": {"bert": "cpu", "classifier": "cpu"}}, "give device_map one device"),
+        ({"num_labels": 3}, "does not support id2label, label2id; leave that out"),
+        ({"quantization_config": object()}, "does not support quantization_config"),
+        ({"device_map": {"bert": "cpu", "classifier": "cpu"}}, "a device_map with several devices; use one device"),
     ):
         assert said in refusal(lambda options=options: auto.from_pretrained(merged, **options))
     for other in (AutoModel, AutoModelForCausalLM, AutoModelForQuestionAnswering):
         said = refusal(lambda other=other: other.from_pretrained(merged))
         assert said == (
-            f"{merged} is a BertForSequenceClassification, which {other.__name__} does not give; "
-            "load it with load_merged"
+            f"{merged} is a BertForSequenceClassification, which {other.__name__} does not load; "
+            "use lightpeft.load_merged"
         )
 
 

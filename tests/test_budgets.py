@@ -37,7 +37,7 @@ from lightpeft.budget import room as searching_room
 from lightpeft.budget.finding import find_budget
 from lightpeft.budget.found import SHORT, FoundBudget
 from lightpeft.budget.probes import Probe
-from lightpeft.budget.room import PARTS, SearchRoom, sizes_of, why_unmeasured
+from lightpeft.budget.room import SEARCH_BUDGETS, SearchRoom, sizes_of, why_unmeasured
 from lightpeft.budget.search import BudgetSearch
 from lightpeft.budget.tolerance import cost_in_words, tolerance_in_words
 from lightpeft.config import Tolerance
@@ -129,8 +129,8 @@ def test_a_search_behind_a_depth_is_one_of_the_rest() -> None:
     before = {0.35: 0.02, 0.4: 0.03, 0.5: 0.08, 0.6: 0.15}
     search = BudgetSearch(before, 0.02, gone=0.3)
     whole = BudgetSearch({(part - 0.3) / 0.7: rise for part, rise in before.items()}, 0.02)
-    search._take(0.4, rises(0.01, 0.003))
-    whole._take((0.4 - 0.3) / 0.7, rises(0.01, 0.003))
+    search._add_probe(0.4, rises(0.01, 0.003))
+    whole._add_probe((0.4 - 0.3) / 0.7, rises(0.01, 0.003))
     for part in (0.35, 0.4, 0.5):
         own, same = search._likely(part), whole._likely((part - 0.3) / 0.7)
         assert (own.left, own.upper) == pytest.approx((same.left, same.upper))
@@ -148,9 +148,9 @@ def test_what_is_known_does_not_hang_on_the_order_of_probes(
     known = dict(zip([0.15, 0.3, 0.45], costs, strict=True))
     first, other = (BudgetSearch({place: slope * place for place in PLACES}, 0.02) for _ in range(2))
     for blocks in known:
-        first._take(blocks, rises(known[blocks], 0.01))
+        first._add_probe(blocks, rises(known[blocks], 0.01))
     for blocks in order:
-        other._take(blocks, rises(known[blocks], 0.01))
+        other._add_probe(blocks, rises(known[blocks], 0.01))
     for blocks in PLACES:
         assert first.expected(blocks) == other.expected(blocks)
     for blocks, cost in known.items():
@@ -390,7 +390,7 @@ def test_a_trainer_within_nothing_cuts_nothing(tmp_path: Path) -> None:
 
 def test_what_loops_cannot_do() -> None:
     pruner = EarlyPruner(with_lora(make("bert")), LIGHT)
-    assert "which LightTrainer has" in refusal(lambda: pruner.start(20))
+    assert "light: auto needs LightTrainer" in refusal(lambda: pruner.start(20))
 
 
 def test_a_model_that_has_learned_nothing_keeps_everything() -> None:
@@ -398,7 +398,7 @@ def test_a_model_that_has_learned_nothing_keeps_everything() -> None:
     for parameter in (model.get_base_model().classifier.modules_to_save["default"].weight,):
         parameter.data.zero_()  # all answers are alike, whatever is cut
     found = find_budget(model, random_record(model), LIGHT, probe_of(model), HALF)
-    assert found.blocks == 0.0 and not found.probed and "taught too little to tell" in found.summary()
+    assert found.blocks == 0.0 and not found.probed and "estimation was too short" in found.summary()
     assert json.dumps(found.facts())
 
 
@@ -411,7 +411,7 @@ def test_a_model_no_better_than_frequencies_keeps_everything(monkeypatch: pytest
         monkeypatch.setattr(finding, "chance_of", lambda *_, chance=dense * times: chance)
         found = find_budget(model, record, LIGHT, probe, HALF)
         assert found.learned == pytest.approx(learned, abs=1e-3)
-        assert ("hardly better than an answer by the frequencies" in found.summary()) == (learned < 0.05)
+        assert ("hardly better than the label frequencies" in found.summary()) == (learned < 0.05)
         assert learned > 0.05 or (found.blocks == 0.0 and not found.probed)
 
 
@@ -463,11 +463,11 @@ def test_a_run_finds_its_budget(whole: Path) -> None:
     assert found["tolerance"] == pytest.approx(30 / found["points_a_nat"])
     entries = [entry for entry in RunFolder.at(whole).log_entries() if entry.get("stage") == "budget"]
     *copies, summary = [entry["note"] for entry in entries if "note" in entry]
-    assert copies[0] == f"light: auto, copy 1 of 4 at most: nothing cut, {found['steps']} steps"
+    assert copies[0] == f"light: auto, probe 1 of at most 4: nothing cut, {found['steps']} training steps"
     probed = [f"{each['blocks']:.0%} of the blocks cut" for each in found["probed"]]
     assert sorted(line.split(": ")[2].split(",")[0] for line in copies[1:]) == sorted(probed)
     numbers = range(1, len(copies) + 1)
-    assert [line.split(": ")[1] for line in copies] == [f"auto, copy {number} of 4 at most" for number in numbers]
+    assert [line.split(": ")[1] for line in copies] == [f"auto, probe {number} of at most 4" for number in numbers]
     assert "the tolerance is 30 points (" in summary and " nats)" in summary
     assert f"cost {cost_in_words(found['expected']['left'], found['points_a_nat'])}, at most" in summary
 
@@ -532,8 +532,8 @@ def test_a_task_without_classes_has_no_points(tmp_path: Path, capsys: pytest.Cap
     ("room", "why"),
     [
         ({"sharded": True}, "copies the model, and FSDP shards it"),
-        ({"rows": None}, "the number of rows is not known"),
-        ({"rows": 511}, "needs 512 training rows, and 511 train"),
+        ({"rows": None}, "the training dataset has no length"),
+        ({"rows": 511}, "needs 512 training rows, and there are 511"),
         ({"rows": 512}, None),
     ],
 )
@@ -573,7 +573,7 @@ def test_no_search_takes_more_than_it_may(
     reason = why_unmeasured(room, settings, steps)
     assert (reason is None) == (cost.least <= cost.most) == (probes > 0)
     if reason is not None:
-        assert f"of plain PEFT's run of {steps} steps, and it may take 15%" in reason
+        assert f"of plain PEFT's {steps} steps, and the limit is 15%" in reason
         return
     before = {place: 0.2 * place for place in PLACES}
     search = BudgetSearch(before, 0.02)
@@ -630,7 +630,7 @@ def test_passes_of_a_search_are_those_that_it_makes(unit: Any, monkeypatch: pyte
     _, cost = sizes_of(SearchRoom.of(trainer, trainer.light_tolerance()), LIGHT, 60)
     assert rows["trained"] == copies * cost.trained
     whole = cost.held if unit == "points" else cost.few
-    assert rows["forward"] == copies * cost.held + whole + cost.few * len(PARTS)
+    assert rows["forward"] == copies * cost.held + whole + cost.few * len(SEARCH_BUDGETS)
     assert found.of_plain == cost.of_plain([each.blocks for each in found.probed])
 
 
@@ -650,10 +650,7 @@ def test_a_run_too_short_for_a_search_has_a_fixed_budget(
         file = tmp_path / f"{name}.yaml"
         file.write_text(yaml.safe_dump({**settings, "light": {**settings["light"], **more}}), encoding="utf-8")
         assert lightpeft("run", "--config", file, "--output", tmp_path / name) == 0
-        assert (
-            "40% of the blocks go, a fixed budget for short runs: a search for a budget would"
-            in capsys.readouterr().err
-        )
+        assert "cuts 40% of the blocks, a fixed budget for short runs: a budget search would" in capsys.readouterr().err
         found = read(tmp_path / name / "budget.json")
         assert found["blocks"] == SHORT and "75 steps" in found["unmeasured"] and found["learned"] is not None
         assert read(tmp_path / name / "metrics.json")["parameters"]["base_removed_ratio"] > 0.1
@@ -663,9 +660,9 @@ def test_a_run_too_short_for_a_search_has_a_fixed_budget(
 @pytest.mark.parametrize(
     ("learned", "blocks", "why"),
     [
-        (0.3, SHORT, "40% of the blocks go, a fixed budget for short runs: few"),
-        (0.01, 0.0, "nothing of the blocks goes: few, and estimation has taught the model hardly more"),
-        (None, 0.0, "nothing of the blocks goes: few, and what a fixed one costs is known of classifiers alone"),
+        (0.3, SHORT, "light: auto cuts 40% of the blocks, a fixed budget for short runs: few"),
+        (0.01, 0.0, "light: auto cuts nothing of the blocks: few, and estimation taught the model hardly more"),
+        (None, 0.0, "light: auto cuts nothing of the blocks: few, and a fixed budget is for classifiers only"),
     ],
 )
 def test_a_fixed_budget_is_for_who_has_learned(

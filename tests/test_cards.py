@@ -49,7 +49,7 @@ def test_the_card_of_a_run(bench: Workbench) -> None:
     assert result.metric_value == report["metrics"]["accuracy"] and result.dataset_type == "custom"
     low, high = report["intervals"]["accuracy"]
     assert "| on 40 test rows | value | 95% interval |" in card.text and "examples" not in card.text
-    assert "give yours, `base=` in Python" in card.text
+    assert "pass your copy as `base=` in Python" in card.text
     assert f"| accuracy | {result.metric_value:.4g} | {low:.4g} to {high:.4g} |" in card.text
     assert load_light(adapter).light_intervals["accuracy"] == [low, high]
     assert "| task | classification: `negative`, `positive` |" in card.text

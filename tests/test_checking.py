@@ -43,7 +43,7 @@ class Counted(StorageWatch):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self.counted(tensor)
+                self.count_storage(tensor)
         return result
 
 
@@ -72,8 +72,8 @@ def held(name: str, light: LightConfig | None, real: bool) -> Holding:
             return rehearse_training(model, watch, shapes_of(batch), maker, around)
     with Counted() as watch:
         for tensor in [*model.parameters(), *model.buffers()]:
-            watch.counted(tensor)
-        given = {key: watch.counted(torch.empty_like(value)).copy_(value) for key, value in batch.items()}
+            watch.count_storage(tensor)
+        given = {key: watch.count_storage(torch.empty_like(value)).copy_(value) for key, value in batch.items()}
         made = maker([parameter for parameter in model.parameters() if parameter.requires_grad])
         watch.peak = watch.now
         with around:

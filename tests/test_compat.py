@@ -56,7 +56,7 @@ from lightpeft.compat import hub
 from lightpeft.compat import peft as of_peft
 from lightpeft.compat import torch as of_torch
 from lightpeft.compat import transformers as of_transformers
-from lightpeft.compat.accelerate import divide_no_loss, forget_optimizers, without_autocast
+from lightpeft.compat.accelerate import forget_optimizers, keep_loss_undivided, without_autocast
 from lightpeft.compat.fsdp import out_of_fsdp
 from lightpeft.compat.stand_ins import StandIn, StorageWatch
 from lightpeft.compat.transformers import Checkpoint
@@ -125,7 +125,7 @@ def test_what_subclasses_extend(owner: type, name: str) -> None:
 
 def test_bottleneck_adapters_need_a_peft_that_saves_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(BaseTuner, "_remove_adapter_name_from_key", raising=False)
-    with pytest.raises(LightPeftError, match=r"PEFT by bottleneck adapters needs peft 0\.21 or newer; here is \d+\."):
+    with pytest.raises(LightPeftError, match=r"bottleneck adapters need peft 0\.21 or newer, and \d+\."):
         BottleneckConfig(placement="houlsby")
 
 
@@ -262,7 +262,7 @@ def test_optimizers_are_forgotten() -> None:
 def test_accelerate_divides_no_loss() -> None:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
     with needed_for("gradients that accumulation does not make smaller, with transformers 5.5"):
-        divide_no_loss()
+        keep_loss_undivided()
         assert accelerator.gradient_accumulation_steps == 1
 
 
@@ -315,10 +315,10 @@ def test_a_model_leaves_fsdp_and_comes_back() -> None:
     ],
 )
 def test_a_tensor_notes_who_computes_with_it(reads: Callable[[Any], Any]) -> None:
-    count = of_torch.Noted.of(torch.tensor(4.0))
+    count = of_torch.ReadRecorder.of(torch.tensor(4.0))
     with needed_for("steps that do not grow with accumulation where a loss ignores how many labels they have"):
         assert count.to(count.device).equal(torch.tensor(4.0)) and isinstance(count, Tensor)
-        count = of_torch.Noted.of(torch.tensor(4.0))
+        count = of_torch.ReadRecorder.of(torch.tensor(4.0))
         assert count.dtype == count.to(count.device, torch.bfloat16).float().dtype and not count.read
         reads(count)
         assert count.read
@@ -334,7 +334,7 @@ def test_a_model_in_parts_reads_no_tensor_that_goes_in(half: torch.dtype | None)
     with needed_for("steps under FSDP2 that do not grow with accumulation and processes"):
         model = fully_shard(Divides(2, 2), mp_policy=MixedPrecisionPolicy(param_dtype=half))
         for by in (False, True):
-            count = of_torch.Noted.of(torch.tensor(4.0))
+            count = of_torch.ReadRecorder.of(torch.tensor(4.0))
             found = model(torch.ones(1, 2), count=count, by=by)
             assert count.read is by and type(found) is Tensor
 
@@ -343,22 +343,22 @@ def test_hooks_of_modules() -> None:
     with needed_for("leaving LoRA layers whose parts are watched to PEFT"):
         for register in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
             linear = nn.Linear(2, 2)
-            assert not of_torch.is_watched(linear)
+            assert not of_torch.has_hooks(linear)
             handle = getattr(linear, f"register_{register}")(lambda *_: None)
-            assert of_torch.is_watched(linear), register
+            assert of_torch.has_hooks(linear), register
             handle.remove()
-            assert not of_torch.is_watched(linear), register
+            assert not of_torch.has_hooks(linear), register
 
 
 def test_changes_of_tensors() -> None:
     with needed_for("converting what several LoRA layers read once, unless it was changed in between"):
         x = torch.ones(2)
-        before = of_torch.changes_of(x)
-        assert of_torch.changes_of(x) == before
+        before = of_torch.change_count(x)
+        assert of_torch.change_count(x) == before
         x.add_(1)
-        assert of_torch.changes_of(x) != before
+        assert of_torch.change_count(x) != before
         with torch.inference_mode():
-            assert of_torch.changes_of(torch.ones(2)) is None
+            assert of_torch.change_count(torch.ones(2)) is None
 
 
 def test_what_a_graph_makes_again() -> None:
@@ -383,7 +383,7 @@ def test_tables_of_parameters() -> None:
         handle = register_module_parameter_registration_hook(lambda module, name, parameter: seen.append(name))
         try:
             assert twin.weight is weight
-            of_torch.set_unseen(twin, "weight", nn.Parameter(torch.ones(2, 2)))
+            of_torch.set_without_hooks(twin, "weight", nn.Parameter(torch.ones(2, 2)))
             assert not seen and bool((twin(torch.ones(2)) - linear.bias == 2).all())
             assert linear.weight is weight
             linear.weight = nn.Parameter(torch.zeros(2, 2))
@@ -521,7 +521,7 @@ def test_parameters_that_count_as_read(base: Path) -> None:
     def read(model: PreTrainedModel, checkpoint: Checkpoint) -> Any:
         done = checkpoint.load(model)
         for linear in (model.classifier, model.bert.pooler.dense):
-            of_torch.set_unseen(linear, "weight", nn.Parameter(torch.full_like(linear.weight, 7.0)))
+            of_torch.set_without_hooks(linear, "weight", nn.Parameter(torch.full_like(linear.weight, 7.0)))
         of_transformers.mark_read(model.classifier.weight)
         return done
 

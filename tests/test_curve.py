@@ -15,7 +15,7 @@ from workbench import Workbench, lightpeft, read
 
 from lightpeft import apply_plan
 from lightpeft.app.runs import pipeline
-from lightpeft.budget.curve import PARTS, loss_curve, nested_plans
+from lightpeft.budget.curve import CURVE_BUDGETS, loss_curve, nested_plans
 from lightpeft.plans.records import PrunePlan
 
 BUDGET = light_of(criterion="fisher", modules=0.0, ranks=0.0)
@@ -48,10 +48,10 @@ def test_what_goes_at_one_budget_goes_at_the_next(seed: int, name: str, balanced
 def test_budgets_that_the_floors_forbid_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     record = random_record(with_lora(make("llama-gqa")))
     monkeypatch.setattr("lightpeft.plans.planning.LEAST_NEURONS", 24)
-    plans = dict(nested_plans(record, BUDGET, PARTS))
-    assert plans and max(plans) < max(PARTS)
+    plans = dict(nested_plans(record, BUDGET, CURVE_BUDGETS))
+    assert plans and max(plans) < max(CURVE_BUDGETS)
     monkeypatch.setattr("lightpeft.plans.planning.LEAST_NEURONS", 48)
-    assert "no budget can be tried: blocks 0.9 cannot be reached" in refusal(
+    assert "no plan can be made for any budget: light.remove.blocks 0.9 cannot be reached" in refusal(
         lambda: dict(nested_plans(record, BUDGET, [0.9]))
     )
 

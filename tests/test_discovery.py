@@ -33,7 +33,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from lightpeft import EarlyPruner, LightTrainer, load_light
-from lightpeft.compat.torch import is_watched
+from lightpeft.compat.torch import has_hooks
 from lightpeft.errors import LightPeftError
 from lightpeft.models.families.registry import FAMILIES, REFUSED, block_specs, family_of, register_family
 from lightpeft.models.families.skeleton import random_inputs, skeleton
@@ -151,7 +151,7 @@ def test_unlisted_families_are_found(name: str, caplog: pytest.LogCaptureFixture
     assert len(specs) == (6 if name == "pegasus" else 3)
     assert {(s.heads, s.head_dim) for s in specs} == {(4, 8)}
     assert all(value.equal(before[key]) for key, value in model.state_dict().items()), "the model was not touched"
-    assert not any(map(is_watched, model.modules()))
+    assert not any(map(has_hooks, model.modules()))
 
 
 @telling("name", LISTED, {"bert", "falcon", "phi3", "olmo2", "bart"})

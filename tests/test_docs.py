@@ -58,7 +58,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         patch.setattr(workbench, "POSITIONS", 128)
         patch.setattr(room, "LEAST_HELD", 16)
-        patch.setattr(schedule, "LEAST_STEPS", 30)
+        patch.setattr(schedule, "LEAST_RUN_STEPS", 30)
         patch.setattr(length, "LEAST_STEPS", 8)
         patch.setattr(room, "SEARCH_FRACTION", 100.0)  # of trainings that are hardly longer than a probe
         workbench.save_base(folder / "demo/cache/minilm", "bert", tokenizer=workbench.tokenizer_of_word_pieces())

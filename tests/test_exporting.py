@@ -127,7 +127,7 @@ def test_where_there_is_no_tokenizer_a_line_says_so(
         transformers_model(light).config.name_or_path = ""
     save_merged(light, tmp_path / "merged")
     (line,) = said(caplog)
-    assert line.startswith(f"no tokenizer is written into {tmp_path / 'merged'}: ") and "\n" not in line
+    assert line.startswith(f"no tokenizer is saved in {tmp_path / 'merged'}: ") and "\n" not in line
     assert not list((tmp_path / "merged").glob("tokenizer*"))
     load_merged(tmp_path / "merged")
 
@@ -317,7 +317,7 @@ def altered(merged: Path, change: Any) -> str:
 
 @pytest.mark.parametrize("change", [lambda t: t.pop("classifier.weight"), lambda t: t.update(stray=torch.zeros(1))])
 def test_weights_that_are_missing_or_too_many(change: Any, merged: Path) -> None:
-    assert "are not those of its plan" in altered(merged, change)
+    assert "do not fit its plan" in altered(merged, change)
 
 
 def test_a_plan_of_another_model(merged: Path, tmp_path: Path) -> None:

@@ -325,7 +325,7 @@ def test_another_base_is_refused() -> None:
     light = light_over(make("llama-gqa"))
     assert "this light model belongs to another base" in refusal(lambda: full_width(light, make("llama-gqa", seed=1)))
     with_peft: Any = with_lora(make("llama-gqa"))
-    assert "without PEFT around it" in refusal(lambda: full_width(light, with_peft))
+    assert "pass the dense transformers model, without PEFT" in refusal(lambda: full_width(light, with_peft))
 
 
 def test_steps_that_are_not_there(bench: Workbench) -> None:

@@ -112,7 +112,7 @@ def test_a_launched_run_that_lost_a_process_in_training(request: pytest.FixtureR
     done = in_other_process(*launch, worker, 11, "run", "--config", config, timeout=120)
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("lightpeft: ")]
-    assert LOST in line and "goes on from the last checkpoint" in line
+    assert LOST in line and "to resume from the last checkpoint" in line
     assert "Traceback" not in done.stderr.partition(line)[0]
 
     done = in_other_process(*launch, worker, -1, "run", "--config", config)

@@ -340,7 +340,7 @@ def quantised() -> Any:
         (lambda: light_over(make("vit")), {}, "models that read text; this one is of vit"),
         (by_length, {}, "cannot be traced for ONNX Runtime; export it as merged"),
         (with_adapters, {}, "cannot be merged"),
-        (quantised, {}, "the base is quantised"),
+        (quantised, {}, "the base is quantized"),
         (lambda: light_over(make("bert")), {"dtype": "q8_0"}, "in q8_0 in the form gguf, not in onnx"),
         (lambda: light_over(make("bert")), {"dtype": "int3"}, "in int3 in the form of nobody, not in onnx"),
         (lambda: light_over(make("bert")), {"form": "onxx"}, 'there is no form "onxx"; choose one of merged'),

@@ -13,7 +13,7 @@ from tiny import LAYOUTS, inputs_for, make, with_lora
 from torch import Tensor
 from training import inputs, student
 
-from lightpeft.compat.torch import is_watched
+from lightpeft.compat.torch import has_hooks
 from lightpeft.models.families.registry import block_specs
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.base import Site
@@ -133,7 +133,7 @@ def test_only_passes_that_are_due_count_and_are_watched() -> None:
     blocks = block_specs(transformers_model(model))
     observer = ModuleObserver(model, sites, blocks, torch.device("cpu"), iter(due).__next__)
     watched, sums = [], []
-    model.register_forward_hook(lambda *_: watched.append(is_watched(sites[0].base)))
+    model.register_forward_hook(lambda *_: watched.append(has_hooks(sites[0].base)))
     for seed in range(3):
         model(**inputs(seed=seed, rows=4, padding="right"))
         sums.append(observer.sums.clone())

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import student, trainer
 
 from lightpeft import accelerated
-from lightpeft.compat.torch import is_watched
+from lightpeft.compat.torch import has_hooks
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.training import logits as training_logits
 from lightpeft.training.logits import labelled_head
@@ -54,8 +54,8 @@ def widths() -> Callable[[PeftModel], list[int]]:
 @pytest.fixture
 def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of no more than five tokens are in memory at a time."""
-    monkeypatch.setattr(training_logits, "_AT_ONCE_ON_CPU", 0)
-    monkeypatch.setattr(training_logits, "_LEAST_AT_ONCE", 5)
+    monkeypatch.setattr(training_logits, "_LOGIT_BYTES_ON_CPU", 0)
+    monkeypatch.setattr(training_logits, "_LEAST_CHUNK", 5)
 
 
 def check_inside(model: PeftModel, data: dict[str, Tensor], *, bf16: bool) -> None:
@@ -226,4 +226,4 @@ def test_everything_is_put_back() -> None:
         assert model.loss_function is not loss
     assert model.loss_function is loss
     assert "forward" not in vars(head)
-    assert not is_watched(model)
+    assert not has_hooks(model)

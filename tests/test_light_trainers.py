@@ -236,7 +236,7 @@ def test_a_name_that_nobody_loads(named: str, base: PreTrainedModel, tmp_path: P
     args = TrainingArguments(str(tmp_path / "out"), **settings)
     lora = LoraConfig(task_type="CAUSAL_LM")
     said = refusal(lambda: LightTrainer(named, args, train_dataset=Dataset.from_list(PAIRS), peft_config=lora))
-    assert "LightTrainer loads no model by its name; give it loaded" in said
+    assert "LightTrainer does not load a model by name; load" in said
     nowhere = LoraConfig(task_type="CAUSAL_LM", target_modules=["nowhere"])
     said = refusal(lambda: of_trl("sft", named, tmp_path / "out", peft_config=nowhere))
     assert "PEFT cannot put its modules on the model" in said
@@ -402,7 +402,7 @@ def test_a_reference_that_would_be_cut_is_refused(base: PreTrainedModel, tmp_pat
             light=LIGHT,
         )
 
-    assert "would take the cut model as its own reference" in refusal(make_trainer)
+    assert "would use the cut model as its reference model" in refusal(make_trainer)
 
 
 @telling("kind", ["ia3", "bottleneck", "dora"], {"bottleneck"})

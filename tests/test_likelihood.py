@@ -245,7 +245,7 @@ class TestMultipleChoiceHead:
             assert prefix.blocks
             options: dict[str, Any] = {"batch_size": 2, "announce": said.append}
             assert cache_prefix(prefix, rows, task.collator(tokenizer), PrefixCache(), tmp_path, **options) is None
-        assert said == ["no prefix cache: it keeps one sequence a row, and multiple choice reads one an option"]
+        assert said == ["no prefix cache: it holds one sequence per row, and multiple choice has one per option"]
 
     def test_real_tokens_of_options(self, bert: BertForMultipleChoice) -> None:
         task, tokenizer = self.task(), word_tokenizer()

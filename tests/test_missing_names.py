@@ -51,5 +51,5 @@ def test_going_on_needs_some(tmp_path: Path) -> None:
     """And refuses in a line that names feature, versions and what is not there."""
     undisturbed, said = outcomes(tmp_path, [[], ["._load_rng_state"]], resuming=True)
     assert undisturbed == ""
-    assert said.startswith("LightPeftError: Going on from a checkpoint works with transformers 5.5 to")
+    assert said.startswith("LightPeftError: Resuming from a checkpoint works with transformers 5.5 to")
     assert "transformers has no Trainer._load_rng_state" in said and "\n" not in said

@@ -294,7 +294,7 @@ def test_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     args = TrainingArguments(str(tmp_path / "out"), report_to=[], use_cpu=True)
     text = refusal(lambda: LightTrainer(with_lora(model), args, light=light_of(), train_dataset=[]))
-    assert "weights on disk are for training in one process; load the model without weights_on_disk" in text
+    assert "weights_on_disk works in one process only; load the model without it" in text
     monkeypatch.setattr(loading, "processes", lambda: SimpleNamespace(num_processes=2))
     config = ModelConfig(name=str(tmp_path), low_memory=True)
     text = refusal(lambda: loading.load_model(config, CAUSAL_LM))

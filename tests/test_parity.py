@@ -36,7 +36,7 @@ from tiny import (
 )
 from torch import Tensor
 
-from lightpeft.compat.torch import is_watched
+from lightpeft.compat.torch import has_hooks
 from lightpeft.compat.transformers import attention_of
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.registry import find_sites
@@ -204,7 +204,7 @@ def test_masks_leave_no_trace(name: str) -> None:
     assert logits(model, batch()).equal(before)
     apply_plan(model, plan)
     assert {key.replace(".base_layer", "") for key in model.state_dict()} < {k.replace(".base_layer", "") for k in keys}
-    assert not any(map(is_watched, model.modules()))
+    assert not any(map(has_hooks, model.modules()))
 
 
 # Ranks

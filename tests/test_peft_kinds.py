@@ -20,7 +20,7 @@ from lightpeft.config import RunConfig, load_config, run_config_from_dict
 from lightpeft.models.families.registry import block_specs
 from lightpeft.peft_kinds.kinds import projections
 from lightpeft.peft_kinds.sites.registry import find_sites
-from lightpeft.recipe.wrapping import placed
+from lightpeft.recipe.wrapping import with_allowed_modules
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +129,11 @@ def test_lora_keeps_off_names_that_peft_takes_for_experts() -> None:
     light = light_of(module_blocks=0.5)
     for name, dense in (("deepseek_v3", {}), ("qwen3_moe", {"mlp_only_layers": [2]})):
         model = make(name, **dense)
-        specs, config = block_specs(model), placed(LoraConfig(), model, light)
+        specs, config = block_specs(model), with_allowed_modules(LoraConfig(), model, light)
         attention = [path for path in projections(specs[1:]) if "self_attn" in path]
         assert config.target_modules == attention and "down_proj" in str(projections(specs[1:]))
         assert {site.spec.name for site in find_sites(get_peft_model(model, config), specs)} == {*attention}
-        ia3 = placed(IA3Config(feedforward_modules=None), model, light)
+        ia3 = with_allowed_modules(IA3Config(feedforward_modules=None), model, light)
         assert any(target.endswith("down_proj") for target in ia3.target_modules)
 
 

@@ -12,7 +12,7 @@ from training import inputs, student, trainer
 from transformers import BertModel
 
 from lightpeft import EarlyPruner, LightModel, LightPeftError, load_light
-from lightpeft.compat.torch import is_watched
+from lightpeft.compat.torch import has_hooks
 from lightpeft.peft_kinds.sites.registry import find_sites
 from lightpeft.plans.records import PrunePlan
 
@@ -29,7 +29,7 @@ def test_a_bare_trainer(tmp_path: Path, family: str) -> None:
     assert light is model
     assert isinstance(light, LightModel)
     assert sum(p.numel() for p in light.parameters()) < 0.8 * dense
-    assert not any(map(is_watched, light.modules()))
+    assert not any(map(has_hooks, light.modules()))
     before = {key: value.clone() for key, value in light.state_dict().items()}
     trainer(light, tmp_path, max_steps=6).train()
     changed = {key for key, value in light.state_dict().items() if not value.equal(before[key])}
@@ -126,7 +126,7 @@ def test_pruning_in_the_middle_takes_what_there_is() -> None:
         pruner.step()
     assert not pruner.finished
     assert pruner.record().meta["steps"] == 3
-    assert not any(map(is_watched, pruner.prune().modules()))
+    assert not any(map(has_hooks, pruner.prune().modules()))
 
 
 def test_pruning_twice() -> None:

@@ -254,8 +254,10 @@ def test_trainers_of_other_models_leave_nothing_out(tmp_path: Path, half: list[i
 
 def test_what_a_trainer_cannot_ask(tmp_path: Path) -> None:
     endless = dataset().to_iterable_dataset()
-    assert "of a known number" in refusal(lambda: trainer_of(tmp_path, "auto", train_dataset=endless))
-    assert "give it loaded" in refusal(lambda: trainer_of(tmp_path, "auto", model="name"))
+    assert "needs a training dataset with a length" in refusal(
+        lambda: trainer_of(tmp_path, "auto", train_dataset=endless)
+    )
+    assert "needs a loaded model; load it first" in refusal(lambda: trainer_of(tmp_path, "auto", model="name"))
 
 
 def test_where_nobody_finds_it(bench: Workbench, capsys: Any) -> None:

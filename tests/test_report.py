@@ -306,7 +306,7 @@ class TestAutoBudget:
         assert found.budget is not None and seconds["budget"] == pytest.approx(found.budget.seconds, abs=1e-3)
         assert found.training_seconds == pytest.approx(sum(seconds.values()) - seconds["evaluate"])
         text = Reader(html(tmp_path / "run")).text
-        assert "The budget" in text and "of plain PEFT's run by its passes" in text
+        assert "The budget" in text and "of the computation of plain PEFT's run" in text
 
     def test_nothing_within_the_tolerance(self, light: Path) -> None:
         budget = {**AUTO, "blocks": 0.0, "expected": None, "points_a_nat": None}
@@ -320,7 +320,7 @@ class TestAutoBudget:
 
     def test_nothing_to_tell(self, light: Path) -> None:
         edit(light / "metrics.json", lambda report: report.update(budget={**AUTO, "expected": None, "probed": []}))
-        assert "taught too little to tell" in Reader(html(light)).text
+        assert "estimation was too short" in Reader(html(light)).text
 
     @pytest.mark.parametrize("change", [{"blocks": "half"}, {"probed": 5}, {"expected": {"left": None}}, {"rows": []}])
     def test_what_is_none_is_refused(self, light: Path, change: dict[str, Any]) -> None:

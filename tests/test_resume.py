@@ -147,14 +147,14 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "scheduler, of something else": ("scheduler.pt", lambda path: torch.save({"x": 1}, path), "and scheduler"),
     "optimizer, cut short": ("optimizer.pt", cut_short, "state of optimizer and scheduler"),
     "optimizer, of something else": ("optimizer.pt", lambda path: torch.save([1], path), "optimizer and scheduler"),
-    "random numbers, cut short": ("rng_state.pth", cut_short, "its random numbers cannot be read"),
+    "random numbers, cut short": ("rng_state.pth", cut_short, "its random state cannot be read"),
     "state, empty": ("trainer_state.json", lambda path: path.write_text(""), "trainer_state.json is damaged"),
     "state, a list": ("trainer_state.json", lambda path: path.write_text("[1]"), "trainer_state.json is damaged"),
     "state, nested": ("trainer_state.json", lambda path: path.write_text("[" * 100_000), "is damaged: maximum"),
-    "state, no step": ("trainer_state.json", saying(global_step="x"), "it is of step 'x'"),
-    "state, part of a step": ("trainer_state.json", saying(global_step=1.5), "it is of step 1.5"),
-    "state, too late": ("trainer_state.json", saying(global_step=10**30), "it is of step 1000"),
-    "scaler, garbage": ("scaler.pt", lambda path: path.write_bytes(b"x" * 99), "its state of the gradient scaler"),
+    "state, no step": ("trainer_state.json", saying(global_step="x"), "it says step 'x'"),
+    "state, part of a step": ("trainer_state.json", saying(global_step=1.5), "it says step 1.5"),
+    "state, too late": ("trainer_state.json", saying(global_step=10**30), "it says step 1000"),
+    "scaler, garbage": ("scaler.pt", lambda path: path.write_bytes(b"x" * 99), "its gradient scaler"),
     "state, more": ("trainer_state.json", saying(zz=1), "unexpected keyword argument"),
 }
 """Name -> file of a checkpoint, what happens to it, and a part of the line."""
@@ -189,7 +189,7 @@ def test_a_checkpoint_that_was_sealed_damaged(
     capsys.readouterr()
     assert lightpeft("run", "--config", stopped) == 2
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and says in line and "go on from an older one" in line and str(checkpoint) in line
+    assert line.count("\n") == 1 and says in line and "resume from an older one" in line and str(checkpoint) in line
     (run / ".lock").unlink()
     assert checksums(run) == before
 

@@ -23,15 +23,15 @@ from lightpeft.prune.length import fit_stage, remove_nothing_if_short, stage_of
 from lightpeft.training.schedule import (
     LEAST_EPOCHS,
     LEAST_RATE,
-    LEAST_STEPS,
+    LEAST_RUN_STEPS,
     MOST_EPOCHS,
     RATE,
     RATE_WIDTH,
     Pace,
     auto_epochs,
     auto_rate,
+    resolve_auto,
     scored_steps,
-    settled,
 )
 
 AUTO = {"training.epochs": "auto", "training.learning_rate": "auto"}
@@ -46,7 +46,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
 
 
 def trained(rows: int, width: int = RATE_WIDTH, processes: int = 1, **given: Any) -> TrainingConfig:
-    return settled(TrainingConfig(**given), rows, width, processes)
+    return resolve_auto(TrainingConfig(**given), rows, width, processes)
 
 
 rows_and_batches = {
@@ -63,9 +63,9 @@ def test_few_rows_are_seen_more_often(rows: int, processes: int, **sizes: int) -
     epochs: Any = training.epochs
     steps = Pace.of(rows, training, processes).steps(epochs)
     assert LEAST_EPOCHS <= epochs <= MOST_EPOCHS
-    assert steps >= LEAST_STEPS or epochs == MOST_EPOCHS
+    assert steps >= LEAST_RUN_STEPS or epochs == MOST_EPOCHS
     # no pass more than that takes
-    assert epochs == LEAST_EPOCHS or steps - Pace.of(rows, training, processes).steps_an_epoch < LEAST_STEPS
+    assert epochs == LEAST_EPOCHS or steps - Pace.of(rows, training, processes).steps_an_epoch < LEAST_RUN_STEPS
 
 
 @pytest.mark.parametrize(("rows", "epochs"), [(20, 40), (300, 20), (600, 11), (2000, 4), (8282, 3), (100_000, 3)])

@@ -212,8 +212,8 @@ def test_weights_of_before_go(owner: LocalHub, home: Path) -> None:
 
 def test_what_is_not_sent(hub: LocalHub, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = refusal(lambda: push_to_hub(home / "light", "me/light"))
-    assert said.startswith("me/light on the hub cannot be written: ") and "log in (hf auth login)" in said
-    assert "is no light adapter and no merged light model" in refusal(lambda: push_to_hub(home / "base", "me/base"))
+    assert said.startswith("cannot upload me/light to the hub: ") and "log in (hf auth login)" in said
+    assert "is no light adapter or merged light model" in refusal(lambda: push_to_hub(home / "base", "me/base"))
     damaged = shutil.copytree(home / "light", tmp_path / "damaged")
     (damaged / "adapter_model.safetensors").write_bytes(b"x")
     assert "altered or damaged" in refusal(lambda: push_to_hub(damaged, "me/light", token=hub.token))

@@ -225,12 +225,12 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of folders in the order in which their models were made."""
     made: list[str] = []
 
-    def load(folder: Path, *args: Any, original: Any = switching.load_sharing, **kwargs: Any) -> LightModel:
+    def load(folder: Path, *args: Any, original: Any = switching.load_with_shared_tensors, **kwargs: Any) -> LightModel:
         made.append(folder.name)
         time.sleep(0.01)
         return original(folder, *args, **kwargs)
 
-    monkeypatch.setattr(switching, "load_sharing", load)
+    monkeypatch.setattr(switching, "load_with_shared_tensors", load)
     return made
 
 
@@ -316,7 +316,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     assert "other/light is over the base" in text and "if they are the same, say where it is: base=" in text
     assert "belongs to another base than" in refusal(lambda: LightSwitch(both, base=tmp_path / "one/base"))
     wrong = LightSwitch({"b": both["b"]}, base=tmp_path / "one/base")
-    assert "belongs to another base: the weights given" in refusal(lambda: wrong["b"])
+    assert "belongs to another base: its fingerprint" in refusal(lambda: wrong["b"])
     switch = LightSwitch({"a": both["a"]})
     expected = logits(switch["a"])
     assert "over the base" in refusal(lambda: switch.add("b", both["b"]))

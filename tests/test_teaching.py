@@ -482,12 +482,12 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "another task": (
         "classes",
         lambda _: make("bert", 7, num_labels=1),
-        "(BertForSequenceClassification) answers another task than the model (BertForSequenceClassification)",
+        "(BertForSequenceClassification) has another task than the model (BertForSequenceClassification)",
     ),
     "tokens": (
         "classes",
         lambda _: tiny(BertForTokenClassification, 7),
-        "BertForTokenClassification) answers another",
+        "BertForTokenClassification) has another task",
     ),
     "more labels": ("classes", lambda _: make("bert", 7, num_labels=3), "has 3 outputs, and the model 2"),
     "more tokens": (
@@ -497,7 +497,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     ),
     "a base": ("classes", lambda folder: saved(make("bert", 7).bert, folder), "has no weights for classifier"),
     "no folder": ("classes", lambda folder: folder / "nowhere", "nowhere"),
-    "a run": ("classes", lambda folder: no_run(folder / "run"), "is a run; give what it has made, such as"),
+    "a run": ("classes", lambda folder: no_run(folder / "run"), "is a run folder; use its model:"),
 }
 
 
@@ -524,20 +524,20 @@ def test_a_trainer_refuses_other_names_and_answers_that_are_none(tmp_path: Path)
         return refusal(made)
 
     turned = said(named(0, "no", "yes"), named(7, "yes", "no"))
-    assert turned.endswith("has the labels yes, no and the model no, yes; give them in one order")
+    assert turned.endswith("has the labels yes, no and the model no, yes; use the same labels in one order")
     broken = make("bert", 7)
     broken.classifier.bias.data[0] = torch.inf
-    assert "the teacher's answers to 24 of 24 rows are NaN or infinite (row 1, " in said(make("bert"), broken)
+    assert "the teacher's logits of 24 of 24 rows are NaN or infinite (row 1, " in said(make("bert"), broken)
     several = rows_of("classes").remove_columns("labels").add_column("labels", [[0.0, 1.0]] * ROWS)
-    assert "gives nothing that a teacher could tell" in said(make("bert"), make("bert", 7), several)
-    assert "LlamaForCausalLM gives nothing that a teacher could tell" in said(make("llama-gqa"), make("llama-gqa", 7))
+    assert "distillation needs a model with one class" in said(make("bert"), make("bert", 7), several)
+    assert "teacher: LlamaForCausalLM is not supported" in said(make("llama-gqa"), make("llama-gqa", 7))
     assert "datasets.Dataset" in said(make("bert"), make("bert", 7), list(rows_of("classes")))
     short = rows_of("classes").add_column("teacher_logits", [[0.5]] * ROWS)
-    assert "row 1 of the training rows: teacher_logits is [1], and" in said(make("bert"), None, short)
+    assert "row 1 of the training rows: teacher_logits has shape [1], and" in said(make("bert"), None, short)
     none = rows_of("classes").add_column("teacher_logits", [[0.5, 1.0]] * (ROWS - 1) + [None])
-    assert "row 24 of the training rows: teacher_logits has no numbers" in said(make("bert"), None, none)
+    assert "row 24 of the training rows: teacher_logits is empty" in said(make("bert"), None, none)
     own = said(make("bert"), make("bert", 7), cls=OwnLoss)
-    assert "LightOwnLoss has a loss of its own, which knows of no teacher" in own
+    assert "LightOwnLoss has a loss of its own, which ignores a teacher" in own
     assert "teacher_weight is 0; it lies in (0, 1]" in refusal(lambda: trainer("classes", tmp_path, teacher_weight=0))
 
 
@@ -571,7 +571,7 @@ def test_a_run_refuses(bench: Workbench, capsys: pytest.CaptureFixture[str], tmp
     tensors["classifier.out_proj.bias"][0] = torch.nan
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     line = refused(bench, capsys, **{"training.teacher": str(broken)})
-    assert "the teacher's answers to 64 of 64 rows are NaN or infinite (row 1, 2, 3, 4, 5, ...)" in line
+    assert "the teacher's logits of 64 of 64 rows are NaN or infinite (row 1, 2, 3, 4, 5, ...)" in line
     rows = [{"text": row["text"], "label": index % 7} for index, row in enumerate(labelled(40))]
     numbers = {"data.task": "regression", "data.train": str(write_rows(tmp_path / "numbers.csv", rows))}
     line = refused(bench, capsys, **numbers, **{"data.test": None})

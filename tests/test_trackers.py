@@ -106,12 +106,12 @@ def test_evaluation_on_the_way(bench: Workbench) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("learning_rate", 1e-3, "trainer.learning_rate is training.learning_rate here; set that"),
+        ("learning_rate", 1e-3, "trainer.learning_rate is determined by training.learning_rate; set that"),
         ("num_train_epochs", 3, "trainer.num_train_epochs is training.epochs here"),
-        ("output_dir", "elsewhere", "trainer.output_dir is the run's own to set"),
+        ("output_dir", "elsewhere", "trainer.output_dir is set by the run itself"),
         ("lr_schedule_type", "cosine", "unknown key trainer.lr_schedule_type; did you mean trainer.lr_scheduler_type?"),
         ("lr_scheduler_type", "zigzag", "trainer: zigzag is not a valid SchedulerType"),
-        ("torch_compile", True, "torch.compile cannot follow a model that is cut on the way"),
+        ("torch_compile", True, "torch.compile does not work with a model that is cut"),
     ],
 )
 def test_fields_that_cannot_be(

@@ -25,7 +25,7 @@ from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.training.arguments import training_arguments
 from lightpeft.training.callbacks import LogLines, ProgressBar, SealCheckpoint, StopOnSignal
 from lightpeft.training.checkpoints import last_checkpoint
-from lightpeft.training.fitting import Interrupted, fit
+from lightpeft.training.fitting import Interrupted, run_training
 from lightpeft.training.schedule import Pace
 
 AT_RANDOM = {"train_sampling_strategy": "random"}
@@ -143,7 +143,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_log_lines(work: pipeline.Workspace, tmp_path: Path) -> None:
-    fit(trainer_for(work, tmp_path, given={"logging_steps": 3}), None)
+    run_training(trainer_for(work, tmp_path, given={"logging_steps": 3}), None)
     logged = lines(tmp_path / "log.jsonl")
     assert [entry["step"] for entry in logged] == [3, 6]
     for entry in logged:
@@ -180,12 +180,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, damage
         assert last_checkpoint(tmp_path, lines.append) == (tmp_path / f"checkpoint-{left}" if left else None)
     assert len(lines) == 2
     assert "checkpoint-10" in lines[0] and "checkpoint-9" in lines[1]
-    assert all("going on from an older checkpoint, or from the beginning" in line for line in lines)
+    assert all("resuming from an older checkpoint, or from the start" in line for line in lines)
     assert os.listdir(tmp_path) == [], "nobody stumbles over them again"
 
 
 def test_checkpoints_are_two_at_most_and_none_at_the_end(work: pipeline.Workspace, tmp_path: Path) -> None:
-    fit(trainer_for(work, tmp_path, save_steps=2), None)
+    run_training(trainer_for(work, tmp_path, save_steps=2), None)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["checkpoint-4", "checkpoint-6"]  # of 8 steps
     for name in kept:
@@ -206,7 +206,7 @@ def test_signal_ends_training_with_a_checkpoint(work: pipeline.Workspace, tmp_pa
     trainer = trainer_for(work, tmp_path)
     trainer.add_callback(Signal(2))
     with pytest.raises(Interrupted, match="stopped at step 3; the same command goes on from there"):
-        fit(trainer, None)
+        run_training(trainer, None)
     assert last_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "checkpoint-3"
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -221,7 +221,7 @@ def test_bar_shows_where_a_stage_stopped(
         trainer.add_callback(Signal(2) if act == "signal" else EndAt(3))
     bar = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressBar))
     with pytest.raises(Interrupted) if act == "signal" else nullcontext():
-        fit(trainer, None)
+        run_training(trainer, None)
     task = bar.progress.tasks[0]
     assert (task.completed, task.total) == shown
 
@@ -258,5 +258,5 @@ def test_error_leaves_the_terminal_in_order(
     monkeypatch.setattr(bar.progress, "stop", lambda: stopped.append(True))
     monkeypatch.setattr(trainer, "training_step", lambda *_: (_ for _ in ()).throw(LightPeftError("bad")))
     with pytest.raises(LightPeftError, match="bad"):
-        fit(trainer, None)
+        run_training(trainer, None)
     assert stopped

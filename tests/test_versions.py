@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from lightpeft.compat.missing import TRIED
+from lightpeft.compat.missing import TESTED_RELEASES
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -41,7 +41,7 @@ def test_the_lowest_versions_are_the_bounds() -> None:
 def test_the_versions_that_were_tried_begin_at_the_bounds() -> None:
     """And error lines name them."""
     asked = {each.name: each.specifier for each in map(Requirement, PROJECT["dependencies"])}
-    for name, versions in TRIED.items():
+    for name, versions in TESTED_RELEASES.items():
         first, last = versions.split(" to ")
         assert f">={first}" in str(asked[name]) and last in asked[name]
 

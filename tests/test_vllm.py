@@ -184,7 +184,7 @@ def test_a_real_model(vllm: Vllm, smollm2: Path, tmp_path: Path) -> None:
 
 def test_names_are_those_of_lightpeft() -> None:
     """The plug-in depends on nothing of lightpeft, and knows its files by these."""
-    assert (configs.LIGHT_TYPE, configs.OWN) == (whole_config.LIGHT_TYPE, whole_config.OWN)
+    assert (configs.LIGHT_TYPE, configs.OWN) == (whole_config.MERGED_TYPE, whole_config.OWN)
     assert configs.MERGED == whole.MERGED
 
 

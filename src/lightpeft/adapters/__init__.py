@@ -1,1 +1,1 @@
-"""Light adapters and merged models: loaded over a base, shared, switched, expanded_to_dense again."""
+"""Light adapters and merged models: load them over a base, share them on the hub, expand them to full width."""

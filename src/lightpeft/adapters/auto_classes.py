@@ -1,6 +1,6 @@
-"""transformers' auto classes, and with them its pipelines, on merged light models of unequal widths.
+"""Support for merged light models of unequal widths in transformers' auto classes and pipelines.
 
-They are told of the type in such a model's config.json by transformers' own way for models of others, `register`.
+The model type in such a model's config.json is registered by `AutoConfig.register` and `AutoModel.register`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from lightpeft.compat.transformers import class_names
 from lightpeft.errors import LightPeftError, require
 from lightpeft.machine import accelerator
-from lightpeft.saving.whole_config import LIGHT_TYPE, OWN
+from lightpeft.saving.whole_config import MERGED_TYPE, OWN
 
-_TABLES = {
+_TABLE_NAMES = {
     "AutoModel": "MODEL_MAPPING_NAMES",
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
@@ -28,33 +28,39 @@ _TABLES = {
     "AutoModelForSpeechSeq2Seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
     "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
 }
-"""Auto class -> transformers' table of the classes that it gives."""
-_TAKEN = {"dtype", "attn_implementation", "revision", "token"}
-"""Options of `from_pretrained` that `load_merged` takes."""
+"""Auto class -> name of transformers' table of the classes that it returns."""
+_SUPPORTED = {"dtype", "attn_implementation", "revision", "token"}
+"""Options of `from_pretrained` that `load_merged` has, too."""
 _WITHOUT_EFFECT = {"adapter_kwargs", "code_revision", "trust_remote_code", "local_files_only", "low_cpu_mem_usage"}
 _WITHOUT_EFFECT |= {"use_safetensors", "weights_only", "_from_auto"}
-"""Options about code, adapters and pickled weights, which such a model has none of, and those that hold anyway."""
+"""Ignored options: about code, adapters and pickled weights, which a merged model never has, or always in effect."""
 
 
 class LightModelConfig(PretrainedConfig):
-    """What transformers reads of such a folder; the model itself has the configuration of its family."""
+    """Configuration that transformers reads from a merged light model; the loaded model has that of its family."""
 
-    model_type = LIGHT_TYPE
+    model_type = MERGED_TYPE
 
 
 _AS_SAVED = LightModelConfig().to_diff_dict().keys() | {OWN, "name_or_path"}
-"""Keys of such a configuration that nobody has changed."""
+"""Keys of an unchanged `LightModelConfig`."""
 
 
-def register(load: Callable[..., PreTrainedModel]) -> None:
-    """Let `AutoModelFor...from_pretrained(folder)` be `load(folder)`."""
-    AutoConfig.register(LIGHT_TYPE, LightModelConfig)
-    for name, table in _TABLES.items():
-        getattr(transformers, name).register(LightModelConfig, _reader(name, table, load))
+def register_auto_classes(load: Callable[..., PreTrainedModel]) -> None:
+    """Make `AutoModelFor...from_pretrained(folder)` call `load(folder)` for merged light models."""
+    AutoConfig.register(MERGED_TYPE, LightModelConfig)
+    for name, table in _TABLE_NAMES.items():
+        getattr(transformers, name).register(LightModelConfig, _make_reader(name, table, load))
 
 
-def _reader(auto: str, table: str, load: Callable[..., PreTrainedModel]) -> type:
-    """What takes a model class's place for one auto class."""
+def _make_reader(auto: str, table: str, load: Callable[..., PreTrainedModel]) -> type:
+    """Return a stand-in for a model class that one auto class calls `from_pretrained` of.
+
+    Args:
+        auto: name of the auto class.
+        table: name of transformers' table of its classes.
+        load: loads a merged light model.
+    """
 
     class Reader:
         config_class = LightModelConfig
@@ -62,25 +68,31 @@ def _reader(auto: str, table: str, load: Callable[..., PreTrainedModel]) -> type
         @classmethod
         def from_pretrained(cls, folder: Any, *, config: Any = None, **options: Any) -> PreTrainedModel:
             changed = {} if config is None else config.to_diff_dict().keys() - _AS_SAVED
-            model = load(folder, **_options({**dict.fromkeys(changed, True), **options}, str(folder)))
+            model = load(folder, **_convert_options({**dict.fromkeys(changed, True), **options}, str(folder)))
             kind = type(model).__name__
             named = class_names(table, "A merged model in transformers' auto classes").values()
             gives = {name for names in named for name in ((names,) if isinstance(names, str) else names)}
-            require(kind in gives, f"{folder} is a {kind}, which {auto} does not give; load it with load_merged")
+            require(kind in gives, f"{folder} is a {kind}, which {auto} does not load; use lightpeft.load_merged")
             return model
 
     return Reader
 
 
-def _options(given: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """Options of `from_pretrained` as `load_merged` takes them."""
-    options = {name: value for name, value in given.items() if name in _TAKEN and value is not None}
-    rest = {name for name, value in given.items() if value and name not in {*_TAKEN, *_WITHOUT_EFFECT, "device_map"}}
-    refused = f"{folder} is a merged light model, which cannot be loaded with"
+def _convert_options(given: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """Convert options of `from_pretrained` to those of `load_merged`.
+
+    Raises:
+        LightPeftError: an option is not supported.
+    """
+    options = {name: value for name, value in given.items() if name in _SUPPORTED and value is not None}
+    rest = {
+        name for name, value in given.items() if value and name not in {*_SUPPORTED, *_WITHOUT_EFFECT, "device_map"}
+    }
+    refused = f"{folder} is a merged light model, which does not support"
     require(not rest, f"{refused} {', '.join(sorted(rest))}; leave that out")
     where = given.get("device_map")
     if isinstance(where, Mapping):
         if set(where) != {""}:
-            raise LightPeftError(f"{refused} parts on several devices; give device_map one device")
+            raise LightPeftError(f"{refused} a device_map with several devices; use one device")
         where = where[""]
     return {**options, **({} if where is None else {"device": accelerator() if where == "auto" else where})}

@@ -1,4 +1,4 @@
-"""The base that a light model says it was made from, loaded: nothing else that it says counts."""
+"""Load the base model that a light model names; nothing else in its description is trusted."""
 
 from __future__ import annotations
 
@@ -19,15 +19,19 @@ from lightpeft.saving.description import BaseFacts
 
 
 def architecture_of(saved: BaseFacts, instead: str) -> type[PreTrainedModel]:
-    """The class of transformers that a saved model's base is of.
+    """Return the transformers class of a saved model's base.
+
+    Args:
+        saved: description of the base.
+        instead: remedy at the end of the error line.
 
     Raises:
-        LightPeftError: there is none in this version; the line ends with what to do instead.
+        LightPeftError: this version of transformers has no such model class.
     """
-    with parsing(f"transformers cannot give {saved.architecture}", instead):
+    with parsing(f"transformers cannot import {saved.architecture}", instead):
         found = getattr(transformers, saved.architecture, None)
     fits = isinstance(found, type) and issubclass(found, PreTrainedModel) and found is not PreTrainedModel
-    require(fits, f"transformers has no {saved.architecture} that is a model; {instead}")
+    require(fits, f"this version of transformers has no model class {saved.architecture}; {instead}")
     return cast(type[PreTrainedModel], found)
 
 
@@ -39,26 +43,27 @@ def load_base(
     attn_implementation: str | None = None,
     stream: Stream | None = None,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Load the base of a light adapter, dense or into a stream, with the head that the adapter was trained with.
+    """Load the base of a light adapter, dense or through a stream, with the head of the adapter's training.
 
     Args:
-        model: where it is, and whether code or pickled weights of it may be read; the rest is as it was saved.
-        dtype: of the weights; "auto": as it was.
-        attn_implementation: attention backend; None: the one it would use.
-        stream: to read it into.
+        saved: description of the base in the adapter.
+        model: name or folder of the base, and permission to run its code or to read pickled weights.
+        dtype: data type of the weights; "auto": as in training.
+        attn_implementation: attention backend; None: the default of the base.
+        stream: reads tensor by tensor and keeps only what the plan keeps; None: load the dense model.
 
     Returns:
-        It, and the names of weights that its checkpoint does not have.
+        The model, and the names of weights that its checkpoint lacks.
 
     Raises:
-        LightPeftError: it is not there, damaged, or needs what the settings do not allow.
+        LightPeftError: the base is missing or damaged, or needs permissions that `model` does not give.
     """
     architecture = architecture_of(saved, "load the base yourself and pass it as base=")
     if stream is not None:
         architecture = stream.loader(architecture)
     options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     names = base_names(architecture)
-    failed, instead = f"base {model.name} cannot be loaded", "give another place: base=..."
+    failed, instead = f"base {model.name} cannot be loaded", "pass another name or folder as base="
     with parsing(failed, instead), quiet_transformers(), apart_from_other_threads():
         if saved.quantisation:
             with needed_for("A base in 4 or 8 bits"):
@@ -69,7 +74,7 @@ def load_base(
             dtype=saved.dtype if dtype == "auto" else dtype,
             key_mapping=names,
             output_loading_info=True,
-            **_checked(model, failed, instead),
+            **_check_files(model, failed, instead),
             **saved.config.arguments(),
             **options,
         )
@@ -78,7 +83,8 @@ def load_base(
     return loaded, sorted(info["missing_keys"])
 
 
-def _checked(model: ModelConfig, failed: str, instead: str) -> dict[str, Any]:
+def _check_files(model: ModelConfig, failed: str, instead: str) -> dict[str, Any]:
+    """Check the files of a base, and return the arguments to load it safely; an error line names the base."""
     try:
         return check_checkpoint(model, weights=True)
     except LightPeftError as error:

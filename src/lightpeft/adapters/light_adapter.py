@@ -1,4 +1,4 @@
-"""Light adapters: a plan and PEFT weights in one small folder, over a base that is never written to."""
+"""Light adapters: a plan and PEFT weights in one small folder, loaded over an unchanged base."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from lightpeft.models import repositories
 from lightpeft.models.tensors import SharedTensors
 from lightpeft.prune.light_model import LightModel, as_light
 from lightpeft.saving.adapter_files import (
+    ADAPTER_ON_HUB,
     DESCRIPTION,
-    ON_HUB,
     Saved,
     card_of,
     read_description,
@@ -35,10 +35,10 @@ from lightpeft.saving.tokens import tokenizer_over
 
 
 def save_metrics(model: LightModel, folder: str | Path) -> None:
-    """Write what was measured of a light model into where it is saved; no weight is written again.
+    """Update metrics and model card of a saved light adapter; weights are not written again.
 
     Raises:
-        LightPeftError: there is no light adapter, or it cannot be written.
+        LightPeftError: the folder has no light adapter, or cannot be written.
     """
     file, facts = Path(folder) / DESCRIPTION, facts_of(model)
     write_json(file, {**read_json(file), "metrics": model.light_metrics, "intervals": model.light_intervals})
@@ -62,40 +62,46 @@ def load_light(
     """Load a light adapter over a fresh base.
 
     Args:
-        folder: what `save_pretrained` wrote; or its name on the hub, from where it is downloaded if it is not in the
-            cache.
+        folder: folder from `save_pretrained`, or name of the adapter on the hub, which is downloaded unless cached.
         base: name or folder of the base, or the dense model itself, which is then pruned in place;
             None: the base that the adapter names.
-        is_trainable: go on training; else the weights are frozen and the model is in eval mode.
-        dtype: of the base weights when they are loaded here; "auto": as it was when the adapter was saved.
-        device: where to put the model; None: where the base is.
-        attn_implementation: attention backend; None: the one the base would use.
+        is_trainable: True: adapter weights stay trainable; False: they are frozen, and the model is in eval mode.
+        dtype: data type of the base weights, if the base is loaded here; "auto": as in training.
+        device: device of the model; None: that of the base.
+        attn_implementation: attention backend; None: the default of the base.
         trust_remote_code: run Python code that comes with the base, if it needs any.
-        allow_pickle: read the base's weights from pickle files if it has no others; weights alone are unpickled.
-        low_memory: read the base from disk one tensor at a time and keep only what the plan keeps, so that memory holds
-            the pruned model and one tensor, never the dense model; for unquantised bases in safetensors files.
-        revision: branch, tag or commit of the adapter on the hub; None: the main branch. The base has that of the
-            adapter's own record.
-        token: for the adapter on the hub; None: that of the account that is logged in, if any.
+        allow_pickle: read the base's weights from pickle files if it has no others; only weights are unpickled.
+        low_memory: read the base from disk tensor by tensor, so that memory holds the pruned model and one tensor,
+            never the dense model; needs an unquantized base in safetensors files.
+        revision: branch, tag or commit of the adapter on the hub; None: the main branch. The base is loaded in the
+            revision of the adapter's own record.
+        token: hub token for the adapter; None: that of the logged-in account, if any.
 
     Raises:
         LightPeftError: the hub has no such adapter; a file is missing, altered, or of a newer schema; or the base is
-            another one, or not of the kind that `low_memory` can read. No partial load.
+            another one, or one that `low_memory` cannot read. Nothing is loaded in part.
+
+    Example:
+        ```python
+        light = load_light("adapter")
+        tokenizer = light_tokenizer("adapter")
+        logits = light(**tokenizer("a warm, funny film", return_tensors="pt")).logits  # [1, classes]
+        ```
     """
-    saved = read_saved(repositories.folder_of(folder, ON_HUB, revision, token))
+    saved = read_saved(repositories.folder_of(folder, ADAPTER_ON_HUB, revision, token))
     stream = None
     if low_memory:
-        in_memory = "low_memory reads the base from disk, and base= is a model in memory: load without low_memory"
+        in_memory = "low_memory reads the base from disk, and base= is a model in memory; leave low_memory out"
         require(not isinstance(base, nn.Module), in_memory)
         stream = stream_of(saved, device)
     if isinstance(base, nn.Module):
-        return _light(saved, cast(PreTrainedModel, base), is_trainable=is_trainable, device=device)
+        return _make_light(saved, cast(PreTrainedModel, base), is_trainable=is_trainable, device=device)
     place = replace(saved.base.place(cast(Any, base)), trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     dense, lacking = load_base(saved.base, place, dtype=dtype, attn_implementation=attn_implementation, stream=stream)
-    return _light(saved, dense, lacking, stream, is_trainable=is_trainable, device=device)
+    return _make_light(saved, dense, lacking, stream, is_trainable=is_trainable, device=device)
 
 
-def load_sharing(
+def load_with_shared_tensors(
     folder: Path,
     place: ModelConfig,
     tensors: SharedTensors,
@@ -103,32 +109,34 @@ def load_sharing(
     device: str | torch.device | None = None,
     known: Mapping[str, Any] | None = None,
 ) -> LightModel:
-    """Load a light adapter as `load_light` does in low memory, over tensors that it shares with others, to be asked.
+    """Load a light adapter for inference, in low memory, with base tensors that it shares with other models.
 
-    What the plan leaves whole of the base, and the adapter does not change, is the same memory in all
-    models that were loaded with these `tensors`. Nobody may write to it.
+    Tensors of the base that neither the plan cuts nor the adapter changes are the same memory in all models that were
+    loaded with these `tensors`. They must not be written to.
 
     Args:
-        folder: what `save_pretrained` wrote.
-        place: where the base is and how it is loaded.
-        tensors: what the model shares, with those that were loaded with it before.
-        device: where to put the model; None: host memory.
-        known: the description of what was loaded from the folder before; if it is there still, it fits the base still.
+        folder: folder from `save_pretrained`.
+        place: name or folder of the base, and how it is loaded.
+        tensors: tensors that the models have in common.
+        device: device of the model; None: host memory.
+        known: description that was loaded from this folder before; if it is unchanged, the adapter is not checked
+            against the base again. None: check it.
 
     Raises:
-        LightPeftError: as `load_light`.
+        LightPeftError: a file is missing, altered, or of a newer schema; or the base is another one, or one that cannot
+            be read tensor by tensor.
     """
     saved = read_saved(folder)
     stream = stream_of(saved, device, tensors)
     dense, lacking = load_base(
         saved.base, place, dtype=place.dtype, attn_implementation=place.attn_implementation, stream=stream
     )
-    light = _light(saved, dense, lacking, stream, device=device, fits=saved.description == known)
+    light = _make_light(saved, dense, lacking, stream, device=device, fits=saved.description == known)
     stream.hold(light)
     return light
 
 
-def _light(
+def _make_light(
     saved: Saved,
     dense: PreTrainedModel,
     lacking: Sequence[str] = (),
@@ -137,7 +145,14 @@ def _light(
     device: str | torch.device | None = None,
     **options: bool,
 ) -> LightModel:
-    """The light model that a dense one becomes, in place; arguments as for `over_base`."""
+    """Turn a dense model in place into the light model of an adapter.
+
+    Args:
+        lacking: names of weights that the dense model's checkpoint lacks.
+        stream: stream that the dense model was read through; None: it is in memory.
+        device: device of the model; None: that of the base.
+        options: `is_trainable` and `fits` of `over_base`.
+    """
     model = over_base(saved, dense, lacking, stream, **options)
     metrics, task, intervals = (dict(saved.description.get(name, {})) for name in ("metrics", "task", "intervals"))
     return as_light(model if device is None else model.to(device), saved.plan, metrics, task, intervals)
@@ -151,19 +166,25 @@ def light_tokenizer(
     revision: str | None = None,
     token: repositories.Token = None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that a light adapter is asked with: its base's, or of that the tokens that the adapter keeps.
+    """Load the tokenizer of a light adapter: that of its base, without tokens that the adapter has cut.
 
     Args:
-        folder: what `save_pretrained` wrote, or its name on the hub.
+        folder: folder from `save_pretrained`, or name of the adapter on the hub.
         base: name or folder of the base; None: the base that the adapter names.
         trust_remote_code: run Python code that comes with the base, if it needs any.
-        revision: as for `load_light`.
-        token: as for `load_light`.
+        revision: branch, tag or commit of the adapter on the hub; None: the main branch.
+        token: hub token for the adapter; None: that of the logged-in account, if any.
 
     Raises:
-        LightPeftError: a file is missing or altered, or the base is not there or another one.
+        LightPeftError: a file is missing or altered, or the base is missing or another one.
+
+    Example:
+        ```python
+        tokenizer = light_tokenizer("adapter")
+        batch = tokenizer(["a warm, funny film"], return_tensors="pt")
+        ```
     """
-    folder = repositories.folder_of(folder, ON_HUB, revision, token)
+    folder = repositories.folder_of(folder, ADAPTER_ON_HUB, revision, token)
     description, path = read_description(folder), Path(folder)
     place = base_facts(description, path / DESCRIPTION).place(base)
     return tokenizer_over(replace(place, trust_remote_code=trust_remote_code), vocabulary_in(path, description))

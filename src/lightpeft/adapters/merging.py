@@ -1,4 +1,4 @@
-"""A light model that stands on its own: merged from a live one, and loaded without its base."""
+"""Merged light models: PEFT merged into the pruned weights, saved and loaded without the base."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightpeft.adapters.auto_classes import register
+from lightpeft.adapters.auto_classes import register_auto_classes
 from lightpeft.adapters.bases import architecture_of
 from lightpeft.compat.transformers import Checkpoint, with_reader
 from lightpeft.config import ModelConfig
@@ -34,19 +34,19 @@ from lightpeft.saving.description import (
     Described,
     base_facts,
     facts_of,
-    unmeasured,
+    without_metrics,
 )
 from lightpeft.saving.tokens import tokenizer_of
 from lightpeft.saving.whole import (
     MERGED,
-    ON_HUB,
+    MERGED_ON_HUB,
     check_mergeable,
+    make_saveable,
     native_config,
     read_merged,
     save_whole,
-    settle,
 )
-from lightpeft.saving.whole_config import CONFIG, own_config, read_own
+from lightpeft.saving.whole_config import CONFIG_FILE, own_config, read_own
 
 _log = logging.getLogger(__name__)
 
@@ -58,23 +58,29 @@ def save_merged(
     *,
     overwrite: bool = False,
 ) -> bool:
-    """Write a light model as whole weights: what transformers saves, with `merged.json` and a model card beside it.
+    """Merge a light model and save it as transformers does, with `merged.json` and a model card.
 
-    The model stays as it is; a copy of it is merged, which takes its memory once more.
+    A copy of the model is merged, which needs its memory once more; the model is unchanged.
 
     Args:
         model: a `LightModel`.
-        folder: new or empty.
-        tokenizer: to be saved with it; None: the base's, with the tokens that the model has, if the base is where it
-            was. Else there is none, and a line in the log.
-        overwrite: the folder may also hold a merged light model, which goes with all that is in it.
+        folder: folder to write, new or empty.
+        tokenizer: tokenizer to save with the model; None: that of the base, without cut tokens. If it cannot be
+            loaded, none is saved, and a warning says so.
+        overwrite: the folder may also hold a merged light model, which is deleted with all other files in it.
 
     Returns:
-        Whether the folder is native: transformers alone loads it.
+        True if the folder is native: transformers can load it without lightpeft.
 
     Raises:
-        LightPeftError: its PEFT modules cannot be merged, the base is quantised, or the folder cannot be written;
+        LightPeftError: the PEFT modules cannot be merged, the base is quantized, or the folder cannot be written;
             nothing is half-written.
+
+    Example:
+        ```python
+        native = save_merged(load_light("adapter"), "merged")
+        model = load_merged("merged")
+        ```
     """
     folder = Path(folder)
     check_vacant(folder, replaceable=(folder / MERGED).is_file(), overwrite=overwrite)
@@ -90,21 +96,21 @@ def save_merged(
 def _tokenizer_of_base(
     whole: PreTrainedModel, facts: Mapping[str, Any], folder: Path
 ) -> PreTrainedTokenizerBase | None:
-    """What texts are made tokens by for a model that reads any; None where it is not to be had."""
+    """Load the tokenizer of a merged model's base; None if the model reads no text, or if loading fails."""
     if whole.main_input_name != "input_ids":
         return None
     try:
         return tokenizer_of(whole, from_dict(BaseFacts, facts["base"], "base."))
     except LightPeftError as error:
-        _log.warning("no tokenizer is written into %s: %s; give save_merged one", folder, error)
+        _log.warning("no tokenizer is saved in %s: %s; pass tokenizer= to save_merged", folder, error)
         return None
 
 
 def merged_copy(model: Described) -> PreTrainedModel:
-    """A light model's pruned base with PEFT merged into it; the light model stays as it is.
+    """Return a copy of a light model's pruned base with PEFT merged into it; the light model is unchanged.
 
     Raises:
-        LightPeftError: its PEFT modules cannot be merged, or the base is quantised.
+        LightPeftError: the PEFT modules cannot be merged, or the base is quantized.
     """
     light = cast(PeftModel, model)
     check_mergeable(transformers_model(light).config)
@@ -124,31 +130,36 @@ def load_merged(
     revision: str | None = None,
     token: repositories.Token = None,
 ) -> PreTrainedModel:
-    """Load what `save_merged` wrote: a plain transformers model, pruned, in evaluation mode.
+    """Load a merged light model: a plain transformers model, pruned, in eval mode.
 
-    The weights go straight into the cut layers, so that memory never holds the dense model. `model.light_plan` says
-    which units of it are here.
+    The weights go directly into the cut layers, so that memory never holds the dense model. `model.light_plan` lists
+    the kept units.
 
     Args:
-        folder: what `save_merged` wrote; or its name on the hub, from where it is downloaded if it is not in the cache.
-        dtype: of the weights; "auto": as they were saved.
-        device: where to put the model; None: the CPU.
-        attn_implementation: attention backend; None: the one the base would use.
+        folder: folder from `save_merged`, or name of the model on the hub, which is downloaded unless cached.
+        dtype: data type of the weights; "auto": as saved.
+        device: device of the model; None: the CPU.
+        attn_implementation: attention backend; None: the default of the base.
         revision: branch, tag or commit on the hub; None: the main branch.
-        token: for the hub; None: that of the account that is logged in, if any.
+        token: hub token; None: that of the logged-in account, if any.
 
     Raises:
-        LightPeftError: a file is missing, damaged or of a newer schema, or the weights are not those of the plan; or
-            the hub has no such model.
+        LightPeftError: a file is missing, damaged or of a newer schema, or the weights do not fit the plan; or the hub
+            has no such model.
+
+    Example:
+        ```python
+        model = load_merged("merged", device="cuda")
+        ```
     """
-    folder = repositories.folder_of(folder, ON_HUB, revision, token)
+    folder = repositories.folder_of(folder, MERGED_ON_HUB, revision, token)
     description = read_merged(folder)
     facts = {name: value for name, value in description.items() if name not in ("schema_version", "checksums")}
     with explain_content_errors(folder / MERGED):
         plan, native = PrunePlan.from_dict(description["plan"]), bool(description["native"])
     saved = base_facts(description, folder / MERGED)
     of_base = read_own(folder).get("model_type") == saved.model_type
-    require(of_base, f"{folder / CONFIG} is of another family than {MERGED} says")
+    require(of_base, f"{folder / CONFIG_FILE} has another model_type than {MERGED}; copy the folder again")
     architecture = architecture_of(saved, "install the version that it was saved with")
     config = merged_config(folder, saved)
 
@@ -169,16 +180,16 @@ def load_merged(
             **options,
         )
     astray = sorted({*info["missing_keys"], *info["unexpected_keys"]})
-    require(not astray, f"the weights in {folder} are not those of its plan: {', '.join(astray[:3])}")
-    settle(model, plan, unmeasured(facts))  # what was measured is from before it is trained on
+    require(not astray, f"the weights in {folder} do not fit its plan: {', '.join(astray[:3])}; copy the folder again")
+    make_saveable(model, plan, without_metrics(facts))  # the metrics do not hold once it is trained further
     return model.eval() if device is None else model.eval().to(device)
 
 
 def merged_config(folder: Path, saved: BaseFacts) -> PretrainedConfig:
-    """The configuration of a merged light model: its family's, with the widths of the base where no config says others.
+    """Load the configuration of a merged light model: that of its family, with the base's widths if they are unequal.
 
     Args:
-        saved: of the base, in `merged.json`.
+        saved: description of the base in `merged.json`.
 
     Raises:
         LightPeftError: the file is missing or damaged.
@@ -186,4 +197,4 @@ def merged_config(folder: Path, saved: BaseFacts) -> PretrainedConfig:
     return own_config(folder, architecture_of(saved, "install the version that it was saved with"))
 
 
-register(load_merged)
+register_auto_classes(load_merged)

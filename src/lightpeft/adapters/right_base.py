@@ -1,4 +1,4 @@
-"""Whether a base is the one that a plan was made for, and has all that its adapter does not bring."""
+"""Check that a base is the one that a plan was made for, and that no weights are missing."""
 
 from __future__ import annotations
 
@@ -27,15 +27,22 @@ def check_base(
     stream: Stream | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> None:
-    """Refuse a base other than the one that a plan was made for, before anything is done to it.
+    """Refuse a base with another structure or fingerprint than the plan's, before it is changed.
 
     Args:
-        what: belongs to the base, for the error line.
-        vocabulary: the tokens that the plan's base has alone, of which the one given may still have others; None: all.
+        dense: the base to check.
+        saved: description of the right base.
+        plan: plan that was made for the right base.
+        what: subject of the error line, such as the adapter's folder.
+        stream: stream that the base was read through; None: it is in memory.
+        vocabulary: tokens that the plan's base was cut to, which `dense` may not be cut to yet; None: all.
+
+    Raises:
+        LightPeftError: it is another base, or one that was cut to other tokens.
     """
     blocks = check_structure(dense, saved, plan, what)
     there = vocabulary_of(dense)
-    require(there in (None, vocabulary), f"the base given for {what} has lost other tokens before; give it as it was")
+    require(there in (None, vocabulary), f"the base for {what} was cut to other tokens; load the original base again")
     if vocabulary is not None and there is None:
         check_whole(dense, vocabulary)
     found = fingerprint(dense, blocks, vocabulary) if stream is None else stream.fingerprint(dense, blocks)
@@ -43,9 +50,22 @@ def check_base(
 
 
 def check_structure(dense: PreTrainedModel, saved: BaseFacts, plan: PrunePlan, what: str) -> list[BlockSpec]:
-    """Refuse a base of another structure, whatever its weights."""
+    """Refuse a base of another structure, without looking at its weights.
+
+    Args:
+        dense: the base to check; may be on the meta device.
+        saved: description of the right base.
+        plan: plan that was made for the right base.
+        what: subject of the error line, such as the adapter's folder.
+
+    Returns:
+        The blocks of the base.
+
+    Raises:
+        LightPeftError: another class, model type, or set of projections.
+    """
     plain = isinstance(dense, PreTrainedModel)
-    require(plain, f"base is a {type(dense).__name__}; give the dense transformers model, without PEFT around it")
+    require(plain, f"base is a {type(dense).__name__}; pass the dense transformers model, without PEFT")
     require(len({saved.model_type, dense.config.model_type}) == 1, _another_base(what))
     ensure_family(dense)
     blocks = block_specs(dense)
@@ -56,17 +76,23 @@ def check_structure(dense: PreTrainedModel, saved: BaseFacts, plan: PrunePlan, w
 
 def _another_base(what: str) -> str:
     return (
-        f"{what} belongs to another base: the weights given are not the ones it was made for; "
-        "pass the original base, in the same revision and, if it was quantised, in the same bits"
+        f"{what} belongs to another base: its fingerprint does not match the weights of this one; "
+        "pass the original base, in the same revision and, if it was quantized, in the same bits"
     )
 
 
-def check_brought(lacking: Sequence[str], config: PeftConfig, what: str) -> None:
-    """Refuse a base that lacks weights which the adapter does not bring: they would be random."""
+def check_missing_weights(lacking: Sequence[str], config: PeftConfig, what: str) -> None:
+    """Refuse a base that lacks weights which the adapter does not contain either: they would be random.
+
+    Args:
+        lacking: names of weights that the base's checkpoint lacks.
+        config: configuration of the adapter, whose `modules_to_save` it contains.
+        what: subject of the error line, such as the adapter's folder.
+    """
     brought = tuple(f".{name}." for name in getattr(config, "modules_to_save", None) or ())
     random = [name for name in lacking if not any(module in f".{name}." for module in brought)]
     require(
         not random,
-        f"the base of {what} has no weights for {', '.join(random[:3])}, and the adapter brings none, so that its "
-        "answers would be random; give the base that it was trained on",
+        f"the base of {what} has no weights for {', '.join(random[:3])}, and the adapter has none either, so outputs "
+        "would be random; pass the base that it was trained on",
     )

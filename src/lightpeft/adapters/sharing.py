@@ -1,4 +1,4 @@
-"""Folders that lightpeft wrote, on their way to the hub."""
+"""Upload saved light adapters and merged light models to the hub."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from lightpeft.errors import LightPeftError
 from lightpeft.models.repositories import Token
 from lightpeft.saving.adapter_files import DESCRIPTION, read_description
-from lightpeft.saving.uploading import send
+from lightpeft.saving.uploading import upload
 from lightpeft.saving.whole import MERGED, read_merged
 
 _CHECKS = {DESCRIPTION: read_description, MERGED: read_merged}
-"""File in a folder -> what checks the others by it."""
+"""Description file of a folder -> function that checks the folder's other files."""
 
 
 def push_to_hub(
@@ -23,27 +23,32 @@ def push_to_hub(
     token: Token = None,
     commit_message: str | None = None,
 ) -> str:
-    """Send a light adapter or a merged light model that was saved to the hub, with its card.
+    """Upload a saved light adapter or merged light model to the hub, with its model card.
 
     Args:
-        folder: of it; it is checked first.
-        repo_id: owner/name of a repository, which is made if it is not there.
-        private: whether one that is made is to be read by its owner alone; None: as is usual for the owner.
-        revision: branch, which is made if it is not there; None: the main branch.
-        token: of an account that may write there; None: the one that is logged in.
-        commit_message: says what is new.
+        folder: folder of the model; its files are checked first.
+        repo_id: repository as owner/name, which is created if it does not exist.
+        private: True: create a private repository; None: the owner's default.
+        revision: branch, which is created if it does not exist; None: the main branch.
+        token: hub token with write access; None: that of the logged-in account.
+        commit_message: message of the commit; None: a default.
 
     Returns:
-        Where the commit is.
+        URL of the commit.
 
     Raises:
-        LightPeftError: there is no such model in the folder, or a damaged one; or it cannot be sent.
+        LightPeftError: the folder has no such model, or a damaged one; or the upload fails.
+
+    Example:
+        ```python
+        push_to_hub("adapter", "me/movie-reviews-light", private=True)
+        ```
     """
     folder = Path(folder)
     check = next((check for marker, check in _CHECKS.items() if (folder / marker).is_file()), None)
     if check is None:
         lacking = f"it has no {' and no '.join(_CHECKS)}"
-        raise LightPeftError(f"{folder} is no light adapter and no merged light model: {lacking}")
+        raise LightPeftError(f"{folder} is no light adapter or merged light model: {lacking}; pass the model's folder")
     check(folder)
 
     def link(place: Path) -> None:
@@ -52,4 +57,4 @@ def push_to_hub(
             if file.is_file() and not file.name.startswith("."):
                 (place / file.name).symlink_to(file.resolve())
 
-    return send(link, repo_id, token=token, commit_message=commit_message, private=private, revision=revision)
+    return upload(link, repo_id, token=token, commit_message=commit_message, private=private, revision=revision)

@@ -1,8 +1,8 @@
-"""Reading a base that does not fit: its weights come from disk one at a time, and only what a plan keeps stays.
+"""Load a base that does not fit in memory: read tensor by tensor, and keep only what a plan keeps.
 
-transformers itself builds, renames, converts, casts and ties, as for any model. Here are only the two ends: tensors
-that are read from their file when they are asked for, and projections that are cut as they arrive. What no plan cuts
-may be shared with models that were read from the same files before.
+transformers itself builds the model, and renames, converts, casts and ties weights. This module adds the two ends: lazy
+tensors that are read from their file when they are indexed, and projections that are cut as they arrive. Tensors that
+are not cut can be shared with models that were read from the same files before.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
 )
 from transformers import PreTrainedModel
 
-from lightpeft.compat.torch import set_unseen, with_own_parameters
+from lightpeft.compat.torch import set_without_hooks, with_own_parameters
 from lightpeft.compat.transformers import Checkpoint, mark_read, one_at_a_time, with_reader
 from lightpeft.errors import require
 from lightpeft.models.experts import ExpertLayer
@@ -34,15 +34,15 @@ from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import BlockSpec
 from lightpeft.prune.fingerprint import Sample, digest_of, expert_weight, sample, weight_names
 
-_INSTEAD = "load the adapter without low_memory"
+_WITHOUT_LOW_MEMORY = "load the adapter without low_memory"
 
 
 class Stream:
-    """Loads a transformers model whose projections and experts arrive cut to what a plan keeps.
+    """Loads a transformers model and cuts projections and experts to a plan as they arrive.
 
-    `loader` is the class to call `from_pretrained` of. The model that comes back has its dense structure, with the
-    projections that the plan cuts on the meta device; after `apply_plan`, `fill` gives them their weights. Until then
-    they are held here, and at no time is there more than the kept weights and the one tensor that is being cut.
+    Call `from_pretrained` of the class that `loader` returns. The loaded model has its dense structure; the projections
+    that the plan cuts are on the meta device. After `apply_plan`, `fill` sets their weights, which the stream holds
+    until then. Memory never holds more than the kept weights and the one tensor that is being cut.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class Stream:
     ) -> None:
         """
         Args:
-            plan: what stays.
+            plan: the units to keep.
             check: called with the model on the meta device before any weight is read; raises to refuse it.
-            device: where kept parts of projections go; None: they stay in host memory.
-            vocabulary: tokens whose rows alone stay of embeddings and heads; None: all.
-            shared: tensors that models have in common, where whole tensors are looked up and kept; None: all are read.
+            device: device of kept weights of projections; None: host memory.
+            vocabulary: tokens whose rows of embeddings and heads are kept; None: all.
+            shared: tensors that several models share; uncut tensors are looked up and added there. None: read all.
         """
         self._plan = plan
         self._check = check
@@ -72,22 +72,22 @@ class Stream:
         self._samples: dict[str, Sample] = {}
 
     def loader(self, architecture: type[PreTrainedModel]) -> type[PreTrainedModel]:
-        """The class, with a `from_pretrained` that reads into this stream; the models it makes are of the class itself.
+        """Return a subclass whose `from_pretrained` reads through this stream, and returns instances of `architecture`.
 
         Raises (when it loads):
-            LightPeftError: `check` refuses the model, the weights are quantised or not in safetensors files, or some
-                projection has none.
+            LightPeftError: `check` refuses the model, the weights are quantized or not in safetensors files, or a
+                projection has no weights.
         """
 
         def read(model: PreTrainedModel, checkpoint: Checkpoint) -> Any:
-            check_files(checkpoint, _INSTEAD)
+            check_files(checkpoint, _WITHOUT_LOW_MEMORY)
             self._check(model)
-            self._places = dict(_places(model, self._plan))
+            self._places = dict(_projection_places(model, self._plan))
             self._experts = dict(_expert_places(model, self._plan))
-            self._rows = {} if self._vocabulary is None else dict(_rows(model, self._vocabulary))
+            self._rows = {} if self._vocabulary is None else dict(_token_dims(model, self._vocabulary))
             hooks = [
                 register_module_parameter_registration_hook(self._receive),
-                register_module_buffer_registration_hook(self._see),
+                register_module_buffer_registration_hook(self._sample_buffer),
             ]
             try:
                 with one_at_a_time():
@@ -101,25 +101,25 @@ class Stream:
         return with_reader(architecture, read)
 
     def fingerprint(self, model: PreTrainedModel, blocks: Sequence[BlockSpec]) -> str:
-        """`loading.fingerprint` of the dense base, from what was sampled while its weights went by.
+        """Return the fingerprint of the dense base, from samples that were taken while its weights were read.
 
         Raises:
-            LightPeftError: some projection had no weights.
+            LightPeftError: a projection had no weights.
         """
         self._check_complete()
         names = (name for block in blocks for name in weight_names(model, block))
         return digest_of(model, ((name, self._samples[name]) for name in names), self._vocabulary)
 
     def fill(self, model: PreTrainedModel) -> None:
-        """Give the projections of the model, now cut by `apply_plan`, their weights; nothing is held here any more.
+        """Set the weights of the model's projections after `apply_plan`, and release them from the stream.
 
         Raises:
-            LightPeftError: some other weight was never read.
+            LightPeftError: another weight was never read.
         """
         modules = dict(model.named_modules())
         for place in self._places.values():
             layer = modules.get(place.name)
-            if layer is not None and place.index is not None:  # those of a dropped attention are gone
+            if layer is not None and place.index is not None:  # projections of a dropped attention do not exist
                 for name, parameter in place.layer.named_parameters(recurse=False):
                     setattr(layer, name, parameter)
         for expert_place in self._experts.values():
@@ -128,27 +128,31 @@ class Stream:
                 setattr(modules[part], own, nn.Parameter(expert_place.kept, requires_grad=False))
         self._places, self._experts, self._rows = {}, {}, {}
         empty = [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if tensor.is_meta]
-        require(not empty, f"low_memory left {', '.join(empty[:3])} without weights; {_INSTEAD}")
+        require(not empty, f"low_memory found no weights for {', '.join(empty[:3])}; {_WITHOUT_LOW_MEMORY}")
 
     def hold(self, model: nn.Module) -> None:
-        """Say that the model, which is all that was read, has the tensors that it shares for as long as it lives."""
+        """Keep the shared tensors for as long as the model lives."""
         self._reading.hold(model)
 
     def _receive(self, module: nn.Module, name: str, parameter: Any) -> Any:
-        """Called when a parameter is set in any module; returns what is set instead, or None."""
+        """Registration hook for parameters: cut a parameter as it arrives.
+
+        Returns:
+            The parameter to register instead; None: the given one.
+        """
         if parameter is None or parameter.is_meta:
             return None
         if self._vocabulary is not None and (module, name) in self._rows:
             self._reading.forget()
             kept = self._vocabulary.rows(parameter.detach(), self._rows[module, name])
-            return _read(nn.Parameter(kept, requires_grad=parameter.requires_grad))
+            return _mark_loaded(nn.Parameter(kept, requires_grad=parameter.requires_grad))
         if (module, name) in self._experts:
             return self._receive_experts(module, name, parameter)
         place = self._places.get(module)
         if place is None:
             return self._reading.in_common(parameter)
         whole = self._reading.in_common(parameter) if place.leaves_whole(name) else None
-        set_unseen(place.layer, name, parameter if whole is None else whole)
+        set_without_hooks(place.layer, name, parameter if whole is None else whole)
         if name == "weight":
             self._samples[place.name] = sample(stored_weight(place.layer))
         if place.index is None:
@@ -159,65 +163,69 @@ class Stream:
                 place.layer.to(self._device)
             slice_linear(place.layer, place.index, place.dim)
             place.layer.to(self._device)
-        return _read(module.get_parameter(name))
+        return _mark_loaded(module.get_parameter(name))
 
-    def _see(self, module: nn.Module, name: str, buffer: Any) -> None:
-        """Called when a buffer is set in any module. Those of routers are small: they arrive whole, to be cut later."""
+    def _sample_buffer(self, module: nn.Module, name: str, buffer: Any) -> None:
+        """Registration hook for buffers: sample those of routers, which are small and are cut later."""
         if buffer is not None and not buffer.is_meta and (module, name) in self._experts:
             self._samples[self._experts[module, name].name] = sample(buffer)
 
     def _receive_experts(self, module: nn.Module, name: str, parameter: Any) -> Any:
+        """Cut a weight of experts or of their router as it arrives; return the parameter to register instead."""
         place = self._experts[module, name]
         self._samples[place.name] = sample(parameter.detach())
         if place.cut is None:
             return self._reading.in_common(parameter)
         self._reading.forget()
         place.kept = place.cut(parameter.detach()).to(self._device or parameter.device)
-        return _read(module.get_parameter(name))
+        return _mark_loaded(module.get_parameter(name))
 
     def _check_complete(self) -> None:
+        """Refuse a base in which weights of projections or experts are missing."""
         names = [name for spec in self._plan.specs for name in spec.projections.values()]
         cut = {p.name: p.layer for p in self._places.values() if p.index is not None}
         empty = {name for name, layer in cut.items() if any(p.is_meta for p in layer.parameters(recurse=False))}
         names += [place.name for place in self._experts.values()]
         lacking = [name for name in names if name not in self._samples or name in empty]
-        require(not lacking, f"the base has no weights of {', '.join(lacking[:1])} to read one by one; {_INSTEAD}")
+        require(not lacking, f"low_memory cannot read the weights of {', '.join(lacking[:1])}; {_WITHOUT_LOW_MEMORY}")
 
 
-def _read(parameter: nn.Parameter) -> nn.Parameter:
-    """The parameter, for transformers to take as one that has its weights."""
+def _mark_loaded(parameter: nn.Parameter) -> nn.Parameter:
+    """Mark a parameter as loaded, so that transformers does not initialize it, and return it."""
     mark_read(parameter)
     return parameter
 
 
 @dataclass(frozen=True)
 class _Place:
-    """A projection that weights are to arrive for."""
+    """A projection whose weights are read through the stream."""
 
     name: str
     index: Tensor | None
-    """Channels that stay; None: all."""
+    """Numbers of the kept channels; None: all."""
     dim: int
     layer: nn.Module
-    """A stand-in of the projection in the model; takes the dense parameters and is cut when all of them are there."""
+    """Copy of the projection that takes the dense parameters, and is cut when all of them have arrived."""
 
     def leaves_whole(self, parameter: str) -> bool:
-        """Whether the cut leaves a parameter of the layer as it is: all do where nothing goes, and else some biases."""
+        """Return True if the cut does not change this parameter of the layer (nothing is cut, or it is a bias that is
+        not)."""
         return self.index is None or (parameter == "bias" and self.dim == 1)
 
 
 @dataclass
 class _ExpertPlace:
-    """A weight of routed experts or of their router that is to arrive."""
+    """A weight of routed experts or of their router that is read through the stream."""
 
     name: str
     cut: Callable[[Tensor], Tensor] | None
-    """From the dense weight to what stays of it; None: all."""
+    """Returns the kept part of the dense weight; None: all is kept."""
     kept: Tensor | None = None
-    """What stays, once it is there."""
+    """The kept part, once the weight has arrived."""
 
 
 def _expert_places(model: PreTrainedModel, plan: PrunePlan) -> Iterator[tuple[tuple[nn.Module, str], _ExpertPlace]]:
+    """Yield (module, name) of each weight of experts and routers, with how to cut it."""
     nothing = [(spec, BlockPlan((), (), ())) for spec in plan.left_out]
     for spec, kept in (*plan.parts, *nothing):
         if not spec.experts:
@@ -227,31 +235,33 @@ def _expert_places(model: PreTrainedModel, plan: PrunePlan) -> Iterator[tuple[tu
         for name, _ in layer.weights():
             path = expert_weight(spec, name)
             owner, _, own = path.rpartition(".")
-            cut = None if whole else partial(_part, layer, name, stay)
+            cut = None if whole else partial(_cut_expert_weight, layer, name, stay)
             yield (model.get_submodule(owner), own), _ExpertPlace(path, cut)
 
 
-def _part(layer: ExpertLayer, name: str, stay: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
+def _cut_expert_weight(layer: ExpertLayer, name: str, stay: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
     return layer.part(name, weight, *stay)
 
 
-def _places(model: PreTrainedModel, plan: PrunePlan) -> Iterator[tuple[nn.Module, _Place]]:
+def _projection_places(model: PreTrainedModel, plan: PrunePlan) -> Iterator[tuple[nn.Module, _Place]]:
+    """Yield each projection of the model, with how to cut it."""
     nothing = [(spec, BlockPlan((), (), ())) for spec in plan.left_out]
     for spec, kept in (*plan.parts, *nothing):
         for slot, name in spec.projections.items():
             layer = model.get_submodule(name)
-            yield layer, _Place(name, _kept(spec, kept, slot), cut_dim(slot), with_own_parameters(layer))
+            yield layer, _Place(name, _kept_channels(spec, kept, slot), cut_dim(slot), with_own_parameters(layer))
 
 
-def _rows(model: PreTrainedModel, vocabulary: Vocabulary) -> Iterator[tuple[tuple[nn.Module, str], int]]:
-    """What has one entry a token: its module, its name there, and the dimension that has them."""
+def _token_dims(model: PreTrainedModel, vocabulary: Vocabulary) -> Iterator[tuple[tuple[nn.Module, str], int]]:
+    """Yield (module, name) of each tensor with one entry per token, and the dimension of the tokens."""
     for name, dim in rows_by_token(model, vocabulary).items():
         owner, _, leaf = name.rpartition(".")
         yield (model.get_submodule(owner), leaf), dim
 
 
-def _kept(spec: BlockSpec, kept: BlockPlan, slot: str) -> Tensor | None:
-    """Channels of a projection that stay; None: all. Rows before a norm over all heads stay unless all heads go."""
+def _kept_channels(spec: BlockSpec, kept: BlockPlan, slot: str) -> Tensor | None:
+    """Return the kept channels of a projection; None: all. Rows before a norm over all heads stay unless no head
+    does."""
     if slot in spec.wide_norms and not kept.heads:
         return torch.empty(0, dtype=torch.long)
     return kept_channels(spec, kept, slot)

@@ -1,7 +1,7 @@
-"""The largest budget that a tolerance bears: `light: auto`, found when estimation is over.
+"""`light: auto`: a search, after estimation, for the largest budget within a tolerance.
 
-`curve`: what cuts cost before anything trains. `probes`: what is left of that when copies have trained a little.
-`search`: which budgets to probe, and the one that is found, as pure functions. `cost` and `room`: what a search takes
-of a run, and how large it may be. `worth` and `tolerance`: points, nats, and words for them. `finding` is all of it on
-a model, `trainer` on the model of a trainer, and `found` what comes out.
+`curve` measures the rise of the loss right after cuts of several sizes. `probes` measures it again on copies that have
+trained for a few steps. `search` chooses the budgets to probe and the result, as pure functions. `cost` counts the
+computation of a search, and `room` sets its size. `worth` and `tolerance` convert between points and nats. `finding`
+searches for a model, `trainer` for the model of a trainer, and `found` holds the result.
 """

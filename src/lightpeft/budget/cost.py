@@ -1,8 +1,8 @@
-"""What a search for a budget takes of a run, counted before it begins.
+"""Computation of a budget search as a part of the run, counted before it begins.
 
-Counted in passes of a row through the blocks, not timed: the same run finds the same budget on every machine. A step of
-plain PEFT takes a row forward and back through all blocks; a copy that a search trains goes back through those alone
-that have PEFT modules, and through what a cut has left of them.
+The unit is one pass of a row through the blocks, not seconds, so that a run finds the same budget on every machine. A
+step of plain PEFT runs a row forward and backward through all blocks; the backward pass of a copy in a search runs
+through the blocks with PEFT modules only, and through what a cut has left of them.
 """
 
 from __future__ import annotations
@@ -11,35 +11,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _IN_POINTS, _IN_NATS = 0.3, 0.1
-"""Part of the blocks that a probed budget takes, by what the tolerance is given in: of most models that give no class,
-less can go."""
+"""Typical probed budget, as a part of the blocks, by the unit of the tolerance: most models without classes allow
+smaller cuts."""
 
 
 @dataclass(frozen=True)
 class SearchCost:
-    """The rows that a search and its run go through."""
+    """Row counts of a search and of its run, and the computation that follows from them."""
 
     run: int
-    """Of the run's steps, repeated ones included, in one process."""
+    """Rows of all steps of the run in one process, repeated ones included."""
     trained: int
-    """That a copy trains on."""
+    """Rows that a copy trains on."""
     held: int
-    """That each copy is measured on."""
+    """Held-out rows that each copy is measured on."""
     few: int
-    """That tell how much the loss rises by a cut."""
+    """Held-out rows that measure the rise of the loss right after a cut."""
     cuts: Sequence[float]
-    """Parts of the blocks that are there which are cut to see that."""
+    """Cuts that are measured so, as parts of the blocks that are there."""
     answered: bool
-    """Whether the whole model answers all that are held, to tell what a nat is worth."""
+    """True if the uncut model runs on all held-out rows, to convert points into nats."""
     graph: float
-    """Part of the blocks that gradients of a copy go back through."""
+    """Part of the blocks in the backward pass of a copy."""
     gone: float
-    """Part of the blocks that is gone before."""
+    """Part of the blocks that was dropped before estimation."""
     most: float
-    """Part of the time of plain PEFT's run that may be taken."""
+    """Largest cost allowed, as a part of plain PEFT's run."""
 
     def of_plain(self, probed: Sequence[float]) -> float:
-        """Part of the time of plain PEFT's run that it takes to probe these budgets; of none, to see the rise alone."""
+        """Return the cost of probing these budgets, as a part of plain PEFT's run; with no budgets, of the curve
+        alone."""
         seen = (self.held if self.answered else self.few) + self.few * sum(1 - part for part in self.cuts)
         a_copy = self.trained * (1 + self.graph) + self.held
         copies = sum(1 - blocks for blocks in (self.gone, *probed)) if probed else 0
@@ -47,15 +48,15 @@ class SearchCost:
 
     @property
     def least(self) -> float:
-        """The same of one budget, so small that it saves nothing."""
+        """Cost of a search with one probe, so small that its cut saves no computation."""
         return self.of_plain([self.gone])
 
     @property
     def usual(self) -> float:
-        """The same of two budgets, as many searches ask for."""
+        """Cost of a typical search, with two probes."""
         part = _IN_POINTS if self.answered else _IN_NATS
         return self.of_plain([self.gone + part * (1 - self.gone)] * 2)
 
     def allows(self, probed: Sequence[float]) -> bool:
-        """Whether so many budgets may be probed."""
+        """Return True if probing these budgets costs at most `most`."""
         return self.of_plain(probed) <= self.most

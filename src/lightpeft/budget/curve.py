@@ -1,7 +1,7 @@
-"""What each budget would cost before training goes on: the losses of nested cuts.
+"""The loss right after nested cuts of several sizes, before any further training.
 
-Scores add up what single units are worth, and units that go together cost more than that. Here whole sets are measured:
-copies without what a plan takes, forward passes on some rows.
+Scores measure units one by one, and units that are cut together cost more than the sum of their scores. So whole cuts
+are measured here: forward passes of cut copies on some rows.
 """
 
 from __future__ import annotations
@@ -21,45 +21,51 @@ from lightpeft.plans.records import EstimationRecord, PrunePlan, block_parameter
 from lightpeft.profiling.live import losses_of
 from lightpeft.prune.surgery import cut_copy
 
-PARTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-"""Parts of the blocks' parameters."""
-_SIDE = 1.96
+CURVE_BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+"""Default budgets of a curve, as parts of the blocks' parameters."""
+_INTERVAL_ERRORS = 1.96
 """Standard errors on each side of a 95% interval."""
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One budget."""
+    """One budget of a loss curve; losses are in nats."""
 
     blocks: float
-    """Part of the blocks' parameters that goes, at least."""
+    """Budget: part of the blocks' parameters to remove at least."""
     removed_of_blocks: float
-    """That does go; widths are rounded, and heads come in units."""
+    """Part of the blocks' parameters that the plan removes; widths are rounded, and heads come in units."""
     removed_of_base: float
-    """The same of all base parameters."""
+    """Part of all base parameters that the plan removes."""
     loss: float
-    """Mean over the batches."""
+    """Loss after the cut, mean over the batches."""
     rise: float
-    """Of the loss, against nothing cut."""
+    """Loss after the cut minus the loss with nothing cut."""
     interval: tuple[float, float]
-    """95% interval of the rise, paired by batch."""
+    """95% confidence interval of the rise, paired by batch."""
 
 
 def nested_plans(
-    record: EstimationRecord, light: LightConfig, parts: Sequence[float] = PARTS
+    record: EstimationRecord, light: LightConfig, parts: Sequence[float] = CURVE_BUDGETS
 ) -> Iterator[tuple[float, PrunePlan]]:
-    """Plans of growing amounts by the same scores: what goes at one goes at the next, but for the rounding of widths.
+    """Yield plans of growing budgets from the same scores; each cut contains the previous one, up to rounded widths.
 
-    Those that take no more than the one before, as a depth that is gone already may, or that cannot go, are left out.
+    Budgets that remove no more than the one before (a dropped depth may be as much already), or that cannot be
+    planned, are skipped.
 
     Args:
-        light: whose amount is replaced.
+        record: scores of the estimation.
+        light: settings whose budget is replaced.
+        parts: budgets, as parts of the blocks' parameters.
+
+    Yields:
+        (budget, plan).
 
     Raises:
-        LightPeftError: parts that are not in (0, 1), or no plan of them can be made.
+        LightPeftError: a budget is not in (0, 1), or no plan can be made of any.
     """
-    require(all(0 < part < 1 for part in parts), "parts of the blocks lie in (0, 1), for example 0.1 0.2 0.4")
-    made, reason, gone = 0, "there are no parts", removed_parameters((), record.left_out)
+    require(all(0 < part < 1 for part in parts), "budgets must be parts of the blocks in (0, 1), such as 0.1 0.2 0.4")
+    made, reason, gone = 0, "no budgets are given", removed_parameters((), record.left_out)
     for part in sorted(parts):
         try:
             plan = make_plan(record, light.removing(part))
@@ -67,15 +73,15 @@ def nested_plans(
             reason = str(error)
             continue
         if plan.removed_parameters == gone:
-            reason = "the depth that is gone is as much already"
+            reason = "the blocks that light.remove.depth drops are as much already"
             continue
         made, gone = made + 1, plan.removed_parameters
         yield part, plan
-    require(made, f"no budget can be tried: {reason}")
+    require(made, f"no plan can be made for any budget: {reason}")
 
 
 def gone_before(record: EstimationRecord) -> float:
-    """Part of the blocks' parameters that a depth took before estimation."""
+    """Return the part of the blocks' parameters that `light.remove.depth` removed before estimation."""
     whole = sum(map(block_parameters, [*record.blocks, *record.left_out]))
     return removed_parameters((), record.left_out) / whole
 
@@ -88,30 +94,33 @@ def loss_curve(
     autocast: torch.dtype | None = None,
     dense: Tensor | None = None,
 ) -> tuple[float, list[CurvePoint]]:
-    """The loss with nothing cut, and a point for each plan.
+    """Measure the loss with nothing cut, and after each plan's cut without further training.
 
     Args:
-        model: as estimation left it; it stays so. Beside it there is one copy at a time, of what a cut leaves.
-        plans: by their budgets; they take PEFT modules and ranks as well.
-        batches: model inputs with labels; small ones, whose differences say how sure a rise is.
-        autocast: half precision of the forward pass.
-        dense: losses of these batches with nothing cut; None: they are not known yet.
+        model: the model right after estimation; unchanged. Memory holds one cut copy at a time beside it.
+        plans: budget -> plan, PEFT modules and ranks included.
+        batches: model inputs with labels; many small batches, whose spread gives the interval.
+        autocast: half precision of the forward pass; None: none.
+        dense: losses of these batches with nothing cut, [batches]; None: they are computed here.
+
+    Returns:
+        Mean loss with nothing cut, in nats, and one point per plan.
 
     Raises:
-        LightPeftError: fewer than two batches, or the model gives no loss.
+        LightPeftError: fewer than two batches, or the model returns no loss.
     """
-    require(len(batches) > 1, "a curve needs two batches of rows at least; give more rows")
+    require(len(batches) > 1, "a loss curve needs at least two batches of rows; use more rows")
     dense = losses_of(model, batches, autocast) if dense is None else dense
     points = []
     for part, plan in plans.items():
         cut = cut_copy(model, plan)
-        points.append(_point(part, plan, losses_of(cut, batches, autocast), dense))
+        points.append(_curve_point(part, plan, losses_of(cut, batches, autocast), dense))
         del cut  # before the next one is there
     return float(dense.mean()), points
 
 
-def _point(part: float, plan: PrunePlan, losses: Tensor, dense: Tensor) -> CurvePoint:
+def _curve_point(part: float, plan: PrunePlan, losses: Tensor, dense: Tensor) -> CurvePoint:
     rises = losses - dense
-    rise, side = float(rises.mean()), _SIDE * float(rises.std()) / math.sqrt(len(rises))
+    rise, side = float(rises.mean()), _INTERVAL_ERRORS * float(rises.std()) / math.sqrt(len(rises))
     interval = (rise - side, rise + side)
     return CurvePoint(part, plan.removed_of_blocks, plan.removed_ratio, float(losses.mean()), rise, interval)

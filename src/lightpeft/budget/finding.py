@@ -1,6 +1,6 @@
-"""`light: auto`: the budget of a model whose estimation is over.
+"""`light: auto`: find the budget of a model right after estimation.
 
-`budget.search` is the search, `budget.probes` what it asks.
+`budget.search` chooses the budgets that `budget.probes` measures.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from lightpeft.budget.curve import gone_before, loss_curve, nested_plans
 from lightpeft.budget.found import FoundBudget, has_learned
 from lightpeft.budget.probes import Probe
-from lightpeft.budget.room import PARTS
+from lightpeft.budget.room import SEARCH_BUDGETS
 from lightpeft.budget.search import PROBES, BudgetSearch
 from lightpeft.config import LightConfig, Tolerance
 from lightpeft.plans.planning import make_plan
@@ -23,8 +23,8 @@ from lightpeft.profiling.live import Batch, losses_and_classes_of, losses_of
 from lightpeft.prune.learning import classes_of, loss_by_frequencies, one_of_several
 
 Worth = Callable[[Tensor, Tensor], float]
-"""The classes that a model gives some rows, and those that are right, both [rows] -> points of the task's metric that a
-nat of its loss is worth."""
+"""Function of predicted and labelled classes of some rows, both [rows]; returns points of the task's metric per nat of
+its loss."""
 
 
 def find_budget(
@@ -36,33 +36,36 @@ def find_budget(
     worth: Worth | None = None,
     announce: Callable[[str], None] = lambda line: None,
 ) -> FoundBudget:
-    """Measure, and find the largest budget within the tolerance.
+    """Measure cuts, and find the largest budget whose expected cost is within the tolerance.
 
     Args:
-        model: as estimation left it; it stays so. Beside it there is one copy at a time, of what a cut leaves.
-        tolerance: what a budget may cost.
-        worth: of a tolerance in points.
-        announce: told of each copy before it trains.
+        model: the model right after estimation; unchanged. Memory holds one cut copy at a time beside it.
+        record: scores of the estimation.
+        light: settings whose budget is replaced.
+        probe: trains and measures copies.
+        tolerance: largest cost of a budget.
+        worth: converts points into nats; None: the tolerance is in nats.
+        announce: called with one line before each copy trains.
 
     Raises:
-        LightPeftError: the model gives no loss, or no budget can be tried at all.
+        LightPeftError: the model returns no loss, or no plan can be made for any budget.
     """
     # a cut of ranks throws away what they have learned, which hides all else
     light = light.with_whole_modules()
     gone = gone_before(record)
-    parts = [round(gone + part * (1 - gone), 3) for part in PARTS]
+    parts = [round(gone + part * (1 - gone), 3) for part in SEARCH_BUDGETS]
     plans = dict(nested_plans(record, light, parts))
     few = probe.held[: probe.few]
-    losses, points_a_nat = _whole(model, few if worth is None else probe.held, probe.autocast, worth)
+    losses, points_a_nat = _measure_uncut(model, few if worth is None else probe.held, probe.autocast, worth)
     _, curve = loss_curve(model, plans, few, probe.autocast, losses[: len(few)])
     nats = tolerance.amount / (points_a_nat or 1.0)
     search = BudgetSearch({each.blocks: each.rise for each in curve}, nats, gone)
 
     def after_steps(blocks: float | None) -> Tensor:
-        """Losses when a copy has been cut and has trained."""
+        """Losses of a copy after its cut and a few steps of training, [batches]."""
         copy = len(search.probed) + (1 if blocks is None else 2)
         said = f"{blocks:.0%} of the blocks cut" if blocks else "nothing cut"
-        announce(f"light: auto, copy {copy} of {1 + PROBES} at most: {said}, {probe.steps} steps")
+        announce(f"light: auto, probe {copy} of at most {1 + PROBES}: {said}, {probe.steps} training steps")
         return probe.losses(model, None if blocks is None else make_plan(record, light.removing(blocks)))
 
     chance = chance_of(model, probe.held[: len(losses)])
@@ -88,10 +91,10 @@ def find_budget(
     )
 
 
-def _whole(
+def _measure_uncut(
     model: PeftModel, batches: Sequence[Batch], autocast: torch.dtype | None, worth: Worth | None
 ) -> tuple[Tensor, float | None]:
-    """The losses of batches with nothing cut, [batches], and by the same pass what a nat is worth in points."""
+    """Compute the losses with nothing cut, [batches], and from the same pass the points per nat (None: no `worth`)."""
     if worth is None:
         return losses_of(model, batches, autocast), None
     losses, classes = losses_and_classes_of(model, batches, autocast)
@@ -99,10 +102,10 @@ def _whole(
 
 
 def chance_of(model: PeftModel, batches: Sequence[Batch]) -> float | None:
-    """The loss, in nats, of an answer that gives every class the part of these rows that it has.
+    """Return the loss, in nats, of a constant answer: the label frequencies of these rows.
 
     Returns:
-        None where the model does not give a row one of several classes.
+        None if the model does not assign each row one of several classes.
     """
     if not classes_of(model) or not all("labels" in batch for batch in batches):  # a span has two ends
         return None

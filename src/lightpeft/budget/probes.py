@@ -1,4 +1,4 @@
-"""Probes: what training wins back of a cut, seen on copies of the model that train for a few steps."""
+"""Probes: cut copies of the model that train for a few steps, to see how much of the loss they recover."""
 
 from __future__ import annotations
 
@@ -29,51 +29,51 @@ from lightpeft.training.rows import batches_of
 from lightpeft.training.step_rows import rows_a_step
 
 _WARMUP = 0.1
-"""Part of a probe's steps."""
+"""Warmup of the learning rate, as a part of a probe's steps."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """How copies train, and what they are measured on."""
+    """Settings and rows by which copies train and are measured."""
 
     light: LightConfig
     train: Sequence[Batch]
-    """Batches with labels."""
+    """Training batches, with labels."""
     rows: Sequence[int]
-    """Numbers of rows that it does not train on."""
+    """Numbers of the held-out rows."""
     held: Sequence[Batch]
-    """Batches of these; small ones, whose differences say how sure a difference is."""
+    """Batches of the held-out rows; many small ones, whose spread gives the standard error."""
     rate: float
-    """Peak learning rate: it rises over a few steps, and falls to 0 on a line."""
+    """Peak learning rate; linear warmup, then linear decay to 0."""
     accumulation: int = 1
-    """Batches a step."""
+    """Gradient accumulation: batches per optimizer step."""
     weight_decay: float = 0.0
     max_grad_norm: float = 0.0
-    """0: gradients are not clipped."""
+    """Gradient clipping; 0: none."""
     autocast: torch.dtype | None = None
-    """Half precision of training and measuring."""
+    """Half precision of training and measuring; None: none."""
     fast: bool = True
-    """Whether the steps are the faster ones."""
+    """True: train with the faster steps."""
     few: int | None = None
-    """How many of the held batches tell how much the loss rises by a cut; None: all."""
+    """Number of held-out batches for the rise right after a cut; None: all."""
     cost: SearchCost | None = None
-    """What a search takes that asks it; None: whatever it takes."""
+    """Computation of a search with this probe; None: no limit."""
 
     @property
     def steps(self) -> int:
-        """Optimizer steps."""
+        """Optimizer steps of a copy's training."""
         return len(self.train) // self.accumulation
 
     def losses(self, model: PeftModel, plan: PrunePlan | None) -> Tensor:
-        """Losses of the held batches when a copy has been cut and has trained: [batches], float64.
+        """Cut a copy of the model, train it, and return its losses on the held-out batches: [batches], float64.
 
-        PEFT modules keep all of their ranks. The model, and random numbers, stay as they are.
+        PEFT modules keep all of their ranks. The model and the random state are unchanged.
 
         Args:
-            plan: None: nothing is cut.
+            plan: cut of the copy; None: none.
 
         Raises:
-            LightPeftError: the copy gives no loss, or its losses are not finite.
+            LightPeftError: the copy returns no loss, or its losses are not finite.
         """
         with preserve_random_state(device_of(model)):
             torch.manual_seed(0)
@@ -88,7 +88,7 @@ class Probe:
         scaler = torch.amp.GradScaler(device.type, enabled=self.autocast is torch.float16)
         acceleration = light_steps(model, self.light, fast=self.fast, loss_alone=True)
         with in_mode(model, training=True), acceleration:
-            steps = progress(self.train, len(self.train), "a copy trains")
+            steps = progress(self.train, len(self.train), "Probe training")
             for number, batch in enumerate(steps, start=1):
                 with autocasting(device, self.autocast):
                     loss = loss_of(model, move_batch(batch, device)) / self.accumulation
@@ -115,15 +115,16 @@ def make_probe(
     fast: bool,
     gone: float = 0.0,
 ) -> Probe:
-    """Probes that train as a trainer does, but by AdamW.
+    """Make a probe whose copies train as the trainer does, but always with AdamW.
 
     Args:
-        steps: of the whole run.
-        seen: numbers of rows that estimation has gone through; None: not known. Rows are set aside from the others, if
-            there are enough of them.
-        rate: of plain PEFT: copies keep all ranks, and `light.rates.scale` is for few.
-        fast: whether the steps are the faster ones.
-        gone: part of the blocks that is gone before.
+        room: size of the run.
+        steps: optimizer steps of the whole run.
+        seen: numbers of the rows that estimation has trained on; None: not known. Other rows are held out, if there
+            are enough of them.
+        rate: learning rate of plain PEFT: copies keep all ranks, and `light.rates.scale` is for few.
+        fast: train with the faster steps.
+        gone: part of the blocks that was dropped before estimation.
     """
     args, rows = trainer.args, trainer.train_dataset
     size = args.train_batch_size * args.world_size
@@ -136,7 +137,7 @@ def make_probe(
     batches = partial(batches_of, rows, trainer)
     return Probe(
         light=light,
-        train=[*batches(_around(rest, sizes.steps * rows_a_step(args)), size)],
+        train=[*batches(_repeat(rest, sizes.steps * rows_a_step(args)), size)],
         accumulation=args.gradient_accumulation_steps,
         rows=aside,
         held=batches(aside, sizes.in_batch),
@@ -150,6 +151,6 @@ def make_probe(
     )
 
 
-def _around(numbers: Sequence[int], count: int) -> list[int]:
-    """So many of them, from the beginning again where they end."""
+def _repeat(numbers: Sequence[int], count: int) -> list[int]:
+    """Return `count` numbers, starting over from the beginning where they end."""
     return list(islice(cycle(numbers), count))

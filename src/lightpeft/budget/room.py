@@ -1,4 +1,4 @@
-"""Whether a run has room for a search, and how large that may be: how much it trains on, and looks at."""
+"""The size of a budget search that a run has room for: training steps and held-out rows, or none at all."""
 
 from __future__ import annotations
 
@@ -11,74 +11,74 @@ from lightpeft.training.host import Host
 from lightpeft.training.schedule import pace_of
 from lightpeft.training.step_rows import rows_a_step
 
-PARTS = (0.2, 0.4, 0.6)
-"""Of the blocks that are there, what is cut to see the rise of the loss before anything trains; between them it lies on
-a line. No more than the last is found of a model that has all of its blocks (`budget.search.MOST`)."""
-PART = 0.04
-"""Part of a run's steps that a probe takes."""
-LEAST_STEPS, MOST_STEPS = 8, 64
-"""From some 20 on, more of them hardly leave less of what a cut costs."""
+SEARCH_BUDGETS = (0.2, 0.4, 0.6)
+"""Budgets of the loss curve, as parts of the blocks that are there; the rise between them is interpolated linearly. A
+model that has all of its blocks gets no larger budget than the last one (`budget.search.MOST`)."""
+PROBE_PART = 0.04
+"""Steps of a probe, as a part of the run's steps."""
+LEAST_PROBE_STEPS, MOST_PROBE_STEPS = 8, 64
+"""Limits of a probe's steps. Beyond about 20, more steps hardly recover more of the loss."""
 SEARCH_FRACTION = 0.15
-"""Part of the time of plain PEFT's run that a search may take, by its count of passes through the model; where none is
-that short, there is none (docs/explanation/results.md#what-a-budget-costs)."""
-HELD_PART = 0.035
-"""Rows that are set aside, as a part of all that the run's steps see. With this, and with probes of one whole model and
-of one or two cut ones, finding a budget takes a seventh of plain PEFT's run. The least numbers here would make that
-more of a run of few steps, where fewer budgets are probed then, or none (`SEARCH_FRACTION`)."""
+"""Largest cost of a search, as a part of plain PEFT's run, in passes through the model; if even the smallest search
+costs more, there is no search (docs/explanation/results.md#what-a-budget-costs)."""
+SEARCH_HELD_PART = 0.035
+"""Held-out rows, as a part of all rows that the run's steps see. With this, and with probes of the uncut model and of
+one or two cuts, a search costs a seventh of plain PEFT's run. In short runs the minimums here cost more than that; then
+fewer budgets are probed, or none (`SEARCH_FRACTION`)."""
 LEAST_HELD, MOST_HELD = 128, 1024
 _MOST_OF_ROWS = 1 / 4
-"""Part of the rows that may be set aside."""
+"""Largest number of held-out rows, as a part of the training rows."""
 _HELD_BATCHES, _LEAST_IN_BATCH = 24, 8
-"""Batches that rows set aside come in, or more: so many tell how sure a mean is, and larger ones take less time."""
+"""Least number of batches of held-out rows, for the standard error of a mean, and least rows per batch, for speed."""
 _FEW, _FEWEST_ROWS, _FEWEST_BATCHES = 1 / 4, 128, 6
-"""Part of the rows set aside that tell how much the loss rises by a cut, which is many times what is left of it, and
-what they are at least."""
+"""Held-out rows for the rise right after a cut, as a part of all held-out rows, with minimums in rows and batches. Few
+are enough: this rise is many times the one that is left after training."""
 _SIZES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.0)
-"""Parts of the usual sizes that are tried, one after another; the last one is the least numbers above."""
+"""Factors of a search's size that are tried in order until its cost is allowed; the last gives the minimums above."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much a search trains on and looks at."""
+    """Training steps and held-out rows of a search."""
 
     steps: int
-    """Of a probe."""
+    """Optimizer steps of a probe."""
     aside: int
-    """Rows that are set aside."""
+    """Held-out rows."""
     most_in_batch: int
-    """Rows a batch of training has."""
+    """Rows of a training batch, the largest batch of held-out rows."""
 
     @property
     def in_batch(self) -> int:
-        """Rows of a batch of those set aside."""
+        """Rows per batch of held-out rows."""
         return max(_LEAST_IN_BATCH, min(self.most_in_batch, self.aside // _HELD_BATCHES))
 
     @property
     def few(self) -> int:
-        """Batches of these that tell how much the loss rises by a cut."""
+        """Batches of held-out rows that measure the rise right after a cut."""
         part = max(_FEW, _FEWEST_ROWS / max(self.aside, 1))
         return max(_FEWEST_BATCHES, round(part * math.ceil(self.aside / self.in_batch)))
 
 
 @dataclass(frozen=True)
 class SearchRoom:
-    """What a run has for a search."""
+    """Size of a run, which limits the size of a search."""
 
     rows: int | None
-    """Training rows; None: of no known number."""
+    """Training rows; None: the dataset has no length."""
     batch_size: int
-    """Rows that a process takes at once."""
+    """Per-device batch size."""
     rows_a_step: int
-    """Rows of an optimizer step, of all processes together."""
+    """Rows of an optimizer step over all processes (global batch)."""
     processes: int
     points: bool
-    """Whether the tolerance is in points of the task's metric."""
+    """True if the tolerance is in points of the task's metric."""
     sharded: bool = False
-    """Whether FSDP shards the model."""
+    """True if FSDP shards the model."""
 
     @classmethod
     def of(cls, trainer: Host, tolerance: Tolerance, *, sharded: bool = False) -> SearchRoom:
-        """That of a trainer."""
+        """Return the size of a trainer's run."""
         pace, args = pace_of(trainer), trainer.args
         return cls(
             rows=None if pace is None else pace.rows,
@@ -90,29 +90,33 @@ class SearchRoom:
         )
 
     def aside(self, seen: float) -> int:
-        """How many rows are set aside of a run that goes through so many, repeated ones included."""
+        """Return the number of held-out rows.
+
+        Args:
+            seen: rows that the run's steps see, repeated ones included.
+        """
         most = int(_MOST_OF_ROWS * (self.rows or 0))
-        return min(max(LEAST_HELD, int(HELD_PART * seen)), MOST_HELD, most)
+        return min(max(LEAST_HELD, int(SEARCH_HELD_PART * seen)), MOST_HELD, most)
 
 
 def sizes_of(room: SearchRoom, light: LightConfig, steps: int, gone: float = 0.0) -> tuple[Sizes, SearchCost]:
-    """The sizes of a search, and what it takes with these: as large as they are of long runs, or as may be.
+    """Return the size and the cost of a search: the full size, or the largest one whose cost is allowed.
 
     Args:
-        steps: of the whole run.
-        gone: part of the blocks that is gone before.
+        steps: optimizer steps of the whole run.
+        gone: part of the blocks that was dropped before estimation.
     """
     each = room.rows_a_step
 
     def sized(part: float) -> tuple[Sizes, SearchCost]:
-        length = min(max(LEAST_STEPS, round(part * PART * steps)), MOST_STEPS)
+        length = min(max(LEAST_PROBE_STEPS, round(part * PROBE_PART * steps)), MOST_PROBE_STEPS)
         size = Sizes(length, room.aside(part * steps * each), room.batch_size)
         cost = SearchCost(
             run=steps * each // room.processes,  # each process makes all of a search
             trained=size.steps * each,
             held=size.aside,
             few=min(size.few * size.in_batch, size.aside),
-            cuts=PARTS,
+            cuts=SEARCH_BUDGETS,
             answered=room.points,
             graph=light.modules.blocks or 1.0,
             gone=gone,
@@ -125,21 +129,21 @@ def sizes_of(room: SearchRoom, light: LightConfig, steps: int, gone: float = 0.0
 
 
 def why_unmeasured(room: SearchRoom, light: LightConfig, steps: int, gone: float = 0.0) -> str | None:
-    """Why probes cannot measure a budget here; None: they can.
+    """Return the reason why probes cannot measure a budget in this run; None: they can.
 
     Args:
-        steps: of the whole run.
-        gone: part of the blocks that is gone before.
+        steps: optimizer steps of the whole run.
+        gone: part of the blocks that was dropped before estimation.
     """
     if room.sharded:
-        return "a search for a budget copies the model, and FSDP shards it"
+        return "a budget search copies the model, and FSDP shards it"
     if room.rows is None:
-        return "a search for a budget sets rows aside, and the number of rows is not known"
+        return "a budget search holds rows out, and the training dataset has no length"
     if room.aside(0) < LEAST_HELD:
-        needed = f"a search for a budget needs {int(LEAST_HELD / _MOST_OF_ROWS)} training rows"
-        return f"{needed}, and {room.rows} train"
+        needed = f"a budget search needs {int(LEAST_HELD / _MOST_OF_ROWS)} training rows"
+        return f"{needed}, and there are {room.rows}"
     _, cost = sizes_of(room, light, steps, gone)
     if cost.least <= cost.most:
         return None
-    takes = f"a search for a budget would take {100 * cost.least:.3g}% of the time of plain PEFT's run of {steps} steps"
-    return f"{takes}, and it may take {100 * cost.most:.3g}%"
+    takes = f"a budget search would cost {100 * cost.least:.3g}% of the computation of plain PEFT's {steps} steps"
+    return f"{takes}, and the limit is {100 * cost.most:.3g}%"

@@ -1,18 +1,17 @@
-"""From what some cuts cost to the largest one that a tolerance bears: `light: auto`, as a pure search.
+"""`light: auto` as a pure search: from the measured cost of some cuts to the largest budget within a tolerance.
 
-What a cut costs in the end is not known before the end. What is known: how much the loss rises when it is made
-(`before`), and how much of that is left when a copy has trained for a few steps beside a copy that was not cut (a
-probe):
+The final cost of a cut is not known before the end of training. Two quantities can be measured: the rise of the loss
+right after the cut (`before`), and the part of it that is left after a cut copy and an uncut copy have both trained for
+a few steps (a probe):
 
     left(b) = before(b) * r(b),    r = (rise after a probe) / (rise before it).
 
-Between budgets that were probed r lies on a line, and below them it is that of the nearest; more than the largest of
-them is never found. The rest of training is many times as long. It may win back more, and then more could have been
-cut; but a whole model may learn what a small one cannot, so that nothing of it is counted on.
+Between probed budgets r is interpolated linearly, and below them it is that of the nearest; no budget above the largest
+probed one is returned. The rest of training is many times as long as a probe. It may recover more, so that a larger cut
+would have been possible; but the uncut model may also learn what a smaller one cannot, so neither is assumed.
 
-The first budget to be probed is one that would be right if r were what it often is; the next the largest one that is
-likely to be within the tolerance by what was seen. Where that lies far below one that was too much, it is half way
-between the two.
+The first probed budget is the one that fits a typical r; the next is the largest one that is likely to be within the
+tolerance by the probes so far. If that lies far below a budget that cost too much, the midpoint of the two is probed.
 """
 
 from __future__ import annotations
@@ -26,109 +25,113 @@ import numpy as np
 from torch import Tensor
 
 STEP, MOST = 0.05, 0.6
-"""Budgets are multiples of the first, and no more than the second is found: 80% cost classifiers that had learned their
-task three points or more, and a probe, made when a model has hardly begun to, does not always see that."""
+"""Budgets are multiples of `STEP`, at most `MOST`: a cut of 80% costs trained classifiers three points or more, and a
+probe early in training does not always show that."""
 CONFIDENCE = 0.8
-"""That what is lost stays below its upper bound."""
-_SIDE = NormalDist().inv_cdf(CONFIDENCE)
-"""Standard errors from the mean to that bound."""
+"""Confidence that the cost stays below its upper bound."""
+_BOUND_ERRORS = NormalDist().inv_cdf(CONFIDENCE)
+"""Standard errors between the mean and that bound."""
 _FIRST = 0.3
-"""r before anything was probed."""
+"""Assumed r before the first probe."""
 _LEAST_LEFT = 0.1
-"""r at least, of a budget that says where to probe next."""
+"""Least r in the choice of the next probe."""
 PROBES = 3
-"""Budgets that are probed at most."""
+"""Largest number of probed budgets."""
 
 
 @dataclass(frozen=True)
 class Probed:
-    """A budget that was probed; numbers are rises of the loss against nothing cut, in nats."""
+    """A probed budget; a rise is the loss of the cut copy minus that of the uncut one, in nats."""
 
     blocks: float
+    """Budget as a part of the blocks."""
     before: float
-    """Where nothing has trained since the cut."""
+    """Rise right after the cut."""
     after: float
-    """When both have trained for a few steps."""
+    """Rise after both copies have trained for a few steps."""
     error: float
-    """Standard error of that, paired by batch."""
+    """Standard error of `after`, paired by batch."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a budget is expected to cost."""
+    """Expected cost of a budget."""
 
     blocks: float
+    """Budget as a part of the blocks."""
     left: float
-    """Rise of the loss, in nats."""
+    """Rise of the loss that is left after training, in nats."""
     upper: float
-    """Its upper bound, at `CONFIDENCE`."""
+    """Upper bound of `left` at `CONFIDENCE`, in nats."""
 
 
 @dataclass
 class BudgetSearch:
-    """The largest budget whose upper bound is within the tolerance."""
+    """Search for the largest budget whose upper bound of the cost is within the tolerance."""
 
     before: Mapping[float, float]
-    """Budget -> rise of the loss when it is cut, at some budgets; a line between them."""
+    """Budget -> rise of the loss right after its cut, in nats; interpolated linearly between budgets."""
     tolerance: float
-    """Nats."""
+    """Largest cost, in nats."""
     gone: float = 0.0
-    """What is gone already, in front of all budgets."""
+    """Part of the blocks that was dropped before estimation; all budgets include it."""
     probed: list[Probed] = field(default_factory=list)
+    """Probes so far, in the order of their budgets."""
 
     def run(self, probe: Callable[[float], Tensor], allows: Callable[[Sequence[float]], bool] | None = None) -> float:
-        """Probe some budgets, and give the one that was found; 0 where none is within the tolerance.
+        """Probe budgets, and return the largest one within the tolerance; 0 if there is none.
 
         Args:
-            probe: budget -> by how much the losses of some batches are higher than with nothing cut, after a few steps
-                of training of both: [batches].
-            allows: whether so many budgets may be probed, of which the first always may; None: all may.
+            probe: returns, for a budget, the losses of held-out batches after a few steps of training minus those of
+                an uncut copy that trained equally long: [batches], in nats.
+            allows: returns True if these budgets may all be probed; it is not asked about the first. None: no limit.
         """
         while (tried := self._next()) is not None:
             if allows is not None and self.probed and not allows([*(each.blocks for each in self.probed), tried]):
                 break
-            self._take(tried, probe(tried))
+            self._add_probe(tried, probe(tried))
         return self.found
 
     @property
     def found(self) -> float:
-        """The largest budget within the tolerance by what was probed so far, and not above what was probed."""
+        """Largest budget within the tolerance by the probes so far, and not above the largest probed one; 0: none."""
         highest = max(each.blocks for each in self.probed)
         return self._largest(lambda blocks: self.expected(blocks).upper, highest) or 0.0
 
     def expected(self, blocks: float) -> Expected:
-        """What a budget costs, by what was probed so far."""
-        return self._cost(blocks, _on_line(self._recovery, blocks))
+        """Return the expected cost of a budget by the probes so far."""
+        return self._cost(blocks, _interpolate(self._recovery, blocks))
 
     @property
     def grid(self) -> list[float]:
-        """Budgets that can be found."""
+        """Budgets to choose from: multiples of `STEP` above `gone`, up to `MOST`."""
         highest = max(self.before)
         parts = [round(STEP * count, 2) for count in range(1, int(highest / STEP + 1e-9) + 1)]
         left = [part for part in parts if part > self.gone] or [highest]
         return [part for part in left if part <= MOST] or left[:1]
 
     def rise(self, blocks: float) -> float:
-        """Of the loss when so much is cut and nothing has trained.
+        """Return the rise of the loss right after a cut of this budget, in nats, at least 1e-6.
 
-        Few rows may say that a cut costs nothing; where copies that have trained say otherwise, so does all below.
+        On few rows a cut may seem to cost nothing. If a probe shows a cost, that is a lower bound for the rise, in
+        proportion also below the probed budget.
         """
         before = {self.gone: 0.0, **self.before}
-        points = {part: _on_line(before, part) for part in {*before, *(each.blocks for each in self.probed)}}
+        points = {part: _interpolate(before, part) for part in {*before, *(each.blocks for each in self.probed)}}
         for each in self.probed:
             slope = each.after / (each.blocks - self.gone)
             points |= {
                 part: max(rise, slope * (part - self.gone)) for part, rise in points.items() if part <= each.blocks
             }
-        return max(_on_line(points, blocks), 1e-6)
+        return max(_interpolate(points, blocks), 1e-6)
 
     @property
     def _recovery(self) -> dict[float, float]:
-        """Budget -> part of the rise that is left after its probe: r, in [0, 1]."""
+        """Probed budget -> part of the rise that is left after training: r, in [0, 1]."""
         return {each.blocks: min(1.0, max(0.0, each.after) / self.rise(each.blocks)) for each in self.probed}
 
     def _next(self) -> float | None:
-        """The budget to probe next; None: enough is known."""
+        """Return the budget to probe next; None: the search is over."""
         tried = [each.blocks for each in self.probed]
         likely = self._largest(lambda blocks: self._likely(blocks).upper)
         if not tried:
@@ -144,28 +147,28 @@ class BudgetSearch:
         return middle if middle > likely else None
 
     def _likely(self, blocks: float) -> Expected:
-        """What a budget costs, also where nothing was probed beside it: r grows as the budget does."""
+        """Return the expected cost of a budget, also far from all probes: r grows in proportion to the budget."""
         if not self.probed:
             return self._cost(blocks, _FIRST)
         seen = {part: max(recovery, _LEAST_LEFT) for part, recovery in self._recovery.items()}
         highest = max(seen)
         at_all = seen[highest] * (1 - self.gone) / (highest - self.gone)
-        return self._cost(blocks, _on_line({self.gone: 0.0, **seen, 1.0: at_all}, blocks))
+        return self._cost(blocks, _interpolate({self.gone: 0.0, **seen, 1.0: at_all}, blocks))
 
     def _cost(self, blocks: float, recovery: float) -> Expected:
-        """The cost of a budget of whose rise this part is left."""
+        """Return the expected cost of a budget, given the part `recovery` of its rise that is left after training."""
         rise = self.rise(blocks)
         spreads = {each.blocks: each.error / self.rise(each.blocks) for each in self.probed}
-        error = rise * _on_line(spreads, blocks) if spreads else 0.0
-        return Expected(blocks, rise * recovery, min(rise, rise * recovery + _SIDE * error))
+        error = rise * _interpolate(spreads, blocks) if spreads else 0.0
+        return Expected(blocks, rise * recovery, min(rise, rise * recovery + _BOUND_ERRORS * error))
 
-    def _take(self, blocks: float, rises: Tensor) -> None:
+    def _add_probe(self, blocks: float, rises: Tensor) -> None:
         after, error = float(rises.mean()), float(rises.std()) / math.sqrt(len(rises))
         probed = Probed(blocks, max(self.rise(blocks), after), after, error)
         self.probed = sorted([*self.probed, probed], key=lambda each: each.blocks)
 
     def _largest(self, cost: Callable[[float], float], highest: float = 1.0) -> float | None:
-        """The largest budget of which it and all below cost no more than the tolerance."""
+        """Return the largest budget such that it and all smaller ones cost no more than the tolerance; None: none."""
         within = None
         for blocks in self.grid:
             if blocks > highest + 1e-9 or cost(blocks) > self.tolerance:
@@ -174,6 +177,6 @@ class BudgetSearch:
         return within
 
 
-def _on_line(points: Mapping[float, float], place: float) -> float:
-    """Between two points on the line through them; beside all of them, as at the nearest."""
+def _interpolate(points: Mapping[float, float], place: float) -> float:
+    """Interpolate linearly between points (x -> y); beyond the outermost points, return the nearest one's value."""
     return float(np.interp(place, sorted(points), [points[x] for x in sorted(points)]))

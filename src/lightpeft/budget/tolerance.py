@@ -1,13 +1,18 @@
-"""How much worse a task may get: costs in the unit of a tolerance, for people."""
+"""Costs and tolerances as text, in points or in nats."""
 
 from __future__ import annotations
 
 
 def cost_in_words(nats: float, points_a_nat: float | None) -> str:
-    """A rise of the loss in the unit of the tolerance, for people.
+    """Return a rise of the loss as text, in the unit of the tolerance.
 
     Args:
-        points_a_nat: of the task's metric that a nat is worth; None: the tolerance is in nats.
+        nats: the rise.
+        points_a_nat: points of the task's metric per nat; None: the tolerance is in nats.
+
+    Example:
+        >>> cost_in_words(0.02, 25.0)
+        '0.5 points'
     """
     value, unit = (nats, "nat") if points_a_nat is None else (nats * points_a_nat, "point")
     shown = f"{float(f'{value:.2g}'):g}"
@@ -15,6 +20,11 @@ def cost_in_words(nats: float, points_a_nat: float | None) -> str:
 
 
 def tolerance_in_words(nats: float, points_a_nat: float | None) -> str:
-    """A tolerance, for people; one in points also as the rise of the loss that it stands for."""
+    """Return a tolerance as text; for one in points, also the equivalent rise of the loss.
+
+    Example:
+        >>> tolerance_in_words(0.04, 25.0)
+        '1 point (0.04 nats)'
+    """
     loss = "" if points_a_nat is None else f" ({cost_in_words(nats, None)})"
     return f"{cost_in_words(nats, points_a_nat)}{loss}"

@@ -1,4 +1,4 @@
-"""The budget of a model that a trainer trains: found where there is room for a search, a fixed one elsewhere."""
+"""The budget of a trainer's model: found by a search if the run has room for one, else fixed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lightpeft.training.rows import rows_of_steps
 
 
 class SearchHost(Host, Protocol):
-    """A trainer that can be searched a budget for."""
+    """Interface of a trainer for a budget search."""
 
     light_config: LightConfig
     light_plain_rate: float
-    """Learning rate of plain PEFT: what the trainer was given."""
+    """Learning rate of plain PEFT, as in the trainer's arguments."""
     fast_steps: bool
     _peft_model: PeftModel
 
@@ -35,11 +35,12 @@ class SearchHost(Host, Protocol):
 
 
 def budget_in(trainer: SearchHost, record: EstimationRecord, steps: int, *, sharded: bool) -> FoundBudget:
-    """The largest part of the blocks that may go within the tolerance, for the model as estimation left it.
+    """Find the largest part of the blocks that can be cut within the tolerance, for a model right after estimation.
 
     Args:
-        steps: of the whole run.
-        sharded: whether FSDP shards the model.
+        record: scores of the estimation.
+        steps: optimizer steps of the whole run.
+        sharded: True if FSDP shards the model.
     """
     started, light, asked = time.perf_counter(), trainer.light_config, trainer.light_tolerance()
     gone = gone_before(record)

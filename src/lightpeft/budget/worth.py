@@ -1,8 +1,8 @@
-"""What a nat of the loss is worth in points of a metric, where a head answers with classes.
+"""Conversion of nats of the loss into points of a metric, for classifiers.
 
-Of a classifier that knows how sure it is and errs with probability e among C classes, the cross-entropy rises with e by
-ln((1 - e) (C - 1) / e): the derivative of its entropy, if every row is alike. What the metric loses when errors become
-more frequent, each kind in proportion, is counted on the answers themselves.
+For a calibrated classifier that errs with probability e among C classes, the derivative of the cross-entropy with
+respect to e is ln((1 - e) (C - 1) / e), that of its entropy if every row is alike. The loss of the metric when errors
+become more frequent, each kind in proportion, is computed on the predictions.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from collections.abc import Callable
 import numpy as np
 
 _MORE = 0.01
-"""Errors more, as a part of all answers."""
+"""Additional errors, as a part of all predictions."""
 _LEAST_NATS = 1.0
-"""Of an error: next to chance, where the entropy is flat, a nat would be worth any number of points."""
+"""Least nats per error: near chance, where the entropy is flat, a nat would be worth any number of points."""
 
 
 def accuracy_of_counts(counts: np.ndarray) -> float:
-    """Accuracy of a confusion matrix."""
+    """Return the accuracy of a confusion matrix, [right class, predicted class]."""
     return float(np.trace(counts) / counts.sum())
 
 
-def points_a_nat(
+def points_per_nat(
     right: np.ndarray, answered: np.ndarray, classes: int, metric: Callable[[np.ndarray], float] = accuracy_of_counts
 ) -> float:
-    """By how many hundredths of a metric a model gets worse when its loss rises by a nat, for small rises.
+    """Return the points (hundredths) of a metric per nat of the loss, for small rises of the loss.
 
-    At least as many as of accuracy.
+    The result is never less than that of accuracy.
 
     Args:
-        right, answered: class numbers of some rows, [rows].
-        classes: how many there are.
-        metric: of a confusion matrix, counts [right class, answered class].
+        right, answered: class numbers of labels and predictions, [rows].
+        classes: number of classes.
+        metric: computes the metric from a confusion matrix, counts [right class, predicted class].
     """
     counts = np.zeros((classes, classes))
     np.add.at(counts, (right, answered), 1)

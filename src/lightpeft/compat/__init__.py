@@ -1,6 +1,6 @@
-"""What lightpeft uses of other libraries although they do not promise it: private names, and the insides of objects.
+"""Uses of private names and internals of other libraries, which may change without notice.
 
-One module a library. A function here says what is wanted, and is the one place that knows how it is had. Nothing here
-knows of pruning, and importing a module imports its library alone. `tests/test_compat.py` names what each is for, and
-fails if a new version of a library has it no longer.
+Each module covers one library, and imports only that. Each function wraps one use, and is the only place that knows how
+it works. Nothing here depends on pruning. `tests/test_compat.py` lists the purpose of each use, and fails if a new
+version of a library lacks it.
 """

@@ -1,4 +1,4 @@
-"""accelerate: what it keeps of a training that it has prepared."""
+"""accelerate: its references to the optimizers and models that it has prepared."""
 
 from __future__ import annotations
 
@@ -23,16 +23,20 @@ except ImportError:
 
 __all__ = [
     "clear_device_cache",
-    "divide_no_loss",
     "forget_optimizers",
-    "prepared",
+    "keep_loss_undivided",
+    "prepare_optimizer",
     "should_reduce_batch_size",
     "without_autocast",
 ]
 
 
 def forget_optimizers(accelerator: Any) -> None:
-    """Let accelerate know of no optimizer: under float16 it would unscale the gradients of parameters that are gone."""
+    """Remove all optimizers from an accelerator: under float16 it would unscale gradients of removed parameters.
+
+    Raises:
+        LightPeftError: accelerate has no such list, and a gradient scaler is in use.
+    """
     known = getattr(accelerator, "_optimizers", None)
     if known is not None:
         known.clear()
@@ -40,23 +44,23 @@ def forget_optimizers(accelerator: Any) -> None:
         raise unavailable("Training in float16", "accelerate has no Accelerator._optimizers")
 
 
-def divide_no_loss() -> None:
-    """Let accelerate take the loss of a part of a step as it is, because `Trainer` has divided it by the parts.
+def keep_loss_undivided() -> None:
+    """Keep accelerate from dividing the loss by the gradient accumulation steps, which `Trainer` has done already.
 
-    transformers 5.5 has accelerate divide it once more: gradients are too small by the number of parts.
+    transformers 5.5 lets accelerate divide it again, so that gradients are too small by that number.
     """
     if GradientState is not None:
         GradientState().plugin_kwargs["num_steps"] = 1
 
 
-def prepared(accelerator: Any, model: nn.Module, optimizer: Any) -> Any:
-    """An optimizer as accelerate wraps it; of a model that it has sharded it wants to be shown the model, too."""
+def prepare_optimizer(accelerator: Any, model: nn.Module, optimizer: Any) -> Any:
+    """Return an optimizer wrapped by accelerate, which under FSDP2 needs the model as well."""
     return accelerator.prepare(model, optimizer)[1] if accelerator.is_fsdp2 else accelerator.prepare(optimizer)
 
 
 @contextmanager
 def without_autocast(model: nn.Module) -> Iterator[None]:
-    """Inside the block a model computes in the precision of its weights, without the autocast of its training."""
+    """Disable the autocast that accelerate has put around a model's forward inside the block."""
     prepared = vars(model).pop("forward", None)
     try:
         yield

@@ -1,4 +1,4 @@
-"""argparse: what a parser takes."""
+"""argparse: the options of a parser."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from argparse import ArgumentParser
 
 
 def options_of(parser: ArgumentParser) -> list[str]:
-    """All names of a parser's options, such as --help and -h."""
+    """Return all names of a parser's options, such as --help and -h."""
     return [name for action in parser._actions for name in action.option_strings]

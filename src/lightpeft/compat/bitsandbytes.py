@@ -1,4 +1,4 @@
-"""bitsandbytes: where its layers keep codes and scales, and which of its kernels are right. It is not imported here."""
+"""bitsandbytes: codes and scales of its layers, and errors of its kernels. This module does not import it."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from torch import Tensor, nn
 
 
 def has_type(thing: object, name: str) -> bool:
-    """Whether it is of the class `name` of `bitsandbytes.nn`, which only exists where somebody imported that."""
+    """Return True if an object is an instance of `bitsandbytes.nn.<name>`; False if bitsandbytes is not imported."""
     library: Any = sys.modules.get("bitsandbytes")
     return library is not None and isinstance(thing, getattr(library.nn, name))
 
 
 def class_of_layers(name: str) -> type[Any]:
-    """The class `name` of `bitsandbytes.nn`, of which there is a layer."""
+    """Return the class `name` of `bitsandbytes.nn`, which must be imported already."""
     library: Any = sys.modules["bitsandbytes"]
     return getattr(library.nn, name)
 
 
 def quant_state(weight: Any) -> Any:
-    """bitsandbytes' `QuantState` of a weight quantised in 4 bits; None for any other."""
+    """Return the `QuantState` of a weight that is quantized in 4 bits; None for any other weight."""
     return weight.quant_state if has_type(weight, "Params4bit") else None
 
 
 def unquantised_dtype(state: Any) -> torch.dtype:
-    """What a 4-bit weight was before it was quantised."""
+    """Return the data type of a 4-bit weight before it was quantized."""
     return state.original_dtype if _packed_for_cpu(state) else state.dtype
 
 
 def codes(weight: Any) -> tuple[Tensor, Tensor]:
-    """Of a 4-bit weight two codes a byte, [ceil(numel / 2)], the first in the high bits; and scales [blocks], float32.
+    """Return the codes and scales of a 4-bit weight, also if its scales are quantized or its layout is for AVX512-BF16.
 
-    Also of one in the layout that CPUs with AVX512-BF16 compute in, and of scales that are quantised themselves.
+    Returns:
+        Codes, two per byte with the first in the high bits, [ceil(numel / 2)], uint8; scales, [blocks], float32.
     """
     functional = _functional()
     state, packed = copy.copy(weight.quant_state), weight.data
@@ -53,11 +54,15 @@ def codes(weight: Any) -> tuple[Tensor, Tensor]:
 
 
 def dequantised(packed: Tensor, scales: Tensor, state: Any) -> Tensor:
-    """[numel] in float32, with one block a row: in this shape bitsandbytes' kernels are right for all widths.
+    """Dequantize a 4-bit weight, one block per row: in this shape bitsandbytes' kernels are correct for all widths.
 
     Args:
-        packed, scales: as `codes` gives them.
-        state: of the weight whose they are.
+        packed: codes, two per byte, [ceil(numel / 2)].
+        scales: [blocks], float32.
+        state: `QuantState` of the weight.
+
+    Returns:
+        Values, [numel], float32.
     """
     functional = _functional()
     size = state.blocksize
@@ -74,7 +79,7 @@ def dequantised(packed: Tensor, scales: Tensor, state: Any) -> Tensor:
 
 
 def quantised_like(old: Any, dense: Tensor, layer: Any) -> Any:
-    """A weight [out, in] quantised in 4 bits as `old` was, for the same layer."""
+    """Quantize a dense weight, [out, in], in 4 bits with the settings of `old`, for the same layer."""
     new = type(old)(
         dense,
         requires_grad=False,
@@ -89,19 +94,19 @@ def quantised_like(old: Any, dense: Tensor, layer: Any) -> Any:
 
 
 def keep_layout(layer: Any) -> None:
-    """Let a 4-bit layer's weight stay in the layout it was loaded in.
+    """Keep a 4-bit layer's weight in the layout that it was loaded in.
 
-    On CPUs with AVX512-BF16 bitsandbytes else packs it anew at the first forward pass in eval mode, which rounds the
-    scales to bfloat16 for good and fails on widths other than multiples of 32 rows and of whole blocks.
+    On CPUs with AVX512-BF16, bitsandbytes would repack it at the first forward pass in eval mode, which permanently
+    rounds the scales to bfloat16, and fails unless rows are a multiple of 32 and columns are whole blocks.
     """
     layer.support_avx512bf16_for_cpu = False
 
 
 @functools.cache
 def cpu_kernel_is_right(width: int, blocksize: int) -> bool:
-    """Whether bitsandbytes dequantises rows of `width` weights with the right scales on this CPU.
+    """Return True if bitsandbytes dequantizes rows of `width` weights with the right scales on this CPU.
 
-    Its AVX512 kernel (0.50) takes the scales of other blocks where rows are no whole blocks but multiples of 16.
+    Its AVX512 kernel (0.50) uses the scales of other blocks if rows are multiples of 16 but no whole blocks.
     """
     functional = _functional()
     if width % blocksize == 0:
@@ -113,12 +118,12 @@ def cpu_kernel_is_right(width: int, blocksize: int) -> bool:
 
 
 def row_scales(layer: Any) -> Any:
-    """[out] of an 8-bit layer: with the weight until the first forward pass, in the layer's state afterwards."""
+    """Return the scales of an 8-bit layer, [out]: the weight has them until the first forward pass, then the state."""
     return layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
 
 
 def set_row_quantised(layer: Any, integers: Tensor, scales: Tensor) -> None:
-    """Give an 8-bit layer other integers [out, in], with their scales [out]; as after loading, it has not run yet."""
+    """Set the integers [out, in] and scales [out] of an 8-bit layer, which is then as if it had never run."""
     # the first forward pass moves them into the state
     layer.weight = type(layer.weight)(integers, requires_grad=False, CB=integers, SCB=scales)
     layer.state.reset_grads()

@@ -1,4 +1,4 @@
-"""FSDP2 of PyTorch: how a model gets out of it, and in again."""
+"""FSDP2 of PyTorch: take a model out of it, and shard it again."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightpeft.compat.missing import needed_for
-from lightpeft.compat.torch import set_unseen
+from lightpeft.compat.torch import set_without_hooks
 
 
 @contextmanager
 def out_of_fsdp(model: nn.Module) -> Iterator[None]:
-    """Inside the block a model that `fully_shard` (FSDP2) was applied to has no part in that, and can be cut.
+    """Undo `fully_shard` (FSDP2) inside the block, so that a model can be cut, and shard it again afterwards.
 
-    Its parameters lie sharded then (`DTensor`). Behind the block those that still do are sharded as they were, unit by
-    unit, so that never more than one unit is whole; what was replicated (`ignored_params`) stays so. FSDP2 has no way
-    back of its own: what it puts on a module is taken off here. Other models are left alone.
+    Inside the block parameters are sharded tensors (`DTensor`). After it, those that still are get sharded as before,
+    unit by unit, so that at most one unit is whole at a time; all others stay replicated (`ignored_params`). FSDP2
+    cannot be undone by its own means, so this removes hooks and state from the modules. Other models are unchanged.
+
+    Raises:
+        LightPeftError: this release of PyTorch has other internals.
     """
     with needed_for("The cut of a model that FSDP2 shards"):
         units = list(_units(model))
         for unit in units:
             unit.release()
-    gc.collect()  # its groups refer to one another, and hold the shards
+    gc.collect()  # FSDP2's parameter groups form reference cycles that hold the shards
     yield
     there = set(model.modules())
     for unit in units:
@@ -37,26 +40,26 @@ def out_of_fsdp(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Unit:
-    """Modules whose parameters `fully_shard` gathers together, and what it was told."""
+    """Modules whose parameters `fully_shard` gathers together, and its arguments."""
 
     modules: tuple[nn.Module, ...]
     options: dict[str, Any]
 
     def release(self) -> None:
-        """Take off the modules what `fully_shard` put on them."""
+        """Remove hooks, state and class of `fully_shard` from the modules."""
         from torch.distributed import _composable_state
         from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 
         state = _fsdp_state(self.modules[0])
         handles = {state._pre_forward_hook_handle, state._post_forward_hook_handle}
-        for group in _groups(state):
+        for group in _parameter_groups(state):
             handles.update(group._module_to_pre_save_state_dict_hook_handle.values())
             handles.update(group._module_to_pre_load_state_dict_hook_handle.values())
             handles.update(parameter._post_load_hook_handle for parameter in group.fsdp_params)
         for handle in handles:
             handle.remove()
         for module in self.modules:
-            # FSDP2 makes a class of a module's own and `FSDPModule`
+            # FSDP2 sets a class that derives from the module's own and `FSDPModule`
             own: Any = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
             module.__class__ = own
             _composable_state._module_state_mapping.pop(module)
@@ -64,7 +67,7 @@ class _Unit:
                 vars(module).pop(key, None)
 
     def shard(self, modules: list[nn.Module]) -> None:
-        """Shard what is left of the modules, as they were."""
+        """Shard the modules that are left with the same arguments as before."""
         places = [(part, name) for module in modules for part in _outside_units(module) for name in part._parameters]
         whole: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay tied
         ignored = set()
@@ -72,7 +75,9 @@ class _Unit:
             parameter = part._parameters[name]
             if isinstance(parameter, DTensor):
                 values = parameter.detach().full_tensor() if parameter not in whole else whole[parameter]
-                set_unseen(part, name, whole.setdefault(parameter, nn.Parameter(values, parameter.requires_grad)))
+                set_without_hooks(
+                    part, name, whole.setdefault(parameter, nn.Parameter(values, parameter.requires_grad))
+                )
             elif parameter is not None:
                 ignored.add(parameter)
         if modules:
@@ -82,7 +87,7 @@ class _Unit:
 
 
 def _units(model: nn.Module) -> Iterator[_Unit]:
-    """From the innermost out, as `fully_shard` wants them."""
+    """Yield the units of a model from the innermost out, the order that `fully_shard` needs."""
     seen = set()
     for module in reversed(list(model.modules())):
         if not isinstance(module, FSDPModule) or (state := _fsdp_state(module)) in seen:
@@ -90,15 +95,15 @@ def _units(model: nn.Module) -> Iterator[_Unit]:
         seen.add(state)
         module.reshard()
         options: dict[str, Any] = {"mp_policy": state._mp_policy}
-        for group in _groups(state):
+        for group in _parameter_groups(state):
             options |= {"mesh": group.mesh_info.mesh, "offload_policy": group.offload_policy}
             if not state._auto_reshard_after_forward:
                 options["reshard_after_forward"] = group.post_forward_mesh_info is not None
         yield _Unit(tuple(state._modules), options)
 
 
-def _groups(state: Any) -> list[Any]:
-    """The parameters that are gathered together; PyTorch 2.9 knows one such group of a module at most."""
+def _parameter_groups(state: Any) -> list[Any]:
+    """Return the parameter groups of a module's state; PyTorch 2.9 has at most one."""
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
@@ -109,7 +114,7 @@ def _fsdp_state(module: Any) -> Any:
 
 
 def _outside_units(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and what is inside it, but for what is sharded by itself."""
+    """Yield the module and its descendants, except units of their own."""
     yield module
     for child in module.children():
         if not isinstance(child, FSDPModule):

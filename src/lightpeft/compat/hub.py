@@ -1,4 +1,4 @@
-"""The hub's client and `datasets`: going offline while the process runs."""
+"""huggingface_hub and datasets: switch to offline mode in a running process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from huggingface_hub import constants
 
 
 def go_offline() -> None:
-    """Let both take what is in the cache for the rest of this process, as with HF_HUB_OFFLINE=1 from its start."""
+    """Use only the cache for the rest of this process, as if it had started with HF_HUB_OFFLINE=1."""
     constants.HF_HUB_OFFLINE = True
     datasets.config.HF_HUB_OFFLINE = True

@@ -1,4 +1,4 @@
-"""Names that a release of a library does not have: the features that need them say so, and all others work."""
+"""Names that a release of a library lacks: the features that need them end in one line, and all others work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from lightpeft.errors import LightPeftError, one_line
 
-TRIED = {
+TESTED_RELEASES = {
     "torch": "2.9 to 2.13",
     "transformers": "5.5 to 5.24",
     "peft": "0.18 to 0.21",
@@ -17,19 +17,19 @@ TRIED = {
     "datasets": "4.0 to 5.2",
     "huggingface_hub": "1.5 to 2.4",
 }
-"""Releases of libraries that pyproject.toml allows, up to the newest that there was."""
+"""Supported releases of libraries: from the oldest that pyproject.toml allows to the newest tested."""
 
 
 def unavailable(feature: str, lacking: object) -> LightPeftError:
-    """The line that a feature cannot be had with the versions that are installed.
+    """Return the error that a feature does not work with the installed releases.
 
     Args:
-        feature: at the beginning of a sentence.
-        lacking: what a library does not have, or its error.
+        feature: subject of the line, with a capital letter.
+        lacking: the missing name, or the error of the library.
     """
     said = one_line(lacking).partition(" (")[0]
-    named = [name for name in TRIED if name in said] or list(TRIED)
-    tried = ", ".join(f"{name} {TRIED[name]} (here {_installed(name)})" for name in named)
+    named = [name for name in TESTED_RELEASES if name in said] or list(TESTED_RELEASES)
+    tried = ", ".join(f"{name} {TESTED_RELEASES[name]} (here {_installed(name)})" for name in named)
     return LightPeftError(f"{feature} works with {tried}: {said}")
 
 
@@ -42,9 +42,13 @@ def _installed(name: str) -> str:
 
 @contextmanager
 def needed_for(feature: str) -> Iterator[None]:
-    """Inside the block, a private name that a library does not have ends in one line.
+    """Turn errors about missing private names inside the block into one line; other errors pass.
 
-    Other errors pass, those of public attributes among them.
+    Args:
+        feature: subject of the line, with a capital letter.
+
+    Raises:
+        LightPeftError: an import failed, or a private attribute is missing.
     """
     try:
         yield
@@ -57,15 +61,14 @@ def needed_for(feature: str) -> Iterator[None]:
 
 
 def missing(feature: str, error: Exception, like: Callable[[Any], bool] = lambda thing: False) -> Any:
-    """What stands for a class, a function or a table that a library does not have.
+    """Return a stand-in for a class, function or table that a library lacks.
 
-    It may be a base class, and things may be asked whether they are of it. To call it, or to look into it, ends in one
-    line.
+    It can be a base class and the second argument of `isinstance`. Calling or indexing it raises `LightPeftError`.
 
     Args:
-        feature: as for `unavailable`.
-        error: of the import.
-        like: which things count as its instances.
+        feature: subject of the error line, with a capital letter.
+        error: error of the import.
+        like: returns True for objects that count as instances.
     """
     return _Missing("Missing", (), {"feature": feature, "error": error, "like": staticmethod(like)})
 
@@ -82,7 +85,7 @@ class _Missing(type):
         raise unavailable(cls.feature, cls.error)
 
     def __getattr__(cls, name: str) -> Any:
-        if name.startswith("_"):  # those that Python and its libraries look for by themselves
+        if name.startswith("_"):  # Python and libraries look up such names by themselves
             raise AttributeError(name)
         raise unavailable(cls.feature, cls.error)
 

@@ -1,4 +1,4 @@
-"""PEFT: classes that its modules are of, its tables, and what it does with names of modules."""
+"""PEFT: classes of its modules, its tables, and its rules for module names."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ except ImportError as _error:
     ModulesToSaveWrapper = missing("A head that PEFT trains", _error, _is_trained_whole)
 
 NO_TARGETS = "dummy-target-modules"
-"""PEFT's word for an adapter without modules on layers; without it, PEFT refuses to load one."""
+"""PEFT's `target_modules` of an adapter without modules; with an empty list, PEFT refuses to load it."""
 
 __all__ = [
     "NO_TARGETS",
@@ -68,36 +68,33 @@ __all__ = [
     "ModulesToSaveWrapper",
     "ParamWrapper",
     "adapters_in",
+    "call_with_hooks",
     "check_saves_other_types",
     "forget_norms",
-    "let_hooks_see",
     "names_of_experts",
     "register_prefix",
 ]
 
 
 def adapters_in(layer: Any) -> list[str]:
-    """Names of all adapters that a module holds, active or not."""
+    """Return the names of all adapters that a module holds, active or not."""
     held: list[Any] = [getattr(layer, name, None) for name in layer.adapter_layer_names]
     return sorted({key for each in held if hasattr(each, "keys") for key in each})
 
 
 def forget_norms(magnitude: Any) -> None:
-    """Have DoRA's module take the norms of its weights anew: they were changed under it.
-
-    PEFT keeps them from 0.19 on.
-    """
+    """Clear the cached weight norms of a DoRA module, after its weights have changed; PEFT caches them from 0.19 on."""
     forget = getattr(magnitude, "_cache_clear", None)
     if forget is not None:
         forget()
 
 
 _PAST_HOOKS = tuple(int(part) for part in peft.__version__.split(".")[:2]) < (0, 21)
-"""Whether PEFT calls the method `forward` of the model that it adapts, and not the model with its hooks."""
+"""True if PEFT calls the method `forward` of the adapted model, which skips the model's hooks."""
 
 
-def let_hooks_see(model: PeftModel) -> None:
-    """Let PEFT call the model inside a PeftModel with its hooks, as it does from 0.21 on."""
+def call_with_hooks(model: PeftModel) -> None:
+    """Make a PeftModel call the model inside it with its hooks, as PEFT does from 0.21 on."""
     tuner = model.base_model
     if _PAST_HOOKS and isinstance(tuner, BaseTuner):
         vars(tuner)["forward"] = MethodType(_with_hooks, tuner)
@@ -108,23 +105,23 @@ def _with_hooks(tuner: Any, *args: Any, **options: Any) -> Any:
 
 
 def check_saves_other_types() -> None:
-    """PEFT before 0.21 trains types that are not its own, and fails where it saves them.
+    """Refuse PEFT before 0.21, which trains registered PEFT methods but fails to save them.
 
     Raises:
-        LightPeftError: such a release is here.
+        LightPeftError: PEFT is older than 0.21.
     """
     saves = hasattr(BaseTuner, "_remove_adapter_name_from_key")
-    require(saves, f"PEFT by bottleneck adapters needs peft 0.21 or newer; here is {peft.__version__}")
+    require(saves, f"bottleneck adapters need peft 0.21 or newer, and {peft.__version__} is installed; upgrade peft")
 
 
 # Tables
 
 
 def register_prefix(method: str, prefix: str) -> None:
-    """Let PEFT know how names of a method's weights begin.
+    """Register the prefix of a method's weight names with PEFT.
 
     Raises:
-        LightPeftError: it has no table of these.
+        LightPeftError: this release of PEFT has no table of prefixes.
     """
     with needed_for("PEFT by bottleneck adapters"):
         from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
@@ -133,10 +130,10 @@ def register_prefix(method: str, prefix: str) -> None:
 
 
 def names_of_experts(model_type: str) -> frozenset[str]:
-    """Last parts of target modules' names that LoRA takes for parameters of routed experts in models of this type.
+    """Return the last parts of target module names that LoRA treats as parameters of routed experts in this model type.
 
-    They were those of experts when each was a module. LoRA on linear layers that are still called so, of shared experts
-    and of layers without experts, is therefore not to be had. PEFT before 0.19 takes none.
+    They are the names that experts had when each was a module. Linear layers that still have such names, in shared
+    experts and in layers without experts, therefore cannot get LoRA. The set is empty for PEFT before 0.19.
     """
     try:
         from peft.utils import transformers_weight_conversion as conversion

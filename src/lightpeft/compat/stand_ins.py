@@ -1,4 +1,4 @@
-"""PyTorch: tensors without storage, and what they would take."""
+"""PyTorch: fake tensors without storage, to predict memory and floating-point operations."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ try:
 except ImportError as _error:
     StandIn = missing("A forecast of memory and speed", _error)  # type: ignore[misc]
     TorchDispatchMode = missing("A forecast of memory and speed", _error)  # type: ignore[misc]
-"""A tensor that knows its shape, type and device, and holds no values: what is computed with it gives others such."""
+"""Fake tensor with shape, data type and device but no values; operations on it return fake tensors."""
 
 
 class StorageWatch(TorchDispatchMode):
-    """Inside the block every tensor that is made is a stand-in, and counts for as long as something holds on to it.
+    """Mode in which every new tensor is a fake one, and its bytes are counted while something refers to it.
 
-    Where values are asked for, which stand-ins do not have: tensors are equal, a truth is false, a number 1, and what
-    is counted by its value has each value equally often, as where a router sends equally many tokens to every expert.
+    Operations that need values get substitutes: tensors are equal, a bool is False, a number is 1, and `bincount`
+    returns equal counts, as if a router sent equally many tokens to every expert.
     """
 
     def __init__(self, share: float = 1.0, formulas: Mapping[Any, Callable[..., int]] | None = None) -> None:
         """
         Args:
-            share: part of a tensor's entries that count as not zero where somebody looks for those.
-            formulas: operator -> floating-point operations of a call, given its arguments and, as `out_val`, its
-                result. `FlopCounterMode` around a step would itself hold on to tensors, and change the peak.
+            share: part of a tensor's entries that `nonzero` and masks select.
+            formulas: operator -> function that returns the floating-point operations of a call, from its arguments
+                and, as `out_val`, its result. (`FlopCounterMode` would keep references to tensors and change the peak.)
         """
         super().__init__()
         self.now = self.peak = 0
-        """Bytes of all storages that are held, and the most that they were."""
+        """Bytes of all live storages, now and at the peak."""
         self.flops = 0
-        """Floating-point operations so far, as the formulas tell."""
+        """Floating-point operations so far, by the formulas."""
         self.calls: set[tuple[Any, ...]] = set()
-        """Of the operators that have a formula: which, and shape, strides and type of each tensor that it was given."""
+        """Distinct calls of operators with a formula: operator, and (shape, strides, dtype) of each tensor argument."""
         self._formulas = formulas or {}
         self._share = share
         self._sizes: dict[int, int] = {}
@@ -70,11 +70,11 @@ class StorageWatch(TorchDispatchMode):
             dtype = args[0].dtype
             return False if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
         if func is aten.nonzero.default:
-            return self.counted(self._places(args[0]))
+            return self.count_storage(self._places(args[0]))
         if func is aten.bincount.default:
             return self._even_counts(*args, **(kwargs or {}))
-        if func is self._grouped_product:  # its own stand-in takes no float32, which is computed all the same
-            result = self.counted(_grouped(*args[:3]))
+        if func is self._grouped_product:  # the fake version refuses float32, which the real one accepts
+            result = self.count_storage(_fake_grouped_product(*args[:3]))
             self._count_result(func.overloadpacket, result, args, kwargs or {})
             return result
         if func is aten.index.Tensor:
@@ -83,49 +83,50 @@ class StorageWatch(TorchDispatchMode):
         self._count_result(func.overloadpacket, result, args, kwargs or {})
         for tensor in leaves_of(result):
             if isinstance(tensor, Tensor):
-                self.counted(tensor)
+                self.count_storage(tensor)
         return result
 
     def _count_result(self, operator: Any, result: Any, args: Any, kwargs: Any) -> None:
-        """Count what is computed."""
+        """Add the floating-point operations of a call, if its operator has a formula."""
         if operator in self._formulas:
             self.flops += self._formulas[operator](*args, **kwargs, out_val=result)
             given = [each for each in leaves_of((args, kwargs)) if isinstance(each, Tensor)]
             self.calls.add((operator, *((each.shape, each.stride(), each.dtype) for each in given)))
 
-    def counted(self, tensor: Tensor) -> Tensor:
-        """The tensor, whose storage counts from now on."""
+    def count_storage(self, tensor: Tensor) -> Tensor:
+        """Count the bytes of a tensor's storage from now until it is freed, and return the tensor."""
         storage, key = tensor.untyped_storage(), storage_of(tensor)
         if key not in self._sizes:
             self._sizes[key] = storage.nbytes()
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._freed, key)
+            weakref.finalize(storage, self._subtract_storage, key)
         return tensor
 
     def _as_numbers(self, index: Tensor | None) -> Iterable[Tensor | None]:
-        """A mask as the numbers of what it takes, one tensor a dimension; another index as it is."""
+        """Convert a mask to index tensors, one per dimension; other indices are returned as they are."""
         if index is None or index.dtype is not torch.bool:
             return [index]
         return self._places(index).unbind(1)
 
     @staticmethod
     def _even_counts(values: Tensor, weights: None = None, minlength: int = 0) -> Tensor:
-        """A tensor with values: how often each of them is there."""
+        """Return a real tensor of counts, [minlength], that are as equal as possible."""
         whole, left = divmod(values.numel(), max(minlength, 1))
         with _disable_current_modes():
             return torch.tensor([whole + (number < left) for number in range(minlength)])
 
     def _places(self, mask: Tensor) -> Tensor:
-        """Stand-ins for the places where something is not zero: [number, dimensions]."""
+        """Return a fake result of `nonzero`: [selected entries, dimensions], long."""
         return mask.new_empty((int(self._share * mask.numel() + 0.5), mask.dim()), dtype=torch.long)
 
-    def _freed(self, key: int) -> None:
+    def _subtract_storage(self, key: int) -> None:
+        """Subtract the bytes of a storage that was freed."""
         self.now -= self._sizes.pop(key)
 
 
-def _grouped(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    """A stand-in for products of groups: of some rows with a matrix each, or the gradient of those matrices."""
+def _fake_grouped_product(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """Return a fake result of `grouped_mm`: rows times the matrix of their group, or the gradient of these matrices."""
     if right.dim() == 3:
         return left.new_empty(left.shape[0], right.shape[-1])
     return left.new_empty(len(ends), left.shape[0], right.shape[-1])

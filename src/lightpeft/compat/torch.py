@@ -1,4 +1,4 @@
-"""PyTorch: parameters' tables and hooks; tensors: changes, makers, readers, and the type of those without one."""
+"""PyTorch: tables and hooks of modules; versions, recomputation, reads and default data type of tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightpeft.compat.missing import needed_for
 
 
 def attention_of_cpus() -> tuple[Any, Any]:
-    """What `scaled_dot_product_attention` is on a CPU, forward and backward."""
+    """Return the operators of `scaled_dot_product_attention` on a CPU: forward and backward."""
     with needed_for("Counting what attention computes on a CPU"):
         aten = torch.ops.aten
         return (
@@ -28,13 +28,13 @@ def attention_of_cpus() -> tuple[Any, Any]:
 
 
 def grouped_product() -> Any:
-    """What `torch.nn.functional.grouped_mm` is."""
+    """Return the operator of `torch.nn.functional.grouped_mm`."""
     with needed_for("Counting what routed experts compute"):
         return torch.ops.aten._grouped_mm
 
 
 def leaves_of(tree: Any) -> Iterator[Any]:
-    """All that is in lists, tuples and mappings, and in those that are in these."""
+    """Yield the leaves of nested lists, tuples and mappings."""
     if isinstance(tree, Mapping):
         tree = list(tree.values())
     if isinstance(tree, (list, tuple)):
@@ -44,16 +44,16 @@ def leaves_of(tree: Any) -> Iterator[Any]:
         yield tree
 
 
-def changes_of(tensor: Tensor) -> object:
-    """How often a tensor has been changed in place; None of one that does not count, because no graph can hold it.
+def change_count(tensor: Tensor) -> object:
+    """Return a tensor's version, which counts in-place changes; None for an inference tensor, which has none.
 
-    Where PyTorch does not tell, no answer is equal to another one.
+    If PyTorch has no versions, each call returns a value that equals no other.
     """
     return None if tensor.is_inference() else getattr(tensor, "_version", object())
 
 
 _DEEPEST = 3
-"""Nodes of the graph, one behind another, through which something is made again: a norm's output in half precision."""
+"""Most autograd nodes in a chain that is recomputed; a norm's output in half precision needs three."""
 _ACTIVATIONS: dict[str, Callable[[Any], Tensor]] = {
     "SiluBackward0": lambda node: silu(node._saved_self),
     "GeluBackward0": lambda node: gelu(node._saved_self, approximate=node._saved_approximate),
@@ -62,27 +62,31 @@ _PRODUCT, _CONVERTED = "MulBackward0", "ToCopyBackward0"
 
 
 def maker_of(tensor: Tensor) -> partial[Tensor] | None:
-    """What makes a tensor again, to the last bit, from what the autograd graph keeps; None: nothing does cheaply.
+    """Return a function that recomputes a tensor bitwise from other tensors that autograd saves; None: none is cheap.
 
-    Activation functions keep what enters them, a product keeps each factor for the gradient of the other, and functions
-    in Python may say how (`made_again`). What is made so may be multiplied with something frozen, as in a norm, and
-    converted. It can be called as long as nobody needs it: the graph lets go of what nodes keep when their turn comes,
-    and those that were handed the tensor precede.
+    Activation functions save their input, a product saves each factor for the gradient of the other, and autograd
+    functions in Python may define a static method `recompute(node)`. The result may be multiplied with a frozen
+    factor, as in a norm, and converted. Nodes free their saved tensors when the backward pass has used them; the
+    consumers of the tensor come before that, so they can still recompute it.
     """
     node = tensor.grad_fn
     if node is None or getattr(tensor, "_base", tensor) is not None:
         return None
     if node.name() != _CONVERTED:
-        return partial(_recomputed, node) if _is_recomputable(node, _DEEPEST) else None
+        return partial(_recompute_result, node) if _is_recomputable(node, _DEEPEST) else None
     source = node.next_functions[0][0]
-    return partial(_converted, source, tensor.device, tensor.dtype) if _is_recomputable(source, _DEEPEST - 1) else None
+    return (
+        partial(_recompute_converted, source, tensor.device, tensor.dtype)
+        if _is_recomputable(source, _DEEPEST - 1)
+        else None
+    )
 
 
 def _is_recomputable(node: Any, depth: int) -> bool:
-    """Whether the graph keeps all that a node's result is made of, or makes that in turn."""
+    """Return True if a node's result can be recomputed from saved tensors, through at most `depth` nodes."""
     if node is None or depth == 0:
         return False
-    if _own_way(node) is not None:
+    if _custom_recompute(node) is not None:
         return True
     keeps = hasattr(type(node), "_saved_self")
     if node.name() in _ACTIVATIONS:
@@ -93,31 +97,33 @@ def _is_recomputable(node: Any, depth: int) -> bool:
     return None not in factors or any(_is_recomputable(factor, depth - 1) for factor in factors)
 
 
-def _own_way(node: Any) -> Callable[[Any], Tensor] | None:
-    """How the node of a function in Python makes its result again: `made_again(node)`, where the function has that."""
-    way: Callable[[Any], Tensor] | None = getattr(getattr(node, "_forward_cls", None), "made_again", None)
+def _custom_recompute(node: Any) -> Callable[[Any], Tensor] | None:
+    """Return the method `recompute` of a node's autograd function in Python; None: it has none."""
+    way: Callable[[Any], Tensor] | None = getattr(getattr(node, "_forward_cls", None), "recompute", None)
     return way
 
 
-def _recomputed(node: Any) -> Tensor:
-    way = _ACTIVATIONS.get(node.name()) or _own_way(node)
+def _recompute_result(node: Any) -> Tensor:
+    """Recompute the result of a node."""
+    way = _ACTIVATIONS.get(node.name()) or _custom_recompute(node)
     if way is not None:
         return way(node)
     one, other = (factor for factor, _ in node.next_functions)  # a frozen one has no node, and the other is not kept
-    first: Tensor = _recomputed(one) if other is None else node._saved_self
-    return first * (_recomputed(other) if one is None else node._saved_other)
+    first: Tensor = _recompute_result(one) if other is None else node._saved_self
+    return first * (_recompute_result(other) if one is None else node._saved_other)
 
 
-def _converted(node: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return _recomputed(node).to(device, dtype)
+def _recompute_converted(node: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Recompute the result of a node, and convert it."""
+    return _recompute_result(node).to(device, dtype)
 
 
 def softmax_backward(gradient: Tensor, result: Tensor) -> Tensor:
-    """The gradient of what went into a softmax over the last dimension, in one pass.
+    """Compute the gradient of the input of a softmax over the last dimension, in one pass over memory.
 
     Args:
-        gradient: that of `result`, of its shape and type.
-        result: what the softmax gave.
+        gradient: gradient of `result`, with its shape and data type.
+        result: output of the softmax.
     """
     kernel = getattr(torch, "_softmax_backward_data", None)
     if kernel is None:
@@ -129,12 +135,14 @@ def softmax_backward(gradient: Tensor, result: Tensor) -> Tensor:
 def layer_norm_backward(
     gradient: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of what a layer norm is given, and of its weight, by PyTorch's kernel.
+    """Compute the gradients of a layer norm's input and weight by PyTorch's kernel.
 
     Args:
-        gradient: that of its result, of the shape of `x`, [..., channels].
-        mean, inverse: of `x` over its channels, and one by the standard deviation, [..., 1].
-        wanted: which of the two are; None for the other.
+        gradient: gradient of the result, [..., channels].
+        x: input, [..., channels].
+        mean, inverse: mean of `x` over its channels, and reciprocal of the standard deviation, [..., 1].
+        weight: [channels].
+        wanted: True for each of the two gradients to compute; the other is None.
     """
     shape = [len(weight)]
     given = torch.ops.aten.native_layer_norm_backward(
@@ -144,19 +152,19 @@ def layer_norm_backward(
 
 
 def storage_of(tensor: Tensor) -> int:
-    """What the storage of a tensor is known by as long as it lives, one without memory included."""
+    """Return a number that identifies a tensor's storage during its life, also if the storage has no memory."""
     storage = tensor.untyped_storage()
     return int(getattr(storage, "_cdata", 0) or storage.data_ptr() or id(tensor))
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether hooks see, or may change, what the module computes; where PyTorch does not tell, they may."""
+def has_hooks(module: nn.Module) -> bool:
+    """Return True if a module has hooks that may read or change its computation, or if PyTorch does not tell."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, name, True) for name in names)
 
 
 def with_own_parameters(module: nn.Module) -> nn.Module:
-    """A copy of the module that holds the same parameters, until its own are set; all else is shared."""
+    """Return a shallow copy of a module with its own table of parameters: setting one does not change the original."""
     twin = copy.copy(module)
     with needed_for(_TABLES):
         twin.__dict__["_parameters"] = dict(module._parameters)
@@ -166,14 +174,14 @@ def with_own_parameters(module: nn.Module) -> nn.Module:
 _TABLES = "Weights that come and go (low_memory, weights_on_disk, FSDP2, forecasts of memory)"
 
 
-def set_unseen(module: nn.Module, name: str, parameter: Any) -> None:
-    """Set a parameter that the module has already; hooks on the registration of parameters are not called."""
+def set_without_hooks(module: nn.Module, name: str, parameter: Any) -> None:
+    """Replace a parameter of a module without calling registration hooks."""
     with needed_for(_TABLES):
         module._parameters[name] = parameter
 
 
 class _DefaultDtype(TorchFunctionMode):
-    """Gives tensors another type after they were made, as far as nobody said theirs."""
+    """Mode that converts new tensors of the default data type to another one, unless the call gives a data type."""
 
     _SAYS_TYPE = (Tensor.to, Tensor.float, Tensor.type)
 
@@ -198,10 +206,10 @@ _OF_THREAD = threading.local()
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Inside the block, in this thread alone, a floating-point tensor that nobody gives a type is of this one.
+    """Set the default floating-point data type inside the block, for this thread only; blocks nest.
 
-    `torch.set_default_dtype` is for all threads, and would change what others compute meanwhile. This is for the meta
-    device: what it makes elsewhere is computed in the default type and rounded then. Blocks nest.
+    `torch.set_default_dtype` applies to all threads, and would change their computations. This is meant for the meta
+    device: on other devices, tensors are computed in the process's default type and then rounded.
     """
     asked = vars(_OF_THREAD).setdefault("asked", [])
     asked.append(dtype)
@@ -212,53 +220,53 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         asked.pop()
 
 
-_ASKED = frozenset({"__get__", "is_floating_point", "dim", "size"})
+_QUERIES = frozenset({"__get__", "is_floating_point", "dim", "size"})
 _CONVERTED_BY = frozenset({"to", "cpu", "cuda", "float", "double", "half", "bfloat16", "detach", "clone"})
-"""Names of functions that compute nothing: they say what a tensor is like, or give it on a device and in a type."""
+"""Names of functions that compute nothing: `_QUERIES` query a tensor's properties, `_CONVERTED_BY` convert it."""
 
 
-class Noted(Tensor):
-    """A tensor that notes whether something was computed from it; what is computed is a plain one.
+class ReadRecorder(Tensor):
+    """A tensor that records if anything was computed from it; results are plain tensors.
 
-    Wrappers of models (FSDP2, DistributedDataParallel) ask all tensors that go in for their type, and convert them: to
-    be asked is not to be read, and what was converted notes for both.
+    Model wrappers (FSDP2, DistributedDataParallel) query the data type of all inputs and convert them. A query does not
+    count as a read, and a converted tensor shares the record of its source.
     """
 
     _plain: Tensor
     _readers: list[str]
 
     @classmethod
-    def of(cls, tensor: Tensor | float) -> Noted:
-        """A view of a tensor that nobody has read."""
-        return cls._noting(torch.as_tensor(tensor), [])
+    def of(cls, tensor: Tensor | float) -> ReadRecorder:
+        """Return a view of a tensor that records reads."""
+        return cls._recording(torch.as_tensor(tensor), [])
 
     @classmethod
-    def _noting(cls, tensor: Tensor, readers: list[str]) -> Noted:
+    def _recording(cls, tensor: Tensor, readers: list[str]) -> ReadRecorder:
         noted = tensor.as_subclass(cls)
         noted._plain, noted._readers = tensor, readers
         return noted
 
     @property
     def read(self) -> bool:
-        """Whether something was computed from it."""
+        """True if anything was computed from the tensor."""
         return bool(self._readers)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function, of which it is an argument."""
-        result, name = func(*_with_plain(args), **_with_plain(kwargs or {})), func.__name__
+        """Call a function with plain tensors, and record the read."""
+        result, name = func(*_without_recorders(args), **_without_recorders(kwargs or {})), func.__name__
         if name in _CONVERTED_BY and isinstance(args[0], cls):
-            return cls._noting(result, args[0]._readers)
+            return cls._recording(result, args[0]._readers)
         for each in leaves_of((args, kwargs)):
-            if isinstance(each, cls) and name not in _ASKED:
+            if isinstance(each, cls) and name not in _QUERIES:
                 each._readers.append(name)
         return result
 
 
-def _with_plain(tree: Any) -> Any:
-    """The tree, with plain tensors in place of those that note."""
-    if isinstance(tree, Noted):
+def _without_recorders(tree: Any) -> Any:
+    """Replace recording tensors by plain ones in nested lists, tuples and dicts."""
+    if isinstance(tree, ReadRecorder):
         return tree._plain
     if isinstance(tree, dict):
-        return {key: _with_plain(each) for key, each in tree.items()}
-    return type(tree)(_with_plain(each) for each in tree) if type(tree) in (list, tuple) else tree
+        return {key: _without_recorders(each) for key, each in tree.items()}
+    return type(tree)(_without_recorders(each) for each in tree) if type(tree) in (list, tuple) else tree

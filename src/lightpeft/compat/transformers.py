@@ -1,5 +1,4 @@
-"""transformers: how it reads weights into a model, and what models, configurations and tokenizers know beside their
-settings."""
+"""transformers: the loading of weights, and private attributes of models, configurations, trainers and tokenizers."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from lightpeft.compat.missing import missing, needed_for, unavailable
 from lightpeft.compat.torch import default_dtype
 
-# Names that transformers does not have at its top
+# Names that transformers does not export at its top level
 
 try:
     from transformers.activations import ACT2FN as ACT2FN
@@ -41,17 +40,20 @@ except ImportError as _error:
     LengthGroupedSampler = missing("Batches of rows that are equally long", _error)
 
 TRAINER_STATE_NAME = "trainer_state.json"
-"""What a trainer calls the file that says how far it has come."""
+"""File name of the trainer state in a checkpoint."""
 SCALER_NAME = "scaler.pt"
-"""And that of the gradient scaler."""
+"""File name of the gradient scaler in a checkpoint."""
 
 
 def class_names(table: str, feature: str) -> Mapping[str, Any]:
-    """Model type -> name of the class, or names, that an auto class of transformers gives.
+    """Return the table of an auto class: model type -> class name, or several.
 
     Args:
-        table: its name in `transformers.models.auto.modeling_auto`.
-        feature: needs it; at the beginning of a sentence.
+        table: name of the table in `transformers.models.auto.modeling_auto`.
+        feature: feature that needs it, as the subject of the error line.
+
+    Raises:
+        LightPeftError: this release of transformers has no such table.
     """
     with needed_for(feature):
         from transformers.models.auto import modeling_auto
@@ -62,7 +64,7 @@ def class_names(table: str, feature: str) -> Mapping[str, Any]:
 
 
 def hub_tasks() -> Mapping[str, Mapping[str, Any]]:
-    """The hub's name of a task -> names of the classes that answer it, by model type; empty where nobody knows."""
+    """Return the hub's task names: task -> (model type -> class names); empty if transformers has no such table."""
     try:
         from transformers.modelcard import TASK_MAPPING
         from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
@@ -76,24 +78,24 @@ def hub_tasks() -> Mapping[str, Mapping[str, Any]]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `from_pretrained` is about to read into a model on the meta device."""
+    """Weights that `from_pretrained` is about to load into a model on the meta device."""
 
     files: Sequence[str]
-    """The files with the weights."""
+    """Weight files."""
     quantised: bool
-    """Whether they are quantised, or are to be."""
+    """True if the weights are quantized, or will be on loading."""
     _load: Callable[..., Any]
     _tensors: Mapping[str, Any] | None
     _options: tuple[Any, ...]
 
     def load(self, model: PreTrainedModel, tensors: Mapping[str, Any] | None = None) -> Any:
-        """Let transformers rename, convert, cast and tie, and set the model's parameters.
+        """Let transformers load the weights: rename, convert, cast, tie, and set the model's parameters.
 
         Args:
-            tensors: by the names of the files; a tensor is indexed when it is its turn. None: those of the files.
+            tensors: tensors by their names in the files, which are indexed one after another; None: read the files.
 
         Returns:
-            What a reader (`with_reader`) has to return.
+            Result of transformers' loading function, which a reader (`with_reader`) must return.
         """
         tensors = self._tensors if tensors is None else tensors
         return self._load(model, tensors, self.files or None, *self._options)
@@ -102,12 +104,16 @@ class Checkpoint:
 def with_reader(
     architecture: type[PreTrainedModel], read: Callable[[PreTrainedModel, Checkpoint], Any]
 ) -> type[PreTrainedModel]:
-    """The class, with a `from_pretrained` whose weights `read` brings in; the models it makes are of the class itself.
+    """Return a subclass whose `from_pretrained` loads weights by `read`, and returns instances of `architecture`.
 
-    transformers builds, renames, converts, casts and ties, as for any model.
+    transformers still builds the model, and renames, converts, casts and ties weights.
 
     Args:
-        read: takes the model on the meta device and what there is to read; returns what `Checkpoint.load` returns.
+        architecture: class of the model.
+        read: takes the model on the meta device and its checkpoint; returns the result of `Checkpoint.load`.
+
+    Raises:
+        LightPeftError: this release of transformers has other internals.
     """
 
     with needed_for(_IN_PARTS):
@@ -125,10 +131,13 @@ def with_reader(
 
 @contextmanager
 def reading(read: Callable[[PreTrainedModel, Checkpoint], Any]) -> Iterator[None]:
-    """Inside the block, `read` brings in the weights of every model that this thread loads, of whatever class.
+    """Load the weights of every model that this thread loads inside the block by `read`, for any class.
 
     Args:
-        read: as for `with_reader`.
+        read: takes the model on the meta device and its checkpoint; returns the result of `Checkpoint.load`.
+
+    Raises:
+        LightPeftError: this release of transformers has other internals.
     """
     with needed_for(_IN_PARTS):
         usual = PreTrainedModel._load_pretrained_model
@@ -152,13 +161,14 @@ _IN_PARTS = "Reading a model tensor by tensor (low_memory, weights_on_disk, load
 def _checkpoint(
     load: Callable[..., Any], tensors: Any, files: list[str] | None, settings: Any, *rest: Any
 ) -> Checkpoint:
-    """What transformers hands to the function that loads weights, behind the model."""
+    """Make a `Checkpoint` from the arguments that transformers passes to its loading function after the model."""
     return Checkpoint(files or (), settings.hf_quantizer is not None, load, tensors, (settings, *rest))
 
 
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Inside the block tensors are read when it is their turn; else threads read ahead, at worst the whole model."""
+    """Make transformers read tensors one at a time inside the block; by default threads read ahead, up to the whole
+    model."""
     switch = "HF_DEACTIVATE_ASYNC_LOAD"
     before = os.environ.get(switch)
     os.environ[switch] = "1"
@@ -173,13 +183,13 @@ _BUILDING = threading.RLock()
 
 @contextmanager
 def apart_from_other_threads() -> Iterator[None]:
-    """Inside the block transformers builds and loads models without touching what other threads compute.
+    """Let transformers build and load models inside the block without side effects on other threads.
 
-    While it builds a model it sets PyTorch's default data type, which is that of all threads, to the model's, and
-    replaces functions of its own. So one thread at a time is in such a block, and the default type stays what it is.
+    transformers sets PyTorch's default data type for all threads while it builds a model, and patches functions of its
+    own. So only one thread at a time can be in such a block, and the default data type is set for this thread only.
 
     Raises:
-        LightPeftError: this is not the main thread, and transformers has no place for that.
+        LightPeftError: this is not the main thread, and this release of transformers does not allow it.
     """
     from transformers import modeling_utils
 
@@ -201,18 +211,18 @@ def apart_from_other_threads() -> Iterator[None]:
 
 
 def mark_read(parameter: Any) -> None:
-    """Let transformers take a parameter for one that has its weights; it else draws random values for it."""
+    """Mark a parameter as loaded, so that transformers does not initialize it randomly."""
     parameter._is_hf_initialized = True
 
 
 def forget_renaming(model: PreTrainedModel, mapping: Mapping[str, str]) -> None:
-    """Save a model under its own names, although it was loaded with this `key_mapping`."""
+    """Make a model save its weights under its own names, although it was loaded with this `key_mapping`."""
     conversions = getattr(model, "_weight_conversions", None) or []
     model._weight_conversions = [each for each in conversions if not mapping.keys() & set(each.source_patterns)]
 
 
 def has_adapter(name: str, revision: str) -> bool:
-    """Whether a model on the hub or in a folder has a PEFT adapter beside it, which transformers would put into it."""
+    """Return True if a model on the hub or in a folder has a PEFT adapter beside it, which transformers would load."""
     try:
         from transformers.utils.peft_utils import find_adapter_config_file
     except ImportError:
@@ -224,21 +234,21 @@ def has_adapter(name: str, revision: str) -> bool:
 
 
 def attention_of(config: PretrainedConfig | None) -> str | None:
-    """The attention backend of a model with this configuration; None where it is not chosen yet, or has no name."""
+    """Return the attention backend in a configuration; None: not chosen yet, or unknown."""
     return getattr(config, "_attn_implementation", None)
 
 
 def forget_attention(config: PretrainedConfig) -> None:
-    """Let the class that a model is made of choose its attention backend."""
+    """Reset the attention backend in a configuration, so that the model class chooses it."""
     config._attn_implementation = None
 
 
 _CODE = ("co_code", "co_names", "co_consts")
-"""What two functions have in common that do the same."""
+"""Attributes of code objects that are equal if two functions do the same."""
 
 
 def is_rms_norm(module: Any) -> bool:
-    """Whether a module computes what Llama's RMS norm does, whose code transformers copies into most decoders."""
+    """Return True if a module has the forward of Llama's RMS norm, whose code transformers copies to most decoders."""
     if LlamaRMSNorm is None:
         return False
     own, ideal = getattr(type(module).forward, "__code__", None), LlamaRMSNorm.forward.__code__
@@ -247,18 +257,25 @@ def is_rms_norm(module: Any) -> bool:
 
 
 def causal_loss(logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **kwargs: Any) -> Tensor:
-    """The loss of causal language models, [..., length, vocabulary] against [..., length]."""
+    """Compute transformers' loss of causal language models.
+
+    Args:
+        logits: [..., length, vocabulary].
+        labels: [..., length].
+        vocab_size: size of the vocabulary.
+        args, kwargs: other arguments of transformers' `ForCausalLMLoss`.
+    """
     return ForCausalLMLoss(logits, labels, vocab_size, *args, **kwargs)
 
 
 def has_causal_loss(model: PreTrainedModel) -> bool:
-    """Whether a model's loss is `causal_loss`, as far as it says so."""
+    """Return True if a model's `loss_function` is `causal_loss`."""
     return getattr(model, "loss_function", None) is ForCausalLMLoss
 
 
 @contextmanager
 def override_loss(model: PreTrainedModel, loss: Callable[..., Tensor]) -> Iterator[None]:
-    """Inside the block the model has another loss function."""
+    """Replace a model's loss function inside the block."""
     own = model.loss_function
     model.loss_function = loss
     try:
@@ -268,19 +285,19 @@ def override_loss(model: PreTrainedModel, loss: Callable[..., Tensor]) -> Iterat
 
 
 def recomputes(model: nn.Module) -> bool:
-    """Whether gradient checkpointing computes activations of a model, or of a part of one, again on the way back.
+    """Return True if a model, or a part of it, uses gradient checkpointing.
 
-    The property of models that says so has another name from 5.24 on; what it reads has not.
+    The model's property for it has another name from 5.24 on; the attributes that it reads do not.
     """
     return any(getattr(part, _CHECKPOINTING, False) for part in model.modules())
 
 
 @contextmanager
 def computed_once(block: nn.Module) -> Iterator[None]:
-    """Inside the block gradient checkpointing leaves a transformer block alone.
+    """Disable gradient checkpointing of a transformer block inside the block.
 
-    In releases before 5.24 it goes around whatever `forward` the block has been given, and would compute again, on the
-    way back, what needs no gradient.
+    Releases before 5.24 wrap it around any `forward` that the transformer block has, and the backward pass would
+    recompute a frozen block, which needs no gradient.
     """
     if not getattr(block, _CHECKPOINTING, False):
         yield
@@ -296,12 +313,12 @@ _CHECKPOINTING = "gradient_checkpointing"
 
 
 def grow_static_cache(model: PreTrainedModel) -> None:
-    """Let `generate` allocate each layer's static cache at its first keys, and not all at once by the config."""
+    """Make `generate` allocate each layer's static cache by its first keys, not all at once by the config."""
     model._get_static_cache_init_shape = _no_common_shape
 
 
 def _no_common_shape() -> None:
-    """Takes the place of transformers' own, whose None means this."""
+    """Replace a method of transformers: its result None makes the cache allocate layer by layer."""
 
 
 # Trainers
@@ -312,26 +329,26 @@ _RESUMING = (
     "_load_optimizer_and_scheduler",
     "_load_rng_state",
 )
-"""Methods of `Trainer` that lightpeft extends so that a training goes on as if nothing had been."""
+"""Methods of `Trainer` that lightpeft extends so that a resumed run equals an uninterrupted one."""
 
 
 def check_resuming() -> None:
-    """Refuse to go on from a checkpoint where `Trainer` no longer does that by the methods that are extended here.
+    """Refuse to resume if `Trainer` lacks a method that lightpeft extends for it.
 
     Raises:
-        LightPeftError: naming what it lacks.
+        LightPeftError: naming the method.
     """
     lacking = [name for name in _RESUMING if not hasattr(Trainer, name)]
     if lacking:
-        raise unavailable("Going on from a checkpoint", f"transformers has no Trainer.{lacking[0]}")
+        raise unavailable("Resuming from a checkpoint", f"transformers has no Trainer.{lacking[0]}")
 
 
 @contextmanager
 def cpu_without_number(args: TrainingArguments) -> Iterator[None]:
-    """Inside the block the device of a process on a CPU is `cpu`.
+    """Let the device of a process on a CPU be `cpu`, without a number, inside the block.
 
-    Each of several such processes has a number (`cpu:0`), and releases before 5.24 have PyTorch read the states of
-    optimizers for that device, which it refuses.
+    With several processes the device is `cpu:0`, and releases before 5.24 pass it to `torch.load` as the target of
+    optimizer states, which PyTorch refuses.
     """
     numbered = args.device
     if numbered.type != "cpu" or numbered.index is None:
@@ -345,11 +362,11 @@ def cpu_without_number(args: TrainingArguments) -> Iterator[None]:
 
 
 _DEVICE = "_setup_devices"
-"""What `TrainingArguments.device` returns."""
+"""Cached property that `TrainingArguments.device` returns."""
 
 
 def used_columns(trainer: Any, rows: Dataset) -> Any:
-    """The training rows as a trainer's collator gets them."""
+    """Return training rows with the columns that a trainer passes to its collator."""
     without_others = getattr(trainer, "_remove_unused_columns", None)
     if without_others is None:
         return trainer.get_train_dataloader().dataset
@@ -360,10 +377,11 @@ def used_columns(trainer: Any, rows: Dataset) -> Any:
 
 
 def with_backend(tokenizer: PreTrainedTokenizerBase, backend: Tokenizer) -> PreTrainedTokenizerBase:
-    """A copy of a fast tokenizer around another `tokenizers.Tokenizer`, with the same special tokens and settings."""
+    """Return a copy of a fast tokenizer around another `tokenizers.Tokenizer`, with the same special tokens and
+    settings."""
     copied = copy.deepcopy(tokenizer, {id(tokenizer.backend_tokenizer): backend})
-    copied.init_kwargs.pop("added_tokens_decoder", None)  # by the ids of the other one
-    copied.vocab_file = None  # which has the tokens of the other one
+    copied.init_kwargs.pop("added_tokens_decoder", None)  # it has the ids of the other backend
+    copied.vocab_file = None  # it has the tokens of the other backend
     return copied
 
 
@@ -371,9 +389,13 @@ def with_backend(tokenizer: PreTrainedTokenizerBase, backend: Tokenizer) -> PreT
 
 
 def gated(experts: Any, gate_up: Tensor) -> Tensor:
-    """The hidden channels of experts, [..., neurons], from those of gate and up, [..., 2 * neurons], as they lie.
+    """Compute the hidden channels of experts, [..., neurons], from gate and up channels, [..., 2 * neurons].
 
-    Every class of experts that transformers can run in several ways has this step as a method of its own.
+    All classes of experts with several implementations in transformers have this step as a method, which knows how gate
+    and up channels are interleaved.
+
+    Raises:
+        LightPeftError: this class of experts has no such method.
     """
     with needed_for("Cutting hidden channels of experts"):
         hidden: Tensor = experts._apply_gate(gate_up)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightpeft.compat.stand_ins import StandIn
-from lightpeft.compat.torch import is_watched
+from lightpeft.compat.torch import has_hooks
 from lightpeft.machine import preserve_random_state
 from lightpeft.models.patching import override_forward
 from lightpeft.models.unwrap import transformers_model
@@ -30,7 +30,7 @@ def lone_head(model: nn.Module) -> nn.Linear | None:
     head = language_head(inner)
     if (
         head is None
-        or is_watched(head)
+        or has_hooks(head)
         or type(head.weight) not in (nn.Parameter, StandIn)
         or _changes_head_output(inner, head)
     ):

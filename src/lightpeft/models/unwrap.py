@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from lightpeft.compat.peft import BaseTunerLayer, let_hooks_see
+from lightpeft.compat.peft import BaseTunerLayer, call_with_hooks
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:
@@ -18,7 +18,7 @@ def transformers_model(model: nn.Module) -> PreTrainedModel:
     """
     inner: Any = model
     while isinstance(inner, PeftModel):
-        let_hooks_see(inner)
+        call_with_hooks(inner)
         inner = inner.get_base_model()
     return inner
 

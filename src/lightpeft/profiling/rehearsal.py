@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightpeft.compat.stand_ins import StorageWatch
-from lightpeft.compat.torch import set_unseen
+from lightpeft.compat.torch import set_without_hooks
 from lightpeft.profiling.flops import flop_counter
 from lightpeft.profiling.live import device_of, trainable
 from lightpeft.profiling.speed import OptimizerFactory, measure_inference, measure_training
@@ -135,7 +135,7 @@ def _predict_overhead(watch: StorageWatch, activations: int, lengths: int) -> in
 
 
 def _make_batch(shapes: BatchShapes, watch: StorageWatch) -> dict[str, Tensor]:
-    return {name: watch.counted(torch.zeros(shape, dtype=dtype)) for name, (shape, dtype) in shapes.items()}
+    return {name: watch.count_storage(torch.zeros(shape, dtype=dtype)) for name, (shape, dtype) in shapes.items()}
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -150,13 +150,13 @@ def _place_model(model: nn.Module, device: torch.device | str, watch: StorageWat
     def stand_in(tensor: Tensor) -> Tensor:
         if id(tensor) not in placed:
             new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-            watch.counted(new)
+            watch.count_storage(new)
             is_parameter = isinstance(tensor, nn.Parameter)
             placed[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
         return placed[id(tensor)]
 
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            set_unseen(module, name, stand_in(parameter))
+            set_without_hooks(module, name, stand_in(parameter))
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, stand_in(buffer))

@@ -106,12 +106,12 @@ class LightModel(PeftModel):
         Raises:
             LightPeftError: the upload failed.
         """
-        from lightpeft.saving.uploading import send
+        from lightpeft.saving.uploading import upload
 
         def write(folder: Path) -> None:
             self.save_pretrained(folder, **options)
 
-        return send(write, repo_id, private=private, revision=revision, token=token, commit_message=commit_message)
+        return upload(write, repo_id, private=private, revision=revision, token=token, commit_message=commit_message)
 
     def load_adapter(self, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """Load weights for the kept units with PEFT's `load_adapter`, such as those of a trainer's checkpoint.
@@ -146,10 +146,10 @@ class LightModel(PeftModel):
         return self._make_savable(self.base_model.unload())
 
     def _make_savable(self, whole: PreTrainedModel) -> PreTrainedModel:
-        from lightpeft.saving.description import facts_of, unmeasured
-        from lightpeft.saving.whole import settle
+        from lightpeft.saving.description import facts_of, without_metrics
+        from lightpeft.saving.whole import make_saveable
 
-        settle(whole, self.light_plan, unmeasured(facts_of(self)))
+        make_saveable(whole, self.light_plan, without_metrics(facts_of(self)))
         return whole
 
 

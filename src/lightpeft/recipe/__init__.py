@@ -1,1 +1,1 @@
-"""Light-PEFT from beginning to end, for a loop or a trainer of one's own."""
+"""Light-PEFT from estimation to fine-tuning, for any trainer or training loop."""

@@ -1,4 +1,4 @@
-"""The arguments of any trainer, as a training that cuts its model can take them."""
+"""Arguments of any trainer, checked and changed so that the trainer can cut its model."""
 
 from __future__ import annotations
 
@@ -17,41 +17,45 @@ _log = logging.getLogger(__name__)
 def trainer_kwargs(
     init: Callable[..., None], args: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a trainer is to be made with behind its model; by names, as far as arguments have any.
+    """Return a trainer's arguments after `model`: positional arguments that have a name are passed by it.
 
     Args:
-        init: of the trainer.
-        args, options: that were given.
+        init: the trainer's `__init__`.
+        args, options: positional and keyword arguments that the caller passed after the model.
 
     Raises:
-        LightPeftError: an argument that cannot follow the cut.
+        LightPeftError: an argument that does not survive the cut.
     """
-    named, args = _by_name(init, args)
+    named, args = _split_by_name(init, args)
     options = dict(**named, **options)
     refuse_deepspeed(getattr(options.get("args"), "deepspeed", None))
     given_optimizers = options.get("optimizers") or (None, None)
     require(
         given_optimizers == (None, None),
-        "an optimizer or a scheduler made before cannot follow the cut; leave optimizers out and say which one by "
-        "args.optim and args.lr_scheduler_type, or by optimizer_cls_and_kwargs",
+        "optimizers: an optimizer or scheduler made before training does not survive the cut; leave it out and set "
+        "args.optim and args.lr_scheduler_type, or optimizer_cls_and_kwargs",
     )
-    require(options.get("model_init") is None, "model_init makes a dense model anew for each trial; give the model")
+    require(options.get("model_init") is None, "model_init makes a new dense model for each trial; pass model instead")
     return args, options
 
 
-def _by_name(init: Callable[..., None], args: tuple[Any, ...]) -> tuple[dict[str, Any], tuple[Any, ...]]:
-    """A trainer's positional arguments behind its model: by their names, and those that have none."""
+def _split_by_name(init: Callable[..., None], args: tuple[Any, ...]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """Split positional arguments after the model into those with a parameter name and those without (`*args`)."""
     _, *behind = inspect.signature(init).parameters.values()
     names = [each.name for each in behind if each.kind is each.POSITIONAL_OR_KEYWORD]
     return dict(zip(names, args, strict=False)), args[len(names) :]
 
 
 def with_dense_reference(options: dict[str, Any]) -> dict[str, Any]:
-    """The options, by which a preference trainer without a reference model asks the dense model before training."""
+    """Let a preference trainer without a reference model compute reference log-probabilities before the cut.
+
+    Returns:
+        The options, with `precompute_ref_log_probs` set in a copy of `args` where that is needed.
+    """
     settings: Any = options.get("args")
     if getattr(settings, "precompute_ref_log_probs", True) or options.get("ref_model") is not None:
         return options
-    _log.info("the reference's log-probabilities are computed once, before training, by the dense model")
+    _log.info("precompute_ref_log_probs: the dense model computes the reference log-probabilities once, before the cut")
     settings = copy.copy(settings)
     settings.precompute_ref_log_probs = True
     return {**options, "args": settings}

@@ -1,4 +1,4 @@
-"""Checkpoints on both sides of the cut: what they hold beside the trainer's own, and how training goes on from them."""
+"""Checkpoints before and after the cut: files beside the trainer's own, and how training resumes from them."""
 
 from __future__ import annotations
 
@@ -26,18 +26,23 @@ from lightpeft.training.schedule import pace_of
 from lightpeft.training.step_rows import write_step
 
 _CUT = "lightpeft_cut.json"
-"""What says that a checkpoint lies behind the cut."""
+"""File that marks a checkpoint as written after the cut."""
 _OUTSIDE = "lightpeft_outside.safetensors"
-"""What trains beside the PeftModel, in models that have it inside."""
+"""File of the trained weights outside the PeftModel, for models that wrap one (sentence-transformers)."""
 
 
 class LightCheckpoints(Checkpoints):
-    """Checkpoints of a model that is cut on the way."""
+    """Checkpoints of a model that is cut during training."""
 
     _trainer: LightHost
 
     def save(self, folder: Path, write: bool) -> None:
-        """Put what a resumed run needs beside what the trainer has written into a checkpoint."""
+        """Add the files that a resumed run needs to a checkpoint that the trainer has written.
+
+        Args:
+            folder: the checkpoint.
+            write: True in the process that writes files.
+        """
         trainer = self._trainer
         if trainer.light_plan is None:
             assert trainer._light_pruner is not None
@@ -46,18 +51,18 @@ class LightCheckpoints(Checkpoints):
             write_json(folder / _CUT, {**trainer.light_report, "estimation_steps": trainer._estimation_steps})
         if write:
             write_step(folder, trainer.args)
-        if write and self._inside:
+        if write and self._wraps_peft_model:
             _save_outside(trainer.model, trainer._peft_model, folder)
 
-    def at_cut(self, estimation_steps: int, max_steps: int) -> Path:
-        """Write a checkpoint of a light model from which training goes on behind the cut, and nothing happened since.
+    def write_at_cut(self, estimation_steps: int, max_steps: int) -> Path:
+        """Write a checkpoint of a light model right after the cut, from which fine-tuning can start.
 
         Args:
-            estimation_steps: steps that estimation has taken.
-            max_steps: of the whole run.
+            estimation_steps: optimizer steps of estimation.
+            max_steps: optimizer steps of the whole run.
 
         Returns:
-            The checkpoint, among the trainer's own.
+            Folder of the checkpoint, `checkpoint-<estimation_steps>` in `output_dir`.
         """
         trainer, pace = self._trainer, pace_of(self._trainer)
         folder = Path(trainer.args.output_dir) / f"checkpoint-{estimation_steps}"
@@ -76,7 +81,12 @@ class LightCheckpoints(Checkpoints):
         return folder
 
     def load_weights(self, folder: str, usual: Callable[[], None]) -> None:
-        """Cut the model as the checkpoint's is, and load its weights."""
+        """Cut the model to the checkpoint's plan if it was written after the cut, and load its weights.
+
+        Args:
+            folder: the checkpoint.
+            usual: loads the weights as the trainer does by itself.
+        """
         trainer = self._trainer
         if is_sharded(trainer.model):
             return
@@ -85,35 +95,42 @@ class LightCheckpoints(Checkpoints):
             trainer.light_report, trainer._estimation_steps = report, int(report["estimation_steps"])
             if trainer._light_pruner is not None and trainer.light_plan is None:
                 dense = trainer._light_pruner.estimator.fingerprint
-                trainer.light_plan = _cut_as_saved(trainer._peft_model, dense, Path(folder))
-        if self._inside:
+                trainer.light_plan = _cut_to_saved_plan(trainer._peft_model, dense, Path(folder))
+        if self._wraps_peft_model:
             _load_inside(trainer.model, trainer._peft_model, Path(folder))
         else:
             super().load_weights(folder, usual)
 
     def load_random_state(self, checkpoint: str | None, usual: Callable[[str | None], None]) -> None:
-        """Load random numbers; right behind the cut there are none to load, and nobody has drawn any."""
+        """Load the random state; a checkpoint made right after the cut has none, and gets the seed of that moment."""
         super().load_random_state(checkpoint, usual)
         unknown = checkpoint is not None and not any(Path(checkpoint).glob("rng_state*"))
         if unknown and self._trainer.state.global_step == self._trainer._estimation_steps:
             set_seed(self._trainer.args.seed + 1)
 
     def load_best(self, usual: Callable[[], None]) -> None:
-        """Load the best model, wherever the PeftModel is."""
-        if self._inside:
+        """Load the best model, also where the PeftModel is wrapped in the trainer's model."""
+        if self._wraps_peft_model:
             best = Path(self._trainer.state.best_model_checkpoint)
             _load_inside(self._trainer.model, self._trainer._peft_model, best)
         else:
             super().load_best(usual)
 
     @property
-    def _inside(self) -> bool:
-        """Whether the PeftModel is a part of the trainer's model, which then saves and loads in its own way."""
+    def _wraps_peft_model(self) -> bool:
+        """True if the PeftModel is a part of the trainer's model, which then saves and loads in its own way."""
         return self._trainer._peft_model is not self._trainer.model
 
 
 def read_cut(folder: Path) -> dict[str, Any] | None:
-    """What a checkpoint says of the cut; None in one from before it."""
+    """Read the report on the cut from a checkpoint.
+
+    Returns:
+        The report; None if the checkpoint was written before the cut.
+
+    Raises:
+        LightPeftError: the file is damaged.
+    """
     if not (folder / _CUT).is_file():
         return None
     report = read_json(folder / _CUT)
@@ -122,39 +139,46 @@ def read_cut(folder: Path) -> dict[str, Any] | None:
     return report
 
 
-def _cut_as_saved(model: PeftModel, fingerprint: str, folder: Path) -> PrunePlan:
-    """Cut a dense model with this fingerprint, in place, to the plan of a checkpoint, without loading its weights."""
+def _cut_to_saved_plan(model: PeftModel, fingerprint: str, folder: Path) -> PrunePlan:
+    """Cut a dense model in place to the plan of a checkpoint, without loading its weights.
+
+    Raises:
+        LightPeftError: the checkpoint was made from a base with another fingerprint.
+    """
     place = _adapter_folder(folder)
     with explain_content_errors(place / DESCRIPTION):
         plan = PrunePlan.from_dict(read_description(place)["plan"])
-    require(plan.fingerprint == fingerprint, f"{folder} was made from another base; give the one that it was made from")
+    require(
+        plan.fingerprint == fingerprint, f"{folder} was made from another base; pass the base that it was made from"
+    )
     apply_plan(model, plan)
     as_light(model, plan)
     return plan
 
 
 def _save_outside(model: nn.Module, inside: PeftModel, folder: Path) -> None:
-    """Write what trains of a model beside the PeftModel inside it; nothing where nothing does."""
-    trained = {name: p.detach() for name, p in _outside(model, inside).items()}
+    """Write the trained weights of a model that lie outside the PeftModel inside it; no file if there are none."""
+    trained = {name: p.detach() for name, p in _parameters_outside(model, inside).items()}
     if trained:
         write_tensors(folder / _OUTSIDE, trained)
 
 
 def _load_inside(model: nn.Module, inside: PeftModel, folder: Path) -> None:
-    """Load the adapter of a checkpoint into the PeftModel inside a model, and what trains beside it."""
+    """Load a checkpoint's adapter into the PeftModel inside a model, and the trained weights outside that."""
     inside.load_adapter(str(_adapter_folder(folder)), str(inside.active_adapter), is_trainable=True)
     saved = read_tensors(folder / _OUTSIDE) if (folder / _OUTSIDE).is_file() else {}
     with torch.no_grad():
-        for name, parameter in _outside(model, inside).items():
-            require(name in saved, f"{folder} has no weights for {name}")
+        for name, parameter in _parameters_outside(model, inside).items():
+            require(name in saved, f"{folder} has no weights for {name}; resume from a checkpoint of the same model")
             parameter.copy_(saved[name])
 
 
-def _outside(model: nn.Module, inside: PeftModel) -> dict[str, nn.Parameter]:
+def _parameters_outside(model: nn.Module, inside: PeftModel) -> dict[str, nn.Parameter]:
+    """Return the trained parameters of a model that lie outside the PeftModel inside it, by name."""
     own = {id(p) for p in inside.parameters()}
     return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in own}
 
 
 def _adapter_folder(folder: Path) -> Path:
-    """Where in a checkpoint the adapter is: models that have it inside save it in a folder of their own."""
+    """Return the folder of the adapter in a checkpoint: models that wrap a PeftModel save it in a subfolder."""
     return next((file.parent for file in sorted(folder.rglob("adapter_config.json"))), folder)

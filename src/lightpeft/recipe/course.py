@@ -1,4 +1,4 @@
-"""Where the recipe meets a trainer's callbacks: they call it at the right place, and are told of the cut."""
+"""The recipe and a trainer's callbacks: one callback runs the recipe, and the others get a report on the cut."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lightpeft.training.host import Host
 from lightpeft.training.prefix import TrainerPrefix
 
 
-class Course(EstimationCallback):
-    """Calls the recipe where the trainer is at the right place."""
+class LightCallback(EstimationCallback):
+    """Run estimation, the cut and checkpoints at the trainer's events."""
 
     def __init__(self, training: LightHost, checkpoints: LightCheckpoints, prefix: TrainerPrefix) -> None:
         self.training, self.checkpoints, self.prefix = training, checkpoints, prefix
@@ -63,8 +63,8 @@ class Course(EstimationCallback):
         return pruner.estimator
 
 
-def tell_cut(trainer: Host, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Report the cut to whoever watches a trainer, and let what was best before it count no more.
+def report_cut(trainer: Host, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Log the parameter counts before and after the cut, and reset the best metric and early stopping.
 
     Args:
         before, after: `parameter_report` of the model.

@@ -1,4 +1,4 @@
-"""`light.remove.depth: auto` in a trainer: how many blocks are left out, found before PEFT modules are placed."""
+"""`light.remove.depth: auto` in a trainer: the number of dropped blocks, found before PEFT modules are placed."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ _log = logging.getLogger(__name__)
 
 
 def with_depth(light: LightConfig, model: Any, options: Mapping[str, Any]) -> LightConfig:
-    """The settings with a number for their depth; where that is auto, it is read off some of the training rows.
+    """Return the settings with a number for `remove.depth`; `auto` is measured on some of the training rows.
 
     Args:
-        model: dense, or with PEFT modules that have learned nothing; a light one has its depth.
-        options: what a trainer is made with beside it.
+        model: dense, or with PEFT modules that have learned nothing; of a light model the settings stay as they are.
+        options: keyword arguments of the trainer.
 
     Raises:
-        LightPeftError: the model is still to be loaded, there are no rows that can be counted, or they do not tell.
+        LightPeftError: the model is not loaded, the dataset has no length, or the rows do not determine a depth.
     """
     if light.remove.depth != "auto" or isinstance(model, LightModel):
         return light
     if not isinstance(model, nn.Module):
-        raise LightPeftError("light.remove.depth: auto asks the model itself; give it loaded, or depth as a number")
+        raise LightPeftError("light.remove.depth: auto needs a loaded model; load it first, or set depth to a number")
     if not is_classifying_decoder(model):
-        _log.info("light.remove.depth: auto leaves out none of the blocks: %s", DECODERS_ONLY)
+        _log.info("light.remove.depth: auto drops no blocks: %s", DECODERS_ONLY)
         return light.with_depth(0.0)
     with torch.random.fork_rng():  # what is made of random numbers afterwards does not depend on this
-        found = broadcast_from_main(find_depth(model, *_fed(model, options)))
+        found = broadcast_from_main(find_depth(model, *_sample_batches(model, options)))
     depth = found.within(light.remove.blocks)
-    _log.info("light.remove.depth: auto leaves out %.0f%% of the blocks: %s", 100 * depth, found.summary())
+    _log.info("light.remove.depth: auto drops %.0f%% of the blocks: %s", 100 * depth, found.summary())
     return light.with_depth(depth)
 
 
-def _fed(model: nn.Module, options: Mapping[str, Any]) -> tuple[Any, torch.dtype | None]:
-    """Batches of some training rows, as any trainer feeds them to a model, and what it computes in."""
+def _sample_batches(model: nn.Module, options: Mapping[str, Any]) -> tuple[Any, torch.dtype | None]:
+    """Return batches of some training rows, collated as the trainer does, and its half precision (None: none)."""
     rows, args = cast(Any, options.get("train_dataset")), options.get("args")
     try:
         count = len(rows)
     except TypeError:
-        known = "light.remove.depth: auto reads some of a known number of training rows; give depth as a number"
+        known = "light.remove.depth: auto needs a training dataset with a length; set depth to a number"
         raise LightPeftError(known) from None
     args = TrainingArguments() if args is None else copy.copy(args)
     drawn = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))[:PROBE_ROWS].tolist()

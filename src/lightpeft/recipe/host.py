@@ -1,4 +1,4 @@
-"""A trainer that prunes, as its parts see it."""
+"""Interface of a trainer that prunes, for the parts of the recipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightpeft.recipe.pruner import EarlyPruner
 
 
 class LightHost(SearchHost, Protocol):
-    """A `LightTraining`: what `Course`, `LightCheckpoints`, `LightSchedule` and refusals read, set and call of it."""
+    """The attributes and methods of `LightTraining` that its callback, checkpoints, schedule and refusals use."""
 
     light_plan: PrunePlan | None
     light_report: dict[str, Any]

@@ -1,4 +1,4 @@
-"""A model that is given to one of TRL's trainers by its name, loaded as that trainer would load it."""
+"""Models that are passed to a TRL trainer by name, loaded as that trainer would load them."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from lightpeft.errors import require
 
 
 def with_loaded_model(model: Any, trainer: type, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The model itself, and a trainer's arguments with it; both as they are if the model is loaded already.
+    """Load a model that is given by name, and return it with the trainer's arguments; a loaded model is returned as is.
 
-    PEFT modules go on the model before the trainer sees it, so that the name cannot be left to the trainer. TRL's
-    trainers load by `args.model_init_kwargs`, in float32 unless these say otherwise, with the class that the checkpoint
-    names; reward models get a head with one output.
+    PEFT modules go on the model before the trainer sees it, so lightpeft loads it. TRL's trainers load with
+    `args.model_init_kwargs`, in float32 unless these say otherwise, by the class that the checkpoint names; reward
+    models get a head with one output.
 
     Args:
-        model: the model, or its name on the hub or its folder.
+        model: a model, or its name on the hub or its folder.
         trainer: the class that will train it.
-        options: arguments of the trainer, by name.
+        options: keyword arguments of the trainer.
 
     Raises:
-        LightPeftError: the trainer is not one that takes a name.
+        LightPeftError: the trainer does not take a model by name.
     """
     if not isinstance(model, (str, os.PathLike)):
         return model, options
     args: Any = options.get("args")
     by_name = (
-        f"{trainer.__name__} loads no model by its name; give it loaded, by from_pretrained, in place of {model!r}"
+        f"{trainer.__name__} does not load a model by name; load {model!r} with from_pretrained and pass the model"
     )
     require(hasattr(args, "model_init_kwargs"), by_name)
     args = copy.copy(args)

@@ -1,4 +1,4 @@
-"""Several processes: one decision for all, and a wrapper that learns of the parameters that a cut model has."""
+"""Several processes: one decision for all, and DistributedDataParallel around a model that was cut."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ T = TypeVar("T")
 
 
 def broadcast_from_main(value: T) -> T:
-    """The value of the main process, in all: what they measured may differ in the last digit."""
+    """Return the main process's value in every process: values measured by each may differ in the last digit."""
     values = [value]
     broadcast_object_list(values)
     return values[0]
 
 
 def rewrap(trainer: Host) -> None:
-    """Let a trainer's wrapper for several processes, if there is one, know the parameters that the model has now.
+    """Rebuild a trainer's DistributedDataParallel wrapper, if it has one, for the parameters that the model has now.
 
-    The training loop holds the wrapper itself, so it has to stay the same object.
+    The training loop holds a reference to the wrapper, so it has to stay the same object.
     """
     wrapper = trainer.model_wrapped
     if not isinstance(wrapper, DistributedDataParallel):

@@ -1,4 +1,4 @@
-"""What cannot work with a model that is cut on the way, each in one line before training."""
+"""Checks before training: each setting that cannot work with a model that is cut ends in one line."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lightpeft.training.schedule import pace_of, steps_of
 
 
 def check_light(trainer: LightHost, *, sharded: bool) -> None:
-    """Refuse what cannot work with a model that is cut on the way.
+    """Refuse settings that cannot work with a model that is cut during training.
 
     Args:
-        sharded: whether FSDP shards the model.
+        sharded: True if FSDP shards the model.
 
     Raises:
-        LightPeftError: saying what does.
+        LightPeftError: naming the setting and its replacement.
     """
     args = trainer.args
     engines = {
@@ -30,8 +30,8 @@ def check_light(trainer: LightHost, *, sharded: bool) -> None:
     }
     found = next((name for name, used in engines.items() if used), None)
     hint = "; start one process a GPU with accelerate launch" if found and found.startswith("DataParallel") else ""
-    require(found is None, f"{found} cannot follow a model that is cut on the way; train without it{hint}")
-    alone = "weights on disk are for training in one process; load the model without weights_on_disk"
+    require(found is None, f"{found} does not work with a model that is cut during training; turn it off{hint}")
+    alone = "weights_on_disk works in one process only; load the model without it, or start one process"
     require(args.world_size == 1 or not has_weights_on_disk(trainer.model), alone)
     if sharded:
         _check_sharded(trainer)
@@ -40,16 +40,16 @@ def check_light(trainer: LightHost, *, sharded: bool) -> None:
     reference = getattr(trainer, "ref_model", trainer) is None and not getattr(args, "precompute_ref_log_probs", 0)
     require(
         not reference or not getattr(args, "beta", 0),
-        f"{type(trainer).__name__} would take the cut model as its own reference; give the dense one as ref_model=, "
+        f"{type(trainer).__name__} would use the cut model as its reference model; pass the dense model as ref_model=, "
         "or set beta to 0",
     )
 
 
 def check_length(trainer: LightHost) -> None:
-    """Refuse a training that is too short for its estimation, as far as its length is known before it begins.
+    """Refuse a run that is too short for its estimation; skipped if the number of steps is not known yet.
 
     Raises:
-        LightPeftError: saying what to lengthen.
+        LightPeftError: naming the setting to raise.
     """
     steps = steps_of(trainer)
     if trainer.light_plan is None and steps is not None:
@@ -57,7 +57,7 @@ def check_length(trainer: LightHost) -> None:
 
 
 def refuse_parts(model: object) -> None:
-    """Refuse a model that each process has loaded a part of, or that has no weights.
+    """Refuse a model that is already sharded, or that has no weights (meta device).
 
     Raises:
         LightPeftError: saying how to load it.
@@ -66,15 +66,15 @@ def refuse_parts(model: object) -> None:
         check_stored(model)
     require(
         not isinstance(model, nn.Module) or not is_sharded(model),
-        "the model lies in parts already, and a family is found in whole layers; give it as it was loaded",
+        "the model is already sharded, and lightpeft needs whole layers; pass it as from_pretrained returned it",
     )
 
 
 def _check_sharded(trainer: LightHost) -> None:
-    everything = "light.train: all trains what FSDP shards, the base; train in DDP, or set light.train to peft"
+    everything = "light.train: all does not work with FSDP, which shards the base; use DDP, or set light.train to peft"
     require(trainer.light_config.train != "all", everything)
     keep = trainer.light_config.after.keep
-    kept = f"light.after.keep: {keep} needs the whole base in every process, which FSDP spares"
+    kept = f"light.after.keep: {keep} needs the whole base in every process, and FSDP shards it"
     require(keep == "light", f"{kept}; set it to light")
     quantised = any(getattr(module, "is_quantized", False) for module in trainer.model.modules())
-    require(not quantised, "a base in 4 or 8 bits cannot be cut where FSDP shards it; give it unquantised")
+    require(not quantised, "a quantized base (4 or 8 bits) cannot be cut under FSDP; load the base unquantized")

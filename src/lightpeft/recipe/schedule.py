@@ -1,18 +1,18 @@
-"""One optimizer and one schedule before the cut, others behind it."""
+"""Learning rate, optimizer and scheduler: one of each before the cut, and new ones after it."""
 
 from __future__ import annotations
 
-from lightpeft.compat.accelerate import forget_optimizers, prepared
+from lightpeft.compat.accelerate import forget_optimizers, prepare_optimizer
 from lightpeft.recipe.host import LightHost
 from lightpeft.recipe.parallel import rewrap
 from lightpeft.training.schedule import Schedule
 
 
 class LightSchedule(Schedule):
-    """Rate and steps of a light training: those of estimation, and behind the cut those of what is left.
+    """Learning rate and scheduler steps of estimation, and of fine-tuning after the cut.
 
     Attributes:
-        last_steps: of the run, that others make behind this training.
+        last_steps: final optimizer steps of the run that are trained elsewhere (at full width).
     """
 
     def __init__(self, trainer: LightHost) -> None:
@@ -20,8 +20,8 @@ class LightSchedule(Schedule):
         self._trainer, self._scale = trainer, 1.0
 
     def set_rate(self) -> None:
-        """The trainer's learning rate is that of what it trains: all ranks before the cut, and behind it those that
-        stay."""
+        """Set the trainer's learning rate: plain PEFT's, times `rates.estimation_scale` before the cut and
+        `rates.scale` after it, when fewer ranks train."""
         trainer, light = self._trainer, self._trainer.light_config
         rates = light.rates
         scale = float((rates.estimation_scale if trainer.light_plan is None else rates.scale) or 1.0)
@@ -32,18 +32,18 @@ class LightSchedule(Schedule):
         trainer.args.learning_rate, self._scale = trainer.light_plain_rate * scale, scale
 
     def steps(self, of_run: int) -> int:
-        """Those of the whole run for estimation, and those that are left behind the cut."""
+        """Return the scheduler's steps: all of the run in estimation, and the remaining ones after the cut."""
         trainer = self._trainer
         return of_run if trainer.light_plan is None else of_run - trainer._estimation_steps - self.last_steps
 
     def renew(self, max_steps: int) -> None:
-        """A new optimizer of the same sort, and a new scheduler: the parameters are others now."""
+        """Replace optimizer and scheduler by new ones of the same kind, for the parameters of the cut model."""
         trainer = self._trainer
         rewrap(trainer)
         forget_optimizers(trainer.accelerator)
         trainer.optimizer = trainer.lr_scheduler = None
         trainer.create_optimizer()
-        trainer.optimizer = prepared(trainer.accelerator, trainer.model, trainer.optimizer)
+        trainer.optimizer = prepare_optimizer(trainer.accelerator, trainer.model, trainer.optimizer)
         trainer.create_scheduler(num_training_steps=max_steps)
         for name in ("optimizer", "lr_scheduler"):
             setattr(trainer.callback_handler, name, getattr(trainer, name))

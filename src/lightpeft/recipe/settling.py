@@ -1,4 +1,4 @@
-"""From what `light=` was given to settings that a training can run by, before PEFT modules are placed."""
+"""From the value of `light=` to complete settings, before PEFT modules are placed."""
 
 from __future__ import annotations
 
@@ -28,31 +28,33 @@ _log = logging.getLogger(__name__)
 
 
 def light_settings(light: Light, peft: PeftConfig, model: nn.Module) -> LightConfig:
-    """The settings with a value for all that is unset, by the kind of PEFT and by what the model gives.
+    """Return the settings with a default for each unset field, chosen by the PEFT method and the model's output.
 
     Raises:
-        LightPeftError: an unknown form, setting or value, or all weights are to train of a model that cannot.
+        LightPeftError: an unknown form, setting or value, or `train: all` for a model that does not allow it.
     """
     kind = kind_of(peft)
     settings = fill_defaults(light_config(light), kind.name, can_write(model))
     if settings.train == "all":
-        asked = "light.train: all trains the weights that are left"
+        asked = "light.train: all trains the base weights"
         require(kind.merges, f"light.train: all merges PEFT at the cut, and {kind.title} cannot be merged; use LoRA")
         quantised = getattr(transformers_model(model), "is_quantized", False)
-        require(not quantised, f"{asked}, which cannot be done in 4 or 8 bits; give the base unquantised")
-        require(not has_weights_on_disk(model), f"{asked}, and those of this model are on disk; load it into memory")
+        require(not quantised, f"{asked}, which is not possible in 4 or 8 bits; load the base unquantized")
+        require(
+            not has_weights_on_disk(model), f"{asked}, and this model's are on disk; load it without weights_on_disk"
+        )
     return settings
 
 
 def settings_of_trainer(light: Light, peft: PeftConfig, model: nn.Module, options: Mapping[str, Any]) -> LightConfig:
-    """The same for a trainer: with a number for the depth, and without a cut where training is too short to find one.
+    """Return complete settings for a trainer: a number for the depth, and no cut if `auto` gets too few steps.
 
     Args:
-        model: dense, with PEFT modules that have learned nothing, or a light one, which stays as it is.
-        options: what the trainer is made with beside it.
+        model: dense, with PEFT modules that have learned nothing, or light.
+        options: keyword arguments of the trainer.
 
     Raises:
-        LightPeftError: also where `with_depth` does.
+        LightPeftError: an unknown form, setting or value, or `depth: auto` cannot be measured.
     """
     settings = light_settings(light, peft, model)
     if isinstance(model, LightModel):
@@ -67,38 +69,38 @@ def settings_of_trainer(light: Light, peft: PeftConfig, model: nn.Module, option
         return settings
     settings, unable = remove_nothing_if_short(settings, pace_of(planned), steps, longer="num_train_epochs")
     if unable is not None:
-        _log.warning("nothing of the base goes: %s", unable)
+        _log.warning("light: auto cuts nothing of the base: %s", unable)
     return settings
 
 
 def settings_of_loop(light: Light, peft: PeftConfig, model: nn.Module) -> LightConfig:
-    """The same for a loop that somebody writes, in which no budget can be searched for."""
+    """Return complete settings for a custom training loop: a fixed budget in place of `auto`, which needs a trainer."""
     given = light_config(light)
     settings = light_settings(given, peft, model)
     if given.remove.says_how_much or not settings.is_auto:
         return settings
     blocks = fixed_budget(gives_classes(model))
-    why = "a fixed budget, since a loop of your own cannot search for one; light=0.4 cuts 40%"
-    _log.info("%.0f%% of the blocks go: %s", 100 * blocks, why)
+    why = "EarlyPruner uses a fixed budget, because a training loop cannot search for one; set it by light=0.4"
+    _log.info("light: %.0f%% of the blocks will be cut: %s", 100 * blocks, why)
     return settings.removing(blocks)
 
 
 def peft_config_of(model: PeftModel) -> PeftConfig:
-    """The configuration of the adapter that is estimated and cut."""
+    """Return the configuration of the adapter that is estimated and cut."""
     return model.peft_config[own_adapter(model)]
 
 
 def can_write(model: nn.Module) -> bool:
-    """Whether a model has the head of a language model that writes."""
+    """Return True if a model has a language-model head that generates text."""
     inner = transformers_model(model)
     return isinstance(inner, PreTrainedModel) and inner.can_generate()
 
 
 def gives_classes(model: nn.Module, rows: Any = None) -> bool:
-    """Whether a model gives each row one of several classes.
+    """Return True if a model assigns each row exactly one of several classes.
 
     Args:
-        rows: that it trains on, whose labels are whole numbers then; None: not known.
+        rows: training rows, which then have integer labels; None: not known.
     """
     inner = transformers_model(model)
     head = type(inner).__name__
@@ -106,11 +108,11 @@ def gives_classes(model: nn.Module, rows: Any = None) -> bool:
         return True
     classes = head.endswith("ForSequenceClassification") and inner.config.num_labels > 1
     one = inner.config.problem_type in (None, "single_label_classification") if classes else False
-    return one and _whole_numbers(rows)
+    return one and _may_have_integer_labels(rows)
 
 
-def _whole_numbers(rows: Any) -> bool:
-    """Whether the labels of rows are whole numbers, as far as can be told."""
+def _may_have_integer_labels(rows: Any) -> bool:
+    """Return True unless the labels of a dataset are known to be no integers."""
     if not isinstance(rows, Dataset):
         return True
     feature = next((rows.features[name] for name in ("labels", "label", "label_ids") if name in rows.features), None)

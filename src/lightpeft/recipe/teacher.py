@@ -1,4 +1,4 @@
-"""A teacher of a trainer: a live model, or one by its folder or name, that is asked once about the training rows."""
+"""The teacher of a trainer: a model, or its folder or name, that computes logits of the training rows once."""
 
 from __future__ import annotations
 
@@ -33,47 +33,55 @@ from lightpeft.saving.peft_adapter import ADAPTER_CONFIG, load_adapter, read_ada
 from lightpeft.saving.whole import MERGED
 from lightpeft.training.arguments import half_precision
 from lightpeft.training.host import Host
-from lightpeft.training.teaching import Manner, has_answers, manner_of, shared_out, with_answers
+from lightpeft.training.teaching import (
+    OutputKind,
+    has_teacher_logits,
+    output_kind_of,
+    split_over_processes,
+    with_teacher_logits,
+)
 
 Teacher = nn.Module | str | os.PathLike[str]
 """A model, or the folder of one: a light adapter, a merged light model, a PEFT adapter, or a transformers model, which
 may also be a name on the hub."""
-_UNNAMED = re.compile(r"LABEL_\d+")
+_DEFAULT_LABEL = re.compile(r"LABEL_\d+")
 
 
-def taught_rows(trainer: Host, teacher: Teacher) -> Any:
-    """The training rows of a trainer with the teacher's logits; as they are, if they have some.
+def add_teacher_logits(trainer: Host, teacher: Teacher) -> Any:
+    """Return the training rows of a trainer with a column of the teacher's logits; unchanged if they have one.
 
     Args:
-        teacher: reads the rows as they are: its tokenizer is the model's.
+        teacher: has the same tokenizer as the model.
 
     Raises:
-        LightPeftError: the teacher has another task, other classes or another vocabulary, or gives NaN; or the rows
+        LightPeftError: the teacher has another task, other classes or another vocabulary, or returns NaN; or the rows
             are no `datasets.Dataset`.
     """
     rows = trainer.train_dataset
-    if has_answers(rows):
+    if has_teacher_logits(rows):
         return rows
-    require(isinstance(rows, Dataset), "a teacher needs training rows that are a datasets.Dataset: it adds a column")
-    manner = manner_of(trainer.model, rows)
+    require(isinstance(rows, Dataset), "teacher: train_dataset must be a datasets.Dataset, to which it adds a column")
+    output_kind = output_kind_of(trainer.model, rows)
     device = device_of(trainer.model)
     with preserve_random_state(device):
-        model = teacher if isinstance(teacher, nn.Module) else _loaded(teacher, transformers_model(trainer.model))
-        _check(model, transformers_model(trainer.model), manner)
+        model = teacher if isinstance(teacher, nn.Module) else _load_teacher(teacher, transformers_model(trainer.model))
+        _check_teacher(model, transformers_model(trainer.model), output_kind)
         if model is not teacher:
             model.to(trainer.args.device)
-        return with_answers(rows, shared_out(len(rows), _Asked(trainer, model, manner)))
+        return with_teacher_logits(
+            rows, split_over_processes(len(rows), _TeacherInference(trainer, model, output_kind))
+        )
 
 
-class _Asked:
-    """A teacher that can be asked about some rows of a trainer."""
+class _TeacherInference:
+    """Computes a teacher's logits of some of a trainer's rows."""
 
-    def __init__(self, trainer: Host, teacher: nn.Module, manner: Manner) -> None:
-        self._trainer, self._teacher, self._manner = trainer, teacher, manner
+    def __init__(self, trainer: Host, teacher: nn.Module, output_kind: OutputKind) -> None:
+        self._trainer, self._teacher, self._output_kind = trainer, teacher, output_kind
         self._rows = used_columns(trainer, trainer.train_dataset)
 
     def __call__(self, numbers: Sequence[int]) -> list[Tensor]:
-        """Logits of these rows, float32 on the CPU; rows of similar length share a batch."""
+        """Return the logits of the rows with these numbers, float32 on the CPU; batches have rows of similar length."""
         trainer, rows = self._trainer, self._rows
         size, lengths = trainer.args.eval_batch_size, [len(ids) for ids in rows["input_ids"]]
         order = sorted(numbers, key=lengths.__getitem__, reverse=True)
@@ -81,29 +89,33 @@ class _Asked:
         found: dict[int, Tensor] = {}
         starts = range(0, len(order), size)
         with in_mode(self._teacher, training=False):
-            for start in bars.progress(starts, len(starts), "The teacher answers"):
+            for start in bars.progress(starts, len(starts), "Teacher logits"):
                 part = [rows[number] for number in order[start : start + size]]
                 batch = trainer.data_collator([dict(row) for row in part])
                 with without_graph(self._teacher), autocasting(device, autocast):
                     output = self._teacher(**move_batch(without_labels(batch), device))
-                of_rows = zip(order[start : start + size], self._of_rows(output.logits, batch, part), strict=True)
+                of_rows = zip(order[start : start + size], self._split_rows(output.logits, batch, part), strict=True)
                 found.update(of_rows)
         return [found[number] for number in numbers]
 
-    def _of_rows(self, logits: Tensor, batch: Any, rows: Sequence[Any]) -> list[Tensor]:
-        """A batch's logits row by row, without padding."""
+    def _split_rows(self, logits: Tensor, batch: Any, rows: Sequence[Any]) -> list[Tensor]:
+        """Split a batch's logits into rows, without padding."""
         logits = logits.float().cpu()
-        if self._manner == "options":
+        if self._output_kind == "options":
             return [of_row[: len(row["input_ids"])] for of_row, row in zip(logits, rows, strict=True)]
-        if self._manner != "tokens":
+        if self._output_kind != "tokens":
             return list(logits.reshape(len(rows), -1))
         labels = [torch.as_tensor(row["labels"] if "labels" in row else row["label"]) for row in rows]
         there = [of_row[places] for of_row, places in zip(logits, batch["labels"] != IGNORED, strict=True)]
-        return [_at(of_row, own != IGNORED) for of_row, own in zip(there, labels, strict=True)]
+        return [_scatter_labelled(of_row, own != IGNORED) for of_row, own in zip(there, labels, strict=True)]
 
 
-def _at(logits: Tensor, there: Tensor) -> Tensor:
-    """Logits of labelled tokens, [labelled, classes], among all tokens of a row; 0 elsewhere."""
+def _scatter_labelled(logits: Tensor, there: Tensor) -> Tensor:
+    """Scatter logits of labelled tokens, [labelled, classes], to all tokens of a row, [tokens, classes]; 0 elsewhere.
+
+    Args:
+        there: True for labelled tokens, [tokens].
+    """
     placed = torch.zeros(len(there), logits.shape[-1])
     placed[there] = logits
     return placed
@@ -112,36 +124,42 @@ def _at(logits: Tensor, there: Tensor) -> Tensor:
 # -- a teacher that fits -------------------------------------------------------------------------------------------
 
 
-def _check(teacher: nn.Module, student: PreTrainedModel, manner: Manner) -> None:
+def _check_teacher(teacher: nn.Module, student: PreTrainedModel, output_kind: OutputKind) -> None:
     """Refuse a teacher of another task, other classes or another vocabulary."""
     inner = transformers_model(teacher)
     theirs, ours = inner.config, student.config
     name = f"the teacher ({type(inner).__name__})"
     same = type(inner).__name__.rpartition("For")[2] == type(student).__name__.rpartition("For")[2]
-    same = same and manner_of(teacher) == manner
-    require(same, f"{name} answers another task than the model ({type(student).__name__}); give one of the same")
-    if manner != "options":
+    same = same and output_kind_of(teacher) == output_kind
+    require(same, f"{name} has another task than the model ({type(student).__name__}); use a teacher of the same task")
+    if output_kind != "options":
         counts = f"{name} has {theirs.num_labels} outputs, and the model {ours.num_labels}"
-        require(theirs.num_labels == ours.num_labels, f"{counts}; give a teacher of the same labels")
-    if manner in ("classes", "tokens"):
+        require(theirs.num_labels == ours.num_labels, f"{counts}; use a teacher with the same labels")
+    if output_kind in ("classes", "tokens"):
         orders = [[names.id2label[i] for i in range(names.num_labels)] for names in (theirs, ours)]
-        named = not any(all(_UNNAMED.fullmatch(str(label)) for label in order) for order in orders)
+        named = not any(all(_DEFAULT_LABEL.fullmatch(str(label)) for label in order) for order in orders)
         listed = " and the model ".join(", ".join(map(str, order)) for order in orders)
-        require(not named or orders[0] == orders[1], f"{name} has the labels {listed}; give them in one order")
+        require(
+            not named or orders[0] == orders[1], f"{name} has the labels {listed}; use the same labels in one order"
+        )
     sizes = [config.get_text_config().vocab_size for config in (theirs, ours)]
-    other = f"{name} reads {sizes[0]:,} tokens, and the model {sizes[1]:,}: another tokenizer"
-    way = f"lightpeft run gives each its own, or add the teacher's logits as a column {TEACHER_LOGITS}"
+    other = f"{name} has another tokenizer: {sizes[0]:,} tokens, and the model {sizes[1]:,}"
+    way = f"use lightpeft run, which loads both tokenizers, or add the teacher's logits as a column {TEACHER_LOGITS}"
     require(sizes[0] == sizes[1], f"{other}; {way}")
 
 
-def _loaded(place: str | os.PathLike[str], student: PreTrainedModel) -> nn.Module:
-    """A teacher by its folder, or by a model's name on the hub."""
+def _load_teacher(place: str | os.PathLike[str], student: PreTrainedModel) -> nn.Module:
+    """Load a teacher from its folder, or by a model's name on the hub.
+
+    Args:
+        student: the model that learns, whose task and labels say which head to load.
+    """
     folder, suffix = Path(place), type(student).__name__.rpartition("For")[2]
     if (folder / DESCRIPTION).is_file():
         return load_light(folder)
     if (folder / MERGED).is_file():
         return load_merged(folder)
-    inside = f"{folder} is a run; give what it has made, such as {folder / 'adapter'} or {folder / 'model'}"
+    inside = f"teacher: {folder} is a run folder; use its model: {folder / 'adapter'} or {folder / 'model'}"
     require(not (folder / "config.yaml").is_file(), inside)
     auto = getattr(transformers, f"AutoModelFor{suffix}")
     if (folder / ADAPTER_CONFIG).is_file():
@@ -155,5 +173,5 @@ def _loaded(place: str | os.PathLike[str], student: PreTrainedModel) -> nn.Modul
     except LightPeftError as error:
         raise LightPeftError(f"teacher: {error}") from error
     lacking = ", ".join(loaded.new_modules)
-    require(not lacking, f"teacher {place} has no weights for {lacking}: its answers would be random; train it first")
+    require(not lacking, f"teacher {place} has no weights for {lacking}, so its logits would be random; train it first")
     return loaded.model

@@ -1,4 +1,4 @@
-"""PEFT modules where the recipe wants them, on a model of any trainer."""
+"""PEFT modules in the blocks that the settings allow, on a model of any trainer."""
 
 from __future__ import annotations
 
@@ -22,60 +22,63 @@ _PLACES = ("target_modules", "exclude_modules", "feedforward_modules")
 
 
 def inner_peft_model(model: nn.Module) -> PeftModel:
-    """The PeftModel that a trainer's model is, or has inside (an embedding model of sentence-transformers).
+    """Return the PeftModel that a trainer's model is, or contains (an embedding model of sentence-transformers).
 
     Raises:
-        LightPeftError: there is none, or several.
+        LightPeftError: the model contains none, or several.
     """
     found = [module for module in model.modules() if isinstance(module, PeftModel)]
     require(
         len(found) == 1,
-        f"a {type(model).__name__} with {len(found) or 'no'} PeftModel in it cannot be estimated; give a model from "
+        f"{type(model).__name__} contains {len(found) or 'no'} PeftModel, and exactly one is needed; pass a model from "
         "peft.get_peft_model, or a dense one with peft_config=",
     )
     return found[0]
 
 
-def with_peft(model: nn.Module, config: PeftConfig, light: LightConfig, **options: Any) -> nn.Module:
-    """Put PEFT modules on a dense model, in those of its blocks in which they may stay (`light.modules.blocks`).
+def add_peft_modules(model: nn.Module, config: PeftConfig, light: LightConfig, **options: Any) -> nn.Module:
+    """Put PEFT modules on a dense model, in the blocks that `light.modules.blocks` allows.
 
     Args:
-        model: a transformers model, or one that has one inside, where the PeftModel then takes its place.
-        options: of `get_peft_model`.
+        model: a transformers model, or a module that contains one, which the PeftModel then replaces.
+        options: keyword arguments of `get_peft_model`.
 
     Returns:
-        The PeftModel, or the model around it.
+        The PeftModel, or the module that contains it.
 
     Raises:
-        LightPeftError: there is no transformers model, or PEFT cannot make the modules.
+        LightPeftError: the model contains no transformers model, or PEFT cannot make the modules.
     """
     require(
         not any(isinstance(module, PeftModel) for module in model.modules()),
-        "the model has PEFT modules already; give it without peft_config=",
+        "the model has PEFT modules already; leave peft_config= out",
     )
     if isinstance(model, PreTrainedModel):
-        return _peft_model(model, config, light, **options)
+        return _make_peft_model(model, config, light, **options)
     inner = next((name for name, module in model.named_modules() if isinstance(module, PreTrainedModel)), None)
     if inner is None:
-        raise LightPeftError(f"there is no transformers model in the {type(model).__name__} to put PEFT modules on")
+        raise LightPeftError(f"{type(model).__name__} contains no transformers model; PEFT modules need one")
     parent, _, attribute = inner.rpartition(".")
-    wrapped = _peft_model(model.get_submodule(inner), config, light, **options)
+    wrapped = _make_peft_model(model.get_submodule(inner), config, light, **options)
     setattr(model.get_submodule(parent), attribute, wrapped)
     return model
 
 
-def _peft_model(model: nn.Module, config: PeftConfig, light: LightConfig, **options: Any) -> PeftModel:
+def _make_peft_model(model: nn.Module, config: PeftConfig, light: LightConfig, **options: Any) -> PeftModel:
     try:
-        return get_peft_model(model, placed(config, model, light), **options)
+        return get_peft_model(model, with_allowed_modules(config, model, light), **options)
     except ValueError as error:
-        raise LightPeftError(f"PEFT cannot put its modules on the model: {one_line(error)}") from error
+        raise LightPeftError(f"peft_config: PEFT cannot put its modules on the model: {one_line(error)}") from error
 
 
-def placed(config: PeftConfig, model: nn.Module, light: LightConfig) -> PeftConfig:
-    """The PEFT configuration with its modules in the blocks in which they may stay.
+def with_allowed_modules(config: PeftConfig, model: nn.Module, light: LightConfig) -> PeftConfig:
+    """Return a copy of a PEFT configuration whose modules lie in the blocks that `light.modules.blocks` allows.
 
-    Without `target_modules` they are all projections of these blocks (of mixtures, those on which PEFT can put them);
-    else what is named, but in no other block.
+    Without `target_modules` the modules go on all projections of these blocks (in mixtures of experts, on those that
+    PEFT supports); else on the named ones, but in no other block.
+
+    Raises:
+        LightPeftError: `exclude_modules` is a pattern, to which blocks cannot be added.
     """
     ensure_family(model)
     inner = transformers_model(model)
@@ -85,7 +88,7 @@ def placed(config: PeftConfig, model: nn.Module, light: LightConfig) -> PeftConf
     if named.get("target_modules") is not None and place.others:
         known = named.get("exclude_modules") or []
         pattern = isinstance(known, str)
-        require(not pattern, "exclude_modules is a pattern; give a list, or set light.modules.blocks to 1")
+        require(not pattern, "peft_config.exclude_modules is a pattern; use a list, or set light.modules.blocks to 1")
         changed["exclude_modules"] = [*known, *projections(place.others)]
     config = copy.copy(config)
     for name, value in changed.items():
@@ -93,13 +96,13 @@ def placed(config: PeftConfig, model: nn.Module, light: LightConfig) -> PeftConf
     return config
 
 
-def leave_modules(model: PeftModel, light: LightConfig) -> None:
-    """Take out the PEFT modules of blocks in which none may stay, so that none is trained in vain.
+def remove_disallowed_modules(model: PeftModel, light: LightConfig) -> None:
+    """Remove the PEFT modules of blocks that `light.modules.blocks` does not allow, so that none is trained in vain.
 
-    (Those of the blocks that `light.remove.depth` leaves out go with these.)
+    Modules in blocks that `light.remove.depth` drops go with their blocks.
 
     Raises:
-        LightPeftError: none would be left.
+        LightPeftError: no module would be left.
     """
     blocks = block_specs(transformers_model(model))
     lowest = light.first_module_block(light.blocks_left(len(blocks)))
@@ -107,7 +110,7 @@ def leave_modules(model: PeftModel, light: LightConfig) -> None:
     gone = [site for site in sites if (site.spec.block or 0) < lowest]
     require(
         len(gone) < len(sites),
-        "no PEFT module sits in the blocks that light.modules.blocks allows; raise it, or place others",
+        "no PEFT module is in the blocks that light.modules.blocks allows; raise it, or change target_modules",
     )
     if gone:
         for site in gone:

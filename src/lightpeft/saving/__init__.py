@@ -1,1 +1,1 @@
-"""What is written of a light model: files, descriptions, cards, and their way to the hub."""
+"""Files of saved light models: weights, descriptions and model cards, and their upload to the hub."""

@@ -1,4 +1,4 @@
-"""The files of a light adapter: written beside PEFT's own two, and read and checked before anything is loaded."""
+"""The files of a light adapter: write them beside PEFT's own two, and check them before anything is loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightpeft.models import repositories
 from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.peft_kinds.sites.config_file import hide_config
 from lightpeft.plans.records import PrunePlan
-from lightpeft.saving.cards import CARD, CardForm, model_card, read_by
+from lightpeft.saving.cards import CARD, CardForm, loading_code, model_card
 from lightpeft.saving.description import BaseFacts, base_facts
 from lightpeft.saving.kept_weights import KEPT_WEIGHTS
 from lightpeft.saving.peft_adapter import read_adapter
@@ -23,22 +23,23 @@ from lightpeft.saving.tokens import VOCABULARY_FILE, read_vocabulary, write_voca
 
 DESCRIPTION = "lightpeft.json"
 FILES = ("adapter_config.json", "adapter_model.safetensors", KEPT_WEIGHTS, VOCABULARY_FILE)
-"""What is in the folder besides the description, as far as it is there."""
-ON_HUB = repositories.RepositoryForm("light adapter", DESCRIPTION, (DESCRIPTION, *FILES))
-"""Its files in a repository."""
+"""Files that a light adapter may have besides its description."""
+ADAPTER_ON_HUB = repositories.RepositoryForm("light adapter", DESCRIPTION, (DESCRIPTION, *FILES))
+"""Form of a light adapter's repository on the hub."""
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
 def write_beside(folder: Path, facts: dict[str, Any], plan: PrunePlan, vocabulary: Vocabulary | None) -> None:
-    """Make what PEFT has written a light adapter: description and card and, where some are gone, its tokens.
+    """Turn a folder that PEFT has written into a light adapter: add description, model card and kept tokens.
 
-    Where anything of the base is cut, PEFT's own loader refuses the folder from then on (`sites.hide_config`).
+    If anything of the base is cut, PEFT's own loader refuses the folder from then on (`sites.hide_config`).
 
     Args:
-        facts: what `lightpeft.json` says, but for the checksums.
-        vocabulary: tokens of its base that the model has; None: all.
+        facts: content of `lightpeft.json` without the checksums.
+        plan: plan of the light model.
+        vocabulary: kept tokens of the base; None: all, and no file of them.
     """
     if vocabulary is not None or plan.removed_parameters or plan.train == "all":
         hide_config(folder)
@@ -49,14 +50,16 @@ def write_beside(folder: Path, facts: dict[str, Any], plan: PrunePlan, vocabular
 
 
 def card_of(facts: dict[str, Any], plan: PrunePlan) -> str:
-    """The model card of a light adapter."""
-    plans = "the plan of which heads and neurons the task needs" if plan.cuts_blocks else "nothing is removed from it"
-    what = f"A task over an untouched base: PEFT weights, and {plans}"
+    """Return the text of a light adapter's model card."""
+    plans = "a plan of the heads and neurons to keep" if plan.cuts_blocks else "nothing is removed from the base"
+    what = f"An adapter for an unchanged base model: PEFT weights, and {plans}"
     if plan.train == "all":
-        what = f"A task over an untouched base: all weights that are left of its blocks, as they trained, and {plans}"
+        what = f"An adapter for an unchanged base model: all trained weights of the pruned blocks, and {plans}"
     own = facts["tokens"] or plan.removed_parameters or plan.train == "all"
     library = "lightpeft" if own else "peft"
-    form = CardForm("Light adapter", what, read_by("load_light"), library=library, relation="adapter", exports=True)
+    form = CardForm(
+        "Light adapter", what, loading_code("load_light"), library=library, relation="adapter", exports=True
+    )
     return model_card(facts, plan, form)
 
 
@@ -69,7 +72,7 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Saved:
-    """A light adapter in a folder, read and checked as far as that goes without its base."""
+    """A light adapter in a folder, read and checked as far as possible without its base."""
 
     folder: Path
     description: dict[str, Any]
@@ -77,14 +80,15 @@ class Saved:
     base: BaseFacts
     config: PeftConfig
     vocabulary: Vocabulary | None
-    """Tokens of its base that it has; None: all."""
+    """Kept tokens of the base; None: all."""
 
 
 def read_saved(folder: Path) -> Saved:
     """Read and check a light adapter in a folder.
 
     Raises:
-        LightPeftError: as `read_description`, or PEFT's own file is not one that it takes.
+        LightPeftError: not a light adapter, a file is missing or altered, a newer schema, or a PEFT configuration that
+            lightpeft does not load.
     """
     description = read_description(folder)
     with explain_content_errors(folder / DESCRIPTION):
@@ -95,20 +99,20 @@ def read_saved(folder: Path) -> Saved:
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:
-    """`lightpeft.json` of a light adapter, after the checksums of all its files have been verified.
+    """Read `lightpeft.json` of a light adapter, and verify the checksums of all its files.
 
     Raises:
         LightPeftError: not a light adapter, a file is missing or altered, or a newer schema.
     """
     folder = Path(folder)
-    require(folder.is_dir(), f"light adapter folder {folder} does not exist")
+    require(folder.is_dir(), f"light adapter folder {folder} does not exist; check the path")
     require((folder / DESCRIPTION).is_file(), f"{folder} is not a light adapter: it has no {DESCRIPTION}")
     description = read_json(folder / DESCRIPTION)
     with explain_content_errors(folder / DESCRIPTION):
         expected = dict(description["checksums"])
     base_facts(description, folder / DESCRIPTION)
     others = sorted(expected.keys() - set(FILES))
-    instead = "which this version of lightpeft cannot read; install the one that it was saved with"
+    instead = "which this version of lightpeft cannot read; install the version that wrote it"
     require(not others, f"{folder} has {', '.join(others)}, {instead}")
     for name, checksum in expected.items():
         check_file(folder, name, checksum)
@@ -116,5 +120,10 @@ def read_description(folder: str | Path) -> dict[str, Any]:
 
 
 def vocabulary_in(folder: Path, description: Mapping[str, Any]) -> Vocabulary | None:
-    """Which tokens of its base a light adapter has, whose description was read; None: all."""
+    """Read the kept tokens of a light adapter; None: all.
+
+    Args:
+        folder: the adapter's folder.
+        description: its `lightpeft.json`, whose checksums were verified.
+    """
     return read_vocabulary(folder) if VOCABULARY_FILE in description["checksums"] else None

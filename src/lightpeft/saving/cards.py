@@ -1,4 +1,4 @@
-"""The card of a folder: what it holds, what was cut, how good it is, how it is loaded; for people and the hub."""
+"""Model cards (README.md) of saved models: content, cut, quality and loading code, for readers and the hub."""
 
 from __future__ import annotations
 
@@ -20,58 +20,65 @@ from lightpeft.plans.records import PrunePlan
 
 CARD = "README.md"
 THIS_FOLDER = "this folder"
-"""What a card calls the folder that it lies in; in a repository, its name."""
+"""Name of the model's folder in its card; an upload replaces it by the repository's name."""
 _COUNTS = ("loss", "examples")
-"""What is measured and says nothing about quality to somebody who does not know the rows."""
+"""Metrics that say nothing about quality without the rows, and are left out of the hub's results."""
 
 
 @dataclass(frozen=True)
 class CardForm:
-    """What the card says of the form in which a model lies in its folder."""
+    """Texts of a model card that depend on the form of the saved model."""
 
     title: str
     what: str
+    """Sentence that describes the model, without a full stop."""
     code: str
-    """That loads it; the folder is called `THIS_FOLDER` in it."""
+    """Code that loads the model from `THIS_FOLDER`."""
     language: str = "python"
-    """Of the code."""
+    """Language of the code."""
     library: str = "lightpeft"
-    """That the hub is to say reads it."""
+    """Library that loads the model, for the hub's metadata."""
     relation: Literal["adapter", "finetune"] = "finetune"
-    """To its base, in the hub's words (which has none for what was pruned)."""
+    """Relation to the base, for the hub's metadata (which has none for pruned models)."""
     exports: bool = False
-    """Whether `lightpeft export` makes other forms of it."""
+    """True if `lightpeft export` converts the model to other forms."""
 
 
-def of_whole(plan: PrunePlan, code: str, form: str = "", **options: Any) -> CardForm:
-    """What the card of a whole model says.
+def whole_model_form(plan: PrunePlan, code: str, form: str = "", **options: Any) -> CardForm:
+    """Make the card texts of a model that needs no base.
 
     Args:
-        form: " as ..." something else than transformers' files.
-        options: of `CardForm`.
+        plan: plan of the light model.
+        code: code that loads the model from `THIS_FOLDER`.
+        form: suffix of the title, " as ...", for other files than transformers'.
+        options: other fields of `CardForm`.
     """
     if not plan.cuts_blocks:
-        what = "A whole model, PEFT merged into it; nothing of its blocks was removed"
+        what = "A complete model with PEFT merged into it; nothing of its blocks was removed"
         return CardForm(f"Light model{form}", what, code, **options)
-    what = "A whole model without the attention heads and FFN neurons that its task does not need, PEFT merged into it"
+    what = (
+        "A complete model with PEFT merged into it, without attention heads and FFN neurons that its task does not need"
+    )
     return CardForm(f"Pruned model{form}", what, code, **options)
 
 
-def read_by(loader: str) -> str:
-    """Code by which a function of lightpeft reads the folder."""
+def loading_code(loader: str) -> str:
+    """Return Python code that loads the folder by a function of lightpeft."""
     return f'from lightpeft import {loader}\n\nmodel = {loader}("{THIS_FOLDER}")'
 
 
-def read_by_transformers(architecture: str) -> str:
-    """Code by which transformers reads it."""
+def transformers_loading_code(architecture: str) -> str:
+    """Return Python code that loads the folder by a class of transformers."""
     return f'from transformers import {architecture}\n\nmodel = {architecture}.from_pretrained("{THIS_FOLDER}")'
 
 
 def model_card(facts: Mapping[str, Any], plan: PrunePlan, form: CardForm) -> str:
-    """The text of README.md beside saved weights.
+    """Return the text of README.md for a saved model.
 
     Args:
-        facts: what is said of the model (`description.facts_of`).
+        facts: description of the model (`description.facts_of`).
+        plan: plan of the light model.
+        form: texts that depend on the form of the saved model.
     """
     licence = licence_of(facts["base"]["id"])
     parts = [
@@ -85,7 +92,7 @@ def model_card(facts: Mapping[str, Any], plan: PrunePlan, form: CardForm) -> str
         "## What is left of the base",
         f"```\n{plan}\n```",
         "## Quality",
-        "\n".join(_quality(facts)),
+        "\n".join(_quality_table(facts)),
     ]
     data = _metadata(facts, plan, form, licence)
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
@@ -94,17 +101,17 @@ def model_card(facts: Mapping[str, Any], plan: PrunePlan, form: CardForm) -> str
 def _metadata(facts: Mapping[str, Any], plan: PrunePlan, form: CardForm, licence: str | None) -> ModelCardData:
     base, task, results = facts["base"], pipeline_tag(facts["base"]["architecture"]), list(_results(facts))
     known: dict[str, Any] = {"license": licence} if licence else {}
-    if is_hub_name(base["id"]):  # a folder is of no use to a reader elsewhere, and not a valid id
+    if is_hub_name(base["id"]):  # a folder means nothing to other readers, and is no valid id
         known |= {"base_model": base["id"], "base_model_relation": form.relation}
     if results:
-        known |= {"model_name": f"{_name(base).rpartition('/')[2]}-light", "eval_results": results}
+        known |= {"model_name": f"{_base_name(base).rpartition('/')[2]}-light", "eval_results": results}
     kind = facts["peft_type"].lower() if facts.get("peft_type") else None
     tags = [tag for tag in ("lightpeft", "light-peft", plan.cuts_blocks and "pruning", "peft", kind) if tag]
     return ModelCardData(library_name=form.library, pipeline_tag=task, tags=tags, **known)
 
 
 def pipeline_tag(architecture: str) -> str | None:
-    """The hub's name of what a class of transformers answers; None: it has none."""
+    """Return the hub's task name of a transformers class, such as text-classification; None: it has none."""
     return next((task for task, names in hub_tasks().items() if architecture in _classes(names)), None)
 
 
@@ -114,8 +121,8 @@ def _classes(names: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _results(facts: Mapping[str, Any]) -> Iterator[EvalResult]:
-    """What was measured, for the hub; nothing where it does not know such a task."""
-    task, entry = pipeline_tag(facts["base"]["architecture"]), _entry(facts) or TaskEntry()
+    """Yield the metrics as evaluation results of the hub; none if the hub has no name for the task."""
+    task, entry = pipeline_tag(facts["base"]["architecture"]), _task_entry(facts) or TaskEntry()
     rows: dict[str, Any] = {"dataset_type": "custom", "dataset_name": entry.name or "rows of its author"}
     if entry.hub and not entry.path:
         owner, name, *config = entry.hub.split("/")
@@ -126,8 +133,8 @@ def _results(facts: Mapping[str, Any]) -> Iterator[EvalResult]:
             yield EvalResult(task_type=task, metric_type=metric, metric_value=value, **rows)
 
 
-def _entry(facts: Mapping[str, Any]) -> TaskEntry | None:
-    """The task; None where nobody says one."""
+def _task_entry(facts: Mapping[str, Any]) -> TaskEntry | None:
+    """Return the task of a description; None if it has none, or a damaged one."""
     try:
         return from_dict(TaskEntry, facts["task"]["entry"], "task.entry.")
     except (KeyError, LightPeftError):
@@ -135,13 +142,13 @@ def _entry(facts: Mapping[str, Any]) -> TaskEntry | None:
 
 
 def _table(facts: Mapping[str, Any], plan: PrunePlan, licence: str | None) -> Iterator[str]:
-    base, task = facts["base"], _entry(facts)
+    base, task = facts["base"], _task_entry(facts)
     revision = f", revision `{base['revision']}`" if base["revision"] else ""
     place = "" if is_hub_name(base["id"]) else ", a folder of its author"
     ranks, dense = sum(map(len, plan.sites.values())), sum(site.rank for site in plan.dense_sites)
     yield "| | |"
     yield "|---|---|"
-    yield f"| base | `{_name(base)}` (`{base['architecture']}`{revision}{place}) |"
+    yield f"| base | `{_base_name(base)}` (`{base['architecture']}`{revision}{place}) |"
     if task is not None:
         labels = ", ".join(f"`{label}`" for label in list(facts["task"].get("labels", ()))[:20])
         named = f" `{task.name}`" if task.name else ""
@@ -151,15 +158,15 @@ def _table(facts: Mapping[str, Any], plan: PrunePlan, licence: str | None) -> It
     yield f"| removed | {removed if plan.cuts_blocks else 'nothing of the transformer blocks'} |"
     if facts.get("tokens"):
         tokens = f"{facts['tokens']['kept']:,} of the {facts['tokens']['of']:,} of its base"
-        yield f"| tokens | {tokens}; it is asked with a tokenizer of these, not with the base's |"
+        yield f"| tokens | {tokens}; it needs a tokenizer with these, not the base's |"
     yield f"| PEFT | {len(plan.sites)} of {len(plan.dense_sites)} modules, {ranks} of {dense} ranks |"
     said = f"`{licence}`" if licence else "see its page" if is_hub_name(base["id"]) else "not stated"
     yield f"| licence of the base | {said} |"
 
 
-def _quality(facts: Mapping[str, Any]) -> Iterator[str]:
+def _quality_table(facts: Mapping[str, Any]) -> Iterator[str]:
     if not facts["metrics"]:
-        yield "Nothing was recorded."
+        yield "No metrics were recorded."
         return
     metrics = dict(facts["metrics"])
     count = metrics.pop("examples", None)
@@ -173,11 +180,11 @@ def _quality(facts: Mapping[str, Any]) -> Iterator[str]:
 
 def _its_base(facts: Mapping[str, Any]) -> Iterator[str]:
     if not is_hub_name(facts["base"]["id"]):
-        yield "Its base was in a folder of its author: give yours, `base=` in Python and `--base` in the shell."
+        yield "Its base was in a folder of its author: pass your copy as `base=` in Python or `--base` in the shell."
 
 
 def _shell(facts: Mapping[str, Any], form: CardForm) -> Iterator[str]:
-    """Commands that answer with it, and give it other forms."""
+    """Yield a section with shell commands that predict with the model, and export it."""
     commands = [f'lightpeft predict "{THIS_FOLDER}" rows.csv'] if facts["task"] else []
     commands += [
         f'lightpeft export "{THIS_FOLDER}" out --form merged  # lightpeft export --help: other forms'
@@ -186,16 +193,16 @@ def _shell(facts: Mapping[str, Any], form: CardForm) -> Iterator[str]:
         yield "In the shell:\n\n```\n" + "\n".join(commands) + "\n```"
 
 
-def _name(base: Mapping[str, Any]) -> str:
-    """Of the base; of a folder its last part alone."""
+def _base_name(base: Mapping[str, Any]) -> str:
+    """Return the name of a base; of a folder, its last part."""
     return base["id"] if is_hub_name(base["id"]) else Path(base["id"]).name or base["model_type"]
 
 
 def licence_of(name: str) -> str | None:
-    """The licence of a model, as its card names it; None: it has no card here, or says none.
+    """Return the licence of a model from its local model card; None: no card, or no licence in it.
 
     Args:
-        name: folder, or name on the hub, which is not asked: what is in its cache counts.
+        name: folder, or name on the hub; only its cache is read, and nothing is downloaded.
     """
     file: object = Path(name).expanduser() / CARD
     try:
@@ -204,6 +211,6 @@ def licence_of(name: str) -> str | None:
         if not isinstance(file, (str, Path)):
             return None
         data: Any = ModelCard(read_text(file), ignore_metadata_errors=True).data
-    except Exception:  # noqa: BLE001 - a card that is missing or damaged says nothing
+    except Exception:  # noqa: BLE001 - a missing or damaged card has no licence
         return None
     return data.license if isinstance(data.license, str) else None

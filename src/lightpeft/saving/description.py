@@ -1,4 +1,4 @@
-"""What stands beside the weights of a light model: its base, plan, task and metrics."""
+"""Description of a light model, saved beside its weights: base, plan, task and metrics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lightpeft.profiling.surroundings import versions
 
 
 class Described(Protocol):
-    """What a light model knows of itself (see `LightModel`)."""
+    """Interface of a `LightModel`: its plan, task and metrics."""
 
     light_plan: PrunePlan
     light_task: dict[str, Any]
@@ -38,14 +38,14 @@ class Described(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSettings:
-    """What a task has set in the base's configuration."""
+    """Values that a task sets in the base's configuration."""
 
     pad_token_id: int | None = None
     id2label: dict[str, str] | None = None
     """Class number -> name."""
 
     def arguments(self) -> dict[str, Any]:
-        """As `from_pretrained` takes them."""
+        """Return the values as keyword arguments of `from_pretrained`."""
         settings: dict[str, Any] = {} if self.pad_token_id is None else {"pad_token_id": self.pad_token_id}
         if self.id2label is not None:
             settings["id2label"] = {int(number): label for number, label in self.id2label.items()}
@@ -55,10 +55,10 @@ class HeadSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseFacts:
-    """The base of a light adapter or a merged model, as the file beside its weights describes it.
+    """The base of a light adapter or a merged model, from the description beside its weights.
 
     Raises:
-        LightPeftError: a value that no light model is saved with.
+        LightPeftError: a value that lightpeft does not write.
     """
 
     id: str
@@ -67,46 +67,53 @@ class BaseFacts:
     """Commit on the hub."""
     model_type: str
     architecture: str
-    """Class of transformers."""
+    """Name of the transformers class."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"]
     fingerprint: str
     config: HeadSettings
     gguf_file: str | None = None
     quantisation: dict[str, Any] | None = None
-    """In transformers' words; None: it was not."""
+    """Settings of transformers' quantization config; None: not quantized."""
 
     def __post_init__(self) -> None:
         check_values(self)
         plain = self.gguf_file is None or Path(self.gguf_file).name == self.gguf_file
-        require(plain, f"gguf_file is {self.gguf_file!r}; it must be the name of a file beside the base")
+        require(plain, f"base.gguf_file is {self.gguf_file!r}; it must be a file name without a folder")
         if self.quantisation is not None:
             method = quantisation_method(self.quantisation)
-            require(method == CUTTABLE, f"quantisation is by {method}; light models know {CUTTABLE}")
+            require(method == CUTTABLE, f"base.quantisation is by {method}; only {CUTTABLE} is supported")
 
     def place(self, elsewhere: str | Path | None = None) -> ModelConfig:
-        """Where the base is; one that was moved has no revision.
+        """Return the settings to load the base from its recorded place, or from another one without a revision.
+
+        Args:
+            elsewhere: name or folder that replaces the recorded one; None: the recorded one.
 
         Raises:
-            LightPeftError: nobody says where.
+            LightPeftError: the description names no base, and `elsewhere` is None.
         """
         name = self.id if elsewhere is None else str(elsewhere)
-        require(name, "the light adapter does not name its base; give one: load_light(folder, base=...)")
+        require(name, "the light adapter does not name its base; pass one: load_light(folder, base=...)")
         revision = self.revision if elsewhere is None else None
         return ModelConfig(name=name, revision=revision, gguf_file=self.gguf_file)
 
 
 def base_facts(description: Mapping[str, Any], path: Path) -> BaseFacts:
-    """The base in a description that was read from a file.
+    """Return the base in a description.
+
+    Args:
+        description: content of the description file.
+        path: that file, for error lines.
 
     Raises:
-        LightPeftError: a part is missing, unknown, or of another kind.
+        LightPeftError: a value is missing, unknown, or of another type.
     """
     with explain_content_errors(path):
         return from_dict(BaseFacts, description["base"], "base.")
 
 
 def facts_of(model: Described) -> dict[str, Any]:
-    """What is written down of a light model beside its weights: base, plan, task, metrics, versions."""
+    """Return the description of a light model for JSON: base, plan, task, metrics, versions."""
     inner = transformers_model(cast(nn.Module, model))
     config = inner.config
     return {
@@ -121,7 +128,7 @@ def facts_of(model: Described) -> dict[str, Any]:
             "gguf_file": getattr(inner, "light_gguf_file", None),
             "quantisation": _quantisation(config),
         },
-        "tokens": _tokens(vocabulary_of(inner)),
+        "tokens": _token_counts(vocabulary_of(inner)),
         "plan": model.light_plan.to_dict(),
         "per_layer_config": per_layer_config(config.model_type, model.light_plan),
         "task": model.light_task,
@@ -132,18 +139,18 @@ def facts_of(model: Described) -> dict[str, Any]:
     }
 
 
-def unmeasured(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The same without what was measured: of a model that is about to change."""
+def without_metrics(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a description without metrics, for a model that is about to change."""
     return {**facts, "metrics": {}, "intervals": {}}
 
 
-def _tokens(vocabulary: Vocabulary | None) -> dict[str, int] | None:
-    """How many of its base's tokens a model has; None: all."""
+def _token_counts(vocabulary: Vocabulary | None) -> dict[str, int] | None:
+    """Return the number of kept tokens, and of the base's tokens; None: all are kept."""
     return None if vocabulary is None else {"kept": len(vocabulary), "of": vocabulary.size}
 
 
 def _head_settings(config: PretrainedConfig, vocabulary: Vocabulary | None) -> dict[str, Any]:
-    """Config values that the task set and the base's own config does not have; ids are the base's."""
+    """Return config values that the task has set, with token ids of the base."""
     settings = {"pad_token_id": config.pad_token_id} if hasattr(config, "pad_token_id") else {}
     if vocabulary is not None and settings.get("pad_token_id") in range(len(vocabulary)):
         settings["pad_token_id"] = vocabulary.kept[settings["pad_token_id"]]
@@ -153,15 +160,18 @@ def _head_settings(config: PretrainedConfig, vocabulary: Vocabulary | None) -> d
 
 
 def _quantisation(config: PretrainedConfig) -> dict[str, Any] | None:
-    """How the base was quantised, in transformers' own words."""
+    """Return transformers' quantization config of the base as plain data; None: not quantized."""
     settings = getattr(config, "quantization_config", None)
     return json.loads(settings.to_json_string(use_diff=False)) if settings is not None else None
 
 
 def per_layer_config(model_type: str, plan: PrunePlan) -> dict[str, dict[str, int]]:
-    """Widths of every block in the schema of transformers' `per_layer_config`: layer -> config key -> value."""
+    """Return the widths of all blocks in the schema of transformers' `per_layer_config`: layer -> config key -> value.
+
+    It is empty for encoder-decoders, whose two stacks the schema does not cover.
+    """
     stacks = family_of(model_type).stacks
-    if len(stacks) > 1:  # the schema counts one stack of layers only
+    if len(stacks) > 1:  # the schema numbers one stack of layers only
         return {}
     return {
         str(spec.index): {
@@ -174,6 +184,7 @@ def per_layer_config(model_type: str, plan: PrunePlan) -> dict[str, dict[str, in
 
 
 def _ffn_config(stack: Stack, spec: BlockSpec, kept: BlockPlan) -> dict[str, int]:
+    """Return the widths of a block's FFN and of its routed experts: config key -> value."""
     routed, result = stack.experts, {}
     key = stack.width_key_of(spec.projections)
     if not spec.experts or (spec.neurons and key):

@@ -1,4 +1,4 @@
-"""The file of a light adapter with the weights of the cut base, where these trained (`light.train: all`)."""
+"""The file of a light adapter with the trained weights of the cut base (`light.train: all`)."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ KEPT_WEIGHTS = "kept_weights.safetensors"
 
 
 def write_kept(model: nn.Module, folder: Path) -> None:
-    """Write the weights of a cut model that trained."""
+    """Write the trained base weights of a cut model."""
     tensors = {name: parameter.detach().contiguous() for name, parameter in trained_weights(model).items()}
     write_tensors(folder / KEPT_WEIGHTS, tensors)
 
 
 def read_kept(model: nn.Module, folder: Path, is_trainable: bool) -> None:
-    """Give a cut model the weights that `write_kept` wrote.
+    """Load the weights from `write_kept` into a cut model.
 
     Args:
-        is_trainable: whether they train on.
+        is_trainable: True: they stay trainable; False: they are frozen.
 
     Raises:
-        LightPeftError: the file is missing or damaged, or of a model of another shape.
+        LightPeftError: the file is missing or damaged, or its tensors do not fit.
     """
     check_kept(model, folder)
     put_weights(model, read_tensors(folder / KEPT_WEIGHTS), is_trainable)
 
 
 def check_kept(model: nn.Module, folder: Path) -> None:
-    """Compare the tensors in the file with those of a cut model, whose own may be on the meta device.
+    """Compare names and shapes of the tensors in the file with those of a cut model, which may be on the meta device.
 
     Raises:
-        LightPeftError: they are others.
+        LightPeftError: the file is missing, or has other tensors.
     """
-    require((folder / KEPT_WEIGHTS).is_file(), f"{folder} is incomplete: {KEPT_WEIGHTS} is missing")
+    require((folder / KEPT_WEIGHTS).is_file(), f"{folder} is incomplete: {KEPT_WEIGHTS} is missing; copy it again")
     expected: Mapping[str, Tensor] = trained_weights(model)
     same = {name: tuple(tensor.shape) for name, tensor in expected.items()} == shapes_in(folder / KEPT_WEIGHTS)
-    require(same, f"{folder / KEPT_WEIGHTS} does not fit its base: it has other tensors than the cut model")
+    require(same, f"{folder / KEPT_WEIGHTS} does not fit its base: it has other tensors than the pruned model")

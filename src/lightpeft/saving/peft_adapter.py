@@ -1,4 +1,4 @@
-"""PEFT adapters in folders that anybody may have made: checked before PEFT believes them."""
+"""PEFT adapters in untrusted folders: checked before PEFT loads them."""
 
 from __future__ import annotations
 
@@ -20,64 +20,67 @@ ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 _ELSEWHERE = ("megatron_config", "prompt_tuning_init_state_dict_path", "adapters", "shadow_model", "layer_replication")
-"""Settings by which PEFT imports modules, reads other files or loads other models, or copies layers."""
+"""Settings that make PEFT import modules, read other files, load other models, or copy layers."""
 
-Shapes = dict[str, tuple[int, ...]]
+TensorShapes = dict[str, tuple[int, ...]]
 
 
 def read_adapter(folder: Path, *, explicit: bool = False, allow_pickle: bool = False) -> PeftConfig:
-    """The configuration of the adapter in a folder, light or as PEFT writes it.
+    """Read and check the configuration of a light adapter or a plain PEFT adapter.
 
     Args:
-        explicit: it is a light adapter.
-        allow_pickle: the weights may be pickled; they are then still read as weights alone.
+        folder: folder of the adapter.
+        explicit: True: it is a light adapter.
+        allow_pickle: accept pickled weights, of which only tensors are unpickled.
 
     Raises:
-        LightPeftError: it cannot be read, asks for what is elsewhere, or has no weights beside it.
+        LightPeftError: the file cannot be read, has a setting that loads other files, or has no weights beside it.
     """
     with parsing(f"{folder} is not a readable PEFT adapter"):
         config = read_config(folder, light=explicit)
     for name in _ELSEWHERE:
-        require(not getattr(config, name, None), f"{folder} is an adapter with {name}, which lightpeft does not load")
+        require(not getattr(config, name, None), f"{folder}: adapters with {name} are not supported; train one without")
     pickled = not (folder / WEIGHTS).is_file() and (folder / PICKLED).is_file()
     require(
         allow_pickle or not pickled,
-        f"{folder} has its weights pickled ({PICKLED}), not as safetensors; save it again, or if you trust its "
-        "author: allow_pickle",
+        f"{folder} has pickled weights ({PICKLED}), not safetensors; save it again or, if you trust its author, "
+        "set allow_pickle",
     )
-    require(pickled or (folder / WEIGHTS).is_file(), f"{folder} is incomplete: {WEIGHTS} is missing")  # no hub name
+    require(pickled or (folder / WEIGHTS).is_file(), f"{folder} is incomplete: {WEIGHTS} is missing; copy it again")
     return config
 
 
 def load_adapter(base: PreTrainedModel, folder: Path, config: PeftConfig, is_trainable: bool = False) -> PeftModel:
-    """Put an adapter onto a model.
+    """Load an adapter onto a model, in place.
 
     Raises:
-        LightPeftError: it does not fit; the model is then of no more use.
+        LightPeftError: the adapter does not fit; the model must not be used any more.
     """
     with parsing(f"{folder} does not fit its base"):
         return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable, config=config)
 
 
 def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
-    """A model like this one, without storage."""
+    """Return a model with the same class and configuration on the meta device."""
     with apart_from_other_threads(), torch.device("meta"):
         return type(model)(copy.deepcopy(model.config))
 
 
-def check_fit(skeleton: PreTrainedModel, config: PeftConfig, folder: Path, *, exact: bool = True) -> None:
-    """Compare the tensors of an adapter with those that it will have on a model, before any are made.
+def check_adapter_fit(skeleton: PreTrainedModel, config: PeftConfig, folder: Path, *, exact: bool = True) -> None:
+    """Compare names and shapes of an adapter's tensors with those that a model needs, before any is loaded.
 
     Args:
-        skeleton: a model as `skeleton_of` gives it; of no more use afterwards.
-        exact: there are no more tensors than the model will have; else more are PEFT's to judge, which saves embeddings
-            at times, and pickled ones are not looked at.
+        skeleton: model from `skeleton_of`, which is used up.
+        config: configuration of the adapter.
+        folder: folder of the adapter.
+        exact: True: refuse additional tensors. False: leave them to PEFT, which sometimes saves embeddings, and do not
+            check pickled weights.
 
     Raises:
-        LightPeftError: they are others.
+        LightPeftError: tensors are missing, additional, or of another shape.
     """
     try:
-        expected = _expected(skeleton, config, folder)
+        expected = _expected_shapes(skeleton, config, folder)
     except LightPeftError as error:
         # some of PEFT's kinds look at values, which are not there
         if exact or not isinstance(error.__cause__, RuntimeError):
@@ -86,33 +89,35 @@ def check_fit(skeleton: PreTrainedModel, config: PeftConfig, folder: Path, *, ex
     if not exact and not (folder / WEIGHTS).is_file():
         return
     found = shapes_in(folder / WEIGHTS)
-    _report_difference(sorted(expected.keys() - found), f"{folder} does not fit its base: it lacks tensors")
+    _report_difference(sorted(expected.keys() - found), f"{folder} does not fit its base: missing tensors")
     if exact:
-        _report_difference(sorted(found.keys() - expected), f"{folder} has tensors that fit nowhere")
+        _report_difference(sorted(found.keys() - expected), f"{folder} does not fit its base: unexpected tensors")
     other = sorted(name for name, shape in expected.items() if found[name] != shape)
     _report_difference(other, f"{folder} does not fit its base: tensors of another shape")
 
 
-def _expected(skeleton: PreTrainedModel, config: PeftConfig, folder: Path) -> Shapes:
+def _expected_shapes(skeleton: PreTrainedModel, config: PeftConfig, folder: Path) -> TensorShapes:
+    """Return the shapes of the tensors that an adapter needs on a model, by PEFT's names."""
     config = copy.deepcopy(config)
     config.base_model_name_or_path = None  # the base may have moved; PEFT would warn
     config.inference_mode = True
-    skeleton.name_or_path = ""  # PEFT would compare it, and take fewer tokens than there for trained embeddings
+    skeleton.name_or_path = ""  # PEFT would compare vocabulary sizes with it, and take a cut one for trained
     with parsing(f"{folder} does not fit its base"), torch.device("meta"):
         tensors = get_peft_model_state_dict(get_peft_model(skeleton, config))
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def shapes_in(path: Path) -> Shapes:
-    """Shapes of the tensors of a safetensors file, which are not read.
+def shapes_in(path: Path) -> TensorShapes:
+    """Read the shapes of the tensors in a safetensors file, without their values.
 
     Raises:
-        LightPeftError: it is missing or damaged.
+        LightPeftError: the file is missing or damaged.
     """
     with parsing(f"{path} cannot be read"), safe_open(path, framework="pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
 
 
 def _report_difference(names: Sequence[str], what: str) -> None:
+    """Raise a line about the first of these tensor names; do nothing if there are none."""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     require(not names, f"{what}: {names[0] if names else ''}{more}")

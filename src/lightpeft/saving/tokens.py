@@ -1,7 +1,7 @@
-"""The tokens of a light model: which of its base's it has, as a small file, and the tokenizer that follows from them.
+"""The kept tokens of a light model, as a small file, and the tokenizer for them.
 
-The tokenizer is made anew from the base's when it is asked for: it follows from that and from the tokens that stay,
-which are a bit each, while its own file would be larger than most adapters.
+The tokenizer is made on loading from the base's and the kept tokens. These are one bit each; a tokenizer file would be
+larger than most adapters.
 """
 
 from __future__ import annotations
@@ -24,39 +24,39 @@ from lightpeft.models.vocabulary.tokenizer import cut_tokenizer
 from lightpeft.saving.description import BaseFacts
 
 VOCABULARY_FILE = "vocabulary.safetensors"
-"""In the folder of a light adapter that has not all tokens of its base."""
+"""File in a light adapter whose vocabulary was cut."""
 
 
 def tokenizer_of(model: PreTrainedModel, saved: BaseFacts) -> PreTrainedTokenizerBase:
-    """The tokenizer of the base that a light model was made from, with the tokens that are left to it.
+    """Load the tokenizer of a light model's base, without cut tokens.
 
     Args:
-        model: the pruned model, with PEFT merged into it or not.
-        saved: its base.
+        model: the pruned model, with or without PEFT merged into it.
+        saved: description of its base.
 
     Raises:
-        LightPeftError: the base is not where it was, or has no tokenizer.
+        LightPeftError: the base is missing, or has no tokenizer.
     """
     place = saved.place()
     folder = Path(place.name).expanduser()
-    if folder.is_dir() and place.gguf_file is None:  # transformers makes one up where there are no files
+    if folder.is_dir() and place.gguf_file is None:  # without files, transformers would make a default tokenizer
         has_files = any(path.match(pattern) for path in folder.iterdir() for pattern in TOKENIZER)
-        require(has_files, f"{folder} has no files of one")
+        require(has_files, f"{folder} has no tokenizer files")
     tokenizer = tokenizer_over(place, vocabulary_of(model))
     check_vocabulary(tokenizer, model.config)
     return tokenizer
 
 
 def write_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
-    """Write which tokens stay: a bit each."""
+    """Write the kept tokens, one bit per token of the base."""
     save_file({"kept": vocabulary.to_bits(), "size": torch.tensor([vocabulary.size])}, folder / VOCABULARY_FILE)
 
 
 def read_vocabulary(folder: Path) -> Vocabulary | None:
-    """The tokens of a light adapter whose files were checked; None: all of its base's.
+    """Read the kept tokens of a light adapter; None: all.
 
     Raises:
-        LightPeftError: the file holds something else.
+        LightPeftError: the file is damaged.
     """
     file = folder / VOCABULARY_FILE
     if not file.is_file():
@@ -68,10 +68,14 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
 
 
 def tokenizer_over(model: ModelConfig, vocabulary: Vocabulary | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base, or of one with these tokens alone, with a token to pad with.
+    """Load the tokenizer of a base, cut to the kept tokens, with a padding token.
+
+    Args:
+        model: name or folder of the base.
+        vocabulary: kept tokens; None: all.
 
     Raises:
-        LightPeftError: the base is not there, or has another tokenizer.
+        LightPeftError: the base is missing, or has another tokenizer.
     """
     tokenizer = load_tokenizer(model)
     ensure_pad_token(tokenizer, load_model_config(model))

@@ -1,4 +1,4 @@
-"""From a folder to a repository on the hub."""
+"""Upload the files of a model to a repository on the hub."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lightpeft.files.foreign import reason_of
 from lightpeft.models.repositories import Token
 from lightpeft.saving.cards import CARD, THIS_FOLDER
 
-_WEIGHTS = "model*.safetensors*"
-"""Files of a whole model's weights."""
+_WEIGHT_FILES = "model*.safetensors*"
+"""Weight files of a complete model, which an upload replaces."""
 
 
-def send(
+def upload(
     write: Callable[[Path], object],
     name: str,
     *,
@@ -27,26 +27,26 @@ def send(
     token: Token = None,
     commit_message: str | None = None,
 ) -> str:
-    """Send the files of a model to a repository, which is made if it is not there.
+    """Upload the files of a model to a repository, which is created if it does not exist.
 
-    A whole model takes the place of one that is there, whose weights might be read instead. The card is told the
-    repository's name.
+    A complete model replaces the weights of one in the repository, which would be loaded instead. The model card gets
+    the repository's name.
 
     Args:
         write: writes the files into a folder.
-        name: of the repository, as owner/name.
-        private: whether one that is made is to be read by its owner alone; None: as is usual for the owner.
-        revision: branch, which is made if it is not there; None: the main branch.
-        token: of an account that may write there; None: the one that is logged in.
-        commit_message: says what is new.
+        name: repository as owner/name.
+        private: True: create a private repository; None: the owner's default.
+        revision: branch, which is created if it does not exist; None: the main branch.
+        token: hub token with write access; None: that of the logged-in account.
+        commit_message: message of the commit; None: a default.
 
     Returns:
-        Where the commit is.
+        URL of the commit.
 
     Raises:
-        LightPeftError: it cannot be sent.
+        LightPeftError: the upload fails, or HF_HUB_OFFLINE is set.
     """
-    require(not huggingface_hub.is_offline_mode(), f"{name} is on the hub, and HF_HUB_OFFLINE says not to go there")
+    require(not huggingface_hub.is_offline_mode(), f"cannot upload {name}: HF_HUB_OFFLINE is set; unset it")
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / name.rpartition("/")[2]
@@ -63,15 +63,16 @@ def send(
                 folder_path=folder,
                 commit_message=commit_message or "Upload a light model",
                 revision=revision,
-                delete_patterns=_WEIGHTS if any(folder.glob(_WEIGHTS)) else None,
+                delete_patterns=_WEIGHT_FILES if any(folder.glob(_WEIGHT_FILES)) else None,
             )
         except Exception as error:
-            raise LightPeftError(f"{name} on the hub cannot be written: {_refusal(error)}") from error
+            raise LightPeftError(f"cannot upload {name} to the hub: {_upload_error(error)}") from error
     return done.commit_url
 
 
-def _refusal(error: Exception) -> str:
+def _upload_error(error: Exception) -> str:
+    """Return the reason of a failed upload, with a remedy if access was denied."""
     code = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     if code not in (401, 403, 404):
         return reason_of(error)
-    return "this account may not, or nobody is logged in; log in (hf auth login), or give a token that may write"
+    return "access denied; log in (hf auth login), or pass a token with write access"

@@ -1,7 +1,7 @@
-"""A light model that stands on its own, written: pruned weights with PEFT merged into them, and `merged.json`.
+"""Save merged light models: pruned weights with PEFT merged into them, and `merged.json`.
 
-Where all layers are equally wide and the family's config can say so, the folder is *native*: a checkpoint like any
-other, for transformers and all that reads such. Else a plan beside the weights says it, and `load_merged` is needed.
+If all layers are equally wide and the family's config can express their width, the folder is *native*: an ordinary
+checkpoint for transformers and all programs that read such. Else the plan has the widths, and `load_merged` is needed.
 """
 
 from __future__ import annotations
@@ -20,30 +20,40 @@ from lightpeft.errors import require
 from lightpeft.files import check_file, explain_content_errors, file_checksum, read_json, replacing_folder, write_json
 from lightpeft.models import repositories
 from lightpeft.plans.records import PrunePlan
-from lightpeft.saving.cards import CARD, CardForm, model_card, of_whole, read_by, read_by_transformers
+from lightpeft.saving.cards import CARD, CardForm, loading_code, model_card, transformers_loading_code, whole_model_form
 from lightpeft.saving.description import base_facts, per_layer_config
-from lightpeft.saving.uploading import send
-from lightpeft.saving.whole_config import CONFIG, hide_config
+from lightpeft.saving.uploading import upload
+from lightpeft.saving.whole_config import CONFIG_FILE, nest_config
 
 MERGED = "merged.json"
-"""What says that the weights beside it belong into a model that a plan has cut."""
-ON_HUB = repositories.RepositoryForm(
+"""Description file of a merged light model."""
+MERGED_ON_HUB = repositories.RepositoryForm(
     "merged light model",
     MERGED,
-    (MERGED, CONFIG, "generation_config.json", "*.safetensors", "*.safetensors.index.json", *repositories.TOKENIZER),
+    (
+        MERGED,
+        CONFIG_FILE,
+        "generation_config.json",
+        "*.safetensors",
+        "*.safetensors.index.json",
+        *repositories.TOKENIZER,
+    ),
 )
-"""Its files in a repository."""
+"""Form of a merged light model's repository on the hub."""
 WHOLE_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-"""Files of weights as transformers writes them; a model saved before may have had others of these."""
+"""Weight files that transformers writes; those of a previously saved model are deleted."""
 
 
 def read_merged(folder: str | Path) -> dict[str, Any]:
-    """`merged.json` of a folder: base, plan, task, metrics and versions of the light model it was.
+    """Read `merged.json` of a folder, and verify the checksums of all its files.
+
+    Returns:
+        The description of the light model: base, plan, task, metrics and versions.
 
     Raises:
-        LightPeftError: it has none, or one that is damaged or of a newer schema; or there is no config beside it.
+        LightPeftError: `merged.json` or the config is missing, a file is damaged, or the schema is newer.
     """
-    for name in (MERGED, CONFIG):  # transformers would go on without its config
+    for name in (MERGED, CONFIG_FILE):  # transformers would not complain about a missing config
         require((Path(folder) / name).is_file(), f"{folder} is no merged light model: it has no {name}")
     description = read_json(Path(folder) / MERGED)
     with explain_content_errors(Path(folder) / MERGED):
@@ -55,19 +65,24 @@ def read_merged(folder: str | Path) -> dict[str, Any]:
 
 
 def check_mergeable(config: PretrainedConfig) -> None:
-    """Raise `LightPeftError` where PEFT cannot be merged into a model without loss, by the model's config."""
+    """Refuse a quantized base, into which PEFT cannot be merged without loss.
+
+    Raises:
+        LightPeftError: the config says that the model is quantized.
+    """
     quantised = getattr(config, "quantization_config", None) is not None
-    require(not quantised, "the base is quantised, and merging would round it again; keep the light adapter")
+    require(not quantised, "the base is quantized, and merging would round it again; keep the light adapter")
 
 
-def settle(model: PreTrainedModel, plan: PrunePlan, facts: Mapping[str, Any]) -> None:
-    """Make a pruned model without PEFT one that saves itself so that it can be loaded.
+def make_saveable(model: PreTrainedModel, plan: PrunePlan, facts: Mapping[str, Any]) -> None:
+    """Let a pruned model without PEFT save itself in a form that can be loaded.
 
-    It gets a config that says its widths; where its family has no words for them, `save_pretrained` writes as
-    `save_whole` does, for `load_merged`. `push_to_hub` sends the same with its card.
+    It gets a config with its widths; if its family's config cannot express them, `save_pretrained` calls `save_whole`,
+    for `load_merged`. `push_to_hub` uploads the same files.
 
     Args:
-        facts: what `merged.json` is to say of it.
+        plan: plan of the light model.
+        facts: content of `merged.json` without `native` and the checksums.
     """
     model.light_plan = plan
     native = native_config(model, plan)
@@ -89,15 +104,18 @@ def save_whole(
     is_main_process: bool = True,
     **options: Any,
 ) -> None:
-    """Write what transformers saves, with `merged.json`, a model card and, if given, a tokenizer beside it.
+    """Save a pruned model as transformers does, with `merged.json`, a model card and, if given, a tokenizer.
 
     Args:
-        facts: what `merged.json` is to say of it, with `native`: whether its config says its widths.
-        alone: nothing else that is in the folder stays.
-        options: of transformers' `save_pretrained`.
+        facts: content of `merged.json` without the checksums; `native` is True if the config has the widths.
+        folder: folder to write.
+        tokenizer: saved with the model; None: none.
+        alone: delete all other files in the folder.
+        is_main_process: False: write nothing.
+        options: keyword arguments of transformers' `save_pretrained`.
 
     Raises:
-        LightPeftError: the weights are quantised, or the folder cannot be written; nothing is half-written.
+        LightPeftError: the weights are quantized, or the folder cannot be written; nothing is half-written.
     """
     check_mergeable(model.config)
     if not is_main_process:
@@ -107,9 +125,9 @@ def save_whole(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if not facts["native"]:
-            hide_config(temporary)
+            nest_config(temporary)
         checksums = {file.name: file_checksum(file) for file in sorted(temporary.iterdir()) if file.is_file()}
-        card = model_card(facts, model.light_plan, _card(facts, model.light_plan))
+        card = model_card(facts, model.light_plan, _card_form(facts, model.light_plan))
         (temporary / CARD).write_text(card, encoding="utf-8")
         write_json(temporary / MERGED, {**facts, "checksums": checksums})
 
@@ -125,32 +143,45 @@ def push_whole(
     commit_message: str | None = None,
     **options: Any,
 ) -> str:
-    """Send a merged light model to the hub; options are of `save_whole`, all else as of `uploading.send`."""
+    """Upload a merged light model to the hub.
+
+    Args:
+        facts: content of `merged.json` without the checksums.
+        repo_id: repository as owner/name, which is created if it does not exist.
+        private: True: create a private repository; None: the owner's default.
+        revision: branch, which is created if it does not exist; None: the main branch.
+        token: hub token with write access; None: that of the logged-in account.
+        commit_message: message of the commit; None: a default.
+        options: keyword arguments of `save_whole`.
+
+    Returns:
+        URL of the commit.
+    """
 
     def write(folder: Path) -> None:
         save_whole(model, facts, folder, **options)
 
-    return send(write, repo_id, private=private, revision=revision, token=token, commit_message=commit_message)
+    return upload(write, repo_id, private=private, revision=revision, token=token, commit_message=commit_message)
 
 
-def _card(facts: Mapping[str, Any], plan: PrunePlan) -> CardForm:
+def _card_form(facts: Mapping[str, Any], plan: PrunePlan) -> CardForm:
     native = facts["native"]
-    code = read_by_transformers(facts["base"]["architecture"]) if native else read_by("load_merged")
-    return of_whole(plan, code, library="transformers" if native else "lightpeft")
+    code = transformers_loading_code(facts["base"]["architecture"]) if native else loading_code("load_merged")
+    return whole_model_form(plan, code, library="transformers" if native else "lightpeft")
 
 
 def native_config(whole: PreTrainedModel, plan: PrunePlan) -> PretrainedConfig | None:
-    """A config that says how wide the layers of a pruned model are; None where its family has no words for that."""
+    """Return a config with the widths of a pruned model's layers; None if its family's config cannot express them."""
     said = [*per_layer_config(whole.config.model_type, plan).values()]
     widths = {name: value for of_layer in said for name, value in of_layer.items()}
     if not widths or any(of_layer.items() - widths.items() for of_layer in said):
         return None
     config = copy.deepcopy(whole.config)
     fewer_heads = len(plan.blocks[0].heads) < plan.specs[0].heads
-    if fewer_heads and plan.specs[0].per_head_arguments:  # no config says which entries are those of the kept heads
+    if fewer_heads and plan.specs[0].per_head_arguments:  # per-head values of the config would not match the kept heads
         return None
     try:
-        # families that can have any size of heads read it even where their config has none
+        # families with free head sizes read head_dim even if their config does not define it
         if fewer_heads and not plan.specs[0].head_sizes:
             config.head_dim = plan.specs[0].head_dim
         for name, value in widths.items():

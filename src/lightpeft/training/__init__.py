@@ -1,1 +1,1 @@
-"""How a model trains: the trainer of a stage, its schedule, and what makes its steps fast."""
+"""Training: the extended trainer, its schedule and checkpoints, and faster steps."""

@@ -1,4 +1,4 @@
-"""What makes the steps of a light run faster, beside the smaller model: contexts around training, gone afterwards."""
+"""Faster training steps beside the smaller model: context managers around training that leave the model unchanged."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ def light_steps(
     fast: bool = True,
     loss_alone: bool = False,
 ) -> AbstractContextManager[None]:
-    """A context in which a model trains as Light-PEFT does, before and behind the cut.
+    """Return a context in which a model trains as the settings say, before and after the cut.
 
     Args:
-        fast: beside the dropout that `light` asks for, take the faster steps.
-        loss_alone: as for `accelerated`.
+        light: settings, of which `rates.base_dropout` counts.
+        fast: also use the faster steps of `accelerated`.
+        loss_alone: True if only the loss reads a language model's logits in training.
     """
     if not fast:
         return base_dropout(model, light.rates.base_dropout)
@@ -41,13 +42,24 @@ def accelerated(
     dropout: float | None = None,
     loss_alone: bool = False,
 ) -> Iterator[None]:
-    """Inside the block a light model trains with fused LoRA layers, its base's dropout, a faster way back through
-    attention and norms, and activations that the backward pass makes again.
+    """Make training steps faster inside the block, with the same gradients up to rounding.
+
+    LoRA layers are fused, the backward pass of attention and norms is faster on a CPU, and activations that are cheap
+    to recompute are not stored. `LightTrainer` does this by itself; use it around your own training loop.
 
     Args:
-        dropout: probability that replaces the base's own ones; None: those stay.
-        loss_alone: nobody reads a language model's logits in training (TRL's losses may), so that
-            those of tokens without a label need not be computed.
+        model: a transformers model or a PeftModel, dense or pruned.
+        dropout: dropout probability for the base, in place of its own; None: its own.
+        loss_alone: True if only the loss reads a language model's logits in training (TRL's trainers may read them
+            too), so that logits of tokens without a label are not computed.
+
+    Example:
+        ```python
+        with accelerated(light, dropout=0.0):
+            for batch in batches:
+                light(**batch).loss.backward()
+                optimizer.step(); optimizer.zero_grad()
+        ```
     """
     with ExitStack() as stack:
         stack.enter_context(base_dropout(model, dropout))
@@ -61,9 +73,9 @@ def accelerated(
 
 @contextmanager
 def base_dropout(model: nn.Module, probability: float | None) -> Iterator[None]:
-    """Inside the block every dropout of the foundation model and its head has this probability; None: its own.
+    """Set the dropout probability of the base model and its head inside the block; None: leave it.
 
-    Those of PEFT modules keep their own; configurations stay as they are. transformers keeps a probability in an
+    PEFT modules keep their own dropout, and configurations are unchanged. transformers stores the probability in an
     `nn.Dropout`, or as a number called `dropout`, `attention_dropout` or the like, which the module's forward reads.
     """
     changed = [] if probability is None else list(_dropouts(model))
@@ -77,7 +89,7 @@ def base_dropout(model: nn.Module, probability: float | None) -> Iterator[None]:
 
 
 def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
-    """The modules outside PEFT's that hold a probability of dropout, with its attribute and value."""
+    """Yield (module, attribute, probability) for each dropout outside of PEFT modules."""
     of_peft = peft_parts(model)
     for module in model.modules():
         if module not in of_peft:

@@ -1,4 +1,4 @@
-"""A run's settings as `TrainingArguments`: ours are aliases of some fields, `trainer:` reaches the others."""
+"""A run's settings as `TrainingArguments`: some settings set a field of it, and `trainer:` sets the other fields."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightpeft.config.validation import Within, convert, unknown_key
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.machine import accelerator, autocast_dtype, deepspeed_launched
 
-_AS_THEY_ARE = {
+_SAME_VALUE = {
     "per_device_train_batch_size": "batch_size",
     "per_device_eval_batch_size": "eval_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation",
@@ -24,9 +24,9 @@ _AS_THEY_ARE = {
     "gradient_checkpointing": "gradient_checkpointing",
     "save_steps": "save_steps",
 }
-"""Field of `TrainingArguments` -> the setting of `training` that is its value."""
+"""Field of `TrainingArguments` -> the setting of `training` with the same value."""
 _ALIASES = {
-    **{name: f"training.{setting}" for name, setting in _AS_THEY_ARE.items()},
+    **{name: f"training.{setting}" for name, setting in _SAME_VALUE.items()},
     "num_train_epochs": "training.epochs",
     "max_steps": "training.epochs",
     "learning_rate": "training.learning_rate",
@@ -35,8 +35,8 @@ _ALIASES = {
     "seed": "seed",
     "data_seed": "seed",
 }
-"""Field of `TrainingArguments` -> the setting that says it here."""
-USUAL: dict[str, Any] = {
+"""Field of `TrainingArguments` -> the setting of a run that determines it."""
+TRAINER_DEFAULTS: dict[str, Any] = {
     "lr_scheduler_type": "linear",
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
@@ -49,10 +49,10 @@ USUAL: dict[str, Any] = {
     "ddp_find_unused_parameters": False,
     "report_to": [],
 }
-"""Fields of `TrainingArguments` that a run sets unless `trainer:` does."""
-_NUMBERS = {"weight_decay": Within(least=0), "max_grad_norm": Within(least=0)}
-"""Fields whose numbers transformers does not look at."""
-_OWN = (
+"""Defaults of a run for fields of `TrainingArguments`, which `trainer:` overrides."""
+_RANGES = {"weight_decay": Within(least=0), "max_grad_norm": Within(least=0)}
+"""Ranges of fields that transformers does not check."""
+_RESERVED = (
     "output_dir",
     "use_cpu",
     "length_column_name",
@@ -66,46 +66,47 @@ _OWN = (
     "push_to_hub",
     "resume_from_checkpoint",
 )
-"""Fields that are the run folder's business."""
+"""Fields that a run always sets itself."""
 
 
 def refuse_deepspeed(asked: Any) -> None:
-    """Refuse the one engine that nothing is done for.
+    """Refuse DeepSpeed, the one engine that is not supported.
 
     Args:
-        asked: a trainer's setting `deepspeed`.
+        asked: the trainer's setting `deepspeed`.
 
     Raises:
-        LightPeftError: it is asked for, or this process was started for it.
+        LightPeftError: DeepSpeed is set, or this process was launched for it.
     """
     require(
         not asked and not deepspeed_launched(),
-        "DeepSpeed's engine cannot follow a model that is cut on the way; share weights by FSDP2 "
-        "(configs/engines/fsdp2.yaml), or fine-tune a light adapter by a trainer of another kind",
+        "deepspeed: its engine does not work with a model that is cut during training; use FSDP2 "
+        "(configs/engines/fsdp2.yaml), or train a saved light adapter with another trainer",
     )
 
 
 def training_arguments(
     config: TrainingConfig, folder: Path, steps: int, seed: int, given: Mapping[str, Any] | None = None
 ) -> TrainingArguments:
-    """How a run trains.
+    """Make the `TrainingArguments` of a run.
 
     Args:
-        config: with numbers for `auto`.
-        folder: for checkpoints, two at most.
+        config: settings with numbers in place of `auto`.
+        folder: folder of the checkpoints, of which at most two are kept.
         steps: optimizer steps of the whole run.
-        given: other fields of `TrainingArguments`.
+        seed: seed of training and of the order of rows.
+        given: fields of `TrainingArguments` from `trainer:`.
 
     Raises:
-        LightPeftError: a field that there is not, that has a setting of its own or that a run decides, or a value that
-            transformers does not take.
+        LightPeftError: a field does not exist, has a setting of its own, or is set by every run; or transformers
+            refuses a value.
     """
-    check_given(given or {})
+    check_trainer_fields(given or {})
     refuse_deepspeed((given or {}).get("deepspeed"))
     autocast = autocast_dtype(config)
     fields: dict[str, Any] = {
-        **USUAL,
-        **{name: getattr(config, setting) for name, setting in _AS_THEY_ARE.items()},
+        **TRAINER_DEFAULTS,
+        **{name: getattr(config, setting) for name, setting in _SAME_VALUE.items()},
         "output_dir": str(folder),
         "max_steps": steps,
         "learning_rate": float(config.learning_rate),
@@ -126,7 +127,7 @@ def training_arguments(
         if arguments.report_to:
             with needed_for("trainer.report_to"):
                 from transformers.integrations import get_reporting_integration_callbacks, is_tensorboard_available
-            get_reporting_integration_callbacks(arguments.report_to)  # which knows and imports them
+            get_reporting_integration_callbacks(arguments.report_to)  # raises if an integration is not installed
             there = "tensorboard" not in arguments.report_to or is_tensorboard_available()
             require(there, "trainer.report_to: tensorboard is not installed; pip install tensorboard")
         return arguments
@@ -135,17 +136,21 @@ def training_arguments(
 
 
 def half_precision(args: TrainingArguments) -> torch.dtype | None:
-    """What a trainer computes in under autocast; None: in the precision of the weights."""
+    """Return the autocast data type of a trainer; None: it computes in the precision of the weights."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
-def check_given(given: Mapping[str, Any]) -> None:
-    """Raise `LightPeftError` for fields that `trainer:` cannot set."""
+def check_trainer_fields(given: Mapping[str, Any]) -> None:
+    """Check the fields of `trainer:`.
+
+    Raises:
+        LightPeftError: a field that `trainer:` cannot set, or a value out of range.
+    """
     known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
     for name in given:
-        require(name not in _ALIASES, f"trainer.{name} is {_ALIASES.get(name)} here; set that")
-        require(name not in _OWN, f"trainer.{name} is the run's own to set; leave it out")
+        require(name not in _ALIASES, f"trainer.{name} is determined by {_ALIASES.get(name)}; set that instead")
+        require(name not in _RESERVED, f"trainer.{name} is set by the run itself; leave it out")
         if name not in known:
             raise LightPeftError(unknown_key(f"trainer.{name}", [f"trainer.{each}" for each in known]))
-        if name in _NUMBERS:
-            _NUMBERS[name].check(convert(given[name], float, f"trainer.{name}"), f"trainer.{name}")
+        if name in _RANGES:
+            _RANGES[name].check(convert(given[name], float, f"trainer.{name}"), f"trainer.{name}")

@@ -1,8 +1,8 @@
-"""Attention in bfloat16 on a CPU, as PyTorch computes it, with a backward pass of plain matrix products.
+"""Attention in bfloat16 on a CPU: PyTorch's forward pass, with a backward pass of plain matrix products.
 
-PyTorch's kernel for CPUs is as fast forward as it can be, and several times slower than the products themselves on its
-way back, most of all where the CPU multiplies matrices in bfloat16. Products alone would keep the probabilities of all
-layers; here nothing is kept but what the kernel keeps, and probabilities are computed once more, some rows at a time.
+The backward pass of PyTorch's CPU kernel is several times slower than the matrix products in it, most of all on CPUs
+with matrix units for bfloat16. Attention written as products would store the probabilities of all layers. Here nothing
+is stored beyond what the kernel stores, and probabilities are recomputed, some rows at a time.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from lightpeft.compat.torch import changes_of, softmax_backward
+from lightpeft.compat.torch import change_count, softmax_backward
 from lightpeft.compat.transformers import recomputes
 from lightpeft.models.patching import override_forward
 from lightpeft.models.unwrap import transformers_model
 
 LONGEST = 256
-"""Tokens a row up to which products are the faster way back; where the CPU has matrix units for bfloat16, up to 512."""
-_AT_ONCE = 2**22
-"""Bytes of probabilities that are computed together, about what caches hold."""
+"""Longest row, in tokens, for which products are faster; on CPUs with matrix units for bfloat16 it would be 512."""
+_PROBABILITY_BYTES = 2**22
+"""Bytes of probabilities that are computed together, about the size of a CPU cache."""
 
 
 @contextmanager
 def attention_by_products(model: nn.Module) -> Iterator[None]:
-    """Inside the block, gradients of `scaled_dot_product_attention` in the model are computed by plain products.
+    """Compute gradients of `scaled_dot_product_attention` in the model by plain products inside the block.
 
-    What the model computes forward is the same to the last bit, gradients but for rounding. In bfloat16 on a CPU alone,
-    up to `LONGEST` tokens, without dropout, and where no kernel was chosen. Not under gradient checkpointing, which
-    computes attention again outside of the model's forward pass, and has to in the same way.
+    The forward pass is bitwise the same, gradients are the same up to rounding. This applies to bfloat16 on a CPU, up
+    to `LONGEST` tokens, without dropout, if no kernel was chosen. It does not apply under gradient checkpointing, which
+    recomputes attention outside of the model's forward pass.
 
     Args:
         model: a transformers model, or a PeftModel around one.
@@ -56,7 +56,7 @@ def attention_by_products(model: nn.Module) -> Iterator[None]:
 
 
 class ByProducts(TorchFunctionMode):
-    """Inside this context, `scaled_dot_product_attention` leaves its way back to products where they are faster."""
+    """Mode in which `scaled_dot_product_attention` has a backward pass of products where that is faster."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class ByProducts(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """As `scaled_dot_product_attention`."""
+        """Compute attention with the arguments of `scaled_dot_product_attention`."""
         if torch.is_autocast_enabled("cpu"):
             query, key, value = (states.to(torch.get_autocast_dtype("cpu")) for states in (query, key, value))
         if dropout_p or not _are_faster(query, key, value, attn_mask):
@@ -90,11 +90,11 @@ class ByProducts(TorchFunctionMode):
             key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], 1) for states in (key, value))
         bias, attends = self._masks.of(query, key, attn_mask, is_causal)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return _Attention.apply(query, key, value, attn_mask, is_causal, scale, bias, attends)
+        return _AttentionFunction.apply(query, key, value, attn_mask, is_causal, scale, bias, attends)
 
 
 def _are_faster(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether products are the faster way to gradients of these."""
+    """Return True if products compute the gradients of these tensors faster than PyTorch's kernel."""
     given = (query, key, value)
     trains = any(states.requires_grad for states in given) and not (mask is not None and mask.requires_grad)
     usual = all(states.dtype == torch.bfloat16 and states.is_cpu and states.dim() == 4 for states in given)
@@ -103,7 +103,7 @@ def _are_faster(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) 
 
 
 class _Masks:
-    """What is added to scores; the layers of a model share a mask."""
+    """Additive masks, computed once for all layers that share an attention mask."""
 
     def __init__(self) -> None:
         self._given: tuple[Any, ...] = ()
@@ -113,21 +113,23 @@ class _Masks:
     def of(
         self, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """What is added to scores, [1 or batch, 1 or heads, tokens, keys], and which tokens attend at all, [..., 1].
+        """Return the additive mask of an attention call, and the tokens that attend to any key.
 
-        Both are None where every token attends to all keys, and the latter is where every token attends to one.
+        Returns:
+            Mask [1 or batch, 1 or heads, tokens, keys]; None if every token attends to all keys. Tokens [..., tokens,
+            1], bool; None if every token attends to at least one key.
         """
-        given = (None if mask is None else changes_of(mask), is_causal, query.shape[2], key.shape[2])
+        given = (None if mask is None else change_count(mask), is_causal, query.shape[2], key.shape[2])
         if self._mask is not mask or self._given != given:
             self._mask, self._given = mask, given
             if is_causal:
                 mask = query.new_ones(*given[2:], dtype=torch.bool).tril()
-            self._terms = (None, None) if mask is None else _term(mask, query.dtype)
+            self._terms = (None, None) if mask is None else _additive_mask(mask, query.dtype)
         return self._terms
 
 
-def _term(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """The mask as what is added, and its tokens that attend to a key."""
+def _additive_mask(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Convert a mask to an additive one, and find the tokens that attend to any key (None: all do)."""
     lowest = torch.finfo(dtype).min
     seen = mask if mask.dtype == torch.bool else mask > -torch.inf
     finite = mask.new_zeros(mask.shape, dtype=dtype) if mask is seen else mask.to(dtype).clamp(min=lowest)
@@ -135,7 +137,7 @@ def _term(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     return finite.masked_fill(~seen, lowest), None if attends.all() else attends
 
 
-class _Attention(torch.autograd.Function):
+class _AttentionFunction(torch.autograd.Function):
     """`softmax(scale Q K' + bias) V`, each [batch, heads, tokens, channels]."""
 
     @staticmethod
@@ -152,8 +154,8 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         """
         Args:
-            mask, is_causal: as PyTorch has them.
-            bias, attends: the same as `_Masks` has them.
+            mask, is_causal: arguments of PyTorch's attention, for the forward pass.
+            bias, attends: the same mask as `_Masks.of` returns it, for the backward pass.
         """
         ctx.save_for_backward(query, key, value, bias, attends)
         ctx.scale = scale
@@ -164,28 +166,28 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, attends = ctx.saved_tensors
         if attends is not None:
-            gradient = gradient * attends  # what attends to nothing is zero, whatever keys and values are
+            gradient = gradient * attends  # the output of a token that attends to nothing is constantly zero
         batch, heads, tokens, _ = query.shape
         keys = key.shape[2]
         results = [torch.empty(states.shape, dtype=states.dtype) for states in (query, key, value)]
         bias = None if bias is None else bias.expand(batch, heads, tokens, keys)
-        rows = max(_AT_ONCE // (heads * tokens * keys * query.element_size()), 1)
+        rows = max(_PROBABILITY_BYTES // (heads * tokens * keys * query.element_size()), 1)
         with torch.autocast("cpu", enabled=False):
             for start in range(0, batch, rows):
                 part = slice(start, start + rows)
                 given = [states[part].flatten(0, 1) for states in (gradient, query, key, value)]
                 term = None if bias is None else bias[part].clone(memory_format=torch.contiguous_format).flatten(0, 1)
-                _backward(given, term, ctx.scale, [result[part].flatten(0, 1) for result in results])
+                _write_gradients(given, term, ctx.scale, [result[part].flatten(0, 1) for result in results])
         return (*results, None, None, None, None, None)
 
 
-def _backward(given: list[Tensor], term: Tensor | None, scale: float, results: list[Tensor]) -> None:
-    """Write gradients of queries, keys and values.
+def _write_gradients(given: list[Tensor], term: Tensor | None, scale: float, results: list[Tensor]) -> None:
+    """Compute the gradients of queries, keys and values in place.
 
     Args:
-        given: gradient of the output, queries, keys and values, [heads, tokens, channels].
-        term: of the scores, [heads, tokens, keys]; it is overwritten.
-        results: where the gradients go.
+        given: gradient of the output, queries, keys and values, each [heads, tokens, channels].
+        term: additive mask of the scores, [heads, tokens, keys]; it is overwritten. None: no mask.
+        results: tensors that the three gradients are written to.
     """
     (gradient, query, key, value), (of_query, of_key, of_value) = given, results
     scores = torch.bmm(query, key.mT).mul_(scale) if term is None else term.baddbmm_(query, key.mT, alpha=scale)

@@ -1,4 +1,4 @@
-"""What watches a trainer: a bar, lines of a log, seals of checkpoints, and signals that end it."""
+"""Callbacks of a trainer: a progress bar, log lines, seals of checkpoints, and signals that stop it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightpeft.machine import processes
 
 
 class SealCheckpoint(TrainerCallback):
-    """Seals a checkpoint when everything in it is written: a run that was killed while saving skips it."""
+    """Seal a checkpoint when everything in it is written; resuming skips checkpoints without a seal."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         processes().wait_for_everyone()  # each writes its random state
@@ -28,13 +28,13 @@ class SealCheckpoint(TrainerCallback):
 
 
 class LogLines(TrainerCallback):
-    """Appends what the trainer logs to the run's log.jsonl."""
+    """Append the trainer's logs to the run's log.jsonl."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.stage, self._before, self._begun = path, "train", "train", 0
 
     def begin(self, stage: str, step: int) -> None:
-        """A stage begins behind a step, which is still to be logged as one of the stage before."""
+        """Begin a stage after a step, which itself is still logged under the previous stage."""
         self._before, self.stage, self._begun = self.stage, stage, step
 
     def on_log(
@@ -52,7 +52,7 @@ class LogLines(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """A rich progress bar with loss, step count, elapsed and remaining time; no terminal, no bar, but lines like it."""
+    """A rich progress bar with loss, step count, elapsed and remaining time; without a terminal, lines of text."""
 
     def __init__(self, total: int) -> None:
         console = Console(stderr=True)
@@ -70,7 +70,7 @@ class ProgressBar(TrainerCallback):
         self._pulse = Pulse("train", total, "step")
 
     def begin(self, stage: str, step: int) -> None:
-        """A stage begins behind a step."""
+        """Begin a stage after a step."""
         self.progress.update(self.task, description=stage)
         self._pulse = Pulse(stage, self._total, "step", done=step)
 
@@ -98,14 +98,14 @@ class ProgressBar(TrainerCallback):
             self.progress.update(self.task, loss=self._loss)
 
     def end_at(self, step: int) -> None:
-        """The stage is over, perhaps after fewer steps than it might have taken."""
+        """Show the bar as complete: training may end after fewer steps than planned."""
         self.progress.update(self.task, total=step, completed=step)
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGINT and SIGTERM end training after the step under way, with a checkpoint; a second signal ends it at once.
+    """Stop training on SIGINT or SIGTERM after the current step, with a checkpoint; a second signal stops it at once.
 
-    A stage that is over gets no checkpoint: what it leaves is its result, and nothing is to be trained from there.
+    Training that ends with this step writes no checkpoint: it writes its result.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A trainer's checkpoints, of which only whole ones count."""
+"""Find a trainer's checkpoints, without damaged or incomplete ones."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from lightpeft.files import CHECKSUMS, check_sealed
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """The checkpoint of the most steps, as any trainer writes them; None without any."""
+    """Return the checkpoint with the most steps, sealed or not; None if there is none."""
     found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit() and path.is_dir()]
     return str(max(found, key=step_of)) if found else None
 
 
 def last_checkpoint(folder: Path, announce: Callable[[str], None] = lambda line: None) -> Path | None:
-    """The newest checkpoint that is as it was written; None without any.
+    """Return the newest checkpoint with an intact seal; None if there is none.
 
     Args:
-        announce: told of a damaged one, which is removed.
+        folder: folder of the checkpoints.
+        announce: called with one line for each damaged checkpoint, which is removed.
     """
     complete = [path.parent for path in folder.glob(f"checkpoint-*/{CHECKSUMS}") if path.parent.name[11:].isdigit()]
     for checkpoint in sorted(complete, key=step_of, reverse=True):
         try:
             check_sealed(checkpoint)
         except LightPeftError as error:
-            announce(f"{error}; going on from an older checkpoint, or from the beginning of the stage")
+            announce(f"{error}; resuming from an older checkpoint, or from the start of the stage")
             shutil.rmtree(checkpoint, ignore_errors=True)
         else:
             return checkpoint
@@ -35,5 +36,5 @@ def last_checkpoint(folder: Path, announce: Callable[[str], None] = lambda line:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint was written after."""
+    """Return the number of optimizer steps before a checkpoint was written."""
     return int(checkpoint.name.rpartition("-")[2])

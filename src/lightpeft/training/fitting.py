@@ -1,4 +1,4 @@
-"""A training from its beginning to its end: signals, other processes and a full disk, each told in one line."""
+"""One training from start to end: signals, lost processes and a full disk each end it with one line."""
 
 from __future__ import annotations
 
@@ -17,26 +17,29 @@ from lightpeft.training.callbacks import ProgressBar, StopOnSignal
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to stop; what was done so far is on disk and the same command goes on from it."""
+    """A signal stopped the run; a checkpoint is on disk, and the same command resumes from it."""
 
 
-def train_in_float32(model: nn.Module) -> None:
-    """Weights that train become float32: PEFT makes its own so, but no head, and a gradient scaler takes no others."""
+def upcast_trained_weights(model: nn.Module) -> None:
+    """Convert trained weights to float32, which a gradient scaler needs; PEFT converts its own, but not a head."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
-def fit(trainer: Trainer, resume_from: Path | None) -> None:
-    """Train.
+def run_training(trainer: Trainer, resume_from: Path | None) -> None:
+    """Train until the end, or until a signal.
+
+    Args:
+        resume_from: checkpoint to resume from; None: start anew.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM arrived; a checkpoint was written at the end of the step under way.
-        LightPeftError: the device ran out of memory, or the disk is full.
+        Interrupted: SIGINT or SIGTERM arrived; a checkpoint was written after the current step.
+        LightPeftError: the device ran out of memory, the disk is full, or another process has ended.
     """
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    with stop.listening(), _readable_errors(trainer.args.output_dir), meeting_others():
+    with stop.listening(), _readable_errors(trainer.args.output_dir), reporting_lost_processes():
         bars = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ProgressBar)]
         try:
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
@@ -46,15 +49,15 @@ def fit(trainer: Trainer, resume_from: Path | None) -> None:
             for bar in bars:
                 bar.progress.stop()
     if stop.requested:
-        raise Interrupted(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
+        raise Interrupted(f"stopped at step {trainer.state.global_step}; run the same command again to resume")
 
 
 @contextmanager
-def meeting_others() -> Iterator[None]:
-    """Turn the loss of another process, which this one finds where it waits for it, into one line.
+def reporting_lost_processes() -> Iterator[None]:
+    """Turn the error of a collective operation into one line if another process of the training has ended.
 
     Raises:
-        LightPeftError: another process of the training is gone.
+        LightPeftError: another process has ended.
     """
     try:
         yield
@@ -65,17 +68,19 @@ def meeting_others() -> Iterator[None]:
         if hasattr(signal, "pthread_sigmask"):  # launchers end the others by SIGTERM: first the line is to be told
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         raise LightPeftError(
-            "another process of this training has ended, and what is left cannot go on without it; "
-            "start all again: training goes on from the last checkpoint"
+            "another process of this training has ended, and the others cannot continue without it; "
+            "start all processes again to resume from the last checkpoint"
         ) from error
 
 
 @contextmanager
 def _readable_errors(checkpoints: str) -> Iterator[None]:
-    """Turn running out of memory or disk into one line."""
+    """Turn errors from full memory or a full disk into one line."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise LightPeftError("out of memory; lower training.batch_size and raise gradient_accumulation") from error
+        raise LightPeftError(
+            "out of memory: lower training.batch_size, and raise training.gradient_accumulation"
+        ) from error
     except (OSError, SafetensorError) as error:
-        raise LightPeftError(f"cannot write below {checkpoints}: {one_line(error)}") from error
+        raise LightPeftError(f"cannot write to {checkpoints}: {one_line(error)}") from error

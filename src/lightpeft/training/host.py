@@ -1,4 +1,4 @@
-"""All that training relies on of `transformers.Trainer`: what the parts of a trainer read, set and call."""
+"""The part of `transformers.Trainer` that lightpeft relies on: attributes and methods that it reads, sets and calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class Host(Protocol):
-    """A `transformers.Trainer`, as far as it is used; `Training` extends the methods in its second half."""
+    """Interface of a `transformers.Trainer`; `Training` extends the methods in its second half."""
 
     args: TrainingArguments
     model: nn.Module
@@ -22,7 +22,7 @@ class Host(Protocol):
     state: TrainerState
     control: TrainerControl
     callback_handler: Any
-    """Has `callbacks`, and the optimizer and the scheduler that it hands them."""
+    """Holds `callbacks`, and passes them `optimizer` and `lr_scheduler`."""
     train_dataset: Any
     data_collator: Any
     optimizer: Any

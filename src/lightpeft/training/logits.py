@@ -1,4 +1,4 @@
-"""The language-modelling head, computed in training only where the loss reads it, and some tokens at a time."""
+"""Language-model head in training: logits of labelled tokens only, with a chunked cross-entropy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from lightpeft.compat.torch import is_watched
+from lightpeft.compat.torch import has_hooks
 from lightpeft.compat.transformers import causal_loss, has_causal_loss, override_loss
 from lightpeft.machine import compute_dtype
 from lightpeft.models.batches import IGNORED
@@ -20,25 +20,25 @@ from lightpeft.models.head import language_head, record_head, two_tokens
 from lightpeft.models.patching import override_forward
 from lightpeft.models.unwrap import transformers_model
 
-_AT_ONCE, _AT_ONCE_ON_CPU = 2**28, 2**25
-"""Bytes of logits, in float32, that are in memory at a time: few beside a model's, and enough to keep products busy."""
-_LEAST_AT_ONCE = 64
-"""Tokens whose logits are, however wide a vocabulary is."""
+_LOGIT_BYTES, _LOGIT_BYTES_ON_CPU = 2**28, 2**25
+"""Bytes of float32 logits in memory at a time: few compared with a model, and enough for efficient matrix products."""
+_LEAST_CHUNK = 64
+"""Least tokens per chunk, however large the vocabulary is."""
 
 
 @contextmanager
 def labelled_head(model: nn.Module) -> Iterator[None]:
-    """Inside the block a causal language model in training computes logits of those tokens alone that have a label.
+    """Compute the logits of labelled tokens only while a causal language model trains inside the block.
 
-    Prompts and padding have none, and a vocabulary is much wider than a hidden state: the head and the softmax over its
-    output take a good part of a step's time and most of its memory. The loss is the same but for the order of its sum.
-    `logits` of a model's output in training are then [1, labelled tokens, vocabulary].
+    Prompts and padding have no labels, and a vocabulary is much wider than a hidden state: the head and the softmax
+    take a good part of a step's time and most of its memory. The loss is the same up to the order of its sum. The
+    model's output then has `logits` of shape [1, labelled tokens, vocabulary].
 
-    Where the head is frozen and its logits go straight to the loss, they are never all there: they, the loss and what
-    goes back to the hidden states are computed some tokens at a time, and `logits` are [1, labelled tokens, 0].
+    If the head is frozen and its logits go directly to the loss, cross-entropy is chunked: logits, loss and the
+    gradient of hidden states are computed for some tokens at a time, and `logits` has shape [1, labelled tokens, 0].
 
-    Models that have no such head, do not hand its logits to transformers' loss, or have a loss of their own are left
-    alone, and so are calls without labels.
+    Models without such a head, or whose logits do not go to transformers' loss, are unchanged, and so are calls without
+    labels.
 
     Args:
         model: a transformers model, or a PeftModel around one.
@@ -49,7 +49,7 @@ def labelled_head(model: nn.Module) -> Iterator[None]:
     if head is None or way is None:
         yield
         return
-    labelled = _Labelled(head, straight=way == "straight")
+    labelled = _LabelledHead(head, straight=way == "straight")
     handle = inner.register_forward_pre_hook(labelled.begin, with_kwargs=True)
     try:
         with override_loss(inner, labelled.loss), override_forward(head, labelled.project):
@@ -59,10 +59,10 @@ def labelled_head(model: nn.Module) -> Iterator[None]:
 
 
 def _way_to_loss(inner: Any, head: nn.Linear) -> str | None:
-    """How logits get from the head to transformers' loss, tried with two tokens.
+    """Find out how logits get from the head to transformers' loss, by a call with two tokens.
 
     Returns:
-        "straight": as they are; "changed": position by position; None: in another way, or not at all.
+        "straight": unchanged; "changed": changed, with the same positions; None: another way, or not at all.
     """
     taken: list[Tensor] = []
 
@@ -82,25 +82,25 @@ def _way_to_loss(inner: Any, head: nn.Linear) -> str | None:
     return "straight" if len(given) == 1 and taken[0] is given[0] else "changed"
 
 
-class _Labelled:
-    """One model's head and loss."""
+class _LabelledHead:
+    """Replacements for one model's head and loss."""
 
     def __init__(self, head: nn.Linear, *, straight: bool) -> None:
         """
         Args:
-            straight: the head's logits go to the loss as they are.
+            straight: True if the head's logits go to the loss unchanged.
         """
         self._head, self._straight = head, straight
         self._project: Callable[[Tensor], Tensor] = head.forward
         self._next: Tensor | None = None
-        """Label of each position's next token, [rows, length]; None: logits are wanted everywhere."""
+        """Label of each position's next token, [rows, length]; None: compute logits of all tokens."""
         self._labels: Tensor | None = None
-        """Those of labelled tokens, [labelled tokens]; None: the logits of the call under way are of all tokens."""
+        """Labels of labelled tokens, [labelled tokens]; None: the current call computes logits of all tokens."""
         self._sum: Tensor | None = None
-        """The loss of labelled tokens; None: it is not computed yet."""
+        """Summed loss of labelled tokens, []; None: not computed yet."""
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the model: which logits the loss will read."""
+        """Forward pre-hook of the model: note which tokens have labels."""
         labels = kwargs.get("labels")
         elsewhere = kwargs.get("shift_labels") is not None or kwargs.get("logits_to_keep")
         self._next = self._labels = self._sum = None
@@ -108,26 +108,26 @@ class _Labelled:
             self._next = pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
     def project(self, hidden: Tensor) -> Tensor:
-        """The head's forward: [rows, length, hidden] -> [1, labelled tokens, vocabulary], or logits of all tokens."""
+        """Forward of the head: [rows, length, hidden] -> [1, labelled tokens, vocabulary], or logits of all tokens."""
         if self._next is None or hidden.shape[:-1] != self._next.shape:
             return self._project(hidden)
         following = self._next.to(hidden.device)
         labelled = following != IGNORED
         hidden, self._labels = hidden[labelled], following[labelled]
-        dtype = self._computed_in(hidden)
+        dtype = self._chunked_dtype(hidden)
         if dtype is None:
             return self._project(hidden)[None]
         self._sum = _SummedLoss.apply(hidden.to(dtype), self._head.weight, self._head.bias, self._labels)
         return hidden.new_empty(1, len(hidden), 0)
 
-    def _computed_in(self, hidden: Tensor) -> torch.dtype | None:
-        """The data type of logits that nobody but the loss reads; None: somebody else may, or gradients need them.
+    def _chunked_dtype(self, hidden: Tensor) -> torch.dtype | None:
+        """Return the data type for the chunked loss; None: hooks may read the logits, or the head trains.
 
-        In float16, gradients that are not scaled yet would be too small.
+        In float16 it is None, too: gradients before scaling would underflow.
         """
         weight, bias = self._head.weight, self._head.bias
         parts = [weight] if bias is None else [weight, bias]
-        if not self._straight or is_watched(self._head) or any(part.requires_grad for part in parts):
+        if not self._straight or has_hooks(self._head) or any(part.requires_grad for part in parts):
             return None
         dtype = compute_dtype(hidden, *parts)
         return None if dtype == torch.float16 else dtype
@@ -140,12 +140,12 @@ class _Labelled:
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """transformers' loss, of the logits that are there.
+        """Replacement for transformers' loss, over labelled tokens.
 
         Args:
-            num_items_in_batch: labels that it is a mean over; None: those of this call.
+            num_items_in_batch: number of labels that the sum is divided by; None: the labels of this call.
         """
-        total, self._sum = self._sum, None  # which holds on to the graph
+        total, self._sum = self._sum, None  # it would keep the graph alive
         if total is not None and self._labels is not None:
             count = len(self._labels) if num_items_in_batch is None else num_items_in_batch
             return total / (count.to(total.device) if isinstance(count, Tensor) else count)
@@ -155,28 +155,28 @@ class _Labelled:
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Cross-entropy of `softmax(W x + b)`, summed over tokens, with a frozen W.
+    """Chunked cross-entropy of `softmax(W x + b)`, summed over tokens, with a frozen W.
 
-    Gradients are computed on the way forward, while the logits are there; no product of matrices is more than usual.
-    PyTorch 2.13 has `linear_cross_entropy`, which does so, too; older ones that lightpeft runs with have none.
+    The forward pass also computes the gradient, while a chunk's logits exist; the number of matrix products is the same
+    as usual. PyTorch 2.13 has `linear_cross_entropy`, which does the same; older supported releases do not.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         """
         Args:
-            hidden: x, [tokens, channels], of the data type of the computation.
-            weight, bias: [vocabulary, channels] and [vocabulary], of any.
+            hidden: x, [tokens, channels], in the data type of the computation.
+            weight, bias: W [vocabulary, channels] and b [vocabulary], in any data type.
             labels: [tokens].
 
         Returns:
-            [], float32.
+            Sum of the losses, [], float32.
         """
         weight = weight.to(hidden.dtype)
         bias = None if bias is None else bias.to(hidden.dtype)
         gradient = torch.empty_like(hidden)
         total = hidden.new_zeros((), dtype=torch.float32)
-        at_once = max((_AT_ONCE_ON_CPU if hidden.is_cpu else _AT_ONCE) // (4 * len(weight)), _LEAST_AT_ONCE)
+        at_once = max((_LOGIT_BYTES_ON_CPU if hidden.is_cpu else _LOGIT_BYTES) // (4 * len(weight)), _LEAST_CHUNK)
         split = partial(torch.chunk, chunks=max(-(-len(hidden) // at_once), 1))
         with torch.autocast(hidden.device.type, enabled=False):
             for states, wanted, back in zip(*map(split, (hidden, labels[:, None], gradient)), strict=True):

@@ -1,7 +1,7 @@
-"""RMS norms as one node of the autograd graph: the same result, with fewer passes over memory on the way back.
+"""RMS norms as one node of the autograd graph: the same result, with fewer passes over memory in the backward pass.
 
-transformers computes an RMS norm out of a square, a mean, a root and two products, and autograd goes back through each
-of them over all hidden states. LayerNorm has a kernel for that, and is the same but for the mean of what it is given.
+transformers computes an RMS norm as a square, a mean, a root and two products, and the backward pass of each of them
+runs over all hidden states. LayerNorm has a backward kernel, and differs from an RMS norm only in subtracting the mean.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from lightpeft.models.patching import override_forward
 
 @contextmanager
 def fused_norms(model: nn.Module) -> Iterator[None]:
-    """Inside the block, RMS norms that are computed as Llama's are one node each, in float32 on a CPU.
+    """Compute Llama's kind of RMS norm as one autograd node inside the block, in float32 on a CPU.
 
-    Outputs are the same to the last bit, gradients but for the order of rounding. Others are left to transformers.
+    Outputs are bitwise the same, gradients the same up to rounding. Other norms are unchanged.
 
     Args:
         model: a transformers model, or a PeftModel around one.
@@ -32,12 +32,12 @@ def fused_norms(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in model.modules():
             if is_rms_norm(module) and module.weight.device.type == "cpu":
-                stack.enter_context(override_forward(module, partial(_normed, module, module.forward)))
+                stack.enter_context(override_forward(module, partial(_norm_forward, module, module.forward)))
         yield
 
 
-def _normed(module: Any, usual: Any, hidden_states: Tensor) -> Tensor:
-    """The norm's forward."""
+def _norm_forward(module: Any, usual: Any, hidden_states: Tensor) -> Tensor:
+    """Forward of a norm module; falls back to the usual one outside of float32 training."""
     weight, x = module.weight, hidden_states
     in_float32 = x.dtype == weight.dtype == torch.float32
     if not in_float32 or not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
@@ -61,8 +61,8 @@ class _RmsNorm(torch.autograd.Function):
         return (x * inverse).mul_(weight)
 
     @staticmethod
-    def made_again(node: Any) -> Tensor:
-        """The result, from what the node keeps."""
+    def recompute(node: Any) -> Tensor:
+        """Recompute the result from the tensors that the node saved."""
         x, weight, inverse = node.saved_tensors
         result: Tensor = (x * inverse).mul_(weight)
         return result

@@ -1,9 +1,9 @@
-"""Activations that the backward pass makes again, instead of keeping them from the forward pass.
+"""Activations that the backward pass recomputes instead of storing them in the forward pass.
 
-A feed-forward network with a gate keeps four tensors of its full width a block: what enters the activation, what leaves
-it, what it is multiplied with, and the product. Two of them are one cheap pass away from the others, as masked ones are
-in estimation, and as a norm's output in half precision is from what enters the norm. No product of matrices is computed
-twice, unlike under gradient checkpointing.
+A gated feed-forward network stores four tensors of its full width per block: input and output of the activation
+function, the other factor, and the product. Two of them are cheap to recompute from the others, as are masked
+activations in estimation, and a norm's output in half precision. Unlike gradient checkpointing, this repeats no matrix
+product.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from lightpeft.models.unwrap import transformers_model
 
 @contextmanager
 def recomputed_activations(model: nn.Module) -> Iterator[None]:
-    """Inside the block, the graphs that the model builds keep no activation that what they keep anyway makes again.
+    """Do not store activations inside the block that can be recomputed from other stored tensors.
 
-    Gradients are the same to the last bit. Not under gradient checkpointing, which keeps next to nothing by itself.
+    Gradients are bitwise the same. It does not apply under gradient checkpointing, which stores little by itself.
 
     Args:
         model: a transformers model, or a PeftModel around one.
@@ -39,22 +39,23 @@ def recomputed_activations(model: nn.Module) -> Iterator[None]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not is_grad_enabled() or recomputes(inner):
             return usual(*args, **kwargs)
-        with saved_tensors_hooks(_keep, _Kept()):
+        with saved_tensors_hooks(_pack, _Unpack()):
             return usual(*args, **kwargs)
 
     with override_forward(inner, forward):
         yield
 
 
-def _keep(tensor: Tensor) -> Tensor | partial[Tensor]:
-    """The tensor, or what makes it again."""
+def _pack(tensor: Tensor) -> Tensor | partial[Tensor]:
+    """Pack hook of autograd: return a function that recomputes the tensor, or the tensor if there is none."""
     return maker_of(tensor) or tensor
 
 
-class _Kept:
-    """What was kept, or made again; what queries, keys and values read is made once for all three.
+class _Unpack:
+    """Unpack hook of autograd: return a stored tensor, or recompute it.
 
-    One of these is as old as the graph of a forward pass, and goes with it.
+    The last recomputed tensor is cached, because queries, keys and values read the same one. Each forward pass has its
+    own hook, which lives as long as the graph.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Going on from a trainer's checkpoint whose files are not what their libraries expect: one line, and no guess."""
+"""Resume from a trainer's checkpoint; a damaged file ends in one line."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from lightpeft.errors import require
 from lightpeft.files.foreign import parsing
 from lightpeft.models.sharding import is_sharded
 from lightpeft.training.checkpoints import newest_checkpoint
-from lightpeft.training.fitting import meeting_others
+from lightpeft.training.fitting import reporting_lost_processes
 from lightpeft.training.host import Host
 from lightpeft.training.sharding import Sharding
 from lightpeft.training.step_rows import check_step
 
-_INSTEAD = "go on from an older one: remove this checkpoint, or name another"
+_USE_OLDER = "resume from an older one: remove this checkpoint, or name another"
 
 
 class Checkpoints:
-    """A trainer's checkpoints: those of one process, whatever trains; what cannot be read of them is one line."""
+    """Loads a trainer's checkpoints, which are written as by one process; a damaged file ends in one line."""
 
     def __init__(self, trainer: Host, sharding: Sharding) -> None:
         self._trainer, self._sharding = trainer, sharding
 
     def to_resume(self, asked: str | bool | None) -> str | None:
-        """The checkpoint to go on from; nothing of it is believed before its state has been looked at.
+        """Return the checkpoint to resume from, after checking its state; None: none.
 
         Args:
-            asked: its folder; True: the newest one.
+            asked: folder of the checkpoint; True: the newest one; None or False: none.
 
         Raises:
-            LightPeftError: it is damaged, or of steps of another size.
+            LightPeftError: the checkpoint is damaged, or was trained with another global batch.
         """
         folder = Path(self._trainer.args.output_dir)
         checkpoint = newest_checkpoint(folder) if asked is True else asked or None
@@ -47,47 +47,48 @@ class Checkpoints:
         return checkpoint
 
     def load_weights(self, folder: str, usual: Callable[[], None]) -> None:
-        """Load weights as the trainer does, where `Sharding.before` has not."""
+        """Load weights by the trainer's own method, unless the model is sharded: those are loaded before sharding."""
         if not is_sharded(self._trainer.model):
-            with _readable(folder, "weights"), self._sharding.as_one_process():
+            with _reporting_damage(folder, "weights"), self._sharding.as_one_process():
                 usual()
 
     def load_states(self, checkpoint: str | None, usual: Callable[[str | None], None]) -> None:
-        """Load optimizer and scheduler as the trainer does."""
-        readable = _readable(checkpoint, "state of optimizer and scheduler")
+        """Load optimizer and scheduler by the trainer's own method."""
+        readable = _reporting_damage(checkpoint, "state of optimizer and scheduler")
         with readable, self._sharding.as_one_process(), cpu_without_number(self._trainer.args):
             usual(checkpoint)
 
     def load_random_state(self, checkpoint: str | None, usual: Callable[[str | None], None]) -> None:
-        """Load random numbers as the trainer does."""
-        with _readable(checkpoint, "random numbers"):
+        """Load the random state by the trainer's own method."""
+        with _reporting_damage(checkpoint, "random state"):
             usual(checkpoint)
 
     def load_best(self, usual: Callable[[], None]) -> None:
-        """Load the best model as the trainer does."""
+        """Load the best model by the trainer's own method."""
         with self._sharding.as_one_process():
             usual()
 
 
 @contextmanager
-def _readable(checkpoint: str | None, what: str) -> Iterator[None]:
-    with parsing(f"{checkpoint} is damaged: its {what} cannot be read", _INSTEAD), meeting_others():
+def _reporting_damage(checkpoint: str | None, what: str) -> Iterator[None]:
+    """Turn errors inside the block into one line: this part of the checkpoint is damaged."""
+    with parsing(f"{checkpoint} is damaged: its {what} cannot be read", _USE_OLDER), reporting_lost_processes():
         yield
 
 
 def check_state(checkpoint: Path) -> None:
-    """Check that the state of a trainer in a checkpoint can be read, and is of a step of its training.
+    """Check that the trainer state in a checkpoint can be read, and that its step lies within its training.
 
     Raises:
-        LightPeftError: it is not there, or is none.
+        LightPeftError: the file is missing or damaged.
     """
     file = checkpoint / TRAINER_STATE_NAME
-    with parsing(f"{file} is damaged", _INSTEAD):
+    with parsing(f"{file} is damaged", _USE_OLDER):
         state = TrainerState.load_from_json(str(file))
     step, steps = state.global_step, state.max_steps
     reached = type(step) is type(steps) is int and 0 <= step <= steps
-    require(reached, f"{file} is damaged: it is of step {short_repr(step)}, of {short_repr(steps)}; {_INSTEAD}")
+    require(reached, f"{file} is damaged: it says step {short_repr(step)} of {short_repr(steps)}; {_USE_OLDER}")
     scaler = checkpoint / SCALER_NAME
     if scaler.is_file():
-        with parsing(f"{checkpoint} is damaged: its state of the gradient scaler cannot be read", _INSTEAD):
+        with parsing(f"{checkpoint} is damaged: its gradient scaler cannot be read", _USE_OLDER):
             torch.amp.GradScaler("cpu").load_state_dict(torch.load(scaler, weights_only=True))

@@ -1,4 +1,4 @@
-"""Which rows the steps of a trainer take, in which order, and batches of rows as it feeds them to a model."""
+"""Order of a trainer's training rows, and batches of rows as the trainer collates them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lightpeft.compat.transformers import LengthGroupedSampler, used_columns
 from lightpeft.profiling.live import Batch
 from lightpeft.training.host import Host
 from lightpeft.training.step_rows import rows_a_step
-from lightpeft.training.teaching import without_answers
+from lightpeft.training.teaching import without_teacher_logits
 
 
 class EpochOrder(Sampler):
-    """The order of a `LengthGroupedSampler`, drawn from a seed of its own in each epoch."""
+    """Sampler with the order of a `LengthGroupedSampler`, drawn from the seed plus the number of the epoch."""
 
     def __init__(self, sampler: LengthGroupedSampler, seed: int, epoch: Callable[[], int]) -> None:
         self.sampler, self.seed, self.epoch = sampler, seed, epoch
@@ -30,22 +30,25 @@ class EpochOrder(Sampler):
         return self.of_epoch(self.epoch())
 
     def of_epoch(self, epoch: int) -> Iterator[int]:
-        """Row numbers in the order of an epoch."""
+        """Return the row numbers in the order of an epoch."""
         self.sampler.generator = torch.Generator().manual_seed(self.seed + epoch)
         return iter(self.sampler)
 
 
-def repeatable(sampler: Sampler | None, trainer: Host) -> Sampler | None:
-    """A trainer's sampler, whose batches by length depend on seed and epoch alone, on any number of processes."""
+def with_repeatable_order(sampler: Sampler | None, trainer: Host) -> Sampler | None:
+    """Make a trainer's length-grouped order depend on seed and epoch only, for any number of processes.
+
+    Samplers of other kinds are returned unchanged.
+    """
     if not isinstance(sampler, LengthGroupedSampler):
         return sampler
     sampler.batch_size *= trainer.args.world_size
-    sampler.lengths = list(sampler.lengths)  # a data set's column makes a new data set for every item read
+    sampler.lengths = list(sampler.lengths)  # a column of a dataset makes a new dataset for every item read
     return EpochOrder(sampler, trainer.args.seed, lambda: int(trainer.state.epoch or 0))
 
 
 def rows_of_steps(trainer: Host, steps: int) -> set[int] | None:
-    """Numbers of the training rows that the first steps of a run go through; None where these are not known."""
+    """Return the numbers of the training rows in the first `steps` optimizer steps; None: the order is not known."""
     order = trainer._get_train_sampler(trainer.train_dataset)
     if not isinstance(order, EpochOrder):
         return None
@@ -53,17 +56,17 @@ def rows_of_steps(trainer: Host, steps: int) -> set[int] | None:
 
 
 def batches_of(rows: Any, trainer: Host, numbers: Sequence[int], size: int) -> list[Batch]:
-    """Batches of rows of similar length, in an order that has nothing to do with it, as a trainer feeds them, with
-    labels alone.
+    """Collate rows as a trainer does, in batches of rows of similar length and in random order, without teacher logits.
 
     Args:
-        numbers: of the rows.
-        size: rows a batch.
+        rows: the dataset.
+        numbers: row numbers to take.
+        size: rows per batch.
     """
     lengths = rows["length"][:] if isinstance(rows, Dataset) and "length" in rows.column_names else None
     order = list(numbers) if lengths is None else sorted(numbers, key=lengths.__getitem__)
     if isinstance(rows, Dataset):
-        rows = without_answers(used_columns(trainer, rows))
+        rows = without_teacher_logits(used_columns(trainer, rows))
     parts = [order[start : start + size] for start in range(0, len(order), size)]
     batches = [trainer.data_collator([rows[number] for number in part]) for part in parts]
     mixed = torch.randperm(len(batches), generator=torch.Generator().manual_seed(trainer.args.seed)).tolist()

@@ -1,6 +1,6 @@
-"""How long a run trains and at which rate: what `training.epochs: auto` and `training.learning_rate: auto` stand for.
+"""Length and learning rate of a run: the values of `training.epochs: auto` and `training.learning_rate: auto`.
 
-The numbers are measured on MiniLM over small and large data (docs/explanation/results.md).
+The numbers were measured on MiniLM with small and large datasets (docs/explanation/results.md).
 """
 
 from __future__ import annotations
@@ -11,75 +11,84 @@ from dataclasses import dataclass, replace
 from lightpeft.config import TrainingConfig
 from lightpeft.training.host import Host
 
-LEAST_STEPS = 200
-"""Optimizer steps that a run takes under `epochs: auto`, also where rows are few: below, PEFT has hardly moved."""
+LEAST_RUN_STEPS = 200
+"""Least optimizer steps of a run under `epochs: auto`: with fewer, PEFT weights have hardly changed."""
 LEAST_EPOCHS = 3
-"""Passes over the rows where these are enough steps."""
+"""Least epochs under `epochs: auto`."""
 MOST_EPOCHS = 40
-"""Passes over very few rows, which teach nothing new for ever."""
+"""Most epochs under `epochs: auto`: very few rows teach nothing new after that."""
 HELD_PART, FEWEST_HELD = 0.1, 40
-"""Training rows that a run of more epochs sets aside, to stop where the loss on them turns: a part, and at least so
-many."""
+"""Held-out training rows for early stopping in runs of more than `LEAST_EPOCHS`: a part of all rows, and a minimum."""
 MOST_HELD_PART = 0.2
-"""Part of the rows that these may be; of fewer than would tell something, none are."""
+"""Largest part of the rows to hold out; if the minimum is more, no rows are held out."""
 RATE, RATE_WIDTH = 1e-3, 384
-"""Peak learning rate under `learning_rate: auto`, measured at this hidden size."""
+"""Peak learning rate under `learning_rate: auto`, and the hidden size that it was measured at."""
 LEAST_RATE = 3e-4
-"""The rate of wide models (Gu et al. 2024 train LLaMA of 7 billion parameters, 4,096 wide, with it)."""
+"""Learning rate of wide models (Gu et al. 2024 use it for LLaMA with 7 billion parameters, hidden size 4,096)."""
 
 FULL_RATE = 2e-5
-"""Peak learning rate under `learning_rate: auto` where every weight trains."""
+"""Peak learning rate under `learning_rate: auto` if all weights train (full fine-tuning)."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast a run goes through its rows."""
+    """Rows and batch sizes of a run, and the optimizer steps that follow from them."""
 
     rows: int
+    """Training rows."""
     batch_size: int
-    """Rows a backward pass, of all processes together."""
+    """Rows per backward pass, over all processes."""
     accumulation: int = 1
-    """Backward passes an optimizer step."""
+    """Gradient accumulation: backward passes per optimizer step."""
 
     @classmethod
     def of(cls, rows: int, config: TrainingConfig, processes: int = 1) -> Pace:
-        """That of a run's settings."""
+        """Make the pace of a run from its settings."""
         return cls(rows, config.batch_size * processes, config.gradient_accumulation)
 
     @property
     def steps_an_epoch(self) -> int:
-        """Optimizer steps of one pass over the rows."""
+        """Optimizer steps per epoch."""
         return math.ceil(math.ceil(self.rows / self.batch_size) / self.accumulation)
 
     def steps(self, epochs: float) -> int:
-        """Optimizer steps of a whole run."""
+        """Return the optimizer steps of a run of so many epochs, at least 1."""
         return max(1, math.ceil(self.steps_an_epoch * epochs))
 
     def least_examples(self, steps: int) -> int:
-        """Examples that any `steps` optimizer steps in a row see at least: an epoch's last step may have fewer."""
+        """Return the least number of rows in any `steps` consecutive optimizer steps; an epoch's last step may have
+        fewer."""
         of_step = self.batch_size * self.accumulation
         epochs, more = divmod(steps, self.steps_an_epoch)
         return epochs * self.rows + (self.rows - (self.steps_an_epoch - more) * of_step if more else 0)
 
     def enough_steps(self, examples: int, steps: int) -> int:
-        """Steps of the shortest estimation that scores so many examples; all `steps` of the run, where none does."""
+        """Return the steps of the shortest estimation that scores so many examples; `steps` if none is long enough.
+
+        Args:
+            steps: optimizer steps of the whole run.
+        """
         lengths = (length for length in range(2, steps) if self.least_examples(scored_steps(length)) >= examples)
         return next(lengths, steps)
 
 
 class Schedule:
-    """Rate and steps of a trainer's optimizer: those that the trainer was given."""
+    """Learning rate and scheduler steps of a trainer, unchanged; `LightSchedule` changes them at the cut."""
 
     def set_rate(self) -> None:
-        """Give the trainer the learning rate of what it trains."""
+        """Set the trainer's learning rate for the parameters that it trains."""
 
     def steps(self, of_run: int) -> int:
-        """Steps of the scheduler that is made, in a run of so many."""
+        """Return the steps of the next scheduler.
+
+        Args:
+            of_run: optimizer steps of the whole run.
+        """
         return of_run
 
 
 def pace_of(trainer: Host) -> Pace | None:
-    """How fast a trainer goes through its rows; None where these are not counted."""
+    """Return the pace of a trainer; None if its dataset has no length."""
     args = trainer.args
     try:
         rows = len(trainer.train_dataset)
@@ -89,7 +98,7 @@ def pace_of(trainer: Host) -> Pace | None:
 
 
 def steps_of(trainer: Host) -> int | None:
-    """Optimizer steps of a trainer's whole run; None where neither these nor its rows are counted."""
+    """Return the optimizer steps of a trainer's run; None if it has no `max_steps` and its dataset has no length."""
     if trainer.args.max_steps > 0:
         return int(trainer.args.max_steps)
     pace = pace_of(trainer)
@@ -97,19 +106,23 @@ def steps_of(trainer: Host) -> int | None:
 
 
 def scored_steps(length: int) -> int:
-    """How many steps of an estimation count for the scores: those of its second half."""
+    """Return the number of estimation steps that count for the scores: the second half.
+
+    Args:
+        length: steps of the estimation.
+    """
     return length - length // 2
 
 
-def settled(
+def resolve_auto(
     config: TrainingConfig, rows: int, width: int | None, processes: int = 1, has_peft: bool = True
 ) -> TrainingConfig:
-    """The settings with numbers for `auto`.
+    """Return the settings with numbers in place of `auto`.
 
     Args:
         rows: training rows.
-        width: hidden size of the foundation model, if it has one.
-        has_peft: whether PEFT modules train, and not every weight.
+        width: hidden size of the base model; None: not known.
+        has_peft: True if PEFT modules train; False: all weights do.
     """
     epochs = auto_epochs(Pace.of(rows, config, processes).steps_an_epoch) if config.epochs == "auto" else config.epochs
     rate = config.learning_rate
@@ -119,25 +132,29 @@ def settled(
 
 
 def rows_held(rows: int, epochs: float) -> int:
-    """How many training rows are set aside to tell where training is to stop; 0 where it runs to its end.
+    """Return the number of training rows to hold out for early stopping; 0: no early stopping.
 
     Args:
         rows: training rows.
-        epochs: that `training.epochs: auto` stands for; more than `LEAST_EPOCHS` go through few rows so often that a
-            model may learn them by heart.
+        epochs: value of `training.epochs: auto`; with more than `LEAST_EPOCHS`, the model may overfit to few rows.
     """
     held = max(FEWEST_HELD, int(HELD_PART * rows))
     return held if epochs > LEAST_EPOCHS and held <= MOST_HELD_PART * rows else 0
 
 
 def auto_epochs(steps: int) -> int:
-    """Whole epochs, of so many steps each: `LEAST_STEPS` in all or more, within `LEAST_EPOCHS` and `MOST_EPOCHS`."""
-    return min(max(math.ceil(LEAST_STEPS / max(steps, 1)), LEAST_EPOCHS), MOST_EPOCHS)
+    """Return the epochs under `epochs: auto`: `LEAST_RUN_STEPS` steps or more, within `LEAST_EPOCHS` and `MOST_EPOCHS`.
+
+    Args:
+        steps: optimizer steps per epoch.
+    """
+    return min(max(math.ceil(LEAST_RUN_STEPS / max(steps, 1)), LEAST_EPOCHS), MOST_EPOCHS)
 
 
 def auto_rate(width: int | None) -> float:
-    """The rate of plain PEFT on a model so wide; it falls with the root of the width, from one known rate to the other.
+    """Return plain PEFT's learning rate for a hidden size: `RATE` falls with its square root down to `LEAST_RATE`.
 
-    A model of unknown width counts as wide.
+    Args:
+        width: hidden size; None: not known, counts as wide.
     """
     return max(LEAST_RATE, RATE * min(1.0, math.sqrt(RATE_WIDTH / width))) if width else LEAST_RATE

@@ -1,7 +1,7 @@
-"""Any trainer of a PeftModel under FSDP2, with checkpoints of one process, from which any number goes on.
+"""Any trainer of a PeftModel under FSDP2, with checkpoints that any number of processes can resume from.
 
-FSDP2 shards what is frozen, nearly all; what trains is whole everywhere, small as masks and scores are, and its
-gradients are averaged as under DDP.
+FSDP2 shards the frozen weights, which are nearly all. Trained weights, masks and scores are small; every process holds
+them whole, and their gradients are averaged as under DDP.
 """
 
 from __future__ import annotations
@@ -27,58 +27,61 @@ from lightpeft.training.host import Host
 
 
 class Sharding:
-    """What FSDP2 asks of training and of checkpoints, where it shards a trainer's model."""
+    """Support for FSDP2 in training and checkpoints; does nothing if the model is not sharded."""
 
     def __init__(self, trainer: Host) -> None:
         self._trainer = trainer
 
     @property
     def fsdp(self) -> bool:
-        """Whether FSDP shards the model while it trains."""
+        """True if FSDP shards the model during training."""
         return getattr(self._trainer.accelerator.state, "fsdp_plugin", None) is not None
 
     @property
     def _half(self) -> torch.dtype | None:
-        """The half precision that FSDP shards in."""
+        """Half precision of the sharded weights; None: none, or no FSDP."""
         return half_precision(self._trainer.args) if self.fsdp else None
 
     def check(self) -> None:
-        """Refuse sharding that is asked for where it cannot be had, or in such a way.
+        """Refuse FSDP on CPUs, and settings of FSDP that are not supported.
 
         Raises:
-            LightPeftError: saying what to set instead.
+            LightPeftError: naming the setting and its replacement.
         """
         if self.fsdp:
             _check_plugin(self._trainer.accelerator.state.fsdp_plugin)
         else:
             asked = bool(self._trainer.args.fsdp) or sharding_launched()
-            require(not asked, "accelerate shards over accelerators alone, and not over CPUs; train without fsdp here")
+            require(
+                not asked,
+                "fsdp: accelerate shards models over GPUs only, and this process uses a CPU; train without fsdp",
+            )
 
     def before(self, checkpoint: str | None) -> None:
-        """Get the model ready to be sharded where training begins; every process still has all of it.
+        """Prepare the model for sharding at the start of training, while every process still has all of it.
 
         Args:
-            checkpoint: to go on from; its weights are loaded here.
+            checkpoint: checkpoint to resume from, whose weights are loaded here; None: none.
 
         Raises:
-            LightPeftError: nothing is frozen, or a layer has both weights that train and frozen ones.
+            LightPeftError: nothing is frozen, or a layer has both trained and frozen weights.
         """
         trainer = self._trainer
         if not self.fsdp or is_sharded(trainer.model):
             return
         if checkpoint is not None:
             trainer._load_from_checkpoint(checkpoint)
-        trains, plugin = list(_trains(trainer.model)), trainer.accelerator.state.fsdp_plugin
+        trains, plugin = list(_trained_modules(trainer.model)), trainer.accelerator.state.fsdp_plugin
         plugin.ignored_modules = trains
-        if plugin.transformer_cls_names_to_wrap is None:  # else embeddings of some, which accelerate shards apart
-            plugin.transformer_cls_names_to_wrap = _blocks(trainer.model)
-        for parameter in (p for module in trains for p in _own(module)):
+        if plugin.transformer_cls_names_to_wrap is None:  # by default accelerate would also shard some embeddings apart
+            plugin.transformer_cls_names_to_wrap = _block_classes(trainer.model)
+        for parameter in (p for module in trains for p in _own_parameters(module)):
             parameter.data = parameter.data.to(trainer.args.device)
             dist.broadcast(parameter.data, 0)
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """Inside the block the model, called by itself, computes in the precision in which it is sharded."""
+        """Inside the block, direct calls of the model compute in the precision of its shards."""
         trainer = self._trainer
         usual = trainer.model.forward
 
@@ -89,20 +92,21 @@ class Sharding:
         with nullcontext() if self._half is None else override_forward(trainer.model, forward):
             yield
 
-    # -- what the trainer's methods hand on ----------------------------------------------------------------------
+    # -- called by the trainer's methods -------------------------------------------------------------------------
 
     def autocast(self) -> AbstractContextManager[Any] | None:
-        """Under FSDP, autocast: half precision is for what it shards, and what trains is not; None: the trainer's."""
+        """Return an autocast context under FSDP, whose mixed precision covers sharded weights only; None: use the
+        trainer's own."""
         return None if self._half is None else autocasting(self._trainer.args.device, self._half)
 
     def average(self) -> None:
-        """Behind the last backward pass of a step, let gradients of what FSDP does not shard be those of all."""
+        """After the last backward pass of a step, average the gradients that FSDP does not shard over all processes."""
         if self.fsdp and self._trainer.accelerator.sync_gradients:
             _average_gradients(self._trainer.model)
 
     @contextmanager
     def as_one_process(self) -> Iterator[None]:
-        """Inside the block the trainer saves and loads as without FSDP."""
+        """Inside the block the trainer saves and loads as it does without FSDP."""
         trainer = self._trainer
         reshard(trainer.model)
         enabled, trainer.is_fsdp_enabled = trainer.is_fsdp_enabled, False
@@ -113,45 +117,50 @@ class Sharding:
 
 
 def _check_plugin(plugin: Any) -> None:
-    require(plugin.fsdp_version == 2, "FSDP1 cannot leave out of the shards what trains; set fsdp_version to 2")
-    loading = "fsdp_cpu_ram_efficient_loading leaves all processes but one without weights"
+    require(plugin.fsdp_version == 2, "FSDP1 cannot keep trained weights out of the shards; set fsdp_version to 2")
+    loading = "fsdp_cpu_ram_efficient_loading loads weights in one process only, and lightpeft needs them in all"
     require(not plugin.cpu_ram_efficient_loading, f"{loading}; set it to false")
     offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
     require(
         not offloaded,
-        "fsdp_offload_params (cpu_offload) keeps shards where they cannot be put together; set it to false",
+        "fsdp_offload_params (cpu_offload) keeps shards on the CPU, where they cannot be gathered; set it to false",
     )
-    again = "fsdp_activation_checkpointing wraps the blocks, which have to stay as they are"
+    again = "fsdp_activation_checkpointing wraps the blocks, and lightpeft needs them unwrapped"
     require(not plugin.activation_checkpointing, f"{again}; set gradient_checkpointing instead")
 
 
-def _trains(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules that have what trains."""
+def _trained_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that hold trained weights.
+
+    Raises:
+        LightPeftError: nothing is frozen, or a module has both trained and frozen weights.
+    """
     require(
         any(not p.requires_grad for p in model.parameters()),
-        "FSDP shards what is frozen, and of a model whose every weight trains nothing is; use a PEFT method, or DDP",
+        "FSDP shards frozen weights only, and all weights of this model train; use a PEFT method, or DDP",
     )
     for name, module in model.named_modules():
-        trains = {p.requires_grad for p in _own(module)}
-        both = f'{name} has weights that train beside frozen ones, and FSDP shards the frozen ones; use bias="none"'
+        trains = {p.requires_grad for p in _own_parameters(module)}
+        both = f'{name} has both trained and frozen weights, of which FSDP shards the frozen ones; use bias="none"'
         require(trains != {True, False}, both)
         if True in trains:
             yield module
 
 
-def _blocks(model: nn.Module) -> list[str]:
-    """Names of the classes that the blocks of the transformers model are of."""
+def _block_classes(model: nn.Module) -> list[str]:
+    """Return the class names of the transformers model's blocks."""
     (inner,) = (module for module in model.modules() if isinstance(module, PeftModel))
     return sorted({type(block).__name__ for stack in block_lists(transformers_model(inner)) for block in stack})
 
 
-def _own(module: nn.Module) -> list[nn.Parameter]:
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a module without those of its children."""
     return list(module.parameters(recurse=False))
 
 
 @torch.no_grad()
 def _average_gradients(model: nn.Module) -> None:
-    """Gradients of what trains become their mean over all processes, as DDP makes it."""
+    """Average the gradients of trained parameters over all processes, as DDP does."""
     gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
     flat = torch.cat([gradient.flatten().float() for gradient in gradients])
     dist.all_reduce(flat)

@@ -1,4 +1,4 @@
-"""How many rows a step takes: as many from a training's beginning to its end, by however many processes."""
+"""Rows per optimizer step (global batch), which must stay the same when a run resumes on other processes."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from lightpeft.errors import require
 from lightpeft.files import explain_content_errors, read_json, write_json
 
 _STEP = "lightpeft_step.json"
-"""What says in a checkpoint how many rows a step takes, and by how many processes."""
+"""File in a checkpoint with the rows per optimizer step and the number of processes."""
 
 
 def rows_a_step(args: TrainingArguments) -> int:
-    """Rows of an optimizer step, of all processes together."""
+    """Return the rows per optimizer step over all processes (global batch)."""
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def write_step(folder: Path, args: TrainingArguments) -> None:
-    """Note in a checkpoint how many rows its training takes a step.
+    """Write the rows per optimizer step into a checkpoint.
 
     Raises:
-        LightPeftError: it cannot be written.
+        LightPeftError: the file cannot be written.
     """
     write_json(folder / _STEP, {"rows": rows_a_step(args), "processes": args.world_size})
 
 
 def check_step(folder: Path, args: TrainingArguments) -> None:
-    """Refuse to go on from a checkpoint by steps of another size: its schedule, and what it has seen, would be wrong.
+    """Refuse to resume with another global batch: the schedule and the rows that were seen would be wrong.
 
-    Any number of processes may go on that take as many rows a step together.
+    The number of processes may change if the global batch stays the same.
 
     Raises:
-        LightPeftError: they take more or fewer.
+        LightPeftError: the global batch differs from the checkpoint's.
     """
     if not (folder / _STEP).is_file():
         return
     rows, processes = _read_step(folder)
     require(
         rows == rows_a_step(args),
-        f"{folder} is of a training with {rows} rows a step, from {processes} process(es), and this one takes "
-        f"{rows_a_step(args)}, in {args.world_size}; start {processes}, or give each process as many rows as make it "
-        f"{rows}",
+        f"{folder} was trained with a global batch of {rows} rows in {processes} process(es), and this run has "
+        f"{rows_a_step(args)} in {args.world_size}; start {processes}, or change per-device batch size or gradient "
+        f"accumulation to get {rows}",
     )
 
 

@@ -1,7 +1,7 @@
 """Knowledge distillation: the loss of a trainer whose training rows have a teacher's logits beside their labels.
 
-The loss is `(1 - w) * own + w * T**2 * KL(teacher || student)`, both at the temperature T; for numbers it has the
-squared difference in the divergence's place. (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network")
+The loss is `(1 - w) * own + w * T**2 * KL(teacher || student)`, both at the temperature T; for regression, the squared
+difference replaces the divergence. (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network")
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from datasets import Sequence as ListOf
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-from lightpeft.compat.torch import Noted
+from lightpeft.compat.torch import ReadRecorder
 from lightpeft.errors import LightPeftError, require
 from lightpeft.machine import processes
 from lightpeft.models.batches import IGNORED, TEACHER_LOGITS
@@ -27,26 +27,26 @@ from lightpeft.models.unwrap import transformers_model
 from lightpeft.training.host import Host
 
 WEIGHT = 0.5
-"""Part of the loss that is the teacher's, where nobody says."""
+"""Default weight of the teacher's loss in the total loss."""
 TEMPERATURE = 2.0
-"""What logits of student and teacher are divided by."""
-Manner = Literal["classes", "options", "tokens", "numbers"]
-"""What a model gives a row: one of the classes, one of the row's own options, a class a token, or numbers."""
+"""Temperature T, which divides the logits of student and teacher."""
+OutputKind = Literal["classes", "options", "tokens", "numbers"]
+"""Kind of a model's output for a row: one of the classes, one of the row's options, a class per token, or numbers."""
 _SHOWN_ROWS = 5
-"""Rows that an error line names at most."""
+"""Most rows that an error line names."""
 
 
 # -- what can be taught --------------------------------------------------------------------------------------------
 
 
-def manner_of(model: nn.Module, rows: Any = None) -> Manner:
-    """What a model gives a row.
+def output_kind_of(model: nn.Module, rows: Any = None) -> OutputKind:
+    """Return the kind of a model's output.
 
     Args:
-        rows: that it trains on, whose labels say whether a row may have several classes; None: not known.
+        rows: training rows, whose labels tell whether a row may have several classes; None: not known.
 
     Raises:
-        LightPeftError: neither one of several classes nor numbers, which are all that a teacher's logits can say.
+        LightPeftError: a kind of output that distillation does not support.
     """
     inner = transformers_model(model)
     name, config = type(inner).__name__, inner.config
@@ -57,42 +57,42 @@ def manner_of(model: nn.Module, rows: Any = None) -> Manner:
     several = config.num_labels > 1 and config.problem_type is None and _has_fractions(rows)
     several = several or config.problem_type == "multi_label_classification"
     taught = name.endswith("ForSequenceClassification") and not several
-    only = "a teacher's logits are of models with one class a row, option or token, or with numbers"
-    require(taught, f"{name} gives nothing that a teacher could tell; {only}; leave the teacher out")
+    only = "distillation needs a model with one class per row, option or token, or with numbers"
+    require(taught, f"teacher: {name} is not supported: {only}; leave the teacher out")
     return "numbers" if config.num_labels == 1 or config.problem_type == "regression" else "classes"
 
 
 def _has_fractions(rows: Any) -> bool:
-    """Whether the labels of rows are no whole numbers, as far as can be told."""
+    """Return True if the labels of the first row are floats."""
     first = rows[0] if isinstance(rows, Dataset) and len(rows) else {}
     label = next((first[name] for name in ("labels", "label") if name in first), 0)
     return bool(np.asarray(label).dtype.kind == "f")
 
 
-def has_answers(rows: Any) -> bool:
-    """Whether training rows have a teacher's logits."""
+def has_teacher_logits(rows: Any) -> bool:
+    """Return True if training rows have a column of a teacher's logits."""
     return isinstance(rows, Dataset) and TEACHER_LOGITS in rows.column_names
 
 
-def without_answers(rows: Any) -> Any:
-    """The rows without a teacher's logits, if they have some."""
-    return rows.remove_columns(TEACHER_LOGITS) if has_answers(rows) else rows
+def without_teacher_logits(rows: Any) -> Any:
+    """Return the rows without the column of a teacher's logits."""
+    return rows.remove_columns(TEACHER_LOGITS) if has_teacher_logits(rows) else rows
 
 
-def with_answers(rows: Dataset, logits: Sequence[Tensor]) -> Dataset:
-    """The rows with a teacher's logits as a column, float32.
+def with_teacher_logits(rows: Dataset, logits: Sequence[Tensor]) -> Dataset:
+    """Return the rows with a teacher's logits as an additional column, float32.
 
     Args:
-        logits: of each row: [classes], [options], [tokens, classes] or [numbers].
+        logits: one tensor per row: [classes], [options], [tokens, classes] or [numbers].
 
     Raises:
-        LightPeftError: they are not finite, or the rows are made by a transform.
+        LightPeftError: some logits are not finite, or the rows have a transform.
     """
     bad = [str(number) for number, of_row in enumerate(logits, 1) if not of_row.isfinite().all()]
     named = ", ".join(bad[:_SHOWN_ROWS]) + (", ..." if bad[_SHOWN_ROWS:] else "")
-    require(not bad, f"the teacher's answers to {len(bad)} of {len(logits)} rows are NaN or infinite (row {named})")
+    require(not bad, f"the teacher's logits of {len(bad)} of {len(logits)} rows are NaN or infinite (row {named})")
     shown = rows.format
-    made = "the training rows are made by a transform, and a teacher's logits are a column; use map instead"
+    made = "the training rows have a transform, to which the teacher's logits cannot be added; use map instead"
     require(shown["type"] != "custom", made)
     feature: Any = Value("float32")
     for _ in range(logits[0].dim()):
@@ -106,11 +106,12 @@ def with_answers(rows: Dataset, logits: Sequence[Tensor]) -> Dataset:
     return taught.with_format(shown["type"], **kept, **shown["format_kwargs"])
 
 
-def shared_out(rows: int, answer: Callable[[Sequence[int]], list[Tensor]]) -> list[Tensor]:
-    """What a teacher gives all rows, of which each process asks it for a part.
+def split_over_processes(rows: int, answer: Callable[[Sequence[int]], list[Tensor]]) -> list[Tensor]:
+    """Compute a teacher's logits of all rows, split over the processes.
 
     Args:
-        answer: from numbers of rows to logits on the CPU.
+        rows: number of rows.
+        answer: returns the logits of the rows with these numbers, on the CPU.
     """
     state = processes()
     own = range(state.process_index, rows, state.num_processes)
@@ -123,10 +124,10 @@ def shared_out(rows: int, answer: Callable[[Sequence[int]], list[Tensor]]) -> li
 
 
 class Teaching:
-    """The teacher's part in a trainer whose training rows have its logits; nothing in any other.
+    """Distillation in a trainer whose training rows have a teacher's logits; does nothing in any other.
 
     Attributes:
-        weight: part of the loss that is the teacher's.
+        weight: weight of the teacher's loss in the total loss.
     """
 
     def __init__(self, trainer: Host) -> None:
@@ -134,41 +135,42 @@ class Teaching:
         self._trainer = trainer
 
     def check(self, *, plain: bool) -> None:
-        """Refuse logits that cannot teach the trainer's model.
+        """Refuse logits that do not fit the trainer's model.
 
         Args:
-            plain: whether the trainer's loss is `Trainer`'s own.
+            plain: True if the trainer's loss is `Trainer`'s own.
 
         Raises:
-            LightPeftError: saying why.
+            LightPeftError: the trainer has a loss of its own, or a row's logits are missing, not finite, or of another
+                shape.
         """
         rows = self._trainer.train_dataset
-        if not has_answers(rows):
+        if not has_teacher_logits(rows):
             return
         what = type(self._trainer).__name__
-        require(plain, f"{what} has a loss of its own, which knows of no teacher; leave the teacher out")
-        manner, model = manner_of(self._trainer.model, rows), transformers_model(self._trainer.model)
-        count = None if manner == "options" else model.config.num_labels
+        require(plain, f"teacher: {what} has a loss of its own, which ignores a teacher; leave the teacher out")
+        output_kind, model = output_kind_of(self._trainer.model, rows), transformers_model(self._trainer.model)
+        count = None if output_kind == "options" else model.config.num_labels
         of_rows = rows.with_format(None)[TEACHER_LOGITS][:]
         for number, of_row in enumerate(of_rows, 1):
             where = f"row {number} of the training rows: {TEACHER_LOGITS}"
             given = np.asarray(np.nan if of_row is None else of_row, dtype=np.float32)
-            require(bool(np.isfinite(given).all()), f"{where} has no numbers, or some that are NaN or infinite")
-            given = given.reshape(1) if manner == "numbers" and not given.ndim else given
-            fits = given.ndim == (2 if manner == "tokens" else 1) and count in (None, given.shape[-1])
-            shape = {"tokens": f"[tokens, {count}]", "options": "[options]"}.get(manner, f"[{count}]")
-            require(fits, f"{where} is {list(given.shape)}, and {type(model).__name__} needs {shape}")
+            require(bool(np.isfinite(given).all()), f"{where} is empty, or contains NaN or infinity; correct the row")
+            given = given.reshape(1) if output_kind == "numbers" and not given.ndim else given
+            fits = given.ndim == (2 if output_kind == "tokens" else 1) and count in (None, given.shape[-1])
+            shape = {"tokens": f"[tokens, {count}]", "options": "[options]"}.get(output_kind, f"[{count}]")
+            require(fits, f"{where} has shape {list(given.shape)}, and {type(model).__name__} needs {shape}")
 
     @contextmanager
     def batching(self, *, training: bool) -> Iterator[None]:
-        """Inside the block the trainer makes batches of rows that have the teacher's logits.
+        """Inside the block, let the trainer collate rows that have the teacher's logits.
 
         Args:
-            training: whether batches have them, too; rows to evaluate on lose them.
+            training: True: batches have the logits, too; False: they are dropped, for evaluation.
         """
         trainer, own = self._trainer, self._trainer.data_collator
-        if has_answers(trainer.train_dataset):
-            trainer.data_collator = (_WithAnswers if training else _WithoutAnswers)(own)
+        if has_teacher_logits(trainer.train_dataset):
+            trainer.data_collator = (_TeacherCollator if training else _PlainCollator)(own)
         try:
             yield
         finally:
@@ -176,9 +178,9 @@ class Teaching:
 
     @contextmanager
     def keeping_column(self) -> Iterator[None]:
-        """Inside the block the trainer takes the column for one of its labels, which it does not drop.
+        """Inside the block, count the logits among the labels, which the trainer does not drop from the rows.
 
-        It asks once, perhaps before the rows have the column.
+        The trainer lists its columns once, perhaps before the rows have this one.
         """
         trainer, own = self._trainer, self._trainer.label_names
         trainer.label_names = [*own, TEACHER_LOGITS]
@@ -187,19 +189,24 @@ class Teaching:
         finally:
             trainer.label_names = own
 
-    def lesson(self, model: nn.Module, inputs: Any) -> Lesson | None:
-        """What the teacher says of a batch, which is taken out of it; None where the model is not to learn it."""
+    def distillation(self, model: nn.Module, inputs: Any) -> DistillationLoss | None:
+        """Take the teacher's logits out of a batch, and return the loss with them; None in evaluation, or without any.
+
+        Raises:
+            LightPeftError: the batch has no logits although the training rows do.
+        """
         logits = inputs.pop(TEACHER_LOGITS, None) if isinstance(inputs, MutableMapping) else None
-        if not model.training or not has_answers(self._trainer.train_dataset):
+        if not model.training or not has_teacher_logits(self._trainer.train_dataset):
             return None
         if logits is None:
-            raise LightPeftError(f"a batch has lost {TEACHER_LOGITS} on its way from the training rows to the loss")
-        return Lesson(self._trainer, logits, inputs.get("labels"), self.weight)
+            lost = f"a batch has no {TEACHER_LOGITS}, although the training rows do"
+            raise LightPeftError(f"{lost}; use a data collator that keeps that column")
+        return DistillationLoss(self._trainer, logits, inputs.get("labels"), self.weight)
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What a teacher says of a batch."""
+class DistillationLoss:
+    """Loss of a batch with a teacher's logits."""
 
     trainer: Host
     logits: Tensor
@@ -208,19 +215,19 @@ class Lesson:
     weight: float
 
     def loss(self, usual: Callable[..., Any], **options: Any) -> Tensor:
-        """The loss with the teacher in it.
+        """Compute the weighted sum of the trainer's loss and the teacher's.
 
         Args:
-            usual: the trainer's own, of the options.
+            usual: the trainer's own loss, called with the options.
         """
         own, outputs = usual(**{**options, "return_outputs": True})
         distances = self._distances(outputs["logits"])
-        return (1 - self.weight) * own + self.weight * self._reduced(distances, options.get("num_items_in_batch"))
+        return (1 - self.weight) * own + self.weight * self._reduce(distances, options.get("num_items_in_batch"))
 
     def _distances(self, student: Tensor) -> Tensor:
-        """How far the student is from the teacher, one number an answer."""
+        """Compute the divergence (for numbers, the squared difference) between student and teacher, one per output."""
         teacher, student = self.logits, student.float()
-        if manner_of(self.trainer.model) == "numbers":
+        if output_kind_of(self.trainer.model) == "numbers":
             return (student.reshape(teacher.shape) - teacher).square().mean(-1)
         if student.dim() == 3:
             assert self.labels is not None
@@ -229,10 +236,10 @@ class Lesson:
         of_student, of_teacher = (student / TEMPERATURE).log_softmax(-1), (teacher / TEMPERATURE).softmax(-1)
         return TEMPERATURE**2 * kl_div(of_student, of_teacher, reduction="none").sum(-1)
 
-    def _reduced(self, distances: Tensor, count: Any) -> Tensor:
-        """One number, reduced as the trainer's own loss is."""
+    def _reduce(self, distances: Tensor, count: Any) -> Tensor:
+        """Reduce the distances to one number, in the same way as the trainer's own loss."""
         mean = distances.sum() / max(len(distances), 1)
-        if not isinstance(count, Noted):
+        if not isinstance(count, ReadRecorder):
             return mean
         trainer = self.trainer
         total = distances.sum() / count if count.read else mean
@@ -241,8 +248,8 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class _WithoutAnswers:
-    """A collator whose rows may have a teacher's logits, which it leaves out."""
+class _PlainCollator:
+    """Collator that drops a teacher's logits from its rows."""
 
     collate: Callable[[list[dict[str, Any]]], Any]
 
@@ -251,27 +258,31 @@ class _WithoutAnswers:
 
 
 @dataclass(frozen=True)
-class _WithAnswers(_WithoutAnswers):
-    """A collator whose batches have the teacher's logits of their rows."""
+class _TeacherCollator(_PlainCollator):
+    """Collator that adds the padded teacher logits of its rows to the batch."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
         logits = [torch.as_tensor(row[TEACHER_LOGITS], dtype=torch.float32) for row in rows]
         batch = super().__call__(rows)
         if logits[0].dim() == 2:
-            batch[TEACHER_LOGITS] = _at_labels(logits, rows, batch["labels"])
+            batch[TEACHER_LOGITS] = _place_at_labels(logits, rows, batch["labels"])
         else:
             of_rows = [of_row.reshape(-1) for of_row in logits]
             batch[TEACHER_LOGITS] = nn.utils.rnn.pad_sequence(of_rows, batch_first=True, padding_value=-torch.inf)
         return batch
 
 
-def _at_labels(logits: Sequence[Tensor], rows: Sequence[Mapping[str, Any]], labels: Tensor) -> Tensor:
-    """Logits of tokens, [rows, length, classes], where the labels of a padded batch are; 0 where there are none."""
+def _place_at_labels(logits: Sequence[Tensor], rows: Sequence[Mapping[str, Any]], labels: Tensor) -> Tensor:
+    """Place token logits at the labels of a padded batch, [rows, length, classes]; 0 elsewhere.
+
+    Raises:
+        LightPeftError: the number of logits or of labels in the batch differs from that of the rows.
+    """
     own = [torch.as_tensor(row["labels"] if "labels" in row else row["label"]) != IGNORED for row in rows]
     fits = [len(of_row) for of_row in own] == [len(of_row) for of_row in logits]
     there = labels != IGNORED
     fits = fits and int(there.sum()) == sum(int(of_row.sum()) for of_row in own)
-    require(fits, f"{TEACHER_LOGITS} are not one for each label of a row, or the collator drops or adds labels")
+    require(fits, f"{TEACHER_LOGITS} must have one entry per label of a row, and the collator must keep all labels")
     placed = torch.zeros(*labels.shape, logits[0].shape[-1])
     placed[there] = torch.cat([of_row[mask] for of_row, mask in zip(logits, own, strict=True)])
     return placed

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer
 
-from lightpeft.compat.accelerate import divide_no_loss
-from lightpeft.training.fitting import meeting_others
+from lightpeft.compat.accelerate import keep_loss_undivided
+from lightpeft.training.fitting import reporting_lost_processes
 from lightpeft.training.prefix import TrainerPrefix
 from lightpeft.training.resuming import Checkpoints
-from lightpeft.training.rows import repeatable
+from lightpeft.training.rows import with_repeatable_order
 from lightpeft.training.schedule import Schedule
 from lightpeft.training.sharding import Sharding
 from lightpeft.training.step_loss import step_loss
@@ -29,24 +29,24 @@ else:
 
 
 class Training(_Below):
-    """Mixin of `Trainer` classes: repeatable batches, sharded models, checkpoints of one process, a frozen prefix, a
-    teacher.
+    """Mixin of `Trainer` classes: repeatable batches, sharded models, checkpoints as of one process, a frozen prefix,
+    distillation.
 
-    Methods of `Trainer` are extended here and nowhere else in lightpeft, in the order in which a training comes to
-    them. Each hands on to one of the trainer's parts, and its first line says why it has to be. `LightTraining` puts
-    parts of its own in the place of some; what it does around a training is `_training`.
+    Methods of `Trainer` are extended here and nowhere else in lightpeft, in the order in which a training calls them.
+    Each delegates to one of the trainer's parts, and its docstring says why. `LightTraining` replaces some of the
+    parts, and does its own work around a training in `_training`.
     """
 
     # -- the parts -----------------------------------------------------------------------------------------------
 
     @cached_property
     def _sharding(self) -> Sharding:
-        """FSDP2."""
+        """Support for FSDP2."""
         return Sharding(self)
 
     @cached_property
     def _checkpoints(self) -> Checkpoints:
-        """What is written to checkpoints, and read from them."""
+        """Reading and writing of checkpoints."""
         return Checkpoints(self, self._sharding)
 
     @cached_property
@@ -56,124 +56,123 @@ class Training(_Below):
 
     @cached_property
     def _prefix(self) -> TrainerPrefix:
-        """The frozen lower blocks."""
+        """Frozen lower blocks, and the cache of their outputs."""
         return TrainerPrefix(self, self._sharding)
 
     @cached_property
     def _teaching(self) -> Teaching:
-        """What a teacher has said of the training rows."""
+        """Distillation from a teacher's logits."""
         return Teaching(self)
 
     # -- a trainer is made ---------------------------------------------------------------------------------------
 
     def create_accelerator_and_postprocess(self) -> None:
-        """A loss is divided once, and sharding asked for in vain is refused before `Trainer` goes on without it."""
+        """Let a loss be divided once, and refuse unsupported sharding before `Trainer` ignores it or fails later."""
         super().create_accelerator_and_postprocess()
-        divide_no_loss()
+        keep_loss_undivided()
         self._sharding.check()
 
     # -- training begins -----------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
-        """Something has to be done before the first step, also where none is taken, and behind the last one."""
+        """Wrap the whole training: some work comes before the first step and after the last one."""
         checkpoint = self._checkpoints.to_resume(resume_from_checkpoint)
         with self._training(checkpoint):
             return super().train(checkpoint, *args, **options)
 
     def get_train_dataloader(self) -> Any:
-        """Collators know nothing of a teacher's logits."""
+        """Collate a teacher's logits, which collators do not support."""
         with self._teaching.batching(training=True):
             return super().get_train_dataloader()
 
     def get_eval_dataloader(self, *args: Any, **options: Any) -> Any:
-        """Rows to evaluate on may have such logits, and no use for them."""
+        """Drop a teacher's logits from rows for evaluation."""
         with self._teaching.batching(training=False):
             return super().get_eval_dataloader(*args, **options)
 
     def _set_signature_columns_if_needed(self) -> None:
-        """`Trainer` drops columns that are neither arguments of the model nor labels."""
+        """Keep the column of a teacher's logits: `Trainer` drops columns that are no arguments of the model."""
         with self._teaching.keeping_column():
             super()._set_signature_columns_if_needed()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """`Trainer` draws batches by length from random numbers that a resumed run does not have."""
-        return repeatable(super()._get_train_sampler(train_dataset), self)
+        """Make the order repeatable: `Trainer` draws it from a random state that a resumed run does not have."""
+        return with_repeatable_order(super()._get_train_sampler(train_dataset), self)
 
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
-        """All ranks and the few that stay have learning rates of their own."""
+        """Set the learning rate first: it differs before and after the cut."""
         self._schedule.set_rate()
         return super().create_optimizer(*args, **options)
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **options: Any) -> Any:
-        """Behind the cut a schedule is over the steps that are left."""
+        """Schedule the remaining steps only after the cut."""
         return super().create_scheduler(self._schedule.steps(num_training_steps), *args, **options)
 
     def _load_from_checkpoint(self, folder: str, *args: Any, **options: Any) -> None:
-        """Weights of a checkpoint fit the model only once it is cut as they are, and before it is sharded."""
+        """Cut the model first if the checkpoint's was cut, and load weights before the model is sharded."""
         self._checkpoints.load_weights(folder, partial(super()._load_from_checkpoint, folder, *args, **options))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Their states are those of one process."""
+        """Load states that were saved as by one process, also under FSDP."""
         self._checkpoints.load_states(checkpoint, super()._load_optimizer_and_scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Right behind the cut there is none."""
+        """Accept a checkpoint without random state, as is written right after the cut."""
         self._checkpoints.load_random_state(checkpoint, super()._load_rng_state)
 
     # -- a step --------------------------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **options: Any) -> Tensor:
-        """FSDP averages gradients of what it shards alone, and they are clipped before a callback could."""
+        """Average the gradients that FSDP does not, before they are clipped, which a callback could not do."""
         loss = super().training_step(*args, **options)
         self._sharding.average()
         return loss
 
     def autocast_smart_context_manager(self, *args: Any, **options: Any) -> Any:
-        """FSDP computes what it shards in half precision, and what trains is not."""
+        """Use autocast under FSDP, whose mixed precision leaves out trained weights."""
         return self._sharding.autocast() or super().autocast_smart_context_manager(*args, **options)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
-        """`Trainer` adds up the means of a step's parts where a loss does not read how many labels these have, and
-        knows no teacher."""
-        lesson = self._teaching.lesson(model, inputs)
+        """Add the teacher's loss, and correct losses that ignore `num_items_in_batch`: `Trainer` would add up means."""
+        distillation = self._teaching.distillation(model, inputs)
         usual = partial(super().compute_loss, model, inputs, *args)
-        if lesson is not None and not args:
-            usual = partial(lesson.loss, usual)
+        if distillation is not None and not args:
+            usual = partial(distillation.loss, usual)
         return usual(**options) if args else step_loss(usual, self, options, plain=self.has_plain_loss())
 
     def has_plain_loss(self) -> bool:
-        """Whether the loss is computed by `Trainer`'s own method."""
+        """Return True if the loss is computed by `Trainer`'s own method."""
         return super().compute_loss.__func__ is Trainer.compute_loss  # type: ignore[attr-defined]
 
     # -- a checkpoint, and the end -------------------------------------------------------------------------------
 
     def save_model(self, *args: Any, **options: Any) -> None:
-        """Of a sharded model the adapter is written, once."""
+        """Write a sharded model's adapter once, as by one process."""
         with self._sharding.as_one_process():
             super().save_model(*args, **options)
 
     def _save_optimizer_and_scheduler(self, *args: Any, **options: Any) -> None:
-        """Their states are those of one process."""
+        """Save states as by one process, also under FSDP."""
         with self._sharding.as_one_process():
             super()._save_optimizer_and_scheduler(*args, **options)
 
     def _load_best_model(self) -> None:
-        """`Trainer` loads no best model that has the PeftModel inside."""
+        """Load the best model also if it wraps the PeftModel, which `Trainer` does not support."""
         self._checkpoints.load_best(super()._load_best_model)
 
     # -- around all of it ----------------------------------------------------------------------------------------
 
     @contextmanager
     def _training(self, checkpoint: str | None) -> Iterator[None]:
-        """Inside the block the trainer trains.
+        """Prepare the trainer before the block, in which it trains, and clean up afterwards.
 
         Args:
-            checkpoint: that it goes on from.
+            checkpoint: checkpoint to resume from; None: start anew.
         """
         try:
-            with meeting_others():
+            with reporting_lost_processes():
                 self._teaching.check(plain=self.has_plain_loss())
-                self._prefix.foresee()
+                self._prefix.announce_obstacle()
                 self._sharding.before(checkpoint)
                 yield
         finally:

@@ -38,7 +38,7 @@ from lightpeft.saving import adapter_files, whole
 from lightpeft.saving.adapter_files import DESCRIPTION, read_description, vocabulary_in
 from lightpeft.saving.description import base_facts
 from lightpeft.saving.peft_adapter import (
-    check_fit,
+    check_adapter_fit,
     load_adapter,
     read_adapter,
     skeleton_of,
@@ -220,7 +220,7 @@ class WholeModel(Found):
 class MergedModel(Found):
     """A light model with PEFT merged into it, as `save_merged` writes it."""
 
-    form = whole.ON_HUB.what
+    form = whole.MERGED_ON_HUB.what
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -264,7 +264,7 @@ class _Adapter(Found):
 class LightAdapter(_Adapter):
     """A plan and PEFT weights, as `LightModel` saves itself."""
 
-    form = adapter_files.ON_HUB.what
+    form = adapter_files.ADAPTER_ON_HUB.what
 
     @classmethod
     def find(cls, place: Path, base: str | None, settings: Mapping[str, Any]) -> Self:
@@ -338,7 +338,7 @@ class PeftAdapter(_Adapter):
             self._require_trained([name for name in loaded.new_modules if name not in brought], wanted)
             base = loaded.model
         try:
-            check_fit(skeleton_of(base), settings, self.folder, exact=False)
+            check_adapter_fit(skeleton_of(base), settings, self.folder, exact=False)
             return load_adapter(base, self.folder, settings)
         except LightPeftError as error:
             raise self._not_fitting(wanted, error) from error

@@ -86,7 +86,7 @@ def find_saved(name: str | Path, base: str | None = None, settings: Mapping[str,
         return None
     weights = (WEIGHTS, PICKLED) if settings.get("allow_pickle") else (WEIGHTS,)
     plain = RepositoryForm(PeftAdapter.form, ADAPTER_CONFIG, (ADAPTER_CONFIG, *weights))
-    downloaded = repository.folder(adapter_files.ON_HUB, whole.ON_HUB, plain)
+    downloaded = repository.folder(adapter_files.ADAPTER_ON_HUB, whole.MERGED_ON_HUB, plain)
     return None if downloaded is None else replace(find_folder(downloaded, base, settings), name=str(name))
 
 

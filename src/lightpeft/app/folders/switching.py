@@ -11,7 +11,7 @@ from typing import Any, NoReturn, Self, cast
 
 import torch
 
-from lightpeft.adapters.light_adapter import load_sharing
+from lightpeft.adapters.light_adapter import load_with_shared_tensors
 from lightpeft.app.folders.forms import LightAdapter
 from lightpeft.app.folders.opening import find_light
 from lightpeft.errors import LightPeftError, nearest, require
@@ -165,7 +165,7 @@ class LightSwitch:
 
     def _load(self, name: str) -> SharingModel:
         task, known = self._task(name), self._known.get(name)
-        light = load_sharing(task.folder, task.model, self._shared, device=self._device, known=known)
+        light = load_with_shared_tensors(task.folder, task.model, self._shared, device=self._device, known=known)
         model = _as_sharing(light)
         with self._tables:
             if self._tasks.get(name) is task:  # it may have been removed meanwhile

@@ -43,7 +43,7 @@ from lightpeft.profiling.speed import WARMUP, OptimizerFactory, measure_inferenc
 from lightpeft.profiling.surroundings import hardware
 from lightpeft.prune.estimation import Estimator
 from lightpeft.training.acceleration import light_steps
-from lightpeft.training.arguments import USUAL
+from lightpeft.training.arguments import TRAINER_DEFAULTS
 from lightpeft.training.prefix import CachedRows, FrozenPrefix, cache_prefix
 
 Made = tuple[nn.Module, Callable[..., torch.optim.Optimizer]]
@@ -384,7 +384,7 @@ BUILDS: dict[str, Build] = {
 
 def adamw(work: Workspace) -> Callable[..., torch.optim.Optimizer]:
     """The factory of the optimizer that a run uses."""
-    decay = work.config.trainer.get("weight_decay", USUAL["weight_decay"])
+    decay = work.config.trainer.get("weight_decay", TRAINER_DEFAULTS["weight_decay"])
     return lambda parameters: torch.optim.AdamW(
         parameters, lr=float(work.config.training.learning_rate), weight_decay=decay
     )

@@ -9,7 +9,7 @@ from typing import Any
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs.stages import estimated_model
 from lightpeft.app.runs.workspace import Workspace
-from lightpeft.budget.curve import PARTS, gone_before, loss_curve, nested_plans
+from lightpeft.budget.curve import CURVE_BUDGETS, gone_before, loss_curve, nested_plans
 from lightpeft.errors import require
 from lightpeft.files import write_json
 from lightpeft.machine import autocast_dtype
@@ -22,7 +22,7 @@ _BATCH = 8
 """Rows a batch: many small ones tell how sure a mean is."""
 
 
-def curve(work: Workspace, parts: Sequence[float] = PARTS, rows: int = ROWS) -> dict[str, Any]:
+def curve(work: Workspace, parts: Sequence[float] = CURVE_BUDGETS, rows: int = ROWS) -> dict[str, Any]:
     """Measure the budgets of a run whose estimation is done, and leave `curve.json` in its folder.
 
     Losses are those of training rows, drawn by the run's seed, of which estimation may have seen some.

@@ -57,7 +57,7 @@ from lightpeft.profiling.surroundings import hardware
 from lightpeft.prune.light_model import LightModel
 from lightpeft.recipe.checkpoints import read_cut
 from lightpeft.recipe.pruner import EarlyPruner
-from lightpeft.training.fitting import fit
+from lightpeft.training.fitting import run_training
 
 __all__ = ["Workspace", "estimate", "evaluate", "plan", "prepare", "prune", "run", "train", "widen"]
 
@@ -116,7 +116,7 @@ def _train_light(work: Workspace, callbacks: Sequence[TrainerCallback] = (), sto
     with run.held():
         trainer.settle()
         work.announce_settings()
-        fit(trainer, run.last_checkpoint("train"))
+        run_training(trainer, run.last_checkpoint("train"))
         ended = f"a callback ended training at step {trainer.state.global_step}"
         require(run.has("estimate"), f"{ended}, inside estimation; let it go on until the cut")
         if not stop_at_cut:
@@ -206,7 +206,7 @@ def _train_dense(work: Workspace, model: Model, callbacks: Sequence[TrainerCallb
     with work.run.held():
         trainer.settle()
         work.announce_settings()
-        fit(trainer, work.run.last_checkpoint("train"))
+        run_training(trainer, work.run.last_checkpoint("train"))
         _finish(work, trainer)
 
 
@@ -231,7 +231,7 @@ def _train_behind_the_cut(work: Workspace, light: Model, callbacks: Sequence[Tra
         checkpoint = run.last_checkpoint("train")
         if checkpoint is None or read_cut(checkpoint) is None:
             checkpoint = trainer.checkpoint_at_cut(begun)
-        fit(trainer, checkpoint)
+        run_training(trainer, checkpoint)
         _finish(work, trainer, begun=begun)
 
 
@@ -256,7 +256,7 @@ def widen(work: Workspace, callbacks: Sequence[TrainerCallback] = ()) -> None:
         trainer = WideRun(work, model, callbacks)
         with run.held():
             trainer.settle()
-            fit(trainer, run.last_checkpoint(trainer.stage))
+            run_training(trainer, run.last_checkpoint(trainer.stage))
             _finish(work, trainer, save, **watcher.facts())
         return
     with run.held():

@@ -40,7 +40,7 @@ from lightpeft.machine import accelerator, preserve_random_state
 from lightpeft.models.families.registry import max_positions
 from lightpeft.models.task_heads import CLASSIFICATION, MULTIPLE_CHOICE, REGRESSION
 from lightpeft.models.tokenizers import check_vocabulary
-from lightpeft.training.teaching import shared_out, with_answers
+from lightpeft.training.teaching import split_over_processes, with_teacher_logits
 
 TEACHABLE = (CLASSIFICATION, REGRESSION, MULTIPLE_CHOICE)
 """Heads whose logits a student can learn."""
@@ -104,12 +104,12 @@ class RunTeacher:
         fingerprint = self._fingerprint()
         logits = _stored(run, fingerprint)
         if logits is not None:
-            return with_answers(rows, logits)
+            return with_teacher_logits(rows, logits)
         started = time.perf_counter()
         try:
             with preserve_random_state(accelerator() or torch.device("cpu")):
                 logits = self._asked(batch_size)
-            taught = with_answers(rows, logits)
+            taught = with_teacher_logits(rows, logits)
         except LightPeftError as error:
             raise LightPeftError(f"training.teacher: {error}") from error
 
@@ -138,7 +138,7 @@ class RunTeacher:
                 return logits
             return [of_row[: len(options)] for of_row, options in zip(logits, part["input_ids"], strict=True)]
 
-        return shared_out(len(encoded), answer)
+        return split_over_processes(len(encoded), answer)
 
     def _fingerprint(self) -> str:
         """Of the teacher, by its files or name, and of the texts that it reads."""

@@ -30,7 +30,7 @@ from lightpeft.recipe.trainer import light_trainer
 from lightpeft.training.acceleration import light_steps
 from lightpeft.training.arguments import half_precision, training_arguments
 from lightpeft.training.callbacks import LogLines, ProgressBar, SealCheckpoint
-from lightpeft.training.fitting import meeting_others, train_in_float32
+from lightpeft.training.fitting import reporting_lost_processes, upcast_trained_weights
 from lightpeft.training.step_rows import write_step
 from lightpeft.training.trainer import Training
 
@@ -112,7 +112,7 @@ class RunTrainer(Training, Trainer):
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:
         """What `torch.save` raises on a full disk, in many words, is a `RuntimeError` like any other elsewhere."""
         try:
-            with meeting_others():
+            with reporting_lost_processes():
                 super()._save_checkpoint(*args, **options)
         except torch.OutOfMemoryError:
             raise
@@ -158,7 +158,7 @@ class LightRun(light_trainer(RunTrainer)):  # type: ignore[misc]
 
     def checkpoint_at_cut(self, estimation_steps: int) -> Path:
         """A checkpoint from which training goes on behind the cut, as if nothing had happened since."""
-        return self._checkpoints.at_cut(estimation_steps, self.work.steps)
+        return self._checkpoints.write_at_cut(estimation_steps, self.work.steps)
 
     def _begin_estimation(self, state: TrainerState, control: TrainerControl) -> None:
         self._show("estimate")
@@ -168,7 +168,7 @@ class LightRun(light_trainer(RunTrainer)):  # type: ignore[misc]
     def _warn(self, line: str) -> None:
         """The stages say it, each in its place."""
 
-    def _note_full_width(self) -> None:
+    def _warn_about_full_width(self) -> None:
         """The run does it itself."""
 
     def make_light_plan(self, record: EstimationRecord) -> PrunePlan | None:
@@ -232,7 +232,7 @@ class DenseRun(RunTrainer):
         self._teaching.weight = work.config.training.teacher_weight
         self._keep_prefix()
         if self.args.fp16:
-            train_in_float32(model)
+            upcast_trained_weights(model)
         self.add_callback(_Course(self))
 
     def begin(self, state: TrainerState) -> None:

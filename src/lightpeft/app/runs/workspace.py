@@ -35,9 +35,9 @@ from lightpeft.models.vocabulary.tokenizer import cut_tokenizer
 from lightpeft.peft_kinds.kinds import check_peft_settings
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.prune.length import StageLength, few_examples, fit_stage, remove_nothing_if_short
-from lightpeft.training.arguments import USUAL, check_given
+from lightpeft.training.arguments import TRAINER_DEFAULTS, check_trainer_fields
 from lightpeft.training.prefix import PrefixCache
-from lightpeft.training.schedule import Pace, rows_held, scored_steps, settled
+from lightpeft.training.schedule import Pace, resolve_auto, rows_held, scored_steps
 
 STOPPING = frozenset({"eval_strategy", "load_best_model_at_end", "metric_for_best_model"})
 """Fields of `TrainingArguments` by which somebody says himself what training is stopped by, or kept of it."""
@@ -153,7 +153,7 @@ class Workspace:
     @property
     def step_options(self) -> dict[str, Any]:
         """How steps are made, as `measure_training` takes it."""
-        clipped = self.config.trainer.get("max_grad_norm", USUAL["max_grad_norm"])
+        clipped = self.config.trainer.get("max_grad_norm", TRAINER_DEFAULTS["max_grad_norm"])
         return {"autocast": autocast_dtype(self.config.training), "max_grad_norm": clipped}
 
     def dense_model(self, to_train: bool = False) -> LoadedModel:
@@ -250,7 +250,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
         LightPeftError: bad input.
     """
     check_precision(config.training)
-    check_given(config.trainer)
+    check_trainer_fields(config.trainer)
     check_peft_settings(config)
     model_config = load_model_config(config.model)
     task = load_task(config.data, model_config, config.tasks)
@@ -277,7 +277,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     texts, _ = _set_aside(config, task.train, width)
     config, unable = _able(config, train_rows, width)
     run = RunFolder.open(config, replan=replan, overwrite=overwrite)
-    training: TrainingConfig = settled(
+    training: TrainingConfig = resolve_auto(
         config.training, len(train_rows), width, processes().num_processes, has_peft=config.way.has_peft
     )
     config = replace(config, training=training)
@@ -312,7 +312,7 @@ def _set_aside(config: RunConfig, rows: Dataset, width: int | None) -> tuple[Dat
     """
     if config.training.epochs != "auto" or config.trainer.keys() & STOPPING:
         return rows, None
-    count = rows_held(len(rows), float(settled(config.training, len(rows), width).epochs))
+    count = rows_held(len(rows), float(resolve_auto(config.training, len(rows), width).epochs))
     if not count:
         return rows, None
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
@@ -323,7 +323,7 @@ def _able(config: RunConfig, rows: Dataset, width: int | None) -> tuple[RunConfi
     """The settings of a run whose amount is to be found: without a cut where it is too short to estimate, and why."""
     if not config.way.prunes:
         return config, None
-    training = settled(config.training, len(rows), width)
+    training = resolve_auto(config.training, len(rows), width)
     pace = Pace.of(len(rows), training)
     light, unable = remove_nothing_if_short(config.light, pace, pace.steps(float(training.epochs)))
     return replace(config, light=light), unable

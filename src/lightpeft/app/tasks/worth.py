@@ -27,6 +27,8 @@ def points_a_nat(answers: Answers, task: Task) -> float:
     right, answered = np.asarray(answers.references, int), np.asarray(answers.predictions, int)
     metric = METRICS[task.metrics[0]].compute
     if not isinstance(metric, ClassMetric):
-        return worth.points_a_nat(right, answered, class_count(answers))
+        return worth.points_per_nat(right, answered, class_count(answers))
     of_counts = metric.of_counts
-    return worth.points_a_nat(right, answered, class_count(answers), lambda counts: of_counts(counts)[task.main_metric])
+    return worth.points_per_nat(
+        right, answered, class_count(answers), lambda counts: of_counts(counts)[task.main_metric]
+    )

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import Conv1D
 
-from lightpeft.compat.torch import set_unseen
+from lightpeft.compat.torch import set_without_hooks
 from lightpeft.errors import LightPeftError
 from lightpeft.models.linears.kinds import DenseKind
 from lightpeft.models.linears.plain import PlainLinear, TransposedLinear
@@ -70,11 +70,11 @@ class WeightOnDisk(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightOnDisk:
         """Move the layer (for `to` and similar methods): the weight stays on disk, and `read` returns it as moved."""
         weight = self.weight
-        set_unseen(self, "weight", None)
+        set_without_hooks(self, "weight", None)
         try:
             super()._apply(fn, recurse)
         finally:
-            set_unseen(self, "weight", weight)
+            set_without_hooks(self, "weight", weight)
         self.place = fn(self.place)
         return self
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightpeft.compat.peft import LoraLinear
-from lightpeft.compat.torch import changes_of
+from lightpeft.compat.torch import change_count
 from lightpeft.machine import compute_dtype
 from lightpeft.models.patching import override_forward
 from lightpeft.peft_kinds.sites.fused import plain_adapter
@@ -82,7 +82,7 @@ class _Inner:
         if len(self.places) == 1:
             rows = x.to(dtype).flatten(0, -2)
             return rows, rows @ self.down.to(dtype)
-        state = (self, dtype, changes_of(x))
+        state = (self, dtype, change_count(x))
         known = getattr(x, _SEEN, None)
         if known is None or known[0] != state:
             rows = x.to(dtype)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from lightpeft.compat.peft import LoraLinear
 from lightpeft.compat.stand_ins import StandIn
-from lightpeft.compat.torch import changes_of, is_watched
+from lightpeft.compat.torch import change_count, has_hooks
 from lightpeft.machine import compute_dtype
 from lightpeft.models.linears.on_disk import LinearOnDisk, is_on_disk
 from lightpeft.models.patching import override_forward
@@ -57,7 +57,7 @@ class _Casts:
         """Return `x.to(dtype)`, from the cache if `x` is the last input."""
         if x.dtype == dtype:
             return x
-        state = (dtype, changes_of(x), torch.is_grad_enabled())
+        state = (dtype, change_count(x), torch.is_grad_enabled())
         if self._cast is None or self._given is not x or self._state != state:
             self._given, self._cast, self._state = x, x.to(dtype), state
         return self._cast
@@ -107,7 +107,7 @@ def plain_adapter(layer: LoraLinear) -> str | None:
 
 def _is_plain(linear: nn.Linear) -> bool:
     """Return whether a layer has no hooks, no replaced forward, and an ordinary weight, in memory or on disk."""
-    changed = is_watched(linear) or "forward" in vars(linear)
+    changed = has_hooks(linear) or "forward" in vars(linear)
     return not changed and (type(linear.weight) in (nn.Parameter, StandIn) or is_on_disk(linear))
 
 

@@ -1,4 +1,4 @@
-"""The frozen prefix: blocks below the lowest one that trains need no graph, and need to run only once."""
+"""The frozen prefix: blocks below the lowest trained one, which need no autograd graph and run only once per row."""
 
 from lightpeft.training.prefix.blocks import STATES, FrozenPrefix
 from lightpeft.training.prefix.caching import CachedRows, PrefixCache, cache_prefix

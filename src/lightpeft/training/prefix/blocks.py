@@ -1,4 +1,4 @@
-"""Which blocks are frozen, and how a live model runs them without a graph or skips them."""
+"""Find the frozen lower blocks of a model, and run them without an autograd graph or skip them."""
 
 from __future__ import annotations
 
@@ -16,35 +16,33 @@ from lightpeft.models.patching import in_mode, override_forward
 from lightpeft.models.unwrap import transformers_model
 
 STATES = "prefix_states"
-"""Keyword argument of the model that takes the prefix' outputs instead of computing them: [batch, length, width]."""
+"""Keyword argument of the model for outputs of the prefix, which it then does not compute: [batch, length, width]."""
 
 
 class KnownStates(Protocol):
-    """Outputs of a prefix that were computed before."""
+    """Interface of a cache of the prefix's outputs."""
 
     def of(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Those of the rows of a call, [batch, length, width]; None where one of them is not known."""
+        """Return the cached outputs for the rows of a call, [batch, length, width]; None if any row is not cached."""
 
 
 class FrozenPrefix:
     """The blocks of one stack below the lowest block that holds a trained parameter.
 
-    While attached, they run without a graph: no activation and no dropout mask of theirs is kept, also where the
-    embeddings were made to require gradients (gradient checkpointing). A training step skips them altogether where
-    `known` has the states of all its rows, or where the call brings them as `prefix_states`; everything around the
-    blocks (embeddings, positions, masks, rotary angles) runs as always.
+    While attached, they run without a graph: no activation or dropout mask of theirs is stored, also if embeddings
+    require gradients (gradient checkpointing). A training step skips them if `known` has the outputs for all its rows,
+    or if the call passes them as `prefix_states`; everything around the blocks (embeddings, positions, masks, rotary
+    angles) runs as always.
     """
 
     known: KnownStates | None = None
-    """Asked at each training step, with what the model is called with; so nothing that prepares a batch needs to
-    know of it."""
+    """Cache that is looked up at each training step by the model's inputs, so that collators need not know of it."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module] | None = None) -> None:
         """
         Args:
             model: a transformers model or a PeftModel, with `requires_grad` as it will be trained.
-            blocks: the frozen ones, where more than the model's own parameters trains; None: those that
-                `frozen_blocks` finds.
+            blocks: the frozen blocks, if parameters outside the model train, too; None: `frozen_blocks(model)`.
         """
         self.model = model
         self.blocks = frozen_blocks(model) if blocks is None else list(blocks)
@@ -59,7 +57,7 @@ class FrozenPrefix:
 
     @contextmanager
     def attached(self) -> Iterator[FrozenPrefix]:
-        """Inside the block the prefix runs without a graph, or is skipped."""
+        """Attach the prefix inside the block: it runs without a graph, or is skipped."""
         self.attach()
         try:
             yield self
@@ -67,23 +65,23 @@ class FrozenPrefix:
             self.detach()
 
     def attach(self) -> None:
-        """Let the frozen blocks run without a graph, or be skipped; nothing happens if there are none."""
+        """Make the frozen blocks run without a graph, or be skipped; does nothing if there are none."""
         if not self.blocks:
             return
         enter = self._attached.enter_context
-        enter(self.model.register_forward_pre_hook(self._take, with_kwargs=True))
-        enter(self.model.register_forward_hook(self._drop, always_call=True))
+        enter(self.model.register_forward_pre_hook(self._receive_states, with_kwargs=True))
+        enter(self.model.register_forward_hook(self._forget_states, always_call=True))
         for block in self.blocks:
-            enter(override_forward(block, partial(self._run, block.forward, block is self.blocks[-1])))
+            enter(override_forward(block, partial(self._run_block, block.forward, block is self.blocks[-1])))
             enter(computed_once(block))
 
     def detach(self) -> None:
-        """Take it back; the model is as before `attach`."""
+        """Restore the model as it was before `attach`."""
         self._attached.close()
 
     @torch.no_grad()
     def compute(self, batch: Mapping[str, Any]) -> Tensor:
-        """What the prefix gives for a batch, in eval mode: [batch, length, width]; the blocks above do not run."""
+        """Compute the prefix's output for a batch, in eval mode: [batch, length, width]; higher blocks do not run."""
         self._capturing = True
         try:
             with in_mode(self.model, training=False):
@@ -94,17 +92,22 @@ class FrozenPrefix:
             self._capturing = False
         raise RuntimeError("the model's forward did not reach its last frozen block")
 
-    def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _receive_states(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._states = kwargs.pop(STATES, None)
         if self._states is None and self.known is not None and not args and module.training and torch.is_grad_enabled():
             self._states = self.known.of(kwargs)
         return args, kwargs
 
-    def _drop(self, *_: Any) -> None:
+    def _forget_states(self, *_: Any) -> None:
         self._states = None
 
-    def _run(self, forward: Callable[..., Any], last: bool, *args: Any, **kwargs: Any) -> Any:
-        """One frozen block's forward."""
+    def _run_block(self, forward: Callable[..., Any], last: bool, *args: Any, **kwargs: Any) -> Any:
+        """Forward of one frozen block.
+
+        Args:
+            forward: its own forward.
+            last: True for the highest frozen block.
+        """
         states = args[0] if args else kwargs["hidden_states"]
         if self._states is not None and self.outputs is not None:
             given = self._states.to(device=states.device, dtype=states.dtype)
@@ -114,8 +117,8 @@ class FrozenPrefix:
         with torch.no_grad():
             output = forward(*args, **kwargs)
         self.outputs = len(output) if isinstance(output, tuple) else 0
-        if self._states is not None:  # what a block returns is known now
-            return self._run(forward, last, *args, **kwargs)
+        if self._states is not None:  # the first call has told how many outputs a block returns
+            return self._run_block(forward, last, *args, **kwargs)
         if last and self._capturing:
             raise _Captured(output[0] if self.outputs else output)
         if not (torch.is_grad_enabled() and states.requires_grad):
@@ -124,17 +127,17 @@ class FrozenPrefix:
 
 
 class _Captured(Exception):
-    """Ends a forward pass when the prefix has been computed."""
+    """Ends a forward pass once the prefix is computed, and carries its output."""
 
     def __init__(self, states: Tensor) -> None:
         self.states = states
 
 
 def frozen_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks, from the first on, whose outputs no trained parameter can change.
+    """Return the lowest blocks whose outputs no trained parameter can change.
 
-    None where that cannot be said: encoder-decoders, whose blocks hand more than hidden states to each other, and
-    models that train something beside the blocks inside the foundation model, such as embeddings.
+    The list is empty for encoder-decoders, whose blocks pass more than hidden states to each other, and for models
+    that train something else in the base model, such as embeddings.
     """
     inner = transformers_model(model)
     stacks = block_lists(inner)

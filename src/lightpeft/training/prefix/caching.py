@@ -1,4 +1,4 @@
-"""Computing the frozen prefix once for every training row."""
+"""Compute the frozen prefix once for every training row."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ from lightpeft.training.prefix.states import StateStore, store_bytes
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 _FILE = "states.bin"
 _TRIED_ROWS = 16
-"""Rows that are made into a batch twice, to see whether they always give the same tokens."""
-_UNPADDED = "a batch is not one padded sequence a row"
+"""Rows that are collated twice, to test if they always give the same tokens."""
+_UNPADDED = "a batch does not have one padded sequence per row"
 _STATELESS = frozenset({"transformers", "trl", "lightpeft"})
-"""Packages whose collators depend on their rows, and on random numbers, alone."""
+"""Packages whose collators depend only on their rows and on random numbers."""
 
 
 @dataclass(frozen=True)
 class PrefixCache:
-    """How the outputs of the frozen prefix are kept."""
+    """Settings of the cache for the outputs of the frozen prefix."""
 
     place: Literal["memory", "file"] = "file"
-    """In memory (of every process), or in a file that all processes of a run share."""
+    """Memory (of every process), or a file that all processes of a run share."""
     limit: int = 16 * 2**30
-    """Bytes that the states may take at most."""
+    """Largest size of the cache, in bytes."""
 
 
 @dataclass(frozen=True)
 class CachedRows:
-    """What the frozen prefix gives for the rows that were asked for, whatever batches they come in."""
+    """Cached outputs of the frozen prefix, looked up row by row for any batch."""
 
     slots: Mapping[bytes, int]
     """Key of a row (`row_keys`) -> its place in the store."""
     store: StateStore
 
     def of(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """States of the rows of a call of the model, [batch, length, width]; None where one of them is not known."""
+        """Return the states for the rows of a model call, [batch, length, width]; None if any row is not cached."""
         keys = row_keys(inputs)
         if keys is None or not all(key in self.slots for key in keys):
             return None
@@ -77,18 +77,20 @@ def cache_prefix(
     autocast: torch.dtype | None = None,
     announce: Callable[[str], None] = lambda line: None,
 ) -> CachedRows | None:
-    """Compute the attached prefix for every row.
+    """Compute the attached prefix for every row, and cache the outputs.
 
     Args:
-        rows: encoded rows, [tokens] of each as `input_ids`.
+        rows: encoded rows with `input_ids`, [tokens].
         collator: makes padded batches with an `attention_mask`.
-        folder: where a file goes.
+        settings: place and largest size of the cache.
+        folder: folder of the cache file.
+        batch_size: rows per forward pass.
         autocast: half precision to compute in, as training does; None: that of the weights.
-        announce: told, before anything is computed, what it will take, or why there will be no cache.
+        announce: called with one line, before the computation, about its size or the reason for no cache.
 
     Returns:
-        The states of the rows; None if they would not fit, differ with the padding of a batch, or if there is an
-        `obstacle`.
+        The cache; None if it would not fit, if states depend on the padding of a batch, or if the rows or the collator
+        cannot be cached.
 
     Raises:
         LightPeftError: the folder cannot be written.
@@ -97,21 +99,21 @@ def cache_prefix(
     if reason is not None:
         announce(f"no prefix cache: {reason}")
         return None
-    caching = _Caching(prefix, rows, collator, batch_size, autocast)
+    caching = _PrefixRunner(prefix, rows, collator, batch_size, autocast)
     if not caching.slots:
         announce(f"no prefix cache: {_UNPADDED}")
         return None
     first = caching.compute_checked()
     if first is None:
-        announce("no prefix cache: what the frozen blocks give for a row depends on the padding of its batch")
+        announce("no prefix cache: the output of the frozen blocks for a row depends on the padding of its batch")
         return None
     dtype, width = first.dtype, first.shape[-1]
     size = store_bytes(caching.lengths, width, dtype)
-    room, where = _room(settings, folder)
+    room, where = _free_bytes(settings, folder)
     blocks = len(prefix.blocks)
     if size > min(room, settings.limit):
         most = decimal(min(room, settings.limit))
-        announce(f"no prefix cache: it would take {decimal(size)} of {where}, and may take {most}")
+        announce(f"no prefix cache: it needs {decimal(size)} of {where}, and the limit is {most}")
         return None
     file = None if settings.place == "memory" else folder / _FILE
     store = StateStore(caching.lengths, width, dtype, file)
@@ -124,8 +126,8 @@ def cache_prefix(
     return CachedRows(caching.slots, store)
 
 
-class _Caching:
-    """Runs the prefix over rows; of several rows with the same tokens, over the first."""
+class _PrefixRunner:
+    """Runs the prefix over rows; rows with the same tokens share a slot, and run once."""
 
     def __init__(
         self,
@@ -139,21 +141,21 @@ class _Caching:
         self.batch_size, self.autocast = batch_size, autocast
         self.device = next(prefix.model.parameters()).device
         self.slots: dict[bytes, int] = {}
-        """Key of a row -> slot; empty if rows cannot be told apart."""
+        """Key of a row -> slot; empty if rows have no keys."""
         self.lengths: list[int] = []
-        """Real tokens, by slot."""
+        """Number of real tokens, by slot."""
         self._numbers: list[int] = []
-        """The row that a slot is of."""
-        self._learn()
+        """Number of the first row of each slot."""
+        self._assign_slots()
 
-    def _learn(self) -> None:
-        """Find the rows that differ, by the batches that the collator makes of them."""
+    def _assign_slots(self) -> None:
+        """Collate all rows, and assign a slot to each distinct key."""
         ids = self.rows.with_format(None)["input_ids"][:]
         order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
         for chunk in _chunks(order, self.batch_size):
             batch = self._batch(chunk)
             keys, lengths = row_keys(batch), batch["attention_mask"].bool().sum(1).tolist()
-            if keys is None:  # unlike those that were tried
+            if keys is None:  # unlike the rows that `obstacle` has tried
                 self.slots.clear()
                 return
             for number, key, length in zip(chunk, keys, lengths, strict=True):
@@ -163,11 +165,11 @@ class _Caching:
                     self._numbers.append(number)
 
     def _batch(self, numbers: Sequence[int]) -> dict[str, Any]:
-        """What the model is called with for some rows."""
-        return dict(without_labels(self.collator(_taken(self.rows, numbers))))
+        """Return the model's inputs for the rows with these numbers, without labels."""
+        return dict(without_labels(self.collator(_fetch_rows(self.rows, numbers))))
 
     def compute(self, slots: Sequence[int]) -> list[Tensor]:
-        """States of the real tokens of some rows, [length, width] each."""
+        """Compute the states of the real tokens for some slots, [length, width] each."""
         batch = self._batch([self._numbers[slot] for slot in slots])
         mask = batch["attention_mask"].bool()
         inputs = {name: value.to(self.device) for name, value in batch.items()}
@@ -176,23 +178,23 @@ class _Caching:
         return [row[real] for row, real in zip(states.cpu(), mask, strict=True)]
 
     def compute_checked(self) -> Tensor | None:
-        """States of one row; None if they are others in the company of a longer row."""
+        """Compute the states of the shortest row; None if they change in a batch with the longest row."""
         shortest, longest = self.lengths.index(min(self.lengths)), self.lengths.index(max(self.lengths))
         alone, padded = self.compute([shortest])[0], self.compute([shortest, longest])[0]
-        return alone if self._close(alone, padded) else None
+        return alone if self._nearly_equal(alone, padded) else None
 
-    def _close(self, one: Tensor, other: Tensor) -> bool:
-        """Equal but for the noise of computing in another batch, and of the data type.
+    def _nearly_equal(self, one: Tensor, other: Tensor) -> bool:
+        """Return True if states are equal up to rounding.
 
-        Tokens are compared as vectors: decoders have single channels of a thousand times the others' size, whose
-        rounding reaches all of them through the norms.
+        Tokens are compared as vectors: decoders have single channels a thousand times as large as the others, whose
+        rounding errors reach all channels through the norms.
         """
         tolerance = 0.05 if self.autocast or one.dtype != torch.float32 else 1e-3
         one, other = one.float(), other.float()
         return bool(((one - other).norm(dim=-1) <= tolerance * other.norm(dim=-1)).all())
 
     def fill(self, store: StateStore) -> None:
-        """Compute all rows; several processes share a file's rows among them."""
+        """Compute the states of all slots into a store; several processes split the slots of a file."""
         state = processes()
         if store.file is not None:
             store.file.parent.mkdir(parents=True, exist_ok=True)
@@ -200,42 +202,42 @@ class _Caching:
         chunks = [*_chunks(order, self.batch_size)]
         if store.file is not None:
             chunks = chunks[state.process_index :: state.num_processes]
-        for chunk in bars.progress(chunks, len(chunks), "Prefix"):
+        for chunk in bars.progress(chunks, len(chunks), "Prefix cache"):
             for slot, states in zip(chunk, self.compute(chunk), strict=True):
                 store.write(slot, states)
         state.wait_for_everyone()
 
 
 def obstacle(rows: Any, collator: Collate) -> str | None:
-    """Why rows have no states that could be kept; None: they have.
+    """Return the reason why the outputs for these rows cannot be cached; None: they can.
 
-    Collators that draw random numbers are found by asking twice, of which whoever trains notices nothing.
+    Collating some rows twice finds collators that draw random numbers. The random state is restored afterwards.
     """
     if not isinstance(rows, Dataset) or "input_ids" not in rows.column_names or not len(rows):
-        return "the rows are no data set of tokens"
+        return "the rows are no dataset of tokens (datasets.Dataset with input_ids)"
     if rows.format["type"] == "custom":
-        return "the rows have a transform, which may give a row other tokens each time"
-    picked = _taken(rows, range(min(_TRIED_ROWS, len(rows))))
+        return "the rows have a transform, which may change the tokens of a row each time"
+    picked = _fetch_rows(rows, range(min(_TRIED_ROWS, len(rows))))
     if getattr(picked[0]["input_ids"][0], "__len__", None) and not isinstance(picked[0]["input_ids"][0], Tensor):
-        return "it keeps one sequence a row, and multiple choice reads one an option"
-    with _undisturbed():
+        return "it holds one sequence per row, and multiple choice has one per option"
+    with _keeping_random_state():
         trial = copy.deepcopy(collator)
         first, again = (row_keys(without_labels(trial(copy.deepcopy(picked)))) for _ in range(2))
     if first is None or again is None or len(first) != len(picked):
         return _UNPADDED
-    return None if first == again else "a row does not give the same tokens each time"
+    return None if first == again else "the tokens of a row change each time it is collated"
 
 
 def may_change(collator: Collate) -> str | None:
-    """Why a collator may give a row other tokens later in training, or count its calls; None: it does not."""
+    """Return the reason why a collator may change the tokens of a row during training; None: it does not."""
     kind = collator if inspect.isfunction(collator) else type(collator)
     if kind.__module__.partition(".")[0] in _STATELESS:
         return None
-    return f"the collator {kind.__name__} may give a row other tokens later; those of transformers and TRL do not"
+    return f"the collator {kind.__name__} may change the tokens of a row later; those of transformers and TRL do not"
 
 
-def _taken(rows: Dataset, numbers: Sequence[int]) -> list[dict[str, Any]]:
-    """Rows as a data loader takes them, in their format."""
+def _fetch_rows(rows: Dataset, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the rows with these numbers in their format, as a data loader fetches them."""
     return list(rows.__getitems__(list(numbers)))
 
 
@@ -244,8 +246,8 @@ def _chunks(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Inside the block random numbers are drawn that count for nobody outside."""
+def _keeping_random_state() -> Iterator[None]:
+    """Restore the random state of Python, NumPy and PyTorch after the block."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:
@@ -255,8 +257,8 @@ def _undisturbed() -> Iterator[None]:
             np.random.set_state(states[1])
 
 
-def _room(settings: PrefixCache, folder: Path) -> tuple[int, str]:
-    """Bytes that are free where the states would go, and what people call that place."""
+def _free_bytes(settings: PrefixCache, folder: Path) -> tuple[int, str]:
+    """Return the free bytes in the cache's place, and the name of that place."""
     if settings.place == "memory":
         return psutil.virtual_memory().available, "memory"
     existing = next(place for place in (folder, *folder.parents) if place.is_dir())

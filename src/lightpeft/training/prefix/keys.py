@@ -1,4 +1,4 @@
-"""What the frozen prefix gives for a row is found by what it reads of that row."""
+"""Keys of the prefix cache: digests of all inputs of a row that the frozen blocks read."""
 
 from __future__ import annotations
 
@@ -12,23 +12,21 @@ from torch import Tensor
 from lightpeft.models.batches import LABELS
 
 NOT_READ = frozenset({*LABELS, "shift_labels"})
-"""What a call gives for the loss alone, behind the blocks."""
+"""Arguments of the model that only the loss reads."""
 _BYTES = 16
 _OUTPUTS = ("output_hidden_states", "output_attentions")
-"""Options that ask the model for outputs of the blocks that stored states would skip."""
+"""Options that request outputs of the skipped blocks."""
 
 
 def row_keys(inputs: Mapping[str, Any]) -> list[bytes] | None:
-    """A digest a row of all that the blocks of a model read of it: its real tokens and everything beside them.
-
-    Padding does not count, on whichever side it is, and neither do labels.
+    """Return a digest per row of all inputs that the model's blocks read, without padding and labels.
 
     Args:
         inputs: keyword arguments of the model: `input_ids` and `attention_mask` [rows, length], and others.
 
     Returns:
-        Digests, [rows]; None where the inputs are not one padded sequence a row, hold something that cannot be told
-        row by row, or ask for what the blocks inside give.
+        Digests, [rows]; None if the inputs are not one padded sequence per row, cannot be split into rows, or request
+        hidden states or attentions.
 
     Example:
         >>> ids = torch.tensor([[5, 6, 0], [5, 6, 7]])
@@ -50,14 +48,14 @@ def row_keys(inputs: Mapping[str, Any]) -> list[bytes] | None:
 
 
 def _is_option(value: Any) -> bool:
-    """Whether an argument says something about the call, and nothing of a row."""
+    """Return True if an argument is an option of the call, and not data of rows."""
     return (
         value is None or isinstance(value, bool | int | float | str) or (isinstance(value, Tensor) and not value.dim())
     )
 
 
 def _of_row(value: Tensor, row: int, real: Tensor) -> Tensor:
-    """What a tensor has of a row: at its real tokens, if it has something a token."""
+    """Return the part of a tensor for a row; of tensors [rows, length, ...] only the real tokens."""
     return value[row][real[row]] if value.shape[:2] == real.shape else value[row]
 
 

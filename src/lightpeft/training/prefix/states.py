@@ -14,17 +14,18 @@ from torch import Tensor
 
 
 class StateStore:
-    """Rows of token vectors, one after the other: row i is [lengths[i], width].
+    """Store of token vectors, row by row: row i is [lengths[i], width].
 
-    A file is read row by row at its place instead of being mapped, so that it does not count as the process's memory;
-    the system's page cache keeps what fits. Several processes may write different rows of one file.
+    A file is read row by row instead of being memory-mapped, so that it does not count as the process's memory; the
+    system's page cache keeps as much as fits. Several processes may write different rows of one file.
     """
 
     def __init__(self, lengths: Sequence[int], width: int, dtype: torch.dtype, file: Path | None) -> None:
         """
         Args:
             lengths: tokens of each row.
-            file: where the states are; None: in memory.
+            width: channels per token.
+            file: file of the states; None: keep them in memory.
         """
         self.lengths, self.width, self.dtype, self.file = list(lengths), width, dtype, file
         self.starts = [0, *itertools.accumulate(self.lengths)]
@@ -33,7 +34,7 @@ class StateStore:
         self._memory = torch.empty(self.starts[-1], width, dtype=dtype) if file is None else None
 
     def write(self, row: int, states: Tensor) -> None:
-        """Keep the states [lengths[row], width] of a row."""
+        """Store the states of a row, [lengths[row], width]."""
         states = states.to(device="cpu", dtype=self.dtype).contiguous()
         if self._memory is not None:
             self._memory[self.starts[row] : self.starts[row + 1]] = states
@@ -44,30 +45,30 @@ class StateStore:
             raw = raw[file.write(raw) :]
 
     def read(self, row: int) -> Tensor:
-        """The states of a row, [lengths[row], width]."""
+        """Return the states of a row, [lengths[row], width]."""
         if self._memory is not None:
             return self._memory[self.starts[row] : self.starts[row + 1]]
         states = torch.empty(self.lengths[row], self.width, dtype=self.dtype)
         raw = _raw(states)
         if self._open(row).readinto(raw) != len(raw):
-            raise OSError(f"{self.file} is shorter than it should be")
+            raise OSError(f"{self.file} is shorter than expected; delete it and train again")
         return states
 
     def padded(self, rows: Sequence[int], mask: Tensor) -> Tensor:
-        """The states of several rows at the real tokens of a padded batch, zeros elsewhere.
+        """Return the states of several rows at the real tokens of a padded batch, and zeros at padding.
 
         Args:
-            mask: [batch, length], nonzero for real tokens, on whichever side the padding is.
+            mask: [batch, length], nonzero for real tokens; padding may be on either side.
 
         Returns:
-            [batch, length, width].
+            States, [batch, length, width].
         """
         batch = torch.zeros(*mask.shape, self.width, dtype=self.dtype)
         batch[mask.bool()] = torch.cat([self.read(row) for row in rows])
         return batch
 
     def _open(self, row: int) -> FileIO:
-        """The file, at the place of a row; every process has a handle of its own, because forks share the place."""
+        """Open the file at the position of a row; each process needs its own handle, because forks share a position."""
         assert self.file is not None
         if self._handle is None or self._owner != os.getpid():
             self.file.touch()
@@ -76,7 +77,7 @@ class StateStore:
         return self._handle
 
     def __getstate__(self) -> dict[str, Any]:
-        """What workers of a data loader get: they open the file themselves."""
+        """Pickle for workers of a data loader, which open the file themselves."""
         return {**vars(self), "_handle": None}
 
     def close(self) -> None:
@@ -86,15 +87,15 @@ class StateStore:
             self._handle = None
 
     def __del__(self) -> None:
-        """The collator of a trainer holds the store; when nobody does any more, nobody reads the file."""
+        """Close the file when nothing refers to the store any more."""
         self.close()
 
 
 def _raw(states: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, shared with it."""
+    """Return a view of the bytes of a contiguous tensor."""
     return memoryview(states.flatten().view(torch.uint8).numpy().data)
 
 
 def store_bytes(lengths: Sequence[int], width: int, dtype: torch.dtype) -> int:
-    """Bytes of the states of rows of these lengths."""
+    """Return the size in bytes of the states of rows with these lengths, in tokens."""
     return sum(lengths) * width * dtype.itemsize

@@ -1,4 +1,4 @@
-"""A trainer's model whose frozen blocks run without a graph and, where rows come again, only once."""
+"""The frozen prefix of a trainer's model: it runs without a graph and, if rows repeat, once per row."""
 
 from __future__ import annotations
 
@@ -21,22 +21,21 @@ from lightpeft.training.prefix.caching import CachedRows, PrefixCache, cache_pre
 from lightpeft.training.schedule import pace_of
 from lightpeft.training.sharding import Sharding
 from lightpeft.training.step_rows import rows_a_step
-from lightpeft.training.teaching import without_answers
+from lightpeft.training.teaching import without_teacher_logits
 
 _log = logging.getLogger(__name__)
-SHARDED = "processes share the model's weights"
-"""All of them have to go through its blocks together, and would not."""
+SHARDED = "the model is sharded over processes"
+"""All processes have to run a sharded block together, and with a cache they would not."""
 
 
 class TrainerPrefix:
-    """Between `open` and `close` the model's frozen blocks run without a graph, and once a row where that is known to
-    change nothing. Batches are the trainer's own.
+    """Runs a trainer's frozen blocks without a graph between `open` and `close`, and once per row if that is safe.
 
     Attributes:
-        model: has the blocks; None: the trainer's own.
-        cache: how the outputs are kept; None: they are computed every time.
-        folder: where a file of outputs goes; None: into the trainer's, from which `remove_file` takes it.
-        announce: told what is worth knowing about the training that begins.
+        model: the model with the blocks; None: the trainer's own.
+        cache: settings of the cache; None: no cache.
+        folder: folder of the cache file; None: a folder in the trainer's `output_dir`, which `remove_file` deletes.
+        announce: called with one line about the cache of the training that begins.
     """
 
     def __init__(self, trainer: Host, sharding: Sharding) -> None:
@@ -48,10 +47,10 @@ class TrainerPrefix:
         self._prefix: FrozenPrefix | None = None
         self._cached: CachedRows | None = None
         self._obstacle: str | None = None
-        """Why nothing is kept, where somebody might expect it."""
+        """Reason why there is no cache although one is set; None: no reason."""
 
-    def foresee(self) -> None:
-        """Say before training why the outputs of frozen blocks will be computed every time, if they will."""
+    def announce_obstacle(self) -> None:
+        """Announce before training why there will be no cache, if there is a reason."""
         self._obstacle = None
         if self.cache is None or not FrozenPrefix(self._model):
             return
@@ -59,14 +58,17 @@ class TrainerPrefix:
         if self._sharding.fsdp or is_sharded(self._model):
             self._obstacle = SHARDED
         elif pace_of(self._trainer) is None:
-            self._obstacle = "how often a row comes is not known"
+            self._obstacle = "the training dataset has no length"
         else:
             self._obstacle = may_change(collator) or obstacle(rows, collator)
         if self._obstacle is not None:
             self.announce(f"no prefix cache: {self._obstacle}")
 
     def open(self, steps: int) -> None:
-        """Let the frozen blocks run without a graph and, if rows come again within the steps, once.
+        """Make the frozen blocks run without a graph and, if rows repeat within the steps, fill the cache.
+
+        Args:
+            steps: optimizer steps that are left.
 
         Raises:
             LightPeftError: the folder cannot be written.
@@ -76,7 +78,7 @@ class TrainerPrefix:
         args = self._trainer.args
         if self.cache is None or self._obstacle is not None or not self._prefix:
             return
-        if is_sharded(self._model):  # by an engine that takes the model when training begins
+        if is_sharded(self._model):  # FSDP shards the model only when training begins, after `announce_obstacle`
             self.announce(f"no prefix cache: {SHARDED}")
             return
         if steps * rows_a_step(args) <= len(self._trainer.train_dataset):
@@ -94,7 +96,7 @@ class TrainerPrefix:
         self._prefix.known = self._cached
 
     def close(self) -> None:
-        """The model's blocks compute as before."""
+        """Restore the model's blocks, and close the cache."""
         if self._prefix is not None:
             self._prefix.detach()
             self._prefix = None
@@ -103,7 +105,7 @@ class TrainerPrefix:
             self._cached = None
 
     def remove_file(self) -> None:
-        """To be called where training is over and not merely stopped; a folder that was given goes with its owner."""
+        """Delete the cache file in `output_dir`, when training is complete; a given `folder` is left to its owner."""
         if self.folder is not None:
             return
         processes().wait_for_everyone()
@@ -120,8 +122,8 @@ class TrainerPrefix:
 
     @property
     def _rows(self) -> Any:
-        """The training rows as the collator gets them."""
-        rows = without_answers(self._trainer.train_dataset)
+        """Training rows as the collator gets them."""
+        rows = without_teacher_logits(self._trainer.train_dataset)
         if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
             return used_columns(self._trainer, rows)
         return rows

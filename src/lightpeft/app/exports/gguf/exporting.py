@@ -14,7 +14,7 @@ from lightpeft.app.exports.gguf.architectures import check_family
 from lightpeft.app.exports.gguf.writing import GgufType, write_gguf
 from lightpeft.files import check_vacant, replacing_folder
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.saving.cards import CARD, model_card, of_whole
+from lightpeft.saving.cards import CARD, model_card, whole_model_form
 from lightpeft.saving.description import Described, facts_of
 
 FILE = "model.gguf"
@@ -59,7 +59,9 @@ def save_gguf(
     whole = merged_copy(model)
     with replacing_folder(folder, last=FILE, alone=True) as temporary:
         matrices = write_gguf(whole, model.light_plan, tokenizer, temporary / FILE, dtype)
-        form = of_whole(model.light_plan, f"llama-cli -m {FILE}", " as a GGUF file", language="", library="gguf")
+        form = whole_model_form(
+            model.light_plan, f"llama-cli -m {FILE}", " as a GGUF file", language="", library="gguf"
+        )
         card = model_card(facts_of(model), model.light_plan, form)
         (temporary / CARD).write_text(card, encoding="utf-8")
     return GgufFile(folder / FILE, matrices)

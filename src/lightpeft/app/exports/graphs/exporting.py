@@ -13,7 +13,7 @@ from lightpeft.app.exports.graphs.runtimes import Runtime
 from lightpeft.app.exports.graphs.tracing import check_traceable, traceable, traced
 from lightpeft.files import check_vacant, replacing_folder
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.saving.cards import CARD, model_card, of_whole
+from lightpeft.saving.cards import CARD, model_card, whole_model_form
 from lightpeft.saving.description import Described, facts_of
 
 
@@ -71,5 +71,5 @@ def write_graph(
 
 def _card(model: Described, runtime: Runtime) -> str:
     plan, graph = model.light_plan, f" as a graph of {runtime.title}"
-    form = of_whole(plan, runtime.use, graph, library=runtime.tool)
+    form = whole_model_form(plan, runtime.use, graph, library=runtime.tool)
     return model_card(facts_of(model), plan, form)
