@@ -21,7 +21,7 @@ from lightpeft.models.loading import load_model, load_tokenizer
 from lightpeft.models.task_heads import TaskHead
 from lightpeft.models.tokenizers import check_vocabulary
 from lightpeft.models.vocabulary.live import cut_vocabulary
-from lightpeft.saving.whole_config import CONFIG
+from lightpeft.saving.whole_config import CONFIG_FILE
 
 AT_ONCE = 1024
 """Texts that are tokenised at a time."""
@@ -82,7 +82,7 @@ def trim(name: str, folder: str | Path, data: str, column: str | None = None, *,
     loaded = load_model(found.model, _own_head(found.config, name), to_prune=False)
     before = Size.of(loaded.model)
     small = cut_vocabulary(loaded.model, tokenizer, rows)
-    with replacing_folder(folder, last=CONFIG) as temporary:
+    with replacing_folder(folder, last=CONFIG_FILE) as temporary:
         loaded.model.save_pretrained(temporary)
         small.save_pretrained(temporary)
     return Trimmed(before, Size.of(loaded.model), loaded.new_modules)
