@@ -493,7 +493,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "more tokens": (
         "classes",
         lambda _: make("bert", 7, vocab_size=VOCABULARY + 1),
-        f"reads {VOCABULARY + 1} tokens, and the model {VOCABULARY}: another tokenizer",
+        f"has another tokenizer: {VOCABULARY + 1} tokens, and the model {VOCABULARY}",
     ),
     "a base": ("classes", lambda folder: saved(make("bert", 7).bert, folder), "has no weights for classifier"),
     "no folder": ("classes", lambda folder: folder / "nowhere", "nowhere"),
