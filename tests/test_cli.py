@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 import re
 import runpy
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from workbench import Workbench, lightpeft
 
@@ -139,6 +142,23 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out.strip() == f"lightpeft {__version__}"
+
+
+def test_version_for_a_bug_report(capsys: pytest.CaptureFixture[str]) -> None:
+    """Plain lines to paste: what computes, and what pip would say of everything that lightpeft may use."""
+    assert lightpeft("--version", "--verbose") == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"lightpeft {__version__}"
+    told = dict(line.split(": ", 1) for line in lines)
+    assert told["torch"] == torch.__version__ and told["peft"] == version("peft")
+    assert told["python"] == platform.python_version() and told["os"] and told["cpu"] and told["memory"].endswith("iB")
+    assert all(told[name] == version(name) for name in ("accelerate", "datasets", "numpy", "tokenizers", "trl"))
+    assert "vllm" not in told  # which cannot be installed beside lightpeft
+
+
+def test_verbose_goes_with_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert lightpeft("--verbose") == 2
+    assert capsys.readouterr().err == "lightpeft: --verbose goes with --version alone\n"
 
 
 def test_help_does_not_wait_for_torch() -> None:
