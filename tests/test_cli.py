@@ -18,7 +18,6 @@ import yaml
 from workbench import Workbench, lightpeft
 
 from lightpeft import __version__
-from lightpeft.app import cli
 from lightpeft.app.cli.settings import USUAL
 from lightpeft.app.cli.verbs import VERBS
 from lightpeft.app.folders.run_folder import RunFolder
@@ -138,9 +137,7 @@ def test_misnamed_options(capsys: pytest.CaptureFixture[str], arguments: tuple[s
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["--version"])
-    assert stop.value.code == 0
+    assert lightpeft("--version") == 0
     assert capsys.readouterr().out.strip() == f"lightpeft {__version__}"
 
 
