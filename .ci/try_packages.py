@@ -111,7 +111,7 @@ def main(dist: Path, folder: Path) -> None:
         venv.create(environment, with_pip=True)
         work = environment / "work"
         work.mkdir()
-        run(environment, ["python", "-m", "pip", "install", "--quiet", str(archive.resolve())], work)
+        run(environment, ["python", "-m", "pip", "install", "--quiet", str(archive)], work)
         if archive.name.startswith("lightpeft_vllm"):
             run(environment, ["python", "-c", PLUGIN], work)
             continue
@@ -125,4 +125,4 @@ def main(dist: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve())

@@ -222,6 +222,39 @@ def _draw_costs(axes: Axes, panel: CostPanel) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+@dataclass(frozen=True)
+class FrontierPanel:
+    """Quality against latency."""
+
+    title: str
+    y_label: str
+    marks: Sequence[Point]
+    """Models as they are."""
+    lines: Mapping[str, Sequence[tuple[float, float]]]
+    """Cuts of one model: milliseconds and quality."""
+
+
+def frontier(panels: Sequence[FrontierPanel], x_label: str) -> Figure:
+    """The panels one below the other, latency on a scale of factors."""
+    figure = Figure(figsize=(_PHONE, 0.9 + 3.2 * len(panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid: Any = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
+    for axes, panel in zip(grid, panels, strict=True):
+        _draw(axes, Panel(panel.title, x_label, panel.y_label, panel.marks))
+        axes.set_xscale("log")
+        for name, line in panel.lines.items():
+            place = names.index(name)
+            axes.plot(*zip(*line, strict=True), label=name, color=f"C{place}", marker="DsvP^X"[place % 6], markersize=4)
+    handles = {name: line for axes in grid for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if handles:
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.canvas.draw()
+    for axes, panel in zip(grid, panels, strict=True):
+        label_points(axes, panel.marks)
+    return figure
+
+
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write <stem>.png and <stem>.svg."""
     paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg")]

@@ -21,7 +21,7 @@ import hypothesis
 import jinja2
 import pytest
 import torch
-from lanes import FULL, needs_other_types, too_new
+from lanes import FULL, needs_family, needs_other_types
 from transformers import set_seed
 
 from lightpeft.prune import length
@@ -49,8 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         named = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
         for name in (str(value) for value in named):
-            if too_new(name):
-                item.add_marker(pytest.mark.skip(f"{name} needs a newer transformers"))
+            item.add_marker(needs_family(name))
         if any(kind in item.name.partition("[")[2] for kind in OF_OTHER_TYPE):
             item.add_marker(needs_other_types)
     rank = {f"test_{name}": place for place, name in enumerate(LONG)}

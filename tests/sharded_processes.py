@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fsdp_on_cpus import shard_on_cpus
+from lanes import older
 from lights import few_examples_are_enough
 from sharded_trainings import MODELS, found, training
 from tiny import make
@@ -56,10 +57,13 @@ def resumed(folder: Path, step: int, **settings: Any) -> Any:
     return again
 
 
+OFFLOADED: dict[str, Any] = {"fsdp_config": {"version": 2, "cpu_offload": True}}
+if older("transformers", "5.16"):  # which wants it in other words
+    OFFLOADED = {"fsdp": "full_shard offload", "fsdp_config": {"version": 2}}
 REFUSED: dict[str, dict[str, Any]] = {
-    "cpu_offload": {"fsdp_config": {"cpu_offload": True}},
-    "cpu_ram_efficient_loading": {"fsdp_config": {"cpu_ram_efficient_loading": True}},
-    "activation_checkpointing": {"fsdp_config": {"activation_checkpointing": True}},
+    "cpu_offload": OFFLOADED,
+    "cpu_ram_efficient_loading": {"fsdp_config": {"version": 2, "cpu_ram_efficient_loading": True}},
+    "activation_checkpointing": {"fsdp_config": {"version": 2, "activation_checkpointing": True}},
     "keep": {"light": {"keep": "full"}},
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from lanes import FULL
+from lanes import FULL, older
 from lights import light_of
 from peft import PeftModel
 from support import with_bottleneck
@@ -31,6 +31,8 @@ MODELS: dict[str, Callable[[], PeftModel]] = {
 heads have parameters of their own."""
 if not FULL:
     MODELS = {name: MODELS[name] for name in ("bert-lora", "llama-bottleneck")}
+if older("peft", "0.21"):  # which saves no bottleneck adapters
+    MODELS = {name: made for name, made in MODELS.items() if "bottleneck" not in name}
 LIGHT: dict[str, dict[str, Any]] = {"gpt-oss-lora": {"experts": 0.5}}
 """Settings of some of their own."""
 LONG = ("llama-lora",)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import sys
 import tempfile
@@ -178,20 +179,21 @@ def row_of(name: str) -> str:
 
 
 def support_table(cells: dict[str, list[str]]) -> str:
-    """The support matrix: model type -> its cells, as Markdown."""
+    """The support matrix: model type -> its cells, as Markdown; neighbours with the same cells share a row."""
     titles = [f"{kind} {check}" if kind != "lora" else f"LoRA {check}" for check, kind in CELLS]
-    return _markdown(["`model_type`", *titles], ([f"`{model_type}`", *row] for model_type, row in cells.items()))
+    lines = ([f"`{model_type}`", *row] for model_type, row in cells.items())
+    return _markdown(["`model_type`", *titles], _grouped(lines))
 
 
 def read_support() -> dict[str, list[str]]:
     """What the document says: model type -> its cells."""
     lines = section(DOCUMENT.read_text(encoding="utf-8"), "support").splitlines()[2:]
     parts = [[part.strip(" `") for part in line.strip("|").split("|")] for line in lines]
-    return {model_type: cells for model_type, *cells in parts}
+    return {model_type: cells for names, *cells in parts for model_type in names.split("`, `")}
 
 
 def family_table() -> str:
-    """One row a family, read off its entry and its tiny models."""
+    """The families, read off their entries and their tiny models; neighbours that are alike share a row."""
     kinds = dict.fromkeys(ENCODERS, "encoder") | dict.fromkeys(DECODERS, "decoder")
     lines = []
     for model_type, names in rows().items():
@@ -201,7 +203,13 @@ def family_table() -> str:
         lines.append(
             [f"`{model_type}`", kind, _attention(specs[0]), units, _ffn(FAMILIES[model_type]), _notes(model_type)]
         )
-    return _markdown(["`model_type`", "kind", "attention", "head units", "FFN", "notes"], lines)
+    return _markdown(["`model_type`", "kind", "attention", "head units", "FFN", "notes"], _grouped(lines))
+
+
+def _grouped(lines: Iterable[list[str]]) -> Iterable[list[str]]:
+    """Lines one below the other with all cells but the first alike, as one with their first cells in a list."""
+    for cells, alike in itertools.groupby(lines, key=lambda line: line[1:]):
+        yield [", ".join(line[0] for line in alike), *cells]
 
 
 def refusal_table() -> str:

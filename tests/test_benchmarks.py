@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import shlex
 import shutil
@@ -13,11 +14,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import finegates
 import found_budgets
+import frontier
 import gguf_speed
 import gpu
 import inference
 import needs
+import numpy as np
 import peer_cells
 import peer_methods
 import peer_pruning
@@ -25,14 +29,18 @@ import peers
 import plots
 import publishing
 import pytest
+import row_counts
 import serving
+import siblings
 import steps
 import synthetic
 import torch
 import vllm_engine
 import vllm_speed
+import wnut17
 import workbench
 import writers
+import yaml
 from matplotlib.text import Text
 from tiny import make, relative_difference
 from torch import Tensor
@@ -49,8 +57,12 @@ from workbench import (
 )
 
 from lightpeft.adapters.merging import load_merged
+from lightpeft.app.evaluation import statistics
+from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
-from lightpeft.app.runs.reproduce import Results, Row, read_results
+from lightpeft.app.runs.reproduce import Results, Row, load_grid, read_results, reproduce
+from lightpeft.app.tasks.answers import Answers
+from lightpeft.app.tasks.metrics import accuracy, matthews
 from lightpeft.config import RunConfig, load_config, run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import read_json
@@ -786,6 +798,323 @@ def test_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     pipeline.run(plain)
     assert serving.main([plain.output]) == 2
     assert "has no light model" in capsys.readouterr().err
+
+
+# -- row_counts.py, frontier.py ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tags", "found"),
+    [
+        ("O O", set()),
+        ("B-a I-a O", {("a", 0, 2)}),
+        ("B-a B-a I-a", {("a", 0, 1), ("a", 1, 3)}),
+        ("B-a I-b", {("a", 0, 1), ("b", 1, 2)}),
+        ("I-a I-a O B-b", {("a", 0, 2), ("b", 3, 4)}),
+    ],
+)
+def test_entities_of_tags(tags: str, found: set[tuple[str, int, int]]) -> None:
+    assert row_counts.spans(tags.split()) == found
+
+
+def test_f1_of_entities_counts_whole_ones() -> None:
+    """Of three entities one is found whole and one in part; what has no label does not count."""
+    names = ["B-a", "I-a", "O"]
+    labels = torch.tensor([[-100, 0, 1, 2, 0], [0, 2, 2, -100, -100]])
+    answers = torch.tensor([[0, 0, 2, 2, 0], [2, 2, 2, 0, 0]])
+    counts = row_counts.entities(names, torch.eye(3)[answers], labels)
+    assert counts.tolist() == [[1, 2, 2], [0, 0, 1]]
+    assert row_counts.value("entity_f1", counts) == pytest.approx(2 / 5)  # precision 1 / 2, recall 1 / 3
+
+
+@pytest.mark.parametrize(
+    ("name", "counted", "metric"), [("accuracy", "right", accuracy), ("matthews", "confusion", matthews)]
+)
+def test_counts_give_the_differences_that_answers_give(name: str, counted: str, metric: Any) -> None:
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 2, (300,), generator=draw)
+    noise = [torch.rand(300, 2, generator=draw) for _ in range(2)]
+    sides = [each + weight * torch.eye(2)[labels] for each, weight in zip(noise, (0.2, 0.6), strict=True)]
+    counts = [getattr(row_counts, counted)(side, labels) for side in sides]
+    first, second = (Answers(side.argmax(-1).tolist(), labels.tolist()) for side in sides)
+    known = statistics.compare(first, second, metric)[name]
+    assert row_counts.value(name, counts[0]) == pytest.approx(known.first)
+    found = row_counts.paired(name, {0: counts[0], 1: counts[0]}, {1: counts[1]})
+    assert found is not None and found.seeds == 1
+    assert found.mean == pytest.approx(known.difference)
+    assert known.interval is not None
+    assert (found.low, found.high) == pytest.approx(known.interval, abs=0.02)
+    assert found.p < 0.01 and found.low > 0
+    same = row_counts.paired(name, {0: counts[0]}, {0: counts[0]})
+    assert same is not None and (same.mean, same.low, same.high, same.p) == (0, 0, 0, 1)
+    assert row_counts.paired(name, {0: counts[0]}, {1: counts[1]}) is None
+
+
+def test_differences_are_means_over_the_seeds_that_both_have() -> None:
+    """And a row that is drawn twice is drawn twice for every seed."""
+    worse, better = (np.stack([np.array(right, float), np.ones(4)], -1) for right in ([1, 1, 0, 0], [1, 1, 1, 0]))
+    found = row_counts.paired("accuracy", {0: worse, 1: worse, 2: better}, {0: better, 1: worse})
+    assert found is not None
+    assert (found.mean, found.seeds) == (pytest.approx(0.125), 2)
+
+
+GRID: dict[str, Any] = {
+    "full": {"training": {"learning_rate": 1e-3}},
+    "lora": None,
+    "60%": {"from": "light-lora", "light": {"remove": {"blocks": 0.6}}},
+    "60%, all": {"from": "light-lora", "light": {"remove": {"blocks": 0.6}, "train": "all"}},
+    "30%, all": {"from": "light-lora", "light": {"remove": {"blocks": 0.3}, "train": "all"}},
+}
+
+
+def grid_of_methods(bench: Workbench, methods: dict[str, Any], **changes: Any) -> Path:
+    """A grid of short runs on the tiny model and on its first layer."""
+    settings = bench.settings(**{"training.epochs": 1, **changes})
+    light = {"estimate": {"length": 0.25}, "remove": {"multiple_of": 1}}
+    run = {name: settings[name] for name in ("peft", "training", "trainer")} | {"light": light}
+    small = bench.folder / "small"
+    if not small.exists():
+        siblings.write_first(bench.base, 1, small)
+    models = {"large": {"model": {"name": str(bench.base)}}, "small": {"model": {"name": str(small)}}}
+    file = bench.folder / "grid.yaml"
+    grid = {
+        "run": run,
+        "models": models,
+        "tasks": {"words": {"data": settings["data"]}},
+        "methods": methods,
+        "seeds": [0],
+    }
+    file.write_text(yaml.safe_dump(grid, sort_keys=False))
+    return file
+
+
+class InPyTorch:
+    """What stands in for a session of ONNX Runtime, whose graphs `test_serving` writes: PyTorch."""
+
+    def __init__(self, model: Any, tokenizer: Any, dtype: str, folder: Path) -> None:
+        self.model = model
+        folder.mkdir()
+        sizes = b"0" * sum(p.numel() for p in model.parameters())
+        (folder / "model.onnx").write_bytes(sizes)
+
+    def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"logits": serving.in_pytorch(self.model, inputs)}
+
+
+def test_frontier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frontier, "exported", InPyTorch)
+    bench, out = Workbench(tmp_path / "bench"), tmp_path / "out"
+    file = grid_of_methods(bench, GRID)
+    assert not reproduce(load_grid(file), tmp_path / "grid", ["model=large"], launch=in_this_process).failures
+    reproduce(load_grid(file), tmp_path / "grid", ["model=small", "method=full"], launch=in_this_process)
+    words = [str(tmp_path / "grid"), "--rounds", "2", "--batches", "1", "--out", str(out)]
+    assert frontier.main(words) == 0
+    results = read(out / "frontier.results.json")
+    points = {(point["model"], point["method"]): point for point in results["points"]}
+    assert set(points) == {("small", "full"), *(("large", name.replace("%,", "").replace("%", "")) for name in GRID)}
+    for (model, name), point in points.items():
+        metrics = read(tmp_path / f"grid/cells/{model}/words/{name.replace(' ', '_')}/0/metrics.json")
+        assert point["quality"] == pytest.approx(metrics["metrics"]["accuracy"])
+        assert set(point["ms"]) == {"f32 1", "f32 32", "int8 1", "int8 32"} and min(point["ms"].values()) > 0
+        assert 0 <= point["int8"]["0"] <= 1
+        assert point["measures"]["trained"] == [metrics["parameters"]["trained"]]
+    shapes = {name: point["shape"] for (model, name), point in points.items() if model == "large"}
+    assert shapes["full"] == shapes["lora"] and shapes["60"] == shapes["60 all"]
+    assert len({*shapes.values(), points["small", "full"]["shape"]}) == 4
+    assert points["large", "60"]["ms"] == points["large", "60 all"]["ms"], "latency depends on the plan alone"
+    assert points["large", "60"]["mib"]["f32"] < points["large", "full"]["mib"]["f32"]
+    pairs = {(each["cut"], each["other"]): each for each in results["comparisons"]}
+    whole = {(f"large, {cut}", f"large, {other}") for cut in ("60", "60 all", "30 all") for other in ("full", "lora")}
+    assert whole <= set(pairs)
+    for (cut, other), each in pairs.items():
+        of = [points[model, name]["quality"] for model, _, name in (side.partition(", ") for side in (cut, other))]
+        assert each["difference"]["mean"] == pytest.approx(of[0] - of[1])
+    table = (out / "frontier.md").read_text()
+    assert all(f"| {point['model']}, {point['method']} | 1 | " in table for point in results["points"])
+    assert all((out / f"frontier.{suffix}").stat().st_size > 5000 for suffix in ("png", "svg"))
+    monkeypatch.setattr(frontier, "opened", None)
+    assert frontier.main(words) == 0, "nothing is asked or measured again"
+    assert read(out / "frontier.results.json")["points"] == results["points"]
+
+
+def point(model: str, method: str, ms: float, right: list[int]) -> frontier.Point:
+    """A model on one task, of some latency, and the rows that it has right."""
+    counts = np.stack([np.array(right, float), np.ones(len(right))], -1)
+    return frontier.Point("t", model, method, "accuracy", counts={0: counts}, ms={"f32 1": ms})
+
+
+def test_a_smaller_model_is_compared_with_the_cut_of_its_latency() -> None:
+    """Of every larger model and way of training; not with cuts of smaller models."""
+    points = [
+        point("small", "full", 2.0, [1, 0, 0, 0]),
+        point("large", "full", 8.0, [1, 1, 1, 1]),
+        point("large", "20 all", 6.0, [1, 1, 1, 0]),
+        point("large", "80 all", 1.9, [1, 1, 0, 0]),
+        point("large", "90", 1.0, [0, 0, 0, 0]),
+        point("large", "FineGates 80", 1.9, [1, 1, 0, 1]),
+        point("small", "60 all", 1.0, [1, 0, 0, 0]),
+    ]
+    found = {(each["cut"], each["other"]): each for each in frontier.comparisons(points)}
+    assert {cut for cut, other in found if other == "small, full"} == {"large, 80 all", "large, 90", "small, 60 all"}
+    assert not [pair for pair in found if pair[1] == "large, full" and pair[0].startswith("small")]
+    assert found["large, 80 all", "small, full"]["difference"]["mean"] == pytest.approx(0.25)
+    assert found["large, 80 all", "large, FineGates 80"]["difference"]["mean"] == pytest.approx(-0.25)
+    assert ("large, 90", "large, FineGates 80") not in found
+    assert found["large, 80 all", "small, full"]["of_its_latency"] == pytest.approx(0.95)
+
+
+def test_frontier_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert frontier.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "frontier: no finished cell in" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# -- finegates.py ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.6])
+def test_gates_that_are_closed_can_be_removed(prepared: Any, threshold: float) -> None:
+    """The narrow model answers what the gated one does, with exactly as many parameters as are said to be left."""
+    model = copy.deepcopy(prepared[1].model)
+    torch.manual_seed(0)
+    before = answers(model)
+    specs = finegates.gate(model)
+    gated = [module for module in model.modules() if isinstance(module, finegates.Gated)]
+    with torch.no_grad():
+        for each in gated:
+            for side in (each.rows, each.columns):
+                side.copy_(torch.where(torch.rand(len(side)) < 0.3, -2.0, torch.rand(len(side)) - 0.2))
+            each.threshold = threshold
+    masked = answers(model)
+    assert relative_difference(before, masked) > 1e-2
+    parts, (spec, *_) = finegates.open_parts(model, specs, threshold), specs
+    q, k, v, o = (parts[spec.projections[slot]] for slot in "qkvo")
+    assert q[0].equal(k[0]) and v[0].equal(o[1]), "what is dead on one side goes on the other"
+    count = finegates.left(model, specs, threshold)
+    finegates.remove_closed(model, specs, threshold)
+    narrow = [module for module in model.modules() if isinstance(module, finegates.Narrow)]
+    assert sum(p.numel() for each in narrow for p in each.parameters()) == count
+    assert relative_difference(masked, answers(model)) < 1e-5
+
+
+def test_the_threshold_is_the_lowest_that_leaves_no_more_than_wanted(prepared: Any) -> None:
+    model = copy.deepcopy(prepared[1].model)
+    torch.manual_seed(0)
+    specs = finegates.gate(model)
+    whole = finegates.left(model, specs, -1.0)
+    assert whole == sum(
+        p.numel()
+        for spec in specs
+        for n in spec.projections.values()
+        for p in model.get_submodule(n).layer.parameters()
+    )
+    threshold = finegates.threshold_of(model, specs, whole // 2)
+    just_below = float(np.nextafter(np.float32(threshold), np.float32(-1)))
+    assert finegates.left(model, specs, threshold) <= whole // 2 < finegates.left(model, specs, just_below)
+
+
+def test_finegates_are_cells_of_a_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At lightpeft's size; what trains are gates and head; the model is there again as it was measured."""
+    bench = Workbench(tmp_path / "bench")
+    methods = {"FineGates, 60%": {"from": "full", "training": {"learning_rate": 0.05}}}
+    file = grid_of_methods(bench, methods, **{"training.save_steps": 10**6})
+
+    def run(cell: Any, devices: int, log: Path, module: list[str]) -> str | None:
+        assert module[0] == "finegates"
+        return "failed" if finegates.main(module[1:]) else None
+
+    assert finegates.main([str(file), "--only", "model=large", "--out", str(tmp_path / "out")], run) == 0
+    folder = tmp_path / "out/cells/large/words/FineGates_60/0"
+    report = read(folder / "metrics.json")
+    work = pipeline.prepare(RunFolder.at(folder).config)
+    goal = peer_pruning.goal_of(work.dense_model(), run_config_from_dict({"light": 0.6}).light)
+    sizes, found = report["parameters"], report["finegates"]
+    assert sizes["base_dense"] - sizes["base"] == pytest.approx(goal.removed, rel=0.02)
+    assert sizes["trained"] - goal.head == 2 * (5 * 32 * 2 + 0) + 2 * 2 * (32 + 48) - 2 * 2 * 32
+    assert sizes["base_dense"] - sizes["base"] >= goal.removed and found["wanted"] > 0
+    model = finegates.reopened(RunFolder.at(folder), work)
+    assert (
+        pipeline.report(work, model, peer_cells.scores_of(pipeline.measure(work, model), work.task))["metrics"]
+        == report["metrics"]
+    )
+    assert finegates.main([str(tmp_path / "none.yaml")]) == 2
+    assert "finegates: " in capsys.readouterr().err
+
+
+# -- wnut17.py, siblings.py --------------------------------------------------------------------------------------------
+
+
+def test_wnut17(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_base(tmp_path / "demo/cache/minilm")
+    for split, seed in {"train": 1, "test": 2}.items():
+        rows = [row["text"].split() for row in workbench.labelled(256 if split == "train" else 40, seed)]
+        tagged = [{"tokens": words, "tags": ["B-x" if w.startswith("good") else "O" for w in words]} for words in rows]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tagged))
+    words = ["--data", str(tmp_path), "--seeds", "0", "--out", "out", "--methods"]
+    monkeypatch.setattr(wnut17, "RATES", {"minilm": (1e-2, 3e-2, 8)})
+    assert wnut17.main([*words, "full", "lora", "60%, all"]) == 0
+    reports = {
+        name: read(tmp_path / f"out/cells/minilm/wnut17/{name}/0/metrics.json") for name in ("full", "lora", "60_all")
+    }
+    assert reports["full"]["metrics"]["entity_f1"] > 0.9
+    assert all(report["training"]["train"]["peak_memory_bytes"] >= 0 for report in reports.values())
+    assert reports["60_all"]["parameters"]["base"] < reports["full"]["parameters"]["base"]
+    before = stamps(tmp_path / "out")
+    assert wnut17.main([*words, "full"]) == 0 and stamps(tmp_path / "out") == before
+    assert (
+        wnut17.main(
+            [
+                "--data",
+                str(tmp_path),
+                "--seeds",
+                "0",
+                "--out",
+                "taught",
+                "--methods",
+                "full",
+                "60%, all",
+                "--teacher",
+                "out/cells/minilm/wnut17/full/0/model",
+            ]
+        )
+        == 0
+    )
+    assert read(tmp_path / "taught/cells/minilm/wnut17/full/0/metrics.json")["config"]["training"]["teacher"]
+    monkeypatch.setattr(frontier, "exported", InPyTorch)
+    assert frontier.main(["out", "--rounds", "1", "--batches", "1", "--out", "frontier"]) == 0
+    for each in read(tmp_path / "frontier/frontier.results.json")["points"]:
+        told = reports[each["method"].replace(" ", "_")]["metrics"]["entity_f1"]
+        assert each["quality"] == pytest.approx(told)
+    capsys.readouterr()
+
+
+def test_weights_of_an_onnx_file_get_their_names() -> None:
+    """Of a matrix that has none, from the node that multiplies with it."""
+    onnx = pytest.importorskip("onnx")
+    weight, bias = np.arange(6, dtype=np.float32).reshape(2, 3), np.ones(3, np.float32)
+    node = onnx.helper.make_node(
+        "MatMul", ["x", "onnx::MatMul_1"], ["y"], "/model/model.0/auto_model/encoder/layer.0/output/dense/MatMul"
+    )
+    named = {"onnx::MatMul_1": weight, "model.0.auto_model.encoder.layer.0.output.dense.bias": bias}
+    tensors = [onnx.numpy_helper.from_array(value, name) for name, value in named.items()]
+    found = siblings.weights_of(onnx.helper.make_graph([node], "g", [], [], tensors))
+    assert set(found) == {"encoder.layer.0.output.dense.weight", "encoder.layer.0.output.dense.bias"}
+    assert found["encoder.layer.0.output.dense.weight"].tolist() == weight.T.tolist()
+
+
+def test_data_are_linked_where_grids_read_them(tmp_path: Path) -> None:
+    source, cache = tmp_path / "data", tmp_path / "cache"
+    for name in ("cola", "rte", "sst2", "banking77", "wnut17"):
+        (source / name).mkdir(parents=True)
+        for split in ("train", "validation"):
+            (source / name / f"{split}.jsonl").write_text(f'{{"of": "{name}"}}\n' * (siblings.SST2_ROWS + 1))
+    cache.mkdir()
+    for _ in range(2):
+        siblings.link_data(source, cache)
+    assert (cache / "glue/cola").resolve() == (source / "cola").resolve()
+    assert (cache / "glue/sst2_part/train.jsonl").read_text().count("sst2") == siblings.SST2_ROWS
+    assert (cache / "wnut17/train.jsonl").is_file()
 
 
 # -- writers.py --------------------------------------------------------------------------------------------------------

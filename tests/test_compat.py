@@ -12,7 +12,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -25,7 +25,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from huggingface_hub import constants
-from lanes import SAVES_OTHER_TYPES
+from lanes import needs, needs_family, needs_other_types
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors.torch import load_file
@@ -56,7 +56,7 @@ from lightpeft.compat import hub
 from lightpeft.compat import peft as of_peft
 from lightpeft.compat import torch as of_torch
 from lightpeft.compat import transformers as of_transformers
-from lightpeft.compat.accelerate import forget_optimizers, without_autocast
+from lightpeft.compat.accelerate import divide_no_loss, forget_optimizers, without_autocast
 from lightpeft.compat.fsdp import out_of_fsdp
 from lightpeft.compat.stand_ins import StandIn, StorageWatch
 from lightpeft.compat.transformers import Checkpoint
@@ -111,10 +111,15 @@ HOOKS: dict[type, dict[str, str]] = {
 """Private methods and attributes of classes that lightpeft's classes extend, and what each is for."""
 
 
-@pytest.mark.parametrize(("owner", "name"), [(owner, name) for owner, names in HOOKS.items() for name in names])
+SINCE = {"_remove_adapter_name_from_key": needs_other_types}
+"""Those that older versions do not have."""
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [pytest.param(owner, name, marks=SINCE.get(name, ())) for owner, names in HOOKS.items() for name in names],
+)
 def test_what_subclasses_extend(owner: type, name: str) -> None:
-    if HOOKS[owner][name] == "saving bottleneck adapters" and not SAVES_OTHER_TYPES:
-        pytest.skip("PEFT before 0.21 saves no bottleneck adapters")
     assert hasattr(owner, name), f"lightpeft needs {owner.__name__}.{name} for {HOOKS[owner][name]}"
 
 
@@ -251,6 +256,14 @@ def test_optimizers_are_forgotten() -> None:
         assert len(accelerator._optimizers) == 1
         forget_optimizers(accelerator)
         assert not accelerator._optimizers
+
+
+@pytest.mark.usefixtures("no_accelerator")
+def test_accelerate_divides_no_loss() -> None:
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    with needed_for("gradients that accumulation does not make smaller, with transformers 5.5"):
+        divide_no_loss()
+        assert accelerator.gradient_accumulation_steps == 1
 
 
 @pytest.fixture
@@ -578,6 +591,7 @@ def test_another_loss_for_a_while() -> None:
         assert loss() == before and model.loss_function is usual
 
 
+@needs("transformers", "5.16", "older ones allocate static caches at their first keys anyway")
 def test_the_shape_of_static_caches() -> None:
     with needed_for("generate() with a static cache after heads were cut"):
         model = make("llama-gqa")
@@ -613,6 +627,8 @@ def test_adapters_in_a_module() -> None:
         assert sorted(of_peft.adapters_in(layer)) == ["one", "two"]
 
 
+@needs("peft", "0.19", "older ones take no name for that of experts")
+@needs_family("deepseek_v3")
 def test_names_that_lora_takes_for_experts() -> None:
     """A linear layer of that name gets no LoRA; parameters of experts, in every block, do."""
     with needed_for("LoRA by default on the layers that are named"):
@@ -624,6 +640,7 @@ def test_names_that_lora_takes_for_experts() -> None:
         assert adapted and all(".mlp.experts" in name for name in adapted)
 
 
+@needs("peft", "0.19", "older ones keep no norms")
 def test_norms_that_dora_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft.tuners.lora.dora, "ENABLE_DORA_CACHING", True)
     model = get_peft_model(make("bert"), LoraConfig(target_modules=["query"], use_dora=True)).eval()
@@ -758,6 +775,29 @@ def test_checkpointing_is_seen_in_the_whole_model_and_in_its_parts() -> None:
     assert of_transformers.recomputes(model) and of_transformers.recomputes(model.model.layers[0])
     model.gradient_checkpointing_disable()
     assert not of_transformers.recomputes(model)
+
+
+def test_checkpointing_leaves_a_block_alone() -> None:
+    """It goes around a block's own forward or, before transformers 5.24, around any."""
+    model = make("llama-gqa").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    block, rows, seen = model.model.layers[0], batch(length=4), []
+    block.mlp.register_forward_pre_hook(lambda *_: seen.append(1))
+    for runs, once in ((1, True), (2, False)):
+        seen.clear()
+        with of_transformers.computed_once(block) if once else nullcontext():
+            model(**rows, labels=rows["input_ids"]).loss.backward()
+        assert len(seen) == runs
+
+
+def test_a_cpu_without_a_number(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    vars(args)["_setup_devices"] = torch.device("cpu", 1)
+    with needed_for("going on over several CPUs, before transformers 5.24"):
+        assert args.device.index == 1, "as of the second process of two"
+        with of_transformers.cpu_without_number(args):
+            assert args.device == torch.device("cpu")
+        assert args.device.index == 1
 
 
 def test_a_tokenizer_around_another_backend() -> None:

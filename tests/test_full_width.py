@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import light_over, logits, shallow
-from lanes import telling
+from lanes import needs_family, telling
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_models import CASES, TELLING_CASES, adapted, shifted, trained
 from tiny import ALL, DROPPED, USUAL, crossed, make, plan_for, refusal, relative_difference, with_lora
@@ -64,6 +64,7 @@ def check(light: LightModel, name: str) -> PeftModel:
 # -- what it computes ----------------------------------------------------------------------------------------------
 
 
+@needs_family("deepseek_v3")
 @both_budgets
 def test_lora_on_what_all_heads_share(budget: dict[str, Any], tmp_path: Path) -> None:
     """On what makes the latents of DeepSeek: it goes with a layer's last head, and is else saved with the rest."""

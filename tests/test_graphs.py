@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-import sessions
 import torch
 from adapters import light_over
 from lanes import thorough
@@ -30,15 +30,17 @@ from tiny import (
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.exporters import ExportedModel
-from workbench import Workbench, checksums, lightpeft
+from workbench import Rows, Workbench, checksums, labelled, lightpeft, write_rows
 
 from lightpeft import LightModel, export_model
 from lightpeft.adapters.merging import merged_copy
 from lightpeft.app.cli.verbs.export import EXPORT
 from lightpeft.app.exports.exporting import DTYPES, EXPORTS
-from lightpeft.app.exports.graphs import tracing
+from lightpeft.app.exports.graphs import measuring, sessions, tracing
 from lightpeft.app.exports.graphs.runtimes import RUNTIMES
+from lightpeft.app.folders.opening import find_light
 from lightpeft.app.runs import pipeline
+from lightpeft.files import read_json
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
 
@@ -188,6 +190,7 @@ def test_export(family: str, task: str, form: str, tmp_path: Path, capsys: pytes
         inputs = tokenizer(["word1 good1", "bad1 bad2 word3"], padding=True, return_tensors="pt")
         logits = ExportedModel.from_pretrained(out)(**inputs).logits
         assert set(config.id2label.values()) == {"positive", "negative"} and logits.shape == (2, 2)
+    assert "measured.json" not in files and "test rows" not in said.out
     before = checksums(out)
     assert lightpeft("export", run.output, out, "--form", form) == 2
     assert "--overwrite" in capsys.readouterr().err and checksums(out) == before
@@ -196,6 +199,110 @@ def test_export(family: str, task: str, form: str, tmp_path: Path, capsys: pytes
     if form == "onnx":
         assert lightpeft("export", run.output, out, "--form", form, "--overwrite", "--dtype", "int8") == 0
         assert checksums(out) != before and "(int8)" in capsys.readouterr().out.replace("\n", " ")
+
+
+# -- what a graph in int8 is worth -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    """With a finished run of its settings."""
+    bench = Workbench(tmp_path_factory.mktemp("finished"))
+    pipeline.run(bench.config("run"))
+    return bench
+
+
+@pytest.mark.parametrize("form", RUNTIMES)
+def test_int8_is_measured(
+    form: str, finished: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "TIMED", 16)
+    run, out, threads = finished.folder / "run", tmp_path / "out", torch.get_num_threads()
+    assert lightpeft("export", run, out, "--form", form, "--dtype", "int8") == 0
+    said = capsys.readouterr()
+    found, own = read_json(out / "measured.json"), read_json(run / "metrics.json")["metrics"]
+    assert (found["dtype"], found["runtime"], found["main_metric"]) == ("int8", RUNTIMES[form].title, "accuracy")
+    assert found["run"] == own and found["metrics"].keys() == own.keys() and found["metrics"]["examples"] == 40
+    assert abs(found["metrics"]["accuracy"] - answered(out, form)) < 1e-6
+    assert found["timed"] == 16 and all(each["n"] == 5 for each in found["milliseconds"].values())
+    medians = {name: each["median"] for name, each in found["milliseconds"].items()}
+    assert medians["graph"] > 0 and medians["dense"] > 0
+    lines = [f"accuracy {found['metrics']['accuracy']:.4f} on 40 test rows; the run itself: {own['accuracy']:.4f}"]
+    lines += [f"{medians['graph']:.2f} ms (", f"beside {medians['dense']:.2f} ms (", "times as fast"]
+    assert all(line in said.out for line in lines), said.out
+    assert torch.get_num_threads() == threads
+
+
+def answered(folder: Path, form: str) -> float:
+    """Accuracy of a graph, by the tokenizer and the names of the labels beside it."""
+    tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+    session, right = sessions.load(form, folder, exact=False), 0
+    rows = labelled(40, seed=2)
+    for row in rows:
+        logits = session.run(dict(tokenizer([row["text"]], return_tensors="pt")))["logits"]
+        right += config.id2label[int(logits.argmax())] == row["label"]
+    return right / len(rows)
+
+
+def test_what_int8_costs_is_said(
+    finished: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a graph that always answers the other class, and not of one that is always right."""
+    monkeypatch.setattr(measuring, "TIMED", 2)
+    run, right = finished.folder / "run", [row["label"] == "positive" for row in labelled(40, seed=2)]
+    own = read_json(run / "metrics.json")["metrics"]["accuracy"]
+
+    class Told(sessions.Session):
+        def __init__(self, wrong: bool) -> None:
+            self.answers = itertools.cycle([int(label) ^ wrong for label in right])
+
+        def run(self, inputs: Any) -> dict[str, Tensor]:
+            return {"logits": torch.eye(2)[[next(self.answers)]]}
+
+    monkeypatch.setattr(sessions, "load", lambda *given, **settings: Told(wrong=True))
+    assert lightpeft("export", run, tmp_path / "out", "--form", "onnx", "--dtype", "int8") == 0
+    assert f"warning: int8 loses {100 * own:.1f} points of accuracy on 40 test rows" in capsys.readouterr().err
+    monkeypatch.setattr(sessions, "load", lambda *given, **settings: Told(wrong=False))
+    better = measuring.measure_graph(find_light(run), RUNTIMES["onnx"], tmp_path, "int8")
+    assert better.metrics["accuracy"] == 1 and not list(better.doubts())
+
+
+@contextmanager
+def rows_of_test(bench: Workbench, rows: Rows | None) -> Iterator[None]:
+    """Other test rows, or none, while the block runs."""
+    kept = bench.test.read_bytes()
+    bench.test.unlink() if rows is None else write_rows(bench.test, rows)
+    try:
+        yield
+    finally:
+        bench.test.write_bytes(kept)
+
+
+def test_an_export_whose_data_are_gone_is_there_all_the_same(
+    finished: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with rows_of_test(finished, None):
+        assert lightpeft("export", finished.folder / "run", tmp_path, "--form", "onnx", "--dtype", "int8") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "nothing was measured of it: " in line]
+    assert "does not exist" in line
+    assert (tmp_path / "model.onnx").is_file() and not (tmp_path / "measured.json").exists()
+
+
+def test_what_is_not_measured(finished: Workbench, tmp_path: Path) -> None:
+    run, writer = finished.folder / "run", Workbench(tmp_path, "llama", "causal-lm")
+    pipeline.run(writer.config("run"))
+
+    def reason(model: Path, **settings: Any) -> str:
+        found = find_light(model, None, settings)
+        return refusal(lambda: measuring.measure_graph(found, RUNTIMES["onnx"], tmp_path, "int8"))
+
+    assert "adapter is no folder of a run" in reason(run / "adapter")
+    assert "causal-lm is answered token by token" in reason(writer.folder / "run")
+    assert "model.low_memory is on" in reason(run, low_memory=True)
+    with rows_of_test(finished, labelled(30, seed=2)):
+        assert "the run was measured on 40 test rows, and now there are 30" in reason(run)
+    assert "does not run in ONNX Runtime" in reason(run), "there is no graph"
+    assert not (tmp_path / "measured.json").exists()
 
 
 def test_the_command_line_knows_every_form_and_data_type() -> None:

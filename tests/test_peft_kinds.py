@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from lanes import needs_other_types, thorough
+from lanes import needs, needs_family, needs_other_types, thorough
 from lights import light_of, preset
 from peft import IA3Config, LoraConfig, get_peft_model
 from tiny import make
@@ -122,6 +122,8 @@ def test_modules_stay_in_the_allowed_blocks(llama: Workbench) -> None:
         assert blocks == {1}, kind
 
 
+@needs("peft", "0.19", "older ones take no name for that of experts")
+@needs_family("deepseek_v3")
 def test_lora_keeps_off_names_that_peft_takes_for_experts() -> None:
     """The FFNs that are called so would get nothing, and the experts of all blocks LoRA."""
     light = light_of(module_blocks=0.5)

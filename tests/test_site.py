@@ -68,6 +68,14 @@ def test_every_page_has_a_place_on_the_site() -> None:
     assert sorted(written) == sorted(PAGES)
 
 
+def test_every_page_is_within_two_clicks_of_readme() -> None:
+    def linked(pages: set[Path]) -> set[Path]:
+        return {(page.parent / path).resolve() for page in pages for path, _ in links(page) if path.endswith(".md")}
+
+    once = linked({ROOT / "README.md"})
+    assert set((ROOT / "docs").rglob("*.md")) <= once | linked(once)
+
+
 def test_readme_is_a_pitch() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 100

@@ -53,7 +53,7 @@ def test_from_a_clone_to_a_served_model(tmp_path: Path, monkeypatch: pytest.Monk
     assert labels[0] in ("negative", "positive") and all(0.5 <= answer["p"] <= 1 for answer in answers)
     assert labels[1:] == ["positive", "negative"], "it has learned which words are good"
     assert "an empty question gives 400" in done.stdout
-    assert (tmp_path / "lightpeft/app/runs/movies/plan.json").is_file()
+    assert (tmp_path / "lightpeft/runs/movies/plan.json").is_file()
 
 
 def environment() -> dict[str, str]:

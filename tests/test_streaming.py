@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import assert_same, edit_weights, logits, save_light, saved, tensors
+from lanes import needs_family
 from tiny import DROPPED, LAYOUTS, MODELS, every_family, make, refusal
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -56,6 +57,7 @@ def save_without_head(name: str, home: Path) -> None:
     save_light(type(model).from_pretrained(home / "base", num_labels=3), home / "light")
 
 
+@needs_family("vit")
 @pytest.mark.parametrize("low_memory", [True, False])
 def test_a_head_that_nobody_brings_is_refused(low_memory: bool, tmp_path: Path) -> None:
     """PEFT has no task of images, so that the head is in the adapter only if its user says so."""
@@ -88,7 +90,7 @@ def test_weights_that_transformers_splits_while_it_loads(tmp_path: Path, monkeyp
 
     edit_weights(tmp_path / "base", fuse)
     conversion_mapping.get_checkpoint_conversion_mapping("llama")  # fills the table
-    split = WeightConverter("self_attn.qkv.weight", parts, [Chunk(dim=0)])
+    split = WeightConverter("self_attn.qkv.weight", parts, operations=[Chunk(dim=0)])
     monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "llama", [split])
     assert_same(load_light(tmp_path / "light", low_memory=True), load_light(tmp_path / "light"))
 

@@ -30,6 +30,7 @@ from training import (
     upper,
 )
 
+from lightpeft.compat.transformers import cpu_without_number
 from lightpeft.plans.scoring import rank_taylor_terms
 from lightpeft.prune import learning
 from lightpeft.prune.estimation import Estimator
@@ -96,7 +97,8 @@ def resumed_in_trainer(folder: Path) -> EarlyPruner:
     second = EarlyPruner(student("llama-gqa"), light_of(length=4))
     checkpoint = folder / "checkpoint-3"
     again = trainer(second.model, folder, second.callback(resume_from=checkpoint), **settings)
-    again.train(resume_from_checkpoint=str(checkpoint))
+    with cpu_without_number(again.args):  # `Trainer` alone does not go on over CPUs before transformers 5.24
+        again.train(resume_from_checkpoint=str(checkpoint))
     return second
 
 

@@ -16,7 +16,19 @@ except ImportError as _error:
     clear_device_cache = missing("Smaller batches where memory is short", _error)
     should_reduce_batch_size = missing("Smaller batches where memory is short", _error)
 
-__all__ = ["clear_device_cache", "forget_optimizers", "prepared", "should_reduce_batch_size", "without_autocast"]
+try:
+    from accelerate.state import GradientState
+except ImportError:
+    GradientState = None
+
+__all__ = [
+    "clear_device_cache",
+    "divide_no_loss",
+    "forget_optimizers",
+    "prepared",
+    "should_reduce_batch_size",
+    "without_autocast",
+]
 
 
 def forget_optimizers(accelerator: Any) -> None:
@@ -26,6 +38,15 @@ def forget_optimizers(accelerator: Any) -> None:
         known.clear()
     elif accelerator.scaler is not None:
         raise unavailable("Training in float16", "accelerate has no Accelerator._optimizers")
+
+
+def divide_no_loss() -> None:
+    """Let accelerate take the loss of a part of a step as it is, because `Trainer` has divided it by the parts.
+
+    transformers 5.5 has accelerate divide it once more: gradients are too small by the number of parts.
+    """
+    if GradientState is not None:
+        GradientState().plugin_kwargs["num_steps"] = 1
 
 
 def prepared(accelerator: Any, model: nn.Module, optimizer: Any) -> Any:

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from lightpeft.compat.missing import missing, needed_for, unavailable
 from lightpeft.compat.torch import default_dtype
@@ -272,7 +272,27 @@ def recomputes(model: nn.Module) -> bool:
 
     The property of models that says so has another name from 5.24 on; what it reads has not.
     """
-    return any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+    return any(getattr(part, _CHECKPOINTING, False) for part in model.modules())
+
+
+@contextmanager
+def computed_once(block: nn.Module) -> Iterator[None]:
+    """Inside the block gradient checkpointing leaves a transformer block alone.
+
+    In releases before 5.24 it goes around whatever `forward` the block has been given, and would compute again, on the
+    way back, what needs no gradient.
+    """
+    if not getattr(block, _CHECKPOINTING, False):
+        yield
+        return
+    setattr(block, _CHECKPOINTING, False)
+    try:
+        yield
+    finally:
+        setattr(block, _CHECKPOINTING, True)
+
+
+_CHECKPOINTING = "gradient_checkpointing"
 
 
 def grow_static_cache(model: PreTrainedModel) -> None:
@@ -304,6 +324,28 @@ def check_resuming() -> None:
     lacking = [name for name in _RESUMING if not hasattr(Trainer, name)]
     if lacking:
         raise unavailable("Going on from a checkpoint", f"transformers has no Trainer.{lacking[0]}")
+
+
+@contextmanager
+def cpu_without_number(args: TrainingArguments) -> Iterator[None]:
+    """Inside the block the device of a process on a CPU is `cpu`.
+
+    Each of several such processes has a number (`cpu:0`), and releases before 5.24 have PyTorch read the states of
+    optimizers for that device, which it refuses.
+    """
+    numbered = args.device
+    if numbered.type != "cpu" or numbered.index is None:
+        yield
+        return
+    vars(args)[_DEVICE] = torch.device("cpu")
+    try:
+        yield
+    finally:
+        vars(args)[_DEVICE] = numbered
+
+
+_DEVICE = "_setup_devices"
+"""What `TrainingArguments.device` returns."""
 
 
 def used_columns(trainer: Any, rows: Dataset) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lightpeft.compat.accelerate import divide_no_loss
 from lightpeft.compat.fsdp import out_of_fsdp
 from lightpeft.config import Light, LightConfig, changed, cut_of_writer
 from lightpeft.errors import require
@@ -184,6 +185,7 @@ class EstimationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin the stage, or go on with an interrupted one."""
+        divide_no_loss()
         self.estimator.start(state.max_steps)
         if self.resume_from is not None:
             self.estimator.load_state(self.resume_from)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerState
 
-from lightpeft.compat.transformers import SCALER_NAME, TRAINER_STATE_NAME, check_resuming
+from lightpeft.compat.transformers import SCALER_NAME, TRAINER_STATE_NAME, check_resuming, cpu_without_number
 from lightpeft.config.validation import shown
 from lightpeft.errors import require
 from lightpeft.files.foreign import parsing
@@ -54,7 +54,8 @@ class Checkpoints:
 
     def load_states(self, checkpoint: str | None, usual: Callable[[str | None], None]) -> None:
         """Load optimizer and scheduler as the trainer does."""
-        with _readable(checkpoint, "state of optimizer and scheduler"), self._sharding.as_one_process():
+        readable = _readable(checkpoint, "state of optimizer and scheduler")
+        with readable, self._sharding.as_one_process(), cpu_without_number(self._trainer.args):
             usual(checkpoint)
 
     def load_random_state(self, checkpoint: str | None, usual: Callable[[str | None], None]) -> None:

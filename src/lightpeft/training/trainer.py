@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer
 
+from lightpeft.compat.accelerate import divide_no_loss
 from lightpeft.training.fitting import meeting_others
 from lightpeft.training.prefix import TrainerPrefix
 from lightpeft.training.resuming import Checkpoints
@@ -66,8 +67,9 @@ class Training(_Below):
     # -- a trainer is made ---------------------------------------------------------------------------------------
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Sharding that is asked for in vain is refused before `Trainer` goes on without it, or in other words."""
+        """A loss is divided once, and sharding asked for in vain is refused before `Trainer` goes on without it."""
         super().create_accelerator_and_postprocess()
+        divide_no_loss()
         self._sharding.check()
 
     # -- training begins -----------------------------------------------------------------------------------------

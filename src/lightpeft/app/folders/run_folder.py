@@ -365,6 +365,13 @@ class Quality:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Probe(Quality):
+    """How good a linear probe of the untouched base is."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Milestones:
     """What a run was worth on its way."""
 
@@ -386,6 +393,7 @@ class Report:
     training: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     adapter_bytes: int | None = None
     full_width: Quality | None = None
+    linear_probe: Probe | None = None
     milestones: Milestones | None = None
     warnings: list[str] = dataclasses.field(default_factory=list)
     hardware: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from lightpeft.adapters.full_width import load_full_width
 from lightpeft.adapters.light_adapter import load_light, save_metrics
+from lightpeft.app.evaluation.linear_probe import LinearProbe, is_probed, linear_probe
 from lightpeft.app.evaluation.milestones import Watcher, notices
 from lightpeft.app.evaluation.scores import Scores, scores_of
 from lightpeft.app.folders.forms import to_device
@@ -311,7 +312,8 @@ def evaluate(work: Workspace) -> dict[str, Any]:
     run.need(run.last_training, "evaluate")
     started = time.perf_counter()
     watcher = work.watcher()
-    model = open_result(run, work.task, _asked_base(work, watcher))
+    base, probe = _asked_base(work, watcher)
+    model = open_result(run, work.task, base)
     outcomes = measure(work, model)
     scores = scores_of(outcomes, work.task)
     if watcher.examples == len(work.task.test):
@@ -321,6 +323,9 @@ def evaluate(work: Workspace) -> dict[str, Any]:
     earlier = [entry for stage, entry in run.finished_stages().items() if stage != "evaluate"]
     noticed = notices(watcher, earlier, outcomes[""].answers, scores.intervals)
     besides = _beside_light(work) if isinstance(model, LightModel) and run.keeps_full else {}
+    if probe is not None:
+        besides["linear_probe"] = probe.facts()
+        noticed["warnings"] += probe.doubts(scores, work.task)
 
     def save() -> None:
         if isinstance(model, LightModel):
@@ -341,12 +346,31 @@ def _beside_light(work: Workspace) -> dict[str, Any]:
     return {"full_width": {"metrics": scores.metrics, "intervals": scores.intervals}}
 
 
-def _asked_base(work: Workspace, watcher: Watcher) -> PreTrainedModel | None:
-    """The untouched base, which has answered before a result is built on it; None where the result needs none."""
+def _asked_base(work: Workspace, watcher: Watcher) -> tuple[PreTrainedModel | None, LinearProbe | None]:
+    """The untouched base, which has answered before a result is built on it, and what a linear probe of it gets.
+
+    None where the result needs no base; None where the run has no such probe.
+    """
     base = work.dense_model()
     if not base.new_modules:  # else its head is random, and so are its answers
         watcher.look("base_model", base.model)
-    return base.model if work.config.way.has_peft else None
+    probe = _probe(work, watcher, base.model)
+    return base.model if work.config.way.has_peft else None, probe
+
+
+def _probe(work: Workspace, watcher: Watcher, base: PreTrainedModel) -> LinearProbe | None:
+    """A linear probe of the base; what keeps it from that is a warning, and no reason to end a run."""
+    task = work.task
+    if not is_probed(task, base.config):
+        return None
+    started = time.perf_counter()
+    try:
+        return linear_probe(work.asking(base), base, task, task.encode(task.train, work.tokenizer), work.test_rows)
+    except LightPeftError as error:
+        watcher.warnings.append(f"linear probe: {error}")
+        return None
+    finally:
+        watcher.seconds += time.perf_counter() - started
 
 
 def measure(work: Workspace, model: Model) -> dict[str, Outcome]:

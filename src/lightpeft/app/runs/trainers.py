@@ -244,6 +244,9 @@ class DenseRun(RunTrainer):
         self.meter = Meter(self.work, self.model, state.global_step, state.global_step > 0, caching)
 
 
+LABEL_SMOOTHING = 0.1
+"""Of classes, where all weights train behind the cut, unless `trainer` says another: they grow too sure of their
+answers without it (docs/how-to/train_all.md)."""
 FULL_WIDTH_RATE = 0.3
 """Learning rate of the last steps of a run that keeps its base whole, as a multiple of the run's
 (docs/explanation/decoders.md)."""
@@ -299,6 +302,8 @@ def _options(
     config = work.config
     training = replace(work.config.training, learning_rate=rate)
     given = dict(config.trainer)
+    if config.way.prunes and config.light.train == "all" and work.task.labels:
+        given.setdefault("label_smoothing_factor", LABEL_SMOOTHING)
     # a trainer makes its folder at once, and a run nothing before all is found good: see `RunTrainer.settle`
     stops = steps == work.steps
     if stops and work.stops_early:

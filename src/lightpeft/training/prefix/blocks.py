@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lightpeft.compat.transformers import computed_once
 from lightpeft.models.families.registry import block_lists
 from lightpeft.models.patching import in_mode, override_forward
 from lightpeft.models.unwrap import transformers_model
@@ -74,6 +75,7 @@ class FrozenPrefix:
         enter(self.model.register_forward_hook(self._drop, always_call=True))
         for block in self.blocks:
             enter(override_forward(block, partial(self._run, block.forward, block is self.blocks[-1])))
+            enter(computed_once(block))
 
     def detach(self) -> None:
         """Take it back; the model is as before `attach`."""

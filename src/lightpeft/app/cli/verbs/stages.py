@@ -29,7 +29,12 @@ def show_metrics(report: dict[str, Any]) -> None:
     """What a run's metrics.json says, as tables."""
     from lightpeft.app.cli.tables import facts_table, metrics_table, milestones_table
 
-    screen.print(metrics_table(report["metrics"], report.get("intervals", {}), f"method {report['method']}"))
+    metrics, intervals = dict(report["metrics"]), dict(report.get("intervals", {}))
+    if "linear_probe" in report:
+        name, probe = report["main_metric"], report["linear_probe"]
+        row = f"linear probe, {name}"
+        metrics[row], intervals[row] = probe["metrics"][name], probe["intervals"][name]
+    screen.print(metrics_table(metrics, intervals, f"method {report['method']}"))
     if "full_width" in report:
         screen.print(metrics_table(**report["full_width"], title="the same at full width, over the whole base"))
     if "milestones" in report:  # older runs have none

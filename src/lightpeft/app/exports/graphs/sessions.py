@@ -15,6 +15,8 @@ from lightpeft.app.exports.graphs.runtimes import RUNTIMES
 
 _CACHE = "cache."
 """What names of keys and values begin with, behind "input." where they come in and "output." where they go out."""
+_TYPES = "token_type_ids"
+"""An input that tokenizers leave out where all tokens are of type 0."""
 
 
 class Session(ABC):
@@ -48,19 +50,19 @@ class _OnnxSession(Session):
         self._past: dict[str, np.ndarray] = {}
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        rows = len(inputs["input_ids"])
-        feed = {place.name: self._value(place, inputs, rows) for place in self._session.get_inputs()}
+        given = _with_types(inputs)
+        feed = {place.name: self._value(place, given) for place in self._session.get_inputs()}
         found = dict(zip(self._outputs, self._session.run(None, feed), strict=True))
         self._past = {name.replace("output.", "input.", 1): value for name, value in found.items() if _CACHE in name}
         return {name: torch.from_numpy(value) for name, value in found.items() if _CACHE not in name}
 
-    def _value(self, place: Any, inputs: Mapping[str, Tensor], rows: int) -> np.ndarray:
+    def _value(self, place: Any, inputs: Mapping[str, Tensor]) -> np.ndarray:
         if place.name in inputs:
             return inputs[place.name].numpy()
         if place.name in self._past:
             return self._past[place.name]
         _, heads, _, channels = place.shape  # the fixed ones may be text
-        return np.zeros((rows, int(heads), 0, int(channels)), dtype=np.float32)
+        return np.zeros((len(inputs["input_ids"]), int(heads), 0, int(channels)), dtype=np.float32)
 
 
 class _OpenVinoSession(Session):
@@ -75,7 +77,11 @@ class _OpenVinoSession(Session):
         self._request = compiled.create_infer_request()
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        rows = torch.arange(len(inputs["input_ids"]), dtype=torch.int32)
-        feed = {name: rows if name == "beam_idx" else inputs[name] for name in self._names}
+        given, rows = _with_types(inputs), torch.arange(len(inputs["input_ids"]), dtype=torch.int32)
+        feed = {name: rows if name == "beam_idx" else given[name] for name in self._names}
         found = self._request.infer({name: value.numpy() for name, value in feed.items()})
         return {place.get_any_name(): torch.from_numpy(value.copy()) for place, value in found.items()}
+
+
+def _with_types(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {_TYPES: torch.zeros_like(inputs["input_ids"]), **inputs}

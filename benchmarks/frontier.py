@@ -1,0 +1,295 @@
+"""The frontier of quality against latency: cuts of larger models beside smaller models, on what was run for them.
+
+    OMP_NUM_THREADS=1 python benchmarks/frontier.py runs/frontier/minilm runs/frontier/mpnet runs/frontier/wnut17
+
+Reads the finished cells in the output folders of `lightpeft reproduce` (configs/frontier), `finegates.py` and
+`wnut17.py`. Every cell's model answers all test rows once (answers.json in its folder), the first seed's in int8, too.
+Models of equal shapes take equally long: one of each is written for ONNX Runtime in float32 and int8, and all of a task
+answer the same rows on one thread, one and 32 at a time, in alternating rounds. Differences are paired by test row: of
+a cut to its own model with all weights or LoRA, and to each smaller model of the cut whose latency is nearest (float32,
+one row). Writes frontier.results.json, frontier.md, frontier.png and frontier.svg into --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import finegates
+import plots
+import publishing
+import row_counts
+import serving
+import torch
+import wnut17
+from peft import PeftModel
+
+from lightpeft.adapters.merging import merged_copy
+from lightpeft.app.exports.graphs import sessions
+from lightpeft.app.exports.graphs.exporting import write_graph
+from lightpeft.app.exports.graphs.runtimes import RUNTIMES
+from lightpeft.app.exports.graphs.tracing import traceable
+from lightpeft.app.folders.opening import open_result
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.reproduce.results import MEASURES
+from lightpeft.errors import LightPeftError, require
+from lightpeft.files import read_json, write_json
+from lightpeft.models.loading import quiet_libraries
+from lightpeft.profiling.comparing import alternate
+from lightpeft.profiling.sizes import folder_bytes
+from lightpeft.profiling.surroundings import hardware
+
+DTYPES, SIZES = ("f32", "int8"), (1, 32)
+COUNTED = {"accuracy": row_counts.right, "matthews": row_counts.confusion}
+MEASURED = ("seconds", "peak_memory_bytes", "parameters", "removed", "trained")
+
+
+@dataclass
+class Point:
+    """One model, trained in one way, on one task."""
+
+    task: str
+    model: str
+    method: str
+    metric: str = ""
+    shape: str = ""
+    """What its latency depends on; of the first seed."""
+    counts: dict[int, Any] = field(default_factory=dict)
+    """By seed."""
+    int8: dict[int, float] = field(default_factory=dict)
+    """Quality in int8, by seed."""
+    measures: dict[str, list[float]] = field(default_factory=dict)
+    ms: dict[str, float] = field(default_factory=dict)
+    """Milliseconds a row by data type and rows at a time, as "f32 1"."""
+    mib: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def cut(self) -> bool:
+        """Whether lightpeft cut it."""
+        return self.method[0].isdigit()
+
+    @property
+    def kind(self) -> str:
+        """How what is left of a cut was trained."""
+        return self.method.lstrip("0123456789 ") or "lora"
+
+    @property
+    def quality(self) -> float:
+        """Mean over seeds."""
+        return statistics.fmean(row_counts.value(self.metric, counts) for counts in self.counts.values())
+
+
+# -- cells -------------------------------------------------------------------------------------------------------------
+
+
+def opened(folder: Path) -> tuple[Any, Any, Any, Any, str]:
+    """Of a finished cell: merged model, tokenizer, what makes batches, what counts answers, and the metric."""
+    report = read_json(folder / "metrics.json")
+    if report["main_metric"] == wnut17.METRIC:
+        return *wnut17.opened(folder, Path(report["config"]["data"]["path"])), wnut17.METRIC
+    run = RunFolder.at(folder)
+    work = pipeline.prepare(run.config)
+    model = finegates.reopened(run, work) if "finegates" in report else open_result(run, work.task)
+    whole = merged_copy(model) if isinstance(model, PeftModel) else model
+    metric = work.task.main_metric
+    return whole, work.tokenizer, lambda size: [*serving.batched(work, size)], COUNTED[metric], metric
+
+
+def exported(model: Any, tokenizer: Any, dtype: str, folder: Path) -> sessions.Session:
+    """The model in ONNX Runtime."""
+    folder.mkdir()
+    write_graph(traceable(model), tokenizer, RUNTIMES["onnx"], folder, dtype)
+    return sessions.load("onnx", folder)
+
+
+def answered(folder: Path, in_int8: bool) -> dict[str, Any]:
+    """What a cell's model answers, asked once: metric, shape, and counts by data type."""
+    file = folder / "answers.json"
+    found: dict[str, Any] = read_json(file) if file.is_file() else {"counts": {}}
+    if not set(DTYPES[: 1 + in_int8]) <= set(found["counts"]):
+        model, tokenizer, batches, counted, metric = opened(folder)
+        shapes = str([tuple(p.shape) for p in model.parameters()])
+        found |= {"metric": metric, "shape": hashlib.sha256(shapes.encode()).hexdigest()[:16]}
+        with TemporaryDirectory() as place:
+            ways = {"f32": partial(serving.in_pytorch, traceable(model))}
+            if in_int8:
+                ways["int8"] = partial(serving.in_runtime, exported(model, tokenizer, "int8", Path(place) / "graph"))
+            for dtype, answer in ways.items():
+                rows = [row for each in batches(SIZES[-1]) for row in counted(answer(each), each["labels"]).tolist()]
+                found["counts"][dtype] = rows
+        write_json(file, found)
+    return found
+
+
+def points_of(folders: Sequence[Path]) -> tuple[list[Point], dict[tuple[str, str], Path]]:
+    """All that was run, and a cell of every task and shape of a point."""
+    points: dict[tuple[str, ...], Point] = {}
+    shapes: dict[tuple[str, str], Path] = {}
+    for file in (file for folder in folders for file in sorted(folder.glob("cells/*/*/*/*/metrics.json"))):
+        model, task, method, seed = file.parent.relative_to(file.parents[4]).parts
+        report = read_json(file)
+        taught = ", taught" if report["config"]["training"].get("teacher") else ""
+        name = f"{method.replace('_', ' ')}{taught}"
+        point = points.setdefault((task, model, name), Point(task, model, name))
+        found = answered(file.parent, in_int8=not point.counts)
+        point.metric, point.shape = found["metric"], point.shape or found["shape"]
+        point.counts[int(seed)] = found["counts"]["f32"]
+        if "int8" in found["counts"]:
+            point.int8[int(seed)] = row_counts.value(point.metric, found["counts"]["int8"])
+        for measure in MEASURED:
+            if (value := MEASURES[measure](report)) is not None:
+                point.measures.setdefault(measure, []).append(value)
+        if point.shape == found["shape"]:
+            shapes.setdefault((task, point.shape), file.parent)
+    require(points, f"no finished cell in {', '.join(map(str, folders))}")
+    return [*points.values()], shapes
+
+
+# -- latency -----------------------------------------------------------------------------------------------------------
+
+
+def timed(cells: Mapping[str, Path], rounds: int, batches: int) -> dict[str, dict[str, Any]]:
+    """By shape: milliseconds a row and MiB of files of one task's models, in alternating rounds."""
+    subjects: dict[tuple[str, str], Any] = {}
+    found: dict[str, dict[str, Any]] = {shape: {"mib": {}, "ms": {}, "values": {}} for shape in cells}
+    with TemporaryDirectory() as place:
+        for shape, folder in cells.items():
+            model, tokenizer, batched, *_ = opened(folder)
+            given = {size: batched(size)[:batches] for size in SIZES}
+            for dtype in DTYPES:
+                graph = Path(place) / f"{shape}-{dtype}"
+                session = exported(model, tokenizer, dtype, graph)
+                found[shape]["mib"][dtype] = folder_bytes(graph) / 2**20
+                for size, inputs in given.items():
+                    way, answer = f"{dtype} {size}", partial(serving.in_runtime, session)
+                    subjects[shape, way] = partial(serving.once, answer, inputs)
+        for (shape, way), values in alternate(subjects, rounds).items():
+            found[shape]["values"][way], found[shape]["ms"][way] = values, statistics.median(values)
+    return found
+
+
+def add_latency(points: Sequence[Point], shapes: Mapping[tuple[str, str], Path], given: argparse.Namespace) -> None:
+    """Measure every task whose shapes were not all measured together before."""
+    for task in dict.fromkeys(point.task for point in points):
+        file, cells = given.out / f"latency.{task}.json", {s: cell for (t, s), cell in shapes.items() if t == task}
+        known = read_json(file) if file.is_file() else {}
+        if not cells.keys() <= known.keys():
+            known = timed(cells, given.rounds, given.batches)
+            write_json(file, known)
+        for point in points:
+            if point.task == task:
+                point.ms, point.mib = known[point.shape]["ms"], known[point.shape]["mib"]
+
+
+# -- what it comes to --------------------------------------------------------------------------------------------------
+
+
+def comparisons(points: Sequence[Point]) -> Iterator[dict[str, Any]]:
+    """Every cut beside its own model whole and by FineGates, and every smaller model beside the cuts of its latency."""
+    for cut in (point for point in points if point.cut):
+        whole = {p.method: p for p in points if (p.task, p.model) == (cut.task, cut.model)}
+        peers = ("full", "lora", *(name for name in whole if name.startswith(f"FineGates {cut.method[:2]}")))
+        yield from (_compared(cut, whole[method]) for method in peers if method in whole)
+    dense = [point for point in points if not point.cut and not point.method.startswith("FineGates")]
+    for small in dense:
+        larger: dict[tuple[str, str], list[Point]] = defaultdict(list)
+        for cut in points:
+            full = next((p.ms["f32 1"] for p in dense if (p.task, p.model) == (small.task, cut.model)), 0.0)
+            if cut.cut and cut.task == small.task and cut.model != small.model and full > small.ms["f32 1"]:
+                larger[cut.model, cut.kind].append(cut)
+        for cuts in larger.values():
+            yield _compared(min(cuts, key=lambda cut: abs(math.log(cut.ms["f32 1"] / small.ms["f32 1"]))), small)
+
+
+def _compared(cut: Point, other: Point) -> dict[str, Any]:
+    difference = row_counts.paired(cut.metric, other.counts, cut.counts)
+    return {
+        "task": cut.task,
+        "cut": f"{cut.model}, {cut.method}",
+        "other": f"{other.model}, {other.method}",
+        "of_its_latency": cut.ms["f32 1"] / other.ms["f32 1"],
+        "difference": None if difference is None else asdict(difference),
+    }
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """One row a point, then one a comparison."""
+    ways = [f"{dtype} {size}" for dtype in DTYPES for size in SIZES]
+    header = ["task", "model, method", "seeds", "quality", "in int8", *(f"ms a row, {way}" for way in ways)]
+    header += [f"MiB, {dtype}" for dtype in DTYPES] + ["removed, %", "trained", "training, s", "peak, MiB"]
+    rows = []
+    for point in results["points"]:
+        of = defaultdict(lambda: math.nan, {name: statistics.fmean(all_) for name, all_ in point["measures"].items()})
+        spread = f" ± {100 * statistics.stdev(point['by_seed']):.1f}" if len(point["by_seed"]) > 1 else ""
+        row = [point["task"], f"{point['model']}, {point['method']}", f"{len(point['by_seed'])}"]
+        row += [f"{100 * point['quality']:.1f}{spread}", f"{100 * statistics.fmean(point['int8'].values()):.1f}"]
+        row += [f"{point['ms'][way]:.2f}" for way in ways] + [f"{point['mib'][dtype]:.0f}" for dtype in DTYPES]
+        row += [f"{100 * of['removed']:.0f}", f"{of['trained']:,.0f}"]
+        rows.append([*row, f"{of['seconds']:.0f}", f"{of['peak_memory_bytes'] / 2**20:.0f}"])
+    text = publishing.markdown_table(header, rows)
+    header = ["task", "cut", "beside", "of its latency", "points", "95% interval", "p", "seeds"]
+    rows = []
+    for each in results["comparisons"]:
+        names = [each["task"], each["cut"], each["other"], f"{each['of_its_latency']:.2f}"]
+        if (d := each["difference"]) is not None:
+            interval = f"{100 * d['low']:+.1f} to {100 * d['high']:+.1f}"
+            rows.append([*names, f"{100 * d['mean']:+.1f}", interval, f"{d['p']:.3f}", f"{d['seeds']}"])
+    return f"{text}\n\n{publishing.markdown_table(header, rows)}"
+
+
+def panels(points: Sequence[Point], way: str) -> Iterator[plots.FrontierPanel]:
+    """One a task: models as they are as marks, cuts of a model that were trained alike as a line."""
+    for task in dict.fromkeys(point.task for point in points):
+        marks, lines = [], defaultdict(list)
+        for point in (point for point in points if point.task == task):
+            x, y = point.ms[way], 100 * point.quality
+            if point.cut:
+                lines[f"{point.model}, {point.kind}"].append((x, y))
+            else:
+                marks.append(plots.Point(f"{point.model}, {point.method}", "plain", x, y, (x, x), (y, y)))
+        metric = next(point.metric for point in points if point.task == task)
+        yield plots.FrontierPanel(task, f"{metric}, %", marks, {name: sorted(of) for name, of in lines.items()})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and write; 0, or 2 on bad input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="output folders")
+    parser.add_argument("--rounds", type=int, default=9, help="alternations")
+    parser.add_argument("--batches", type=int, default=12, help="batches a round")
+    parser.add_argument("--way", default="f32 1", help='data type and rows at a time of the figure (default: "f32 1")')
+    parser.add_argument("--out", type=Path, default=Path("runs/frontier"))
+    given = parser.parse_args(arguments)
+    quiet_libraries()
+    try:
+        serving.check(RUNTIMES["onnx"])
+        torch.set_num_threads(1)
+        points, shapes = points_of(given.runs)
+        add_latency(points, shapes, given)
+        shown = [asdict(p) | {"counts": None, "quality": p.quality} for p in points]
+        for point, each in zip(points, shown, strict=True):
+            each["by_seed"] = [row_counts.value(point.metric, counts) for counts in point.counts.values()]
+        results = {"points": shown, "comparisons": [*comparisons(points)], "hardware": hardware()}
+        results["command"] = publishing.command("frontier", arguments)
+        write_json(given.out / "frontier.results.json", results, 2)
+        (given.out / "frontier.md").write_text(markdown(results) + "\n", encoding="utf-8")
+        plots.save(plots.frontier([*panels(points, given.way)], f"ms a row ({given.way})"), given.out / "frontier")
+    except LightPeftError as error:
+        publishing.say(f"frontier: {error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
