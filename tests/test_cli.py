@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 import re
 import runpy
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from workbench import Workbench, lightpeft
 
 from lightpeft import __version__
-from lightpeft.app import cli
 from lightpeft.app.cli.settings import USUAL
 from lightpeft.app.cli.verbs import VERBS
 from lightpeft.app.folders.run_folder import RunFolder
@@ -135,10 +137,25 @@ def test_misnamed_options(capsys: pytest.CaptureFixture[str], arguments: tuple[s
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["--version"])
-    assert stop.value.code == 0
+    assert lightpeft("--version") == 0
     assert capsys.readouterr().out.strip() == f"lightpeft {__version__}"
+
+
+def test_version_for_a_bug_report(capsys: pytest.CaptureFixture[str]) -> None:
+    """Plain lines to paste: what computes, and what pip would say of everything that lightpeft may use."""
+    assert lightpeft("--version", "--verbose") == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"lightpeft {__version__}"
+    told = dict(line.split(": ", 1) for line in lines)
+    assert told["torch"] == torch.__version__ and told["peft"] == version("peft")
+    assert told["python"] == platform.python_version() and told["os"] and told["cpu"] and told["memory"].endswith("iB")
+    assert all(told[name] == version(name) for name in ("accelerate", "datasets", "numpy", "tokenizers", "trl"))
+    assert "vllm" not in told  # which cannot be installed beside lightpeft
+
+
+def test_verbose_goes_with_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert lightpeft("--verbose") == 2
+    assert capsys.readouterr().err == "lightpeft: --verbose goes with --version alone\n"
 
 
 def test_help_does_not_wait_for_torch() -> None:

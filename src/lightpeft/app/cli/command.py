@@ -18,7 +18,7 @@ from lightpeft.app.cli.verbs import VERBS
 from lightpeft.config.validation import short_repr
 from lightpeft.console import bars, streams
 from lightpeft.console.progress import print_line
-from lightpeft.errors import LightPeftError
+from lightpeft.errors import LightPeftError, require
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -66,8 +66,12 @@ def _dispatch(arguments: Sequence[str]) -> None:
     word = arguments[0] if arguments else "--help"
     if word in VERBS:
         VERBS[word].call(arguments[1:], begin=quiet)
-    elif word in ("-h", "--help", "--version"):
-        overview().parse_args([word])
+    elif word in ("-h", "--help", "--version", "--verbose"):
+        asked = overview().parse_args(list(arguments) or [word])
+        require(asked.version, "--verbose goes with --version alone")
+        screen.say(f"lightpeft {__version__}")
+        if asked.verbose:
+            screen.say(for_bug_reports())
     else:
         raise LightPeftError(unknown_verb(word, VERBS))
 
@@ -84,7 +88,8 @@ def overview(in_full: Collection[str] = ()) -> Parser:
         description="PEFT on a foundation model that is pruned early in the same run. Settings come from --config, "
         "then options such as --light 0.4.",
     )
-    parser.add_argument("--version", action="version", version=f"lightpeft {__version__}")
+    parser.add_argument("--version", action="store_true", help="show the version")
+    parser.add_argument("--verbose", action="store_true", help="with --version: machine and libraries, for bug reports")
     verbs = parser.add_subparsers(
         title="verbs",
         metavar="verb [options]",
@@ -95,6 +100,17 @@ def overview(in_full: Collection[str] = ()) -> Parser:
         if verb.name in in_full:
             verb.declare(known)
     return parser
+
+
+def for_bug_reports() -> str:
+    """Lines about the machine, and about each library that lightpeft uses, or may use, and that is installed."""
+    from lightpeft.console.progress import in_bytes
+    from lightpeft.profiling.surroundings import hardware, installed
+
+    machine = hardware()
+    facts = {name: value for name, value in machine.items() if name != "memory_bytes" and value is not None}
+    facts |= {"memory": in_bytes(float(machine["memory_bytes"] or 0)), **installed()}
+    return "\n".join(f"{name}: {value}" for name, value in facts.items())
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -77,7 +77,7 @@ def rounded(values: Iterable[float]) -> list[float]:
     return [round(float(value), DIGITS) for value in values]
 
 
-def _take(values: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
+def _take(values: Any, indices: Sequence[int]) -> Any:
     """Some of the values; of an array an array, which takes a fraction of the time."""
     if isinstance(values, np.ndarray):
         return values[np.asarray(indices)]
