@@ -108,7 +108,7 @@ def test_memory_of_inference_is_that_of_merged_weights_and_a_batch(bench: Workbe
     ratio = served["light"]["peak_memory_bytes"] / served["plain"]["peak_memory_bytes"]
     assert report["ratios"]["inference_memory"] == pytest.approx(ratio)
     told = {row["name"]: row for row in speed_rows(report)}
-    assert told["weights served"]["ratio"] == pytest.approx(bytes_of(small) / bytes_of(dense))
+    assert told["weights at inference"]["ratio"] == pytest.approx(bytes_of(small) / bytes_of(dense))
     assert told["inference memory"]["ratio"] == pytest.approx(ratio)
 
 
@@ -264,7 +264,7 @@ def test_measurements_that_are_stopped(
         assert (found["rounds"], found["of_rounds"]) == (1, 3)
         assert found["subjects"]["light"]["inference_samples_per_second"]["n"] == 1
         assert found.keys() == report.keys()
-        assert "medians over 1 of 3 rounds" in written.out
+        assert "medians of 1 of 3 rounds" in written.out
     else:
         assert written.out == ""
 

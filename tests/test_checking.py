@@ -233,4 +233,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "does not fit" in capsys.readouterr().out
     with pytest.raises(SystemExit) as refused:
         cli.main(["check", "--config", str(config), "--memory", "-1"])
-    assert refused.value.code == 2 and "--memory is -1" in capsys.readouterr().err
+    assert refused.value.code == 2 and "--memory: -1 GiB" in capsys.readouterr().err

@@ -111,17 +111,17 @@ MISNAMED = {
     ("run", "--batch_size", "8"): "did you mean --training.batch_size?",
     ("run", "--text", "review"): "did you mean --data.columns.text?",
     ("run", "--data.label", "stars"): "did you mean --data.columns.label?",
-    ("run", "--model", "bert"): "--model takes a YAML file, and bert is none; did you mean --model.name?",
+    ("run", "--model", "bert"): "--model takes YAML or a YAML file, and bert is neither; did you mean --model.name?",
     ("run", "--training=5"): "did you mean --training.epochs?",
     ("run", "--train", "rows.csv"): "unknown option --train; did you mean --data.train or --light.train?",
     ("run", "--outptu", "here"): "unknown option --outptu; did you mean --output?",
     ("train", "--heads", "0.5"): "did you mean --light.remove.heads?",
-    ("run", "--frobnicate"): "unknown option --frobnicate; --help shows all that there are",
-    ("inspect", "run", "--lr", "3"): "unknown option --lr; --help shows all that there are",
+    ("run", "--frobnicate"): "unknown option --frobnicate; --help lists all options",
+    ("inspect", "run", "--lr", "3"): "unknown option --lr; --help lists all options",
     ("eval", "run"): "unknown verb eval; did you mean evaluate?",
     ("rnu", "--help"): "unknown verb rnu; did you mean run?",
-    ("frobnicate",): "unknown verb frobnicate; lightpeft --help shows all that there are",
-    ("--config", "run.yaml"): "unknown verb --config; lightpeft --help shows all that there are",
+    ("frobnicate",): "unknown verb frobnicate; lightpeft --help lists all verbs",
+    ("--config", "run.yaml"): "unknown verb --config; lightpeft --help lists all verbs",
     ("run", "bert"): "unrecognized arguments: bert; --help",
 }
 
@@ -326,7 +326,7 @@ def test_inspect_shows_the_plan_of_an_unfinished_run(bench: Workbench, capsys: p
     assert lightpeft("estimate", "--config", file) == 0
     estimated = shown(capsys, "inspect", folder)
     assert "scored_examples" in estimated
-    assert "the plan that the run's budget makes of it" in estimated
+    assert "plan by the budget of the run" in estimated
     assert shown(capsys, "inspect", folder / "estimation") == estimated
     assert lightpeft("plan", "--config", file) == 0
     planned = shown(capsys, "inspect", folder)

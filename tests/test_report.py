@@ -377,7 +377,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, s
 
 
 def test_where_the_page_goes(light: Path, bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert said(capsys, light) == (0, f"the report is in {light}/report.html\n")
+    assert said(capsys, light) == (0, f"wrote the report to {light}/report.html\n")
     first = (light / "report.html").read_text()
     assert first == html(light)
     assert said(capsys, light)[0] == 0  # over the page of earlier

@@ -700,7 +700,7 @@ def test_a_part_of_another_grid_is_refused(tmp_path: Path, capsys: pytest.Captur
         joined(file, [tmp_path / "altered.json"], tmp_path / "whole")
     with pytest.raises(SystemExit) as stopped:
         cli.main(["reproduce", str(file), "--join", str(one), "--only", "seed=0"])
-    assert stopped.value.code == 2 and "--join runs nothing" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "--join runs no cell" in capsys.readouterr().err
     assert not (tmp_path / "whole").exists()
 
 

@@ -327,7 +327,7 @@ def test_a_collapsed_run_says_so_whenever_it_is_shown(
         written = capsys.readouterr()
         lines = [line for line in written.err.splitlines() if line.startswith("warning: ")]
         assert 'warning: all 40 test rows are answered "negative"; train longer' in lines[0]
-        for shown in ("the course of the run, on 40 test rows", "majority baseline", "after pruning", "final"):
+        for shown in ("quality over the run, on 40 test rows", "majority baseline", "after pruning", "final"):
             assert shown in written.out
         monkeypatch.undo()
     warnings = read(bench.folder / "collapsed" / "metrics.json")["warnings"]

@@ -22,10 +22,10 @@ from lightpeft.errors import require
 
 SOURCES = (
     Option("--config", "YAML file with settings."),
-    Option("--run", "Folder of a run to go on with; its own config.yaml holds."),
-    Option("--print_config", "Show all settings as YAML, as they would be, and exit.", flag=True, rare=True),
+    Option("--run", "Folder of a run to continue, with the settings of its config.yaml."),
+    Option("--print_config", "Print the resulting settings as YAML and exit.", flag=True, rare=True),
 )
-"""Where settings come from before options go on top, and how they are shown."""
+"""Options that name where settings come from, which other options override, and the one that prints them."""
 USUAL = (
     "--model.name",
     "--data.train",
@@ -34,24 +34,38 @@ USUAL = (
     "--light",
     "--training.epochs",
 )
-"""The settings that people need, in the order of `--help`; `--help-all` shows the others."""
+"""The common settings, in the order of `--help`; `--help-all` shows the others."""
 
 
 def run_config(given: dict[str, Any]) -> RunConfig:
-    """The run that is asked for: the settings of `--run` or of `--config`, with the options on top."""
+    """Return the settings of a run with defaults: those of `--run` or `--config`, overridden by the options.
+
+    Args:
+        given: options of the command line, nested.
+    """
     return run_config_from_dict(run_settings(given))
 
 
 def run_settings(given: dict[str, Any]) -> dict[str, Any]:
-    """The same as far as they are given, nested, before defaults."""
+    """Return the settings of `--run` or `--config`, overridden by the options: nested, without defaults.
+
+    Args:
+        given: options of the command line, nested.
+    """
     from lightpeft.app.folders.run_folder import stored_settings
 
     above = dict(given)
     file, folder = above.pop("config", None), above.pop("run", None)
-    require(not (file and folder), "give --config or --run, not both: a run folder has its own config.yaml")
+    require(
+        not (file and folder),
+        "--config and --run exclude each other: a run folder has its own config.yaml; give one of them",
+    )
     below: dict[str, Any] = {}
     if folder is not None:
-        require((Path(folder) / "config.yaml").is_file(), f"{folder} is not a run folder: it has no config.yaml")
+        require(
+            (Path(folder) / "config.yaml").is_file(),
+            f"{folder} is not a run folder: it has no config.yaml; give the --output of a run",
+        )
         below = {**stored_settings(Path(folder)), "output": str(folder)}
     elif file is not None:
         below = load_yaml(file)
@@ -59,7 +73,11 @@ def run_settings(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_config(given: dict[str, Any]) -> None:
-    """Show all settings as YAML, as they would be."""
+    """Print the resulting settings of a run as YAML.
+
+    Args:
+        given: options of the command line, nested.
+    """
     print(yaml.safe_dump(dataclasses.asdict(run_config(given)), sort_keys=False, allow_unicode=True), end="")  # noqa: T201
 
 
@@ -68,14 +86,14 @@ def print_config(given: dict[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Options that belong together."""
+    """A group of options under one heading of `--help-all`."""
 
     title: str
     options: Sequence[Option]
 
 
 def sections(arguments: Sequence[str] = (), without: Collection[str] = ()) -> list[Section]:
-    """Options for all settings of a run.
+    """List the options for all settings of a run, by section.
 
     Args:
         arguments: a command line, which may name keys of settings that are mappings, such as --peft.use_dora.
@@ -86,7 +104,7 @@ def sections(arguments: Sequence[str] = (), without: Collection[str] = ()) -> li
 
 
 def _keys(options: Sequence[Option], arguments: Sequence[str]) -> list[Option]:
-    """Options for keys of mappings, as far as a command line names them."""
+    """Make an option for each key of a mapping that a command line names, such as --peft.r."""
     written = dict.fromkeys(word.partition("=")[0] for word in arguments)
     mappings = [option for option in options if option.has_keys]
     return [
@@ -100,11 +118,13 @@ def _keys(options: Sequence[Option], arguments: Sequence[str]) -> list[Option]:
 def sections_of(
     name: str, usual: Any, arguments: Sequence[str] = (), without: Collection[str] = ()
 ) -> Iterator[Section]:
-    """The options of a section, and of those that are in it: first one for the whole, then one a field.
+    """Yield a section and those inside it, each with an option for the whole section and one for each field.
 
     Args:
-        name: dotted; empty: the run itself, which has none for the whole.
-        usual: the section where nobody says anything.
+        name: dotted name of the section; empty: the run itself, which has no option for the whole.
+        usual: the section with its default values.
+        arguments: a command line, which may name keys of mappings.
+        without: fields to leave out.
     """
     cls = type(usual)
     fields = [each for each in dataclasses.fields(cls) if each.name not in without]
@@ -143,7 +163,7 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 @cache
 def _documented(cls: type) -> dict[str, str]:
-    """Field -> the string below it in the class, on one line; fields of base classes included."""
+    """Map each field of a class, inherited ones included, to the docstring below it, on one line."""
     if cls is object:
         return {}
     found = {name: text for base in reversed(cls.__bases__) for name, text in _documented(base).items()}

@@ -86,7 +86,7 @@ def found_budget(run: RunFolder) -> dict[str, Any] | None:
         return found if found["settings"] == _asked(run.config.light) else None
 
 
-def light_of(run: RunFolder) -> LightConfig:
+def light_with_budget(run: RunFolder) -> LightConfig:
     """The settings of a run, with a number for its budget.
 
     Raises:
@@ -104,7 +104,7 @@ def light_of(run: RunFolder) -> LightConfig:
 
 def leave_plan(run: RunFolder) -> PrunePlan:
     """Decide from the record and the budget which units stay."""
-    result = make_plan(EstimationRecord.load(run.estimation), light_of(run))
+    result = make_plan(EstimationRecord.load(run.estimation), light_with_budget(run))
     if run.has("plan") and run.has("prune"):
         unchanged = PrunePlan.load(run.plan) == result
         require(unchanged, f"{run.path} was pruned by another plan already; give another output for this budget")
