@@ -250,12 +250,12 @@ def test_measurements_that_are_stopped(
     written = capsys.readouterr()
     *shown, last = written.err.splitlines()
     kept = f"{place} has 1 of 3 rounds" if over else "no round was over"
-    assert last == f"lightpeft: stopped; {kept}; the same command measures anew"
+    assert last == f"lightpeft: stopped; {kept}; the same command starts from the first round"
     what = [f"{name}, memory and FLOPs" for name in benching.SUBJECTS]
     what += ["plain, inference memory", "light, inference memory"]
     starts = [f"[{number}/20] {name}: " for number, name in enumerate(what, 1)]
     assert all(line.startswith(start) for line, start in zip(shown, starts, strict=False))
-    assert re.fullmatch(r"3 rounds of 1 batches take about \d+ s; Ctrl-C keeps the rounds that are over", shown[5])
+    assert re.fullmatch(r"3 rounds of 1 batches take about \d+ s; Ctrl-C stops and keeps the finished rounds", shown[5])
     assert len(shown) == 6 + 5 * over
     assert stamps(bench.folder) == before
     assert place.exists() == bool(over)

@@ -113,7 +113,7 @@ def test_curve_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (tmp_path / "run" / "config.yaml").read_bytes() == settings, "nor is the run another one"
     pipeline.run(bench.config("run", **fisher))  # it goes on
     assert lightpeft("plan", "--run", tmp_path / "run", "--curve", "--rows", "3") == 2
-    assert "--rows is 3" in capsys.readouterr().err
+    assert "--rows: 3 rows are too few" in capsys.readouterr().err
     assert lightpeft("plan", "--run", tmp_path / "run", "--rows", "30") == 2
     assert "--rows needs --curve" in capsys.readouterr().err
     assert lightpeft("plan", "--config", bench.yaml("masks"), "--curve") == 2

@@ -174,5 +174,5 @@ def test_a_run_says_so_where_its_rows_are_cut(bases: dict[str, Path], tmp_path: 
     config = config_for(bases["bert"], tmp_path / "run", data)
     work = pipeline.prepare(config)
     pipeline.train(work)
-    note = "100% of the training rows are cut to data.max_length: 8 tokens"
+    note = "100% of the training rows are truncated to data.max_length: 8 tokens"
     assert [entry["note"] for entry in work.run.log_entries() if "note" in entry] == [note]

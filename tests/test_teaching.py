@@ -559,8 +559,8 @@ def test_a_run_refuses(bench: Workbench, capsys: pytest.CaptureFixture[str], tmp
     model = bench.folder / "teacher/model"
     config = json.loads((model / "config.json").read_text())
     for name, labels, part in (
-        ("turned", ["positive", "negative"], "labels positive, negative apart, and the data have negative, positive"),
-        ("renamed", ["bad", "good"], "labels bad, good apart, and the data have negative, positive"),
+        ("turned", ["positive", "negative"], "has the labels positive, negative, and the data have negative, positive"),
+        ("renamed", ["bad", "good"], "has the labels bad, good, and the data have negative, positive"),
     ):
         other = shutil.copytree(model, tmp_path / name)
         numbered = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
@@ -595,4 +595,4 @@ def test_a_run_refuses_kinds_without_logits(task: str, tmp_path: Path, capsys: p
     line = refused(
         bench, capsys, **{"data.task": task, "data.columns": columns, "data.train": str(rows), "data.test": None}
     )
-    assert f"training.teacher: task {task}" in line and "gives no logits to learn; only classification" in line
+    assert f"training.teacher: task {task}" in line and "gives no logits to learn; leave it out; classification" in line

@@ -293,7 +293,10 @@ def test_a_cut_by_scores_that_know_nothing_says_so_at_once(
     monkeypatch.setattr("lightpeft.prune.length.MOST_PART", 0.5)
     longer = {"light.estimate.length": "auto"}
     assert lightpeft("run", "--config", bench.yaml("longer", **FEW, **longer)) == 0
-    assert "estimation took 12 steps instead of 6, to learn more of the task\n" in capsys.readouterr().err
+    assert (
+        "estimation took 12 steps instead of 6, because the model had learned too little by then\n"
+        in capsys.readouterr().err
+    )
     told = read(bench.folder / "longer" / "metrics.json")["estimation"]
     assert (told["steps"], told["planned_steps"]) == (12, 6)
     meta = EstimationRecord.load(bench.folder / "longer" / "estimation").meta

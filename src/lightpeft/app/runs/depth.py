@@ -14,10 +14,10 @@ from lightpeft.recipe.parallel import broadcast_from_main
 
 
 def settle_depth(work: Workspace) -> None:
-    """Give the run a number for its depth: where that is auto it is found, and left in the folder.
+    """Replace `light.remove.depth: auto` by a number: find it, and write it into the run folder.
 
     Raises:
-        LightPeftError: the rows do not tell, or the file is damaged.
+        LightPeftError: the depth cannot be found from the rows, or its file is damaged.
     """
     if work.config.light.remove.depth == "auto":
         with work.run.held():
@@ -26,7 +26,7 @@ def settle_depth(work: Workspace) -> None:
 
 
 def found_depth(run: RunFolder) -> dict[str, Any] | None:
-    """What `light.remove.depth: auto` found; None: nothing yet.
+    """Read the depth that `light.remove.depth: auto` found; None: none yet.
 
     Raises:
         LightPeftError: the file is damaged.

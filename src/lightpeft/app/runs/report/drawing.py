@@ -1,4 +1,4 @@
-"""A figure of matplotlib as a part of a page: SVG with the page's colours, and without any names."""
+"""A matplotlib figure as inline SVG: with the page's colours, and without ids that could clash in one page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INK, QUIET, RULE, BLANK = "#1c1e21", "#62676e", "#dcdcd7", "#e6e6e1"
 BLUE, ORANGE, GREEN, PAPER = "#0072b2", "#d55e00", "#009e73", "#fdfdfc"
 _NAMES = {INK: "ink", QUIET: "quiet", RULE: "rule", BLANK: "blank"}
 _NAMES |= {BLUE: "blue", ORANGE: "orange", GREEN: "green", PAPER: "paper"}
-"""Colour -> the variable of the page's style sheet that takes its place, which is another in the dark."""
+"""Colour -> variable of the page's style sheet that replaces it; dark mode has other values."""
 STYLED = rc_context(
     {
         "font.size": 12,
@@ -39,17 +39,19 @@ STYLED = rc_context(
         "svg.hashsalt": "lightpeft",
     }
 )
-"""Decorates what draws."""
+"""Decorator of functions that draw, which sets the style."""
 
 
 class Drawing:
-    """One figure, in units of a pixel, with one pair of axes."""
+    """One figure with one pair of axes, in pixels."""
 
     def __init__(self, width: float, height: float, label: str, grid: str = "") -> None:
         """
         Args:
-            label: what it shows, for those who cannot see it.
-            grid: axes that have lines: "x", "y" or "both".
+            width: in pixels.
+            height: in pixels.
+            label: description of the figure for screen readers.
+            grid: axes with grid lines: "x", "y" or "both"; empty: none.
         """
         self.width, self.height, self.label = width, height, label
         self.figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
@@ -63,7 +65,7 @@ class Drawing:
 
     @STYLED
     def __html__(self) -> str:
-        """As it stands in a page, for a template that escapes all else."""
+        """Return the SVG, which the template inserts without escaping."""
         file = io.StringIO()
         self.figure.savefig(file, format="svg", transparent=True)
         drawn = ElementTree.fromstring(file.getvalue())
@@ -90,7 +92,7 @@ class Drawing:
 
 
 def _plain(value: str) -> str:
-    """An attribute in tenths of a pixel, with the page's colours and font."""
+    """Round the numbers of an attribute to tenths of a pixel, and replace colours by the page's variables."""
     value = re.sub(r"\d+\.\d{2,}", lambda number: f"{float(number[0]):.1f}", value)
     value = re.sub(
         r"#[0-9a-f]{6}", lambda colour: f"var(--{_NAMES[colour[0]]})" if colour[0] in _NAMES else colour[0], value
@@ -99,7 +101,7 @@ def _plain(value: str) -> str:
 
 
 def _at_its_place(shape: ElementTree.Element, use: ElementTree.Element) -> ElementTree.Element:
-    """A marker where it is used."""
+    """Copy a marker to the position of a `use` element."""
     drawn = copy.deepcopy(shape)
     drawn.attrib["transform"] = f"translate({use.attrib['x']} {use.attrib['y']})"
     drawn.attrib["style"] = use.attrib.get("style", drawn.attrib.get("style", ""))

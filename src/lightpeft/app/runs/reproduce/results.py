@@ -1,4 +1,4 @@
-"""From the reports of finished cells to a record of each, and to one row for each model, task and method."""
+"""Summarize the reports of finished cells: a record of each, and one row for each model, task and method."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightpeft.files import file_checksum
 Key = tuple[str, str, str]
 """Model, task and method."""
 Report = Mapping[str, Any]
-"""Of a run's metrics.json, what tables and comparisons read (`record`)."""
+"""The part of a run's metrics.json that tables and comparisons read (see `record`)."""
 
 
 def _training(report: Report, stage: str, what: str) -> float | None:
@@ -34,7 +34,7 @@ def _full_width(report: Report) -> float | None:
 
 
 def _seconds(report: Report) -> float | None:
-    """Of the whole run but the evaluation; None of a run that was interrupted, which only knows its last part."""
+    """Seconds of a run without evaluation; None: it was interrupted, so only its last part was timed."""
     if any(cost["resumed_at"] for cost in report.get("training", {}).values()):
         return None
     return sum(seconds for stage, seconds in report["seconds"].items() if stage != "evaluate")
@@ -51,9 +51,9 @@ MEASURES: dict[str, Callable[[Report], float | None]] = {
     "adapter_bytes": lambda report: report.get("adapter_bytes"),
     "full_width": _full_width,
 }
-"""What a row has besides the quality. parameters: of the base that is left; removed: part of the base that is gone;
-trained: trainable parameters, the head's included; samples_per_second and training_memory_bytes: of fine-tuning;
-peak_memory_bytes: of the whole run, estimation included; seconds: of the whole run, evaluation left out;
+"""Measures of a row besides quality: name -> function of a report. parameters: of the base after
+the cut; removed: part of the base's parameters; trained: trainable parameters, the head's included; samples_per_second and
+training_memory_bytes: of fine-tuning; peak_memory_bytes: of the whole run; seconds: of the run without evaluation;
 adapter_bytes: of what is kept for the task beside the base (with method full: of the model); full_width: quality
 at full width of a run that keeps that beside the light model (`light.after.keep: both`)."""
 
@@ -64,11 +64,11 @@ class SeedSpread:
 
     mean: float
     std: float | None
-    """None of a single value."""
+    """None: there is only one value."""
 
 
 def spread(values: Sequence[float]) -> SeedSpread | None:
-    """Of the values; None where there are none."""
+    """Compute mean and standard deviation of values; None: no values."""
     if not values:
         return None
     return SeedSpread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
@@ -87,16 +87,16 @@ class Row:
     quality: list[float]
     """The main metric, one value a seed."""
     difference: list[float] | None
-    """The quality minus that of the baseline with the same seed, where both are done; None of the baseline."""
+    """Quality minus that of the baseline with the same seed, where both are done; None for the baseline itself."""
     p: float | None
-    """Of the paired t-test over seeds; None where there are fewer than two, or all differences are equal."""
+    """Two-sided p value of the paired t-test over seeds; None: fewer than two seeds, or all differences are equal."""
     measures: dict[str, SeedSpread | None]
     """A spread for each of `MEASURES`; None where no cell has it."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a grid has come to so far."""
+    """Results of a grid, finished or not."""
 
     rows: list[Row]
     baseline: str
@@ -113,7 +113,11 @@ class Results:
 
 
 def summarize(grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str] = MappingProxyType({})) -> Results:
-    """One row for each model, task and method that has a finished cell."""
+    """Summarize the finished cells of a grid: one row for each model, task and method.
+
+    Args:
+        failures: cell name -> why it failed.
+    """
     finished = [cell for cell in cells if cell.run.has("evaluate")]
     reports: dict[str, Report] = {cell.name: record(read_report(cell.run.metrics)) for cell in finished}
     logs = {cell.name: file_checksum(cell.run.log) for cell in finished if cell.run.log.is_file()}
@@ -127,7 +131,13 @@ def results_of(
     logs: Mapping[str, str],
     failures: Mapping[str, str] = MappingProxyType({}),
 ) -> Results:
-    """The same of reports and checksums of logs by the names of their cells."""
+    """Make the results of a grid from reports.
+
+    Args:
+        reports: cell name -> report.
+        logs: cell name -> SHA-256 of its log.
+        failures: cell name -> why it failed.
+    """
     baseline = grid.baseline
     groups: dict[Key, dict[int, Report]] = {(cell.model, cell.task, cell.method): {} for cell in cells}
     for cell in cells:
@@ -138,11 +148,13 @@ def results_of(
 
 
 def row(key: Key, reports: Mapping[int, Report], base: Mapping[int, Report], baseline: str) -> Row:
-    """The row of one model, task and method.
+    """Make the row of one model, task and method.
 
     Args:
-        reports: by seed.
-        base: reports of the baseline on the same model and task, by seed.
+        key: model, task and method.
+        reports: seed -> report.
+        base: seed -> report of the baseline on the same model and task.
+        baseline: name of the baseline method.
     """
     model, task, method = key
     metric = main_metric(next(iter(reports.values())))
@@ -157,19 +169,19 @@ def row(key: Key, reports: Mapping[int, Report], base: Mapping[int, Report], bas
 
 
 def p_value(differences: Sequence[float] | None) -> float | None:
-    """Two-sided p value of the paired t-test that the differences have mean 0."""
+    """Return the two-sided p value of a paired t-test that differences have mean 0; None: it is undefined."""
     if differences is None or len(differences) < 2 or len(set(differences)) < 2:
         return None
     return float(ttest_rel(differences, [0.0] * len(differences)).pvalue)
 
 
 def main_metric(report: Report) -> str:
-    """The name of the metric that a run's quality is told by."""
+    """Return the name of the metric by which a run is compared."""
     return report["main_metric"]
 
 
 def main_value(report: Report) -> str:
-    """The quality of one run, as progress lines have it."""
+    """Return name and value of the main metric, for progress lines."""
     metric = main_metric(report)
     return f"{metric} {report['metrics'][metric]:.4f}"
 
@@ -177,13 +189,13 @@ def main_value(report: Report) -> str:
 # -- records -----------------------------------------------------------------------------------------------------------
 
 _OF_THE_RUN = ("schema_version", "milestones", "warnings")
-"""Of a report, what stays in the run's folder."""
+"""Entries of a report that results leave out."""
 _OF_A_STAGE = ("samples_per_second", "peak_memory_bytes", "resumed_at")
 _OF_A_MACHINE = ("cpu", "gpu", "torch_threads", "torch", "transformers", "peft", "lightpeft")
 
 
 def record(report: Report) -> Report:
-    """What results keep of a run's report: its settings, metrics, sizes, seconds and speeds."""
+    """Return the part of a run's report that results keep: settings, metrics, sizes, seconds and speeds."""
     kept = {name: value for name, value in report.items() if name not in _OF_THE_RUN}
     if "training" in report:
         kept["training"] = {stage: _some(cost, _OF_A_STAGE) for stage, cost in report["training"].items()}
