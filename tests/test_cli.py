@@ -16,7 +16,7 @@ from workbench import Workbench, lightpeft
 
 from lightpeft import __version__
 from lightpeft.app import cli
-from lightpeft.app.cli.settings import USUAL
+from lightpeft.app.cli.settings import COMMON_SETTINGS
 from lightpeft.app.cli.verbs import VERBS
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
@@ -84,10 +84,10 @@ def test_help_of_a_verb_documents_options(capsys: pytest.CaptureFixture[str], ve
 def test_help_of_a_run_has_the_options_that_people_need(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, "run", "--help")
     options = re.findall(r"^  (--[\w.-]+)", text, re.MULTILINE)
-    assert options == [*USUAL, "--config", "--run", "--help-all"]
+    assert options == [*COMMON_SETTINGS, "--config", "--run", "--help-all"]
     assert len(text.splitlines()) < 60
     of_bench = shown(capsys, "bench", "--help")
-    assert {"--rounds", *USUAL} <= set(re.findall(r"^  (--[\w.-]+)", of_bench, re.MULTILINE))
+    assert {"--rounds", *COMMON_SETTINGS} <= set(re.findall(r"^  (--[\w.-]+)", of_bench, re.MULTILINE))
 
 
 def test_command_alone_shows_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -278,10 +278,10 @@ def test_more_devices_than_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_step_sees_as_many_rows_on_any_number_of_devices(tmp_path: Path) -> None:
     (cell,) = load_grid(grid_file(tmp_path / "grid.yaml", methods=["lora"])).cells(tmp_path)
-    assert running.spread(cell, 4).config.training.batch_size == 8
-    assert running.spread(cell, 1) == cell
+    assert running.spread_over_devices(cell, 4).config.training.batch_size == 8
+    assert running.spread_over_devices(cell, 1) == cell
     with pytest.raises(LightPeftError, match="batch_size 32 cannot be divided among 5 devices"):
-        running.spread(cell, 5)
+        running.spread_over_devices(cell, 5)
 
 
 @pytest.fixture
@@ -533,10 +533,10 @@ FIXED = Results(
     failures={"minilm/rte/light/2": "out of memory"},
 )  # fmt: skip
 CAPTION = (
-    "model minilm, 6 of 9 cells are done; mean ± standard deviation over seeds; quality in percent, except losses and "
-    "perplexity; difference: to lora; p: of a paired t-test over seeds; parameters: of the base after the cut; removed: "
-    "part of the base's parameters; trained: trainable parameters; samples/s and training MiB: of fine-tuning; peak MiB "
-    "and seconds: of the run, with estimation."
+    "model minilm, 6 of 9 cells are done; mean ± standard deviation over seeds; quality in percent, except losses "
+    "and perplexity; difference: to lora; p: of a paired t-test over seeds; parameters: of the base after the cut; "
+    "removed: part of the base's parameters; trained: trainable parameters; samples/s and training MiB: of "
+    "fine-tuning; peak MiB and seconds: of the run, with estimation."
 )
 MARKDOWN = f"""\
 | task | method | metric | seeds | quality | difference | p | parameters | removed, % | trained | adapter KiB | samples/s | training MiB | peak MiB | seconds |
@@ -569,7 +569,7 @@ def test_a_narrow_screen_has_whole_cells_of_fewer_columns() -> None:
     with console.capture() as capture:
         console.print(rich_table(FIXED, console.width))
     headers = re.split(r"\s{2,}", capture.get().splitlines()[0].strip())
-    for name, cells in tables.shown(FIXED)[0].items():
+    for name, cells in tables.display_table(FIXED)[0].items():
         assert (name in headers) != (name in tables.LEFT_OUT)
         assert name in tables.LEFT_OUT or all(cell in capture.get() for cell in cells)
 
@@ -671,7 +671,7 @@ def test_parts_of_a_grid_are_one_table(tmp_path: Path) -> None:
 def test_parts_that_were_spread_over_devices(tmp_path: Path) -> None:
     file = grid_file(tmp_path / "grid.yaml")
     grid, out = load_grid(file), tmp_path / "on_four"
-    cells = [running.spread(cell, 4) for cell in grid.cells(out)]
+    cells = [running.spread_over_devices(cell, 4) for cell in grid.cells(out)]
     for cell in cells:
         fake_report(cell.config, 0.5)
     write_results(out, summarize(grid, cells))

@@ -22,17 +22,13 @@ from lightpeft.errors import LightPeftError
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; exit with 2 and one line after bad input, with 130 after an interruption.
-
-    Args:
-        arguments: the words behind `lightpeft`; None: those of this process.
-    """
+    """Run the command line; exit with 2 and one line after bad input, with 130 after an interruption."""
     if completing.is_completion():
         completing.complete(overview)
     streams.prepare()
     streams.hush_imports()
     try:
-        with _stoppable():
+        with _sigterm_as_interrupt():
             _dispatch(sys.argv[1:] if arguments is None else arguments)
             streams.flush()
     except LightPeftError as error:
@@ -49,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
+def _sigterm_as_interrupt() -> Iterator[None]:
     """Let SIGTERM end the command as Ctrl-C does (in the main thread; elsewhere signals cannot be handled)."""
 
     def handle(number: int, frame: FrameType | None) -> NoReturn:

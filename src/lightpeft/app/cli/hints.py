@@ -21,7 +21,6 @@ def unknown_option(words: Sequence[str], known: Collection[str]) -> str:
 
     Args:
         words: words of a command line that the parser did not take.
-        known: all options of the parser.
     """
     unknown = next((word.partition("=")[0] for word in words if re.match("--?[a-zA-Z]", word)), None)
     if unknown is None:

@@ -70,7 +70,7 @@ class Option:
         """Add the option to a parser or an argument group, which keeps its value as text."""
         shape: dict[str, Any] = {} if self.is_place else {"dest": self.name}
         shape |= {"action": "store_true"} if self.flag else {"nargs": self.count, "metavar": _metavar(self)}
-        described = _described(self).replace("%", "%%") if self.help else SUPPRESS
+        described = _help_text(self).replace("%", "%%") if self.help else SUPPRESS
         action = parser.add_argument(*self.names.split(), default=SUPPRESS, help=described, **shape)
         if choices := _choices(self.type):
             action.completer = lambda **_: choices  # what argcomplete asks
@@ -162,7 +162,6 @@ def read_section(word: str, name: str, known: Iterable[str]) -> dict[str, Any]:
     """Read the settings of a whole section from a word: YAML, or the name of a YAML file.
 
     Args:
-        name: dotted name of the section.
         known: all options of the parser, for a hint in the error.
     """
     value = value_of(word, dict)
@@ -219,7 +218,7 @@ def _choices(wanted: Any) -> list[str]:
 _CHOICES: dict[Any, tuple[str, ...]] = {bool: ("true", "false"), NoneType: ("null",)}
 
 
-def _described(option: Option) -> str:
+def _help_text(option: Option) -> str:
     """Return the help text with the type, where choices do not show it, and the default."""
     if option.flag or dataclasses.is_dataclass(option.type):
         return option.help
@@ -236,10 +235,10 @@ def shown_default(option: Option) -> str:
 
 def type_name(wanted: Any) -> str:
     """Return a type as help shows it: int, list[str] | null, float | auto."""
-    return " | ".join(_name(part) for part in _union_parts(wanted))
+    return " | ".join(_part_name(part) for part in _union_parts(wanted))
 
 
-def _name(part: Any) -> str:
+def _part_name(part: Any) -> str:
     if typing.get_origin(part) is dict:
         return "mapping"
     return " | ".join(_choices(part)) or (str(part) if typing.get_origin(part) else part.__name__)

@@ -26,7 +26,7 @@ SOURCES = (
     Option("--print_config", "Print the resulting settings as YAML and exit.", flag=True, rare=True),
 )
 """Options that name where settings come from, which other options override, and the one that prints them."""
-USUAL = (
+COMMON_SETTINGS = (
     "--model.name",
     "--data.train",
     "--data.columns",
@@ -38,20 +38,12 @@ USUAL = (
 
 
 def run_config(given: dict[str, Any]) -> RunConfig:
-    """Return the settings of a run with defaults: those of `--run` or `--config`, overridden by the options.
-
-    Args:
-        given: options of the command line, nested.
-    """
+    """Return the settings of a run with defaults: those of `--run` or `--config`, overridden by the options."""
     return run_config_from_dict(run_settings(given))
 
 
 def run_settings(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of `--run` or `--config`, overridden by the options: nested, without defaults.
-
-    Args:
-        given: options of the command line, nested.
-    """
+    """Return the settings of `--run` or `--config`, overridden by the options: nested, without defaults."""
     from lightpeft.app.folders.run_folder import stored_settings
 
     above = dict(given)
@@ -73,11 +65,7 @@ def run_settings(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_config(given: dict[str, Any]) -> None:
-    """Print the resulting settings of a run as YAML.
-
-    Args:
-        given: options of the command line, nested.
-    """
+    """Print the resulting settings of a run as YAML."""
     print(yaml.safe_dump(dataclasses.asdict(run_config(given)), sort_keys=False, allow_unicode=True), end="")  # noqa: T201
 
 
@@ -103,7 +91,7 @@ def sections(arguments: Sequence[str] = (), without: Collection[str] = ()) -> li
     return [first, *inner]
 
 
-def _keys(options: Sequence[Option], arguments: Sequence[str]) -> list[Option]:
+def _key_options(options: Sequence[Option], arguments: Sequence[str]) -> list[Option]:
     """Make an option for each key of a mapping that a command line names, such as --peft.r."""
     written = dict.fromkeys(word.partition("=")[0] for word in arguments)
     mappings = [option for option in options if option.has_keys]
@@ -123,21 +111,19 @@ def sections_of(
     Args:
         name: dotted name of the section; empty: the run itself, which has no option for the whole.
         usual: the section with its default values.
-        arguments: a command line, which may name keys of mappings.
-        without: fields to leave out.
     """
     cls = type(usual)
     fields = [each for each in dataclasses.fields(cls) if each.name not in without]
     inner = [each.name for each in fields if dataclasses.is_dataclass(_hint(cls, each.name))]
     prefix = f"{name}." if name else ""
     own = [_option(usual, each.name, prefix) for each in fields if each.name not in inner]
-    whole = [Option(f"--{name}", _whole(cls), type=cls)] if name else []
-    yield Section(_title(cls), [*whole, *own, *_keys(own, arguments)])
+    whole = [Option(f"--{name}", _section_help(cls), type=cls)] if name else []
+    yield Section(_title(cls), [*whole, *own, *_key_options(own, arguments)])
     for each in inner:
         yield from sections_of(f"{prefix}{each}", getattr(usual, each), arguments)
 
 
-def _whole(cls: Any) -> str:
+def _section_help(cls: Any) -> str:
     section = "all of this section, as YAML or in a YAML file."
     amount = "Part of the blocks to remove such as 0.4, auto, a preset's name, or"
     return f"{amount} {section}" if cls is LightConfig else f"A{section[1:]}"
@@ -145,7 +131,7 @@ def _whole(cls: Any) -> str:
 
 def _option(usual: Any, field: str, prefix: str) -> Option:
     name, cls = f"{prefix}{field}", cast(Any, type(usual))
-    return Option(f"--{name}", _documented(cls)[field], _hint(cls, field), getattr(usual, field))
+    return Option(f"--{name}", _field_docs(cls)[field], _hint(cls, field), getattr(usual, field))
 
 
 def _title(cls: Any) -> str:
@@ -162,11 +148,11 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 
 @cache
-def _documented(cls: type) -> dict[str, str]:
+def _field_docs(cls: type) -> dict[str, str]:
     """Map each field of a class, inherited ones included, to the docstring below it, on one line."""
     if cls is object:
         return {}
-    found = {name: text for base in reversed(cls.__bases__) for name, text in _documented(base).items()}
+    found = {name: text for base in reversed(cls.__bases__) for name, text in _field_docs(base).items()}
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     body = node.body if isinstance(node, ast.ClassDef) else []
     for field, below in pairwise(body):

@@ -49,15 +49,11 @@ def metrics_table(
     title: str,
     constant: Mapping[str, float] | None = None,
 ) -> Table:
-    """Make a table of metrics: value, 95% interval, and the value of the majority baseline if there is one.
-
-    Args:
-        constant: metrics of the majority baseline, which answers every row with the most frequent class.
-    """
+    """Make a table of metrics: value, 95% interval, and the value of the majority baseline if there is one."""
     table = _numbers_table(title, "metric", "value", "95% interval", *(["majority baseline"] if constant else []))
     for name, value in metrics.items():
         beside = [shown(constant[name]) if name in constant else ""] if constant else []
-        table.add_row(escape(name), shown(value), _range(intervals.get(name)), *beside)
+        table.add_row(escape(name), shown(value), _format_interval(intervals.get(name)), *beside)
     return table
 
 
@@ -85,7 +81,12 @@ def paired_table(comparison: Mapping[str, Mapping[str, Any]], first: str, second
         values = [shown(entry[key]) for key in ("first", "second")]
         p_value = "" if entry["p_value"] is None else f"{entry['p_value']:.3g}"
         table.add_row(
-            escape(name), *values, f"{entry['difference']:+.4f}", _range(entry["interval"]), p_value, entry["test"]
+            escape(name),
+            *values,
+            f"{entry['difference']:+.4f}",
+            _format_interval(entry["interval"]),
+            p_value,
+            entry["test"],
         )
     return table
 
@@ -124,7 +125,7 @@ def _numbers_table(title: str, first: str, *others: str) -> Table:
     return table
 
 
-def _range(interval: Sequence[float] | None) -> str:
+def _format_interval(interval: Sequence[float] | None) -> str:
     return "" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
 
 
@@ -147,11 +148,7 @@ def bench_table(report: Mapping[str, Any]) -> Table:
 
 
 def speed_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """List the measures of a report of `bench`: name, plain, light, ratio (light over plain), and its quartiles if any.
-
-    Args:
-        found: the return value of `bench`.
-    """
+    """List the measures of a `bench` result: name, plain, light, ratio (light over plain), and its quartiles."""
     subjects, ratios, whole = found["subjects"], found["ratios"], found["end_to_end"]
     both = [subjects[name] for name in ("plain", "light")]
     rows: list[dict[str, Any]] = []
@@ -162,14 +159,14 @@ def speed_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     for what in ("training", "inference"):
         spread, medians = ratios[f"{what}_throughput"], [of[f"{what}_samples_per_second"]["median"] for of in both]
-        add(f"{what} samples/s", medians, _fine, spread["median"], quartiles=[spread["low"], spread["high"]])
+        add(f"{what} samples/s", medians, _format_tenths, spread["median"], quartiles=[spread["low"], spread["high"]])
     add("training memory", [of["peak_memory_bytes"] for of in both], in_bytes, ratios["peak_memory"])
     for name, key in (("weights at inference", "weights_bytes"), ("inference memory", "peak_memory_bytes")):
         served = [of["inference"][key] for of in both]
         add(name, served, in_bytes, served[1] / served[0])
     for what, key in (("training", "training"), ("inference", "forward")):
         flops = [of["flops"][key] / 1e9 for of in both]
-        add(f"{what} GFLOPs per batch", flops, _fine, flops[1] / flops[0])
+        add(f"{what} GFLOPs per batch", flops, _format_tenths, flops[1] / flops[0])
     caches = [of.get("kv_cache_bytes_per_token") for of in both]
     if None not in caches:
         add("KV cache per token", caches, in_bytes, caches[1] / caches[0])
@@ -178,7 +175,7 @@ def speed_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _fine(value: float) -> str:
+def _format_tenths(value: float) -> str:
     return f"{value:,.1f}"
 
 

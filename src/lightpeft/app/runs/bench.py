@@ -52,11 +52,11 @@ SUBJECTS = ("plain", "estimation", "light")
 """Plain PEFT on the dense model, the estimation stage (if the run has one), and the pruned model."""
 _INFERRING = ("plain", "light")
 """Subjects whose inference is measured; estimation is a stage of training."""
-_WHAT = {"fixed": "memory and FLOPs", "serving": "inference memory"}
+_ONCE = {"fixed": "memory and FLOPs", "serving": "inference memory"}
 """Method of `Subject` that measures once -> its name in progress lines."""
 ROUNDS, STEPS = 3, 10
 """Default number of rounds, and of batches per round."""
-_MOST = 10_000
+_LIMIT = 10_000
 """Upper limit of rounds, and of batches per round."""
 _MEASURED_STEPS = 3
 """Training steps of the memory measurement: the second one allocates nothing new but the optimizer's state."""
@@ -84,7 +84,7 @@ def bench(
         Stopped: by Ctrl-C; rounds that were over are kept.
     """
     require(rounds >= 1 and steps >= 1, f"--rounds {rounds} and --steps {steps} must be at least 1")
-    require(max(rounds, steps) <= _MOST, f"--rounds {rounds} and --steps {steps} must be at most {_MOST:,}")
+    require(max(rounds, steps) <= _LIMIT, f"--rounds {rounds} and --steps {steps} must be at most {_LIMIT:,}")
     require(json is None or not Path(json).is_dir(), f"--json {json} is a folder; give a file")
     in_memory = "bench supports models in memory only; set model.low_memory to false"
     require(not config.model.low_memory, in_memory)
@@ -96,7 +96,7 @@ def bench(
     place = Path(json or work.run.path / "bench.json")
     report: dict[str, Any] = {}
     try:
-        for fixed, values in _measured(config, rounds, steps):
+        for fixed, values in _measure_rounds(config, rounds, steps):
             report = _report(work, fixed, values) | {"of_rounds": rounds, "steps": steps}
             write_json(place, report)
     except KeyboardInterrupt as stop:
@@ -125,12 +125,7 @@ def rounds_in_words(done: int, asked: int | None = None) -> str:
 
 
 def _report(work: Workspace, fixed: Mapping[str, dict[str, Any]], values: _Values) -> dict[str, Any]:
-    """Make the result of `bench` from the rounds that are over.
-
-    Args:
-        fixed: memory and FLOPs by subject.
-        values: speeds of each round.
-    """
+    """Make the result of `bench` from the rounds that are over."""
     training, inference = values["training"], values["inference"]
     return {
         "subjects": {
@@ -154,7 +149,7 @@ _Values = dict[str, dict[str, list[float]]]
 """training or inference -> subject -> samples a second, one a round."""
 
 
-def _measured(config: RunConfig, rounds: int, steps: int) -> Iterator[tuple[dict[str, dict[str, Any]], _Values]]:
+def _measure_rounds(config: RunConfig, rounds: int, steps: int) -> Iterator[tuple[dict[str, dict[str, Any]], _Values]]:
     """Yield, after each round, memory and FLOPs by subject, and the speeds of all rounds so far."""
     names = [name for name in SUBJECTS if name in _INFERRING or config.light.chooses]
     total = (1 + rounds) * (len(names) + len(_INFERRING))
@@ -163,7 +158,7 @@ def _measured(config: RunConfig, rounds: int, steps: int) -> Iterator[tuple[dict
         progress = StepProgress(total, 0, "measurements")
 
         def measuring(what: str, name: str) -> Callable[[], Any]:
-            return partial(_shown, progress, workers[name], what, name)
+            return partial(_measure_and_print, progress, workers[name], what, name)
 
         fixed = {name: measuring("fixed", name)() for name in names}
         for name in _INFERRING:
@@ -180,12 +175,12 @@ def _measured(config: RunConfig, rounds: int, steps: int) -> Iterator[tuple[dict
             yield fixed, values
 
 
-def _shown(progress: StepProgress, worker: Worker, what: str, name: str) -> Any:
+def _measure_and_print(progress: StepProgress, worker: Worker, what: str, name: str) -> Any:
     """Measure a subject, and print the result as one step of the progress."""
-    label = f"{name}, {_WHAT.get(what, what)}"
+    label = f"{name}, {_ONCE.get(what, what)}"
     progress.begin()
     value = worker.measure(what)
-    told = f"{value['peak_memory_bytes'] / 2**20:,.0f} MiB" if what in _WHAT else f"{value:,.1f} samples/s"
+    told = f"{value['peak_memory_bytes'] / 2**20:,.0f} MiB" if what in _ONCE else f"{value:,.1f} samples/s"
     progress.end(label, told)
     return value
 
@@ -221,7 +216,6 @@ class Subject:
         """
         Args:
             build: how to make the model, or a name in `BUILDS`.
-            config: settings of the run.
             steps: batches per measurement.
         """
         set_seed(config.seed)
@@ -232,16 +226,16 @@ class Subject:
         self.autocast = self.build.autocast or autocast_dtype(config.training)
         self.model, self.optimizer = self.build.make(self.work)
         self._folder = tempfile.TemporaryDirectory()
-        self._known: CachedRows | None = None
+        self._cached_rows: CachedRows | None = None
         self._prefix_speed: float | None = None
         self._round_seconds = 0.0
 
     def fixed(self) -> dict[str, Any]:
         """Measure once: peak memory of training, FLOPs of the largest batch, and KV cache bytes per token."""
-        with self._as_trained():
+        with self._training_as_a_run():
             with PeakMemory(self.model) as memory:
                 seconds = self._train(self.batches[:_MEASURED_STEPS])
-            self._note(self.batches[:_MEASURED_STEPS], seconds)
+            self._add_seconds(self.batches[:_MEASURED_STEPS], seconds)
             flops = count_flops(self.model, max(self.batches, key=lambda batch: batch["input_ids"].numel()))
         return {
             "prefix_samples_per_second": self._prefix_speed,
@@ -257,14 +251,14 @@ class Subject:
         weights = weights_bytes(self._merged)
         with PeakMemory(self._merged) as memory:
             seconds = measure_inference(self._merged, [largest], autocast=self.autocast)
-        self._note([largest], seconds)
+        self._add_seconds([largest], seconds)
         return {
             "weights_bytes": weights,
             "peak_memory_bytes": weights + memory.grown,
             "peak_memory_method": memory.method,
         }
 
-    def _note(self, batches: Sequence[Mapping[str, Any]], seconds: Sequence[float]) -> None:
+    def _add_seconds(self, batches: Sequence[Mapping[str, Any]], seconds: Sequence[float]) -> None:
         """Add the seconds of some batches, scaled to all batches, to the expected seconds of a round."""
         self._round_seconds += sum(seconds) * _tokens(self.batches) / _tokens(batches)
 
@@ -274,7 +268,7 @@ class Subject:
 
     def training(self) -> float:
         """Measure training samples/s: forward, backward, clipping and optimizer step."""
-        with self._as_trained():
+        with self._training_as_a_run():
             return _samples(self.batches) / sum(self._train(self.batches))
 
     def inference(self, batch_size: int | None = None, peft: Literal["merged", "beside", "fused"] = "merged") -> float:
@@ -298,12 +292,12 @@ class Subject:
         return copy.deepcopy(self.model).merge_and_unload()
 
     @contextmanager
-    def _as_trained(self) -> Iterator[None]:
+    def _training_as_a_run(self) -> Iterator[None]:
         """Make training steps inside the block those of a run, which reads stored outputs of frozen blocks."""
         prefix = FrozenPrefix(self.model, blocks=[] if self.build.masked else None)
         with prefix.attached():
-            self._known = self._known or self._store(prefix)
-            prefix.known = self._known
+            self._cached_rows = self._cached_rows or self._store(prefix)
+            prefix.known = self._cached_rows
             with self.build.accelerating(self.work, self.model):
                 yield
 
@@ -339,7 +333,6 @@ def sample_batches(work: Workspace, steps: int, size: int | None = None) -> list
     """Make training batches of a run, each of rows of similar length, padded to the longest.
 
     Args:
-        steps: number of batches.
         size: rows per batch; None: the run's batch size.
     """
     return [work.collator(rows.to_list()) for rows in sample_rows(work, steps, size)]
@@ -349,7 +342,6 @@ def sample_rows(work: Workspace, steps: int, size: int | None = None) -> list[Da
     """Select the training rows of some batches, one data set per batch, from all over an epoch.
 
     Args:
-        steps: number of batches.
         size: rows per batch; None: the run's batch size.
     """
     size = size or work.config.training.batch_size

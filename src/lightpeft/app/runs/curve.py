@@ -16,19 +16,18 @@ from lightpeft.machine import autocast_dtype
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.profiling.surroundings import hardware
 
-ROWS = 256
+CURVE_ROWS = 256
 """Default number of training rows on which the losses are measured."""
 _BATCH = 8
 """Rows per batch: many small batches give the interval of the mean loss."""
 
 
-def curve(work: Workspace, parts: Sequence[float] = PARTS, rows: int = ROWS) -> dict[str, Any]:
+def curve(work: Workspace, parts: Sequence[float] = PARTS, rows: int = CURVE_ROWS) -> dict[str, Any]:
     """Measure the loss at some budgets of a run whose estimation is done, and write `curve.json` into its folder.
 
     The rows are training rows drawn by the run's seed; estimation may have seen some of them.
 
     Args:
-        work: the run with its data.
         parts: budgets, each a part of the blocks' parameters to remove.
         rows: number of training rows on which the losses are measured.
 

@@ -35,13 +35,13 @@ def found_depth(run: RunFolder) -> dict[str, Any] | None:
 
 
 def _leave_depth(work: Workspace) -> None:
-    started, facts = time.perf_counter(), _found(work)
+    started, facts = time.perf_counter(), _find(work)
     left_out = f"light.remove.depth: auto leaves out {facts['depth']:.0%} of the blocks"
     work.run.announce("depth", f"{left_out}: {facts['reason']}")
     work.run.finish_stage("depth", time.perf_counter() - started, lambda: write_json(work.run.depth, facts))
 
 
-def _found(work: Workspace) -> dict[str, Any]:
+def _find(work: Workspace) -> dict[str, Any]:
     model = work.dense_model(to_train=True).model
     if not is_classifying_decoder(model):
         return {"depth": 0.0, "reason": ONLY_THESE}

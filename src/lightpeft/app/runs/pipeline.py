@@ -38,7 +38,7 @@ from lightpeft.app.runs.stages import (
     leave_plan,
     leave_pruned,
 )
-from lightpeft.app.runs.stopping import stopped, stopped_line
+from lightpeft.app.runs.stopping import stop_facts, stop_line
 from lightpeft.app.runs.trainers import DenseRun, LightRun, WideRun
 from lightpeft.app.runs.workspace import Workspace, prepare
 from lightpeft.app.tasks.answers import Outcome
@@ -102,7 +102,7 @@ def estimate(work: Workspace) -> EstimationRecord:
     if not work.run.has("estimate") and work.config.light.chooses:
         _train_light(work, stop_at_cut=True)
     elif not work.run.has("estimate"):
-        _leave_unscored(work)
+        _write_unscored(work)
     return EstimationRecord.load(work.run.estimation)
 
 
@@ -123,7 +123,7 @@ def _train_light(work: Workspace, callbacks: Sequence[TrainerCallback] = (), sto
             _finish(work, trainer, begun=trainer.light_report["estimation_steps"])
 
 
-def _leave_unscored(work: Workspace) -> None:
+def _write_unscored(work: Workspace) -> None:
     """Write an estimation without steps: PEFT modules at their initial values, and a record without scores."""
     settle_depth(work)
     set_seed(work.config.seed)
@@ -284,9 +284,9 @@ def _finish(
     cost = trainer.meter.stop(step)
     require(_finite(model), "training diverged: trained weights are NaN or infinite; lower training.learning_rate")
 
-    told = stopped(trainer, work) if trainer.stage == "train" else {}
+    told = stop_facts(trainer, work) if trainer.stage == "train" else {}
     if told:
-        run.announce("train", stopped_line(told["stopped"]))
+        run.announce("train", stop_line(told["stopped"]))
 
     def save_trained() -> None:
         save_result(run, model, work.tokenizer, task_facts(work.task))
@@ -315,7 +315,7 @@ def evaluate(work: Workspace) -> dict[str, Any]:
     run.need(run.last_training, "evaluate")
     started = time.perf_counter()
     watcher = work.watcher()
-    base, probe = _asked_base(work, watcher)
+    base, probe = _measure_base(work, watcher)
     model = open_result(run, work.task, base)
     outcomes = measure(work, model)
     scores = scores_of(outcomes, work.task)
@@ -325,7 +325,7 @@ def evaluate(work: Workspace) -> dict[str, Any]:
         watcher.look("final", model)
     earlier = [entry for stage, entry in run.finished_stages().items() if stage != "evaluate"]
     noticed = notices(watcher, earlier, outcomes[""].answers, scores.intervals)
-    besides = _beside_light(work) if isinstance(model, LightModel) and run.keeps_full else {}
+    besides = _measure_full_width(work) if isinstance(model, LightModel) and run.keeps_full else {}
     if probe is not None:
         besides["linear_probe"] = probe.facts()
         noticed["warnings"] += probe.doubts(scores, work.task)
@@ -342,14 +342,14 @@ def evaluate(work: Workspace) -> dict[str, Any]:
     return read_report(run.metrics)
 
 
-def _beside_light(work: Workspace) -> dict[str, Any]:
+def _measure_full_width(work: Workspace) -> dict[str, Any]:
     """Measure the full-width model of a run that keeps it beside the light one."""
     model = open_peft(work.run.full, work.dense_model().model)
     scores = scores_of(measure(work, model), work.task)
     return {"full_width": {"metrics": scores.metrics, "intervals": scores.intervals}}
 
 
-def _asked_base(work: Workspace, watcher: Watcher) -> tuple[PreTrainedModel | None, LinearProbe | None]:
+def _measure_base(work: Workspace, watcher: Watcher) -> tuple[PreTrainedModel | None, LinearProbe | None]:
     """Measure the base model before a result is built on it, and fit the linear probe.
 
     Returns:

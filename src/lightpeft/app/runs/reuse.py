@@ -32,10 +32,6 @@ def estimation_settings(config: RunConfig) -> dict[str, Any]:
 def find_estimation(config: RunConfig, folder: Path) -> RunFolder:
     """Find the run in a folder and check that another run can reuse its estimation.
 
-    Args:
-        config: settings of the run that reuses it.
-        folder: folder of the run that has the estimation.
-
     Raises:
         LightPeftError: the estimation is missing or damaged, was made with other settings or another number of rows
             per step, or no plan from it meets the budget.
@@ -82,8 +78,6 @@ def copy_estimation(donor: RunFolder, run: RunFolder, name: str) -> None:
     """Copy an estimation, whole or not at all; log its origin, and count its time and memory for both runs.
 
     Args:
-        donor: the run that has the estimation.
-        run: the run that gets it.
         name: name of the donor in the log.
 
     Raises:

@@ -67,11 +67,11 @@ answer by label frequencies that training took away by the last window (None: un
 
 def leave_budget(run: RunFolder, found: FoundBudget) -> None:
     """Write the budget that `light: auto` found, and the seconds of the search."""
-    facts = {**found.facts(), "settings": _asked(run.config.light)}
+    facts = {**found.facts(), "settings": _budget_settings(run.config.light)}
     run.finish_stage("budget", found.seconds, lambda: write_json(run.budget, facts))
 
 
-def _asked(light: LightConfig) -> dict[str, Any]:
+def _budget_settings(light: LightConfig) -> dict[str, Any]:
     """Return the settings that a budget depends on, beside those of the estimation, by dotted name."""
     return {name: value for name, value in flat(asdict(light)).items() if name in READ_BY_PLANS}
 
@@ -86,7 +86,7 @@ def found_budget(run: RunFolder) -> dict[str, Any] | None:
         return None
     found = read_json(run.budget)
     with understandable(run.budget):
-        return found if found["settings"] == _asked(run.config.light) else None
+        return found if found["settings"] == _budget_settings(run.config.light) else None
 
 
 def light_with_budget(run: RunFolder) -> LightConfig:

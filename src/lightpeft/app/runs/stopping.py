@@ -50,7 +50,7 @@ def loss_aside(work: Workspace, model: nn.Module, autocast: torch.dtype | None) 
     return broadcast_from_main(float((losses_of(model, batches, autocast) * sizes).sum() / sizes.sum()))
 
 
-def stopped(trainer: Any, work: Workspace) -> dict[str, Any]:
+def stop_facts(trainer: Any, work: Workspace) -> dict[str, Any]:
     """Return the `stopped` entry of log and report if training kept an earlier model than its last; else nothing."""
     best, last = trainer.state.best_global_step, trainer.state.global_step
     if work.held_rows is None or not work.stops_early or not best or best == last:
@@ -59,11 +59,7 @@ def stopped(trainer: Any, work: Workspace) -> dict[str, Any]:
     return {"stopped": {"step": last, "of": work.steps, "kept": best, "loss": loss, "rows_aside": rows}}
 
 
-def stopped_line(told: dict[str, Any]) -> str:
-    """Return the line about early stopping.
-
-    Args:
-        told: the `stopped` entry of the log.
-    """
+def stop_line(told: dict[str, Any]) -> str:
+    """Return the line about early stopping."""
     lowest = f"the loss on {told['rows_aside']} held-out rows was lowest ({told['loss']:.3f}) at step {told['kept']}"
     return f"training stopped early at step {told['step']} of {told['of']}: {lowest}, and that model is kept"

@@ -45,7 +45,7 @@ from lightpeft.training.teaching import shared_out, with_answers
 TEACHABLE = (CLASSIFICATION, REGRESSION, MULTIPLE_CHOICE)
 """Task heads whose logits a student can learn."""
 _LOGITS, _FACTS = "logits.safetensors", "teacher.json"
-_UNNAMED = re.compile(r"LABEL_\d+")
+_GENERIC_LABEL = re.compile(r"LABEL_\d+")
 
 
 def check_teachable(config: RunConfig, task: Task) -> None:
@@ -71,8 +71,6 @@ class RunTeacher:
         """Find and check the teacher of a run; None: `training.teacher` is not set.
 
         Args:
-            config: settings of the run.
-            task: task of the run.
             rows: training rows as text, in the columns of the task's kind.
 
         Raises:
@@ -94,37 +92,35 @@ class RunTeacher:
         own.config = replace(task.config, max_length=min(limit for limit in limits if limit))
         return cls(found, own, rows)
 
-    def taught(self, run: RunFolder, rows: Dataset, batch_size: int) -> Dataset:
+    def add_logits(self, run: RunFolder, rows: Dataset, batch_size: int) -> Dataset:
         """Add the teacher's logits to the encoded training rows: those in the run folder or, if it has none, new ones.
 
         Args:
-            run: its folder keeps the logits.
-            rows: encoded training rows.
             batch_size: rows per forward pass of the teacher.
 
         Raises:
             LightPeftError: the teacher cannot be loaded, or its logits are NaN or infinite; nothing is written then.
         """
         fingerprint = self._fingerprint()
-        logits = _stored(run, fingerprint)
+        logits = _read_logits(run, fingerprint)
         if logits is not None:
             return with_answers(rows, logits)
         started = time.perf_counter()
         try:
             with random_apart(accelerator() or torch.device("cpu")):
-                logits = self._asked(batch_size)
+                logits = self._compute_logits(batch_size)
             taught = with_answers(rows, logits)
         except LightPeftError as error:
             raise LightPeftError(f"training.teacher: {error}") from error
 
         def save() -> None:
-            _store(run, fingerprint, logits)
+            _write_logits(run, fingerprint, logits)
 
         with run.held():
             run.finish_stage("teach", time.perf_counter() - started, save, teacher=self.found.name, rows=len(rows))
         return taught
 
-    def _asked(self, batch_size: int) -> list[Tensor]:
+    def _compute_logits(self, batch_size: int) -> list[Tensor]:
         """Compute the logits of each row, then free the teacher's memory; of multiple choice, one logit per option."""
         found, task = self.found, self.task
         tokenizer = found.tokenizer()
@@ -173,18 +169,18 @@ def _check_labels(found: Found, task: Task) -> None:
     classes, labels = found.class_names, task.labels
     if task.head.outputs != "classes" or classes is None:
         return
-    both = f"{found.name} has the labels {_listed(classes)}, and the data have {_listed(labels)}"
+    both = f"{found.name} has the labels {_join_names(classes)}, and the data have {_join_names(labels)}"
     require(len(classes) == len(labels), f"{both}; give a teacher of the same labels")
     numbered = labels == [str(number) for number in range(len(labels))]
-    unnamed = numbered or all(_UNNAMED.fullmatch(name) for name in classes)
+    unnamed = numbered or all(_GENERIC_LABEL.fullmatch(name) for name in classes)
     require(unnamed or classes == labels, f"{both}; give a teacher of the same labels in the same order")
 
 
-def _listed(names: Sequence[str]) -> str:
+def _join_names(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if names[5:] else "")
 
 
-def _stored(run: RunFolder, fingerprint: str) -> list[Tensor] | None:
+def _read_logits(run: RunFolder, fingerprint: str) -> list[Tensor] | None:
     """Read the logits of the teacher from the run folder; None: missing, damaged, or of another teacher or rows."""
     if not run.has("teach"):
         return None
@@ -198,7 +194,7 @@ def _stored(run: RunFolder, fingerprint: str) -> list[Tensor] | None:
     return list(kept["logits"].split(kept["sizes"].tolist()))
 
 
-def _store(run: RunFolder, fingerprint: str, logits: Sequence[Tensor]) -> None:
+def _write_logits(run: RunFolder, fingerprint: str, logits: Sequence[Tensor]) -> None:
     with replacing_folder(run.teacher, last=CHECKSUMS) as temporary:
         sizes = torch.tensor([len(of_row) for of_row in logits])
         write_tensors(temporary / _LOGITS, {"logits": torch.cat(list(logits)), "sizes": sizes})

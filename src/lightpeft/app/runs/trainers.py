@@ -99,13 +99,13 @@ class RunTrainer(Training, Trainer):
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> dict[str, float]:
         """Compute the run's metrics from whole answers (`Trainer` sees batches alone) or, to stop early, the held-out
         loss."""
-        found = self._measured(metric_key_prefix)
+        found = self._compute_metrics(metric_key_prefix)
         self.log(found)
         told = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         self.control: TrainerControl = told
         return found
 
-    def _measured(self, prefix: str) -> dict[str, float]:
+    def _compute_metrics(self, prefix: str) -> dict[str, float]:
         work = self.work
         if work.stops_early:  # test rows must not decide where training stops
             return {f"{prefix}_loss": loss_aside(work, self.model, half_precision(self.args))}
@@ -144,7 +144,6 @@ class LightRun(light_trainer(RunTrainer)):  # type: ignore[misc]
     ) -> None:
         """
         Args:
-            work: the run with its data.
             model: the dense base with PEFT modules or, to continue after the cut, the light model.
             stop_at_cut: end training after estimation, before the cut.
             callbacks: callbacks to call before those of the run.
@@ -156,7 +155,9 @@ class LightRun(light_trainer(RunTrainer)):  # type: ignore[misc]
             "fast_steps": training.fast_steps,
             "teacher_weight": training.teacher_weight,
         }
-        super().__init__(model, **_options(work, [*callbacks, _EndsAt(self, work.steps - work.last_steps)]), **options)
+        super().__init__(
+            model, **_trainer_kwargs(work, [*callbacks, _StopAtStep(self, work.steps - work.last_steps)]), **options
+        )
         self._keep_prefix()
         self._schedule.last_steps = work.last_steps
 
@@ -228,19 +229,17 @@ class DenseRun(RunTrainer):
     ) -> None:
         """
         Args:
-            work: the run with its data.
-            model: the model to train.
             callbacks: callbacks to call before those of the run.
             steps: optimizer steps; None: those of the run.
             rate: peak learning rate; None: that of the run.
         """
         self.work = work
-        super().__init__(model, **_options(work, callbacks, steps, rate))
+        super().__init__(model, **_trainer_kwargs(work, callbacks, steps, rate))
         self._teaching.weight = work.config.training.teacher_weight
         self._keep_prefix()
         if self.args.fp16:
             train_in_float32(model)
-        self.add_callback(_Course(self))
+        self.add_callback(_BeginDenseRun(self))
 
     def begin(self, state: TrainerState) -> None:
         """Show the stage, store a frozen prefix and start the meter, when training begins or continues."""
@@ -276,7 +275,7 @@ class WideRun(DenseRun):
             yield
 
 
-class _EndsAt(TrainerCallback):
+class _StopAtStep(TrainerCallback):
     """Stops training of the light model where the steps at full width begin."""
 
     def __init__(self, trainer: LightRun, step: int) -> None:
@@ -287,7 +286,7 @@ class _EndsAt(TrainerCallback):
             control.should_training_stop = True
 
 
-class _Course(TrainerCallback):
+class _BeginDenseRun(TrainerCallback):
     """Calls `DenseRun.begin` when training begins, and writes the rows per step into each checkpoint."""
 
     def __init__(self, trainer: DenseRun) -> None:
@@ -301,7 +300,7 @@ class _Course(TrainerCallback):
             write_step(Path(args.output_dir) / f"checkpoint-{state.global_step}", args)
 
 
-def _options(
+def _trainer_kwargs(
     work: Workspace, callbacks: Sequence[TrainerCallback], steps: int | None = None, rate: float | None = None
 ) -> dict[str, Any]:
     """Make the keyword arguments of all trainers of a run.

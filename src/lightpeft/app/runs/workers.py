@@ -53,10 +53,6 @@ class Worker:
     def measure(self, what: str, *arguments: Any) -> Any:
         """Call a method of the subject in its process, and return the result.
 
-        Args:
-            what: name of the method.
-            arguments: its arguments.
-
         Raises:
             LightPeftError: the measurement failed.
         """
@@ -94,21 +90,21 @@ class Failure:
         self.reason = reason
 
 
-def _leave(*_: Any) -> NoReturn:
+def _exit_on_signal(*_: Any) -> NoReturn:
     """Exit on SIGTERM as at the end of a program, so that no file and no semaphore is left over."""
-    _handle(signal.SIGTERM, signal.SIG_IGN)
+    _set_handler(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(0)
 
 
-def _handle(number: int, how: Any) -> None:
+def _set_handler(number: int, how: Any) -> None:
     with suppress(ValueError):  # in a thread, where signals cannot be handled
         signal.signal(number, how)
 
 
 def _serve(pipe: Connection) -> None:
     """Make the subject from the first message, then answer requests until None arrives or the pipe closes."""
-    _handle(signal.SIGINT, signal.SIG_IGN)  # also where starting the process has let it through
-    _handle(signal.SIGTERM, _leave)
+    _set_handler(signal.SIGINT, signal.SIG_IGN)  # also where starting the process has let it through
+    _set_handler(signal.SIGTERM, _exit_on_signal)
     streams.hush_imports()
     try:
         make, arguments = pipe.recv()  # which imports what they are of
@@ -126,4 +122,4 @@ def _serve(pipe: Connection) -> None:
         with suppress(OSError):  # nobody reads on
             pipe.send(Failure(one_line(reason)))
     finally:
-        _handle(signal.SIGTERM, signal.SIG_IGN)
+        _set_handler(signal.SIGTERM, signal.SIG_IGN)

@@ -132,7 +132,7 @@ class Workspace:
         """
         if self.teacher is None:
             return self.train_rows
-        return self.teacher.taught(self.run, self.train_rows, self.config.training.eval_batch_size)
+        return self.teacher.add_logits(self.run, self.train_rows, self.config.training.eval_batch_size)
 
     @property
     def last_steps(self) -> int:
@@ -176,7 +176,6 @@ class Workspace:
         """Draw training rows by the run's seed, and make batches of rows of similar length.
 
         Args:
-            rows: number of rows.
             size: rows per batch; None: the evaluation batch size.
         """
         size = size or self.config.training.eval_batch_size
@@ -278,9 +277,9 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     for what, rows in {"the training rows": train_rows, "the test rows": test_rows, **more}.items():
         check_tokens(rows, model_config, what, tokenizer)
     width = getattr(model_config.get_text_config(), "hidden_size", None)
-    train_rows, held_rows = _set_aside(config, train_rows, width)
-    texts, _ = _set_aside(config, task.train, width)
-    config, unable = _able(config, train_rows, width)
+    train_rows, held_rows = _split_held_out(config, train_rows, width)
+    texts, _ = _split_held_out(config, task.train, width)
+    config, unable = _cut_nothing_if_short(config, train_rows, width)
     run = RunFolder.open(config, replan=replan, overwrite=overwrite)
     training: TrainingConfig = settled(
         config.training, len(train_rows), width, processes().num_processes, has_peft=config.way.has_peft
@@ -310,7 +309,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     return work
 
 
-def _set_aside(config: RunConfig, rows: Dataset, width: int | None) -> tuple[Dataset, Dataset | None]:
+def _split_held_out(config: RunConfig, rows: Dataset, width: int | None) -> tuple[Dataset, Dataset | None]:
     """Split rows by the seed into rows to train on and held-out rows for early stopping.
 
     The latter are None where the user sets the epochs or controls evaluation: training runs to its end then.
@@ -324,7 +323,7 @@ def _set_aside(config: RunConfig, rows: Dataset, width: int | None) -> tuple[Dat
     return rows.select(sorted(drawn[count:])), rows.select(sorted(drawn[:count]))
 
 
-def _able(config: RunConfig, rows: Dataset, width: int | None) -> tuple[RunConfig, str | None]:
+def _cut_nothing_if_short(config: RunConfig, rows: Dataset, width: int | None) -> tuple[RunConfig, str | None]:
     """Return the settings, with nothing to cut where `light: auto` has too few steps to estimate, and the reason."""
     if not config.way.prunes:
         return config, None
@@ -337,11 +336,6 @@ def _able(config: RunConfig, rows: Dataset, width: int | None) -> tuple[RunConfi
 def check_steps(config: RunConfig, donor: RunFolder, record: EstimationRecord) -> None:
     """Require that an estimation took as many rows per step as the run that continues it, because a step number must
     mean the same position in the data.
-
-    Args:
-        config: settings of the run that continues.
-        donor: the run that has the estimation.
-        record: the estimation.
 
     Raises:
         LightPeftError: the estimation took more or fewer rows per step.

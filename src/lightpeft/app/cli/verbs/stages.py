@@ -78,7 +78,7 @@ def _show_curve(config: RunConfig, rows: int | None) -> None:
     from lightpeft.app.runs import curve, pipeline
 
     work = pipeline.prepare(config, replan=True)
-    found = curve.curve(work, rows=curve.ROWS if rows is None else rows)
+    found = curve.curve(work, rows=curve.CURVE_ROWS if rows is None else rows)
     screen.print(curve_table(found))
     screen.say(f"all numbers are in {work.run.curve}; lightpeft report shows them")
 

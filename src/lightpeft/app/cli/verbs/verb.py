@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from lightpeft.app.cli.options import Help, Option, Parser, nested
-from lightpeft.app.cli.settings import SOURCES, USUAL, Section, print_config, sections
+from lightpeft.app.cli.settings import COMMON_SETTINGS, SOURCES, Section, print_config, sections
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Verb:
         return sections(arguments, without=self.without) if self.on_runs else []
 
     def _parser(self, run: Sequence[Section]) -> Parser:
-        parser = self._empty()
+        parser = self._bare_parser()
         self._declare(parser, run)
         return parser
 
-    def _empty(self) -> Parser:
+    def _bare_parser(self) -> Parser:
         places = [f"[{option.names}]" for option in self.options if option.is_place]
         usage = " ".join(["%(prog)s", *places, "[options]"]) if self.on_runs else None  # there are a hundred of them
         return Parser(prog=f"lightpeft {self.name}", usage=usage, description=self.help, add_help=False)
@@ -89,17 +89,17 @@ class Verb:
         if not run:
             parser.add_argument("-h", "--help", action="help", help="Show this help and exit.")
             return
-        usual, whole = partial(self._usual, run), partial(self._parser, run)
+        usual, whole = partial(self._common_parser, run), partial(self._parser, run)
         parser.add_argument("-h", "--help", action=Help, of=usual, help="Show the common options and exit.")
         parser.add_argument(
             "--help-all", action=Help, of=whole, help="Show all options, one for each setting of a run, and exit."
         )
 
-    def _usual(self, run: Sequence[Section]) -> Parser:
+    def _common_parser(self, run: Sequence[Section]) -> Parser:
         """Make the parser whose help shows the common options alone."""
-        parser = self._empty()
+        parser = self._bare_parser()
         settings = {option.name: option for section in run for option in section.options}
-        for option in (*self.options, *(settings[name] for name in USUAL), *SOURCES):
+        for option in (*self.options, *(settings[name] for name in COMMON_SETTINGS), *SOURCES):
             if not option.rare:
                 option.add_to(parser)
         self._add_help(parser, run)

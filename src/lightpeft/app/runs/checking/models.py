@@ -93,10 +93,10 @@ def cut_evenly(model: PeftModel, light: LightConfig) -> None:
     found |= {f"ranks/random/{index}": scores(site.rank) for index, site in enumerate(sites)}
     found["modules/random"] = scores(len(sites))
     record = EstimationRecord(blocks, sites, found, base, fingerprint="", left_out=left_out)
-    apply_plan(model, make_plan(record, even(light, blocks)))
+    apply_plan(model, make_plan(record, with_even_shares(light, blocks)))
 
 
-def even(light: LightConfig, blocks: Sequence[BlockSpec]) -> LightConfig:
+def with_even_shares(light: LightConfig, blocks: Sequence[BlockSpec]) -> LightConfig:
     """Return a budget that removes the same part of heads, neurons and experts in each block.
 
     Real scores would spread `light.remove.blocks` over them. Routers keep as many experts as they need.

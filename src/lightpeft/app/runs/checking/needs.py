@@ -103,7 +103,6 @@ def check(work: Workspace, available: int | None = None) -> Check:
     """Compute the needs of each stage of a run from its longest batch, on tensors without storage.
 
     Args:
-        work: the run with its data.
         available: bytes of memory that the run may take; None: all memory of the accelerator or, without one, of the
             machine.
 

@@ -48,8 +48,6 @@ class Drawing:
     def __init__(self, width: float, height: float, label: str, grid: str = "") -> None:
         """
         Args:
-            width: in pixels.
-            height: in pixels.
             label: description of the figure for screen readers.
             grid: axes with grid lines: "x", "y" or "both"; empty: none.
         """
@@ -71,13 +69,15 @@ class Drawing:
         drawn = ElementTree.fromstring(file.getvalue())
         for element in drawn.iter():
             element.tag = element.tag.rpartition("}")[2]
-            element.attrib = {name.rpartition("}")[2]: _plain(value) for name, value in element.attrib.items()}
+            element.attrib = {
+                name.rpartition("}")[2]: _clean_attribute(value) for name, value in element.attrib.items()
+            }
         shapes = {each.attrib["id"]: each for each in drawn.iter() if "id" in each.attrib}
         figure = shapes["figure_1"]
         for parent in list(figure.iter()):
             for place, child in enumerate(parent):
                 if child.tag == "use":
-                    parent[place] = _at_its_place(shapes[child.attrib["href"].removeprefix("#")], child)
+                    parent[place] = _place_marker(shapes[child.attrib["href"].removeprefix("#")], child)
         for element in figure.iter():
             for name in ("id", "clip-path"):
                 element.attrib.pop(name, None)
@@ -91,7 +91,7 @@ class Drawing:
         return ElementTree.tostring(root, encoding="unicode")
 
 
-def _plain(value: str) -> str:
+def _clean_attribute(value: str) -> str:
     """Round the numbers of an attribute to tenths of a pixel, and replace colours by the page's variables."""
     value = re.sub(r"\d+\.\d{2,}", lambda number: f"{float(number[0]):.1f}", value)
     value = re.sub(
@@ -100,7 +100,7 @@ def _plain(value: str) -> str:
     return " ".join(value.split())
 
 
-def _at_its_place(shape: ElementTree.Element, use: ElementTree.Element) -> ElementTree.Element:
+def _place_marker(shape: ElementTree.Element, use: ElementTree.Element) -> ElementTree.Element:
     """Copy a marker to the position of a `use` element."""
     drawn = copy.deepcopy(shape)
     drawn.attrib["transform"] = f"translate({use.attrib['x']} {use.attrib['y']})"

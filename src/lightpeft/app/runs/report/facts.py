@@ -35,7 +35,7 @@ TRAINED = ("estimate", "train", "widen")
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageFacts:
     """Time, memory and steps of one stage of a run."""
 
     name: str
@@ -71,7 +71,7 @@ class RunFacts:
 
     folder: Path
     config: RunConfig
-    stages: list[Stage]
+    stages: list[StageFacts]
     losses: list[Losses]
     cut: int | None
     """Step at which estimation ended and the model was cut, if anything was."""
@@ -92,7 +92,7 @@ class RunFacts:
         return str(self.folder if self.folder.name else self.folder.resolve())
 
     @property
-    def missing(self) -> list[Stage]:
+    def missing(self) -> list[StageFacts]:
         """Stages that are not done yet."""
         return [stage for stage in self.stages if not stage.done]
 
@@ -120,8 +120,8 @@ def read_run(folder: Path) -> RunFacts:
     raw = read_report(run.metrics) if run.has("evaluate") else None
     report = None if raw is None else Report.of(raw)
     plan = PrunePlan.load(run.plan) if run.config.way.prunes and run.has("plan") else None
-    stages = list(_stages(run, report))
-    losses, broken = _losses(run.log_entries(), stages)
+    stages = list(_read_stages(run, report))
+    losses, broken = _read_losses(run.log_entries(), stages)
     return RunFacts(
         folder=folder,
         config=run.config,
@@ -131,13 +131,13 @@ def read_run(folder: Path) -> RunFacts:
         broken_losses=broken,
         plan=plan,
         report=report,
-        sizes=list(_sizes(plan, report)),
+        sizes=list(_count_parameters(plan, report)),
         curve=read_json(run.curve) if run.curve.is_file() else None,
-        budget=_budget(raw, run.metrics) if raw is not None else None,
+        budget=_read_budget(raw, run.metrics) if raw is not None else None,
     )
 
 
-def _stages(run: RunFolder, report: Report | None) -> Iterable[Stage]:
+def _read_stages(run: RunFolder, report: Report | None) -> Iterable[StageFacts]:
     way, logged = run.config.way, run.finished_stages()
     light = run.config.light
     before, after = ["depth"] if light.remove.depth == "auto" else [], ["budget"] if light.is_auto else []
@@ -147,7 +147,7 @@ def _stages(run: RunFolder, report: Report | None) -> Iterable[Stage]:
         told: dict[str, Any] = logged.get(name, {})
         if report is not None:
             told = {**told, "seconds": report.seconds.get(name, told.get("seconds")), **report.training.get(name, {})}
-        yield Stage(
+        yield StageFacts(
             name=name,
             done=run.has(name),
             seconds=told.get("seconds"),
@@ -162,7 +162,7 @@ MOST_POINTS = 400
 """Maximum number of points of a line; in a longer log each point is the mean of some lines."""
 
 
-def _losses(entries: Iterable[Mapping[str, Any]], stages: Sequence[Stage]) -> tuple[list[Losses], int]:
+def _read_losses(entries: Iterable[Mapping[str, Any]], stages: Sequence[StageFacts]) -> tuple[list[Losses], int]:
     """Collect the losses by stage, and count those that are NaN or infinite; of a step logged twice, keep the last."""
     found: dict[str, dict[float, float]] = {stage: {} for stage in TRAINED}
     broken = 0
@@ -180,16 +180,16 @@ def _losses(entries: Iterable[Mapping[str, Any]], stages: Sequence[Stage]) -> tu
         start = before if name == "widen" else 0  # the log counts steps at full width from 0
         points = sorted((start + step, loss) for step, loss in losses.items())
         if points:
-            lines.append(Losses(name, _means(points, math.ceil(len(points) / MOST_POINTS))))
+            lines.append(Losses(name, _average(points, math.ceil(len(points) / MOST_POINTS))))
     return lines, broken
 
 
-def _means(points: Sequence[tuple[float, float]], each: int) -> list[tuple[float, float]]:
+def _average(points: Sequence[tuple[float, float]], each: int) -> list[tuple[float, float]]:
     chunks = [points[start : start + each] for start in range(0, len(points), each)]
     return [(sum(x for x, _ in chunk) / len(chunk), sum(y for _, y in chunk) / len(chunk)) for chunk in chunks]
 
 
-def _sizes(plan: PrunePlan | None, report: Report | None) -> Iterable[Size]:
+def _count_parameters(plan: PrunePlan | None, report: Report | None) -> Iterable[Size]:
     """Yield the parameters before the cut, by the plan, and after it, measured on the result if there is one."""
     measured = report.parameters if report is not None else {}
     if plan is not None:
@@ -202,7 +202,7 @@ def _sizes(plan: PrunePlan | None, report: Report | None) -> Iterable[Size]:
         yield "trained parameters", None, measured["trained"]
 
 
-def _budget(report: Mapping[str, Any], path: Path) -> FoundBudget | None:
+def _read_budget(report: Mapping[str, Any], path: Path) -> FoundBudget | None:
     told = report.get("budget")
     if not isinstance(told, dict):
         return None

@@ -42,7 +42,7 @@ class _Layers(Drawing):
         self.every = max(1, round(13 / pitch))
         self.axes.set_ylim(-0.5, len(self.parts) - 0.5)
         self.axes.set_xticks([])
-        self._number(self.axes, [spec.label or str(spec.index) for spec in plan.specs])
+        self._label_rows(self.axes, [spec.label or str(spec.index) for spec in plan.specs])
 
     def bar(self, block: int, start: float, width: float, colour: str) -> None:
         """Draw a bar in the row of a block."""
@@ -58,9 +58,9 @@ class _Layers(Drawing):
         right.set_ylim(self.axes.get_ylim())
         for side in right.spines.values():
             side.set_visible(False)
-        self._number(right, words)
+        self._label_rows(right, words)
 
-    def _number(self, axes: Any, words: Sequence[str]) -> None:
+    def _label_rows(self, axes: Any, words: Sequence[str]) -> None:
         places = range(0, len(words), self.every)
         axes.set_yticks([*places], [words[place].replace("$", r"\$") for place in places])
         axes.tick_params(axis="y", length=0, labelcolor=QUIET)
@@ -68,11 +68,7 @@ class _Layers(Drawing):
 
 @STYLED
 def units(plan: PrunePlan, what: str) -> Drawing:
-    """Draw the kept units of each block as bars.
-
-    Args:
-        what: name of the kind of unit in `UNITS`.
-    """
+    """Draw the kept units of each block as bars."""
     dense, stays = UNITS[what]
     kept_in_all, of = sum(map(stays, plan.blocks)), sum(map(dense, plan.specs))
     rows = _Layers(plan, f"{what} kept in each layer: {kept_in_all:,} of {of:,}")
@@ -118,7 +114,6 @@ def losses(lines: Sequence[Losses], cut: int | None, width: float) -> Drawing:
 
     Args:
         cut: step at which estimation ended; None: no line.
-        width: in pixels.
     """
     figure = Drawing(width, 240 if width > 500 else 210, "Training loss by optimizer step, stage by stage", "y")
     for line in lines:

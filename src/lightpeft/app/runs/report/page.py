@@ -21,7 +21,7 @@ from lightpeft.errors import require
 from lightpeft.files import read_text, understandable, write_text
 from lightpeft.profiling.surroundings import versions
 
-WIDE = 960.0
+FULL_WIDTH_PIXELS = 960.0
 """Width in pixels of a full-width figure on a large screen."""
 _GENERATOR = '<meta name="generator" content="lightpeft'
 """Start of every page that lightpeft writes, by which it may replace one."""
@@ -63,10 +63,10 @@ def page(runs: Sequence[RunFacts]) -> str:
     views = []
     for number, run in enumerate(runs, start=1):
         with understandable(run.folder):  # values of the right type may still be too large to draw
-            views.append(_view(run, number))
+            views.append(_run_values(run, number))
     return template.render(
         runs=views,
-        beside=_beside(runs) if len(runs) > 1 else None,
+        beside=_comparison(runs) if len(runs) > 1 else None,
         version=versions()["lightpeft"],
     )
 
@@ -82,7 +82,7 @@ def _environment() -> Environment:
 # -- one run -------------------------------------------------------------------------------------------------------
 
 
-def _view(run: RunFacts, number: int) -> dict[str, Any]:
+def _run_values(run: RunFacts, number: int) -> dict[str, Any]:
     """Return the values of one run that the template shows."""
     again = ["lightpeft", "run", "--config", str(run.folder / "config.yaml"), "--output", f"{run.name}_again"]
     return {
@@ -94,7 +94,7 @@ def _view(run: RunFacts, number: int) -> dict[str, Any]:
         "settings": to_yaml(run.config),
         "metrics": _metrics(run),
         "figures": _figures(run),
-        "curve": [] if run.curve is None else [_price(point) for point in run.curve["points"]],
+        "curve": [] if run.curve is None else [_curve_cells(point) for point in run.curve["points"]],
     }
 
 
@@ -113,7 +113,7 @@ def _metrics(run: RunFacts) -> list[str]:
     return [] if run.report is None else [name for name in run.report.metrics if name not in counts]
 
 
-def _price(point: dict[str, Any]) -> tuple[str, str, str]:
+def _curve_cells(point: dict[str, Any]) -> tuple[str, str, str]:
     """Return the cells of one budget of a curve: removed part of the blocks, rise of the loss, its interval."""
     low, high = point["interval"]
     return share(point["removed_of_blocks"]), f"{point['rise']:+.3f}", f"{low:+.3f} to {high:+.3f}"
@@ -129,7 +129,7 @@ def _figures(run: RunFacts) -> dict[str, Any]:
         if plan.dense_sites:
             found["stays"]["PEFT modules and their ranks"] = figures.modules(plan)
     if run.losses:  # for large screens and paper, and for phones
-        found["losses"] = [figures.losses(run.losses, run.cut, width) for width in (WIDE, figures.NARROW)]
+        found["losses"] = [figures.losses(run.losses, run.cut, width) for width in (FULL_WIDTH_PIXELS, figures.NARROW)]
     if run.budget is not None and run.budget.probed:
         found["budget"] = figures.budget(run.budget)
     return found
@@ -138,7 +138,7 @@ def _figures(run: RunFacts) -> dict[str, Any]:
 # -- several -------------------------------------------------------------------------------------------------------
 
 
-def _beside(runs: Sequence[RunFacts]) -> dict[str, Any]:
+def _comparison(runs: Sequence[RunFacts]) -> dict[str, Any]:
     """Return the comparison of several runs that the template shows: a column per run, a row per measure."""
     names = dict.fromkeys(name for run in runs for name in _metrics(run))
     rows = {metric_name(name): [_quality(run, name) for run in runs] for name in names}
@@ -172,4 +172,4 @@ def _cautions(runs: Sequence[RunFacts]) -> Iterator[str]:
         yield "The runs were not all measured on the same test rows: their qualities cannot be compared."
     machines = [run.report.hardware for run in runs if run.report]
     if len({tuple(str(each.get(key)) for key in ("cpu", "gpu", "torch_threads")) for each in machines}) > 1:
-        yield "The runs were made on different machines or with other numbers of threads: their times cannot be compared."
+        yield "The runs were made on different machines or numbers of threads: their times cannot be compared."

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightpeft.config import RunConfig
 
-Settings = Mapping[str, Any]
+NestedSettings = Mapping[str, Any]
 """Nested settings of a `RunConfig`."""
 
 
@@ -20,7 +20,7 @@ class Arm:
         Arm({"method": "light", "peft": {"type": "lora", "r": 16}, "light": {"remove": {"blocks": 0.4}}})
     """
 
-    settings: Settings
+    settings: NestedSettings
     """Nested settings of a `RunConfig` that the method sets; all others come from the grid."""
     equal_shares: bool = False
     """True: scores of heads and of neurons are not comparable, so `light.remove.blocks` becomes an equal part of the

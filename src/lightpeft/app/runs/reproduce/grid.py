@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightpeft.app.folders.run_folder import RunFolder
-from lightpeft.app.runs.reproduce.arms import ARMS, Arm, Settings
+from lightpeft.app.runs.reproduce.arms import ARMS, Arm, NestedSettings
 from lightpeft.app.tasks.entries.registry import find_entry
 from lightpeft.config import RunConfig, overlaid, run_config_from_dict
 from lightpeft.config.validation import load_yaml, shown, unknown_key
@@ -24,8 +24,8 @@ FROM = "from"
 """Key of a variant for the known method it starts from."""
 START = "light-lora"
 """Method that a variant starts from by default."""
-_ROWS_OF_A_FILE = ("models", "tasks", "methods")
-_OF_THE_GRID = ("output", "seed")
+_NAMED_AXES = ("models", "tasks", "methods")
+_SET_BY_THE_GRID = ("output", "seed")
 """Settings that the grid sets for each cell."""
 
 
@@ -62,8 +62,8 @@ class Grid:
 
     name: str
     """Path of the grid's file."""
-    models: Mapping[str, Settings]
-    tasks: Mapping[str, Settings]
+    models: Mapping[str, NestedSettings]
+    tasks: Mapping[str, NestedSettings]
     arms: Mapping[str, Arm]
     """Name of the method -> arm."""
     seeds: Sequence[int]
@@ -71,7 +71,7 @@ class Grid:
     """The method that all others are compared with."""
     command: str
     """Command line that runs the grid, written into its results."""
-    run: Settings = dataclasses.field(default_factory=dict)
+    run: NestedSettings = dataclasses.field(default_factory=dict)
     """Settings that all cells share, below those of model, task and method."""
 
     def folder(self, out: str | Path | None = None) -> Path:
@@ -122,11 +122,11 @@ def load_grid(path: str | Path) -> Grid:
         print([cell.name for cell in grid.cells(grid.folder())])
     """
     path, data = Path(path), load_yaml(path)
-    known = [*_ROWS_OF_A_FILE, "seeds", "run", "baseline"]
+    known = [*_NAMED_AXES, "seeds", "run", "baseline"]
     for key in data:
         if key not in known:
             raise LightPeftError(f"{path}: {unknown_key(str(key), known)}")
-    models, tasks, methods = (_named(path, key, data.get(key)) for key in _ROWS_OF_A_FILE)
+    models, tasks, methods = (_read_axis(path, key, data.get(key)) for key in _NAMED_AXES)
     baseline = data.get("baseline", next(iter(methods)))
     among = isinstance(baseline, str) and baseline in methods
     require(among, f"{path}: baseline {shown(baseline)} is not a method of the grid; give one of {', '.join(methods)}")
@@ -135,15 +135,15 @@ def load_grid(path: str | Path) -> Grid:
         # a bare name is that of a model on the hub or in a folder, and of a known task
         models={name: {"model": {"name": name}} | given for name, given in models.items()},
         tasks={name: {"data": {"task": name}} | given for name, given in tasks.items()},
-        arms={name: _arm(path, name, given) for name, given in methods.items()},
-        seeds=_seeds(path, data.get("seeds")),
+        arms={name: _read_arm(path, name, given) for name, given in methods.items()},
+        seeds=_read_seeds(path, data.get("seeds")),
         baseline=baseline,
         command=shlex.join(["lightpeft", "reproduce", str(path)]),
-        run=_settings(path, "run", data.get("run")),
+        run=_read_settings(path, "run", data.get("run")),
     )
 
 
-def _named(path: Path, axis: str, given: Any) -> dict[str, dict[str, Any]]:
+def _read_axis(path: Path, axis: str, given: Any) -> dict[str, dict[str, Any]]:
     """Read an axis: a list of names, or a mapping from names to settings."""
     if isinstance(given, list):
         names = [str(name) for name in given]
@@ -156,27 +156,27 @@ def _named(path: Path, axis: str, given: Any) -> dict[str, dict[str, Any]]:
     slugs = [slug(str(name)) for name in given]
     twice = next((name for name in slugs if slugs.count(name) > 1), None)
     require(twice is None, f"{path}: {axis} has two names whose folder would be {twice}; rename one")
-    return {str(name): _settings(path, f"{axis}.{name}", settings) for name, settings in given.items()}
+    return {str(name): _read_settings(path, f"{axis}.{name}", settings) for name, settings in given.items()}
 
 
-def _settings(path: Path, where: str, given: Any) -> dict[str, Any]:
+def _read_settings(path: Path, where: str, given: Any) -> dict[str, Any]:
     require(
         given is None or isinstance(given, dict), f"{path}: {where} must be a mapping of settings, not {shown(given)}"
     )
     settings = {key: value for key, value in (given or {}).items() if value is not None}
-    taken = [key for key in _OF_THE_GRID if key in settings]
+    taken = [key for key in _SET_BY_THE_GRID if key in settings]
     require(not taken, f"{path}: {where} sets {', '.join(taken)}, which the grid sets for each cell; remove it")
     return settings
 
 
-def _seeds(path: Path, given: Any) -> list[int]:
+def _read_seeds(path: Path, given: Any) -> list[int]:
     whole = isinstance(given, list) and given and all(type(seed) is int for seed in given)
     require(whole, f"{path}: seeds must be a list of whole numbers, not {shown(given)}")
     require(len(set(given)) == len(given), f"{path}: seeds has {max(given, key=given.count)} twice; remove one")
     return list(given)
 
 
-def _arm(path: Path, name: str, settings: dict[str, Any]) -> Arm:
+def _read_arm(path: Path, name: str, settings: dict[str, Any]) -> Arm:
     """Read a method: a known one, or a variant of a known one with other settings."""
     if name not in ARMS and not settings:
         raise LightPeftError(f"{path}: {unknown_key(name, list(ARMS)).replace('key', 'method', 1)}")

@@ -16,31 +16,31 @@ from lightpeft.files import file_checksum
 
 Key = tuple[str, str, str]
 """Model, task and method."""
-Report = Mapping[str, Any]
+CellReport = Mapping[str, Any]
 """The part of a run's metrics.json that tables and comparisons read (see `record`)."""
 
 
-def _training(report: Report, stage: str, what: str) -> float | None:
+def _training(report: CellReport, stage: str, what: str) -> float | None:
     return report.get("training", {}).get(stage, {}).get(what)
 
 
-def _peak(report: Report) -> float | None:
+def _peak(report: CellReport) -> float | None:
     peaks = [_training(report, stage, "peak_memory_bytes") for stage in ("estimate", "train", "widen")]
     return max((peak for peak in peaks if peak is not None), default=None)
 
 
-def _full_width(report: Report) -> float | None:
+def _full_width(report: CellReport) -> float | None:
     return report["full_width"]["metrics"][main_metric(report)] if "full_width" in report else None
 
 
-def _seconds(report: Report) -> float | None:
+def _seconds(report: CellReport) -> float | None:
     """Seconds of a run without evaluation; None: it was interrupted, so only its last part was timed."""
     if any(cost["resumed_at"] for cost in report.get("training", {}).values()):
         return None
     return sum(seconds for stage, seconds in report["seconds"].items() if stage != "evaluate")
 
 
-MEASURES: dict[str, Callable[[Report], float | None]] = {
+MEASURES: dict[str, Callable[[CellReport], float | None]] = {
     "parameters": lambda report: report["parameters"]["base"],
     "removed": lambda report: report["parameters"]["base_removed_ratio"],
     "trained": lambda report: report["parameters"]["trained"],
@@ -51,8 +51,8 @@ MEASURES: dict[str, Callable[[Report], float | None]] = {
     "adapter_bytes": lambda report: report.get("adapter_bytes"),
     "full_width": _full_width,
 }
-"""Measures of a row besides quality: name -> function of a report. parameters: of the base after
-the cut; removed: part of the base's parameters; trained: trainable parameters, the head's included; samples_per_second and
+"""Measures of a row besides quality: name -> function of a report. parameters: of the base after the
+cut; removed: part of the base's parameters; trained: trainable parameters, the head's included; samples_per_second,
 training_memory_bytes: of fine-tuning; peak_memory_bytes: of the whole run; seconds: of the run without evaluation;
 adapter_bytes: of what is kept for the task beside the base (with method full: of the model); full_width: quality
 at full width of a run that keeps that beside the light model (`light.after.keep: both`)."""
@@ -104,7 +104,7 @@ class Results:
     """Cells of the whole grid."""
     command: str
     """The command line that runs the grid."""
-    reports: dict[str, Report] = field(default_factory=dict)
+    reports: dict[str, CellReport] = field(default_factory=dict)
     """The report of each finished cell, by the cell's name."""
     logs: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each finished cell's log.jsonl, by the cell's name: the logs themselves stay with the runs."""
@@ -113,13 +113,9 @@ class Results:
 
 
 def summarize(grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str] = MappingProxyType({})) -> Results:
-    """Summarize the finished cells of a grid: one row for each model, task and method.
-
-    Args:
-        failures: cell name -> why it failed.
-    """
+    """Summarize the finished cells of a grid: one row for each model, task and method."""
     finished = [cell for cell in cells if cell.run.has("evaluate")]
-    reports: dict[str, Report] = {cell.name: record(read_report(cell.run.metrics)) for cell in finished}
+    reports: dict[str, CellReport] = {cell.name: record(read_report(cell.run.metrics)) for cell in finished}
     logs = {cell.name: file_checksum(cell.run.log) for cell in finished if cell.run.log.is_file()}
     return results_of(grid, cells, reports, logs, failures)
 
@@ -127,7 +123,7 @@ def summarize(grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str] = M
 def results_of(
     grid: Grid,
     cells: Sequence[Cell],
-    reports: Mapping[str, Report],
+    reports: Mapping[str, CellReport],
     logs: Mapping[str, str],
     failures: Mapping[str, str] = MappingProxyType({}),
 ) -> Results:
@@ -136,10 +132,9 @@ def results_of(
     Args:
         reports: cell name -> report.
         logs: cell name -> SHA-256 of its log.
-        failures: cell name -> why it failed.
     """
     baseline = grid.baseline
-    groups: dict[Key, dict[int, Report]] = {(cell.model, cell.task, cell.method): {} for cell in cells}
+    groups: dict[Key, dict[int, CellReport]] = {(cell.model, cell.task, cell.method): {} for cell in cells}
     for cell in cells:
         if cell.name in reports:
             groups[cell.model, cell.task, cell.method][cell.seed] = reports[cell.name]
@@ -147,14 +142,12 @@ def results_of(
     return Results(rows, baseline, len(cells), grid.command, dict(reports), dict(logs), dict(failures))
 
 
-def row(key: Key, reports: Mapping[int, Report], base: Mapping[int, Report], baseline: str) -> Row:
+def row(key: Key, reports: Mapping[int, CellReport], base: Mapping[int, CellReport], baseline: str) -> Row:
     """Make the row of one model, task and method.
 
     Args:
-        key: model, task and method.
         reports: seed -> report.
         base: seed -> report of the baseline on the same model and task.
-        baseline: name of the baseline method.
     """
     model, task, method = key
     metric = main_metric(next(iter(reports.values())))
@@ -175,12 +168,12 @@ def p_value(differences: Sequence[float] | None) -> float | None:
     return float(ttest_rel(differences, [0.0] * len(differences)).pvalue)
 
 
-def main_metric(report: Report) -> str:
+def main_metric(report: CellReport) -> str:
     """Return the name of the metric by which a run is compared."""
     return report["main_metric"]
 
 
-def main_value(report: Report) -> str:
+def main_value(report: CellReport) -> str:
     """Return name and value of the main metric, for progress lines."""
     metric = main_metric(report)
     return f"{metric} {report['metrics'][metric]:.4f}"
@@ -188,25 +181,25 @@ def main_value(report: Report) -> str:
 
 # -- records -----------------------------------------------------------------------------------------------------------
 
-_OF_THE_RUN = ("schema_version", "milestones", "warnings")
+_LEFT_OUT_OF_RECORDS = ("schema_version", "milestones", "warnings")
 """Entries of a report that results leave out."""
-_OF_A_STAGE = ("samples_per_second", "peak_memory_bytes", "resumed_at")
-_OF_A_MACHINE = ("cpu", "gpu", "torch_threads", "torch", "transformers", "peft", "lightpeft")
+_STAGE_NAMES = ("samples_per_second", "peak_memory_bytes", "resumed_at")
+_MACHINE_NAMES = ("cpu", "gpu", "torch_threads", "torch", "transformers", "peft", "lightpeft")
 
 
-def record(report: Report) -> Report:
+def record(report: CellReport) -> CellReport:
     """Return the part of a run's report that results keep: settings, metrics, sizes, seconds and speeds."""
-    kept = {name: value for name, value in report.items() if name not in _OF_THE_RUN}
+    kept = {name: value for name, value in report.items() if name not in _LEFT_OUT_OF_RECORDS}
     if "training" in report:
-        kept["training"] = {stage: _some(cost, _OF_A_STAGE) for stage, cost in report["training"].items()}
-    for name, some in (("hardware", _OF_A_MACHINE), ("intervals", (report.get("main_metric"),))):
+        kept["training"] = {stage: _pick(cost, _STAGE_NAMES) for stage, cost in report["training"].items()}
+    for name, some in (("hardware", _MACHINE_NAMES), ("intervals", (report.get("main_metric"),))):
         if name in report:
-            kept[name] = _some(report[name], some)
+            kept[name] = _pick(report[name], some)
     for name, without in (("config", "output"), ("budget", "settings")):
         if name in report:
             kept[name] = {key: value for key, value in report[name].items() if key != without}
     return kept
 
 
-def _some(values: Mapping[str, Any], names: Sequence[Any]) -> dict[str, Any]:
+def _pick(values: Mapping[str, Any], names: Sequence[Any]) -> dict[str, Any]:
     return {name: values[name] for name in names if name in values}

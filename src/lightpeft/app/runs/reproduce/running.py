@@ -59,8 +59,8 @@ def reproduce(
     """
     grid = grid if isinstance(grid, Grid) else load_grid(grid)
     out = grid.folder(out)
-    devices = _checked(devices)
-    cells = [spread(cell, devices) for cell in grid.cells(out)]
+    devices = _device_count(devices)
+    cells = [spread_over_devices(cell, devices) for cell in grid.cells(out)]
     chosen = selected(cells, only)
     failures: dict[str, str] = {}
 
@@ -93,7 +93,7 @@ def _run(cell: Cell, cells: Sequence[Cell], devices: int, launch: Launch, out: P
     log = out / "logs" / ("-".join(cell.run.path.relative_to(out / "cells").parts) + ".txt")
     log.parent.mkdir(parents=True, exist_ok=True)
     try:
-        take_estimation(cell, cells)
+        reuse_estimation(cell, cells)
         cell.run.begin()
     except LightPeftError as error:
         return str(error)
@@ -103,7 +103,7 @@ def _run(cell: Cell, cells: Sequence[Cell], devices: int, launch: Launch, out: P
     return failure
 
 
-def _checked(devices: int | None) -> int:
+def _device_count(devices: int | None) -> int:
     """Return the number of devices per cell: all of this machine by default; without accelerators, CPU processes."""
     there = torch.accelerator.device_count() if accelerator() else 0
     if devices is None:
@@ -115,7 +115,7 @@ def _checked(devices: int | None) -> int:
     return devices
 
 
-def spread(cell: Cell, devices: int) -> Cell:
+def spread_over_devices(cell: Cell, devices: int) -> Cell:
     """The cell with its batch divided among devices: a step sees as many rows, whatever the machine."""
     training = cell.config.training
     require(
@@ -142,9 +142,7 @@ def run_cell(cell: Cell, devices: int, log: Path, module: Sequence[str] = ()) ->
     """Run a cell in its own process, and append the output to a file.
 
     Args:
-        cell: the cell to run.
         devices: accelerators or CPU processes of the cell.
-        log: file for the output.
         module: a module on the import path of this process, and its arguments; empty: `lightpeft run`.
 
     Returns:
@@ -193,7 +191,7 @@ def _reason(code: int, log: Path) -> str:
 # -- estimations that cells share ---------------------------------------------------------------------------------
 
 
-def take_estimation(cell: Cell, others: Iterable[Cell]) -> str | None:
+def reuse_estimation(cell: Cell, others: Iterable[Cell]) -> str | None:
     """Copy the estimation of another cell with the same settings of estimation; its time and memory count for both.
 
     Returns:
@@ -204,15 +202,15 @@ def take_estimation(cell: Cell, others: Iterable[Cell]) -> str | None:
     """
     if not cell.config.way.prunes or cell.run.has("estimate"):
         return None
-    wanted = _asked(cell)
+    wanted = _estimation_key(cell)
     for other in others:
         done = other.run.has("estimate") and "estimate" in other.run.finished_stages()
-        if done and _asked(other) == wanted:
+        if done and _estimation_key(other) == wanted:
             copy_estimation(other.run, cell.run, other.name)
             return other.name
     return None
 
 
-def _asked(cell: Cell) -> tuple[bool, dict[str, Any]]:
+def _estimation_key(cell: Cell) -> tuple[bool, dict[str, Any]]:
     """Return the settings that a cell's estimation depends on, and whether anything is to be removed at all."""
     return cell.config.light.chooses, estimation_settings(cell.config)

@@ -7,10 +7,9 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lightpeft.app.folders.run_folder import Report as RunReport
-from lightpeft.app.folders.run_folder import differences
+from lightpeft.app.folders.run_folder import Report, differences
 from lightpeft.app.runs.reproduce.grid import Cell, Grid, load_grid
-from lightpeft.app.runs.reproduce.results import MEASURES, Report, Results, results_of
+from lightpeft.app.runs.reproduce.results import MEASURES, CellReport, Results, results_of
 from lightpeft.app.runs.reproduce.tables import markdown_table
 from lightpeft.config import run_config_from_dict
 from lightpeft.config.validation import from_dict
@@ -18,7 +17,7 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.files import read_json, write_json, write_text
 from lightpeft.profiling.surroundings import versions
 
-FILE = "results.json"
+RESULTS_FILE = "results.json"
 LINES = 2
 """Nesting levels of results.json with line breaks: each row and each report is one line."""
 
@@ -31,7 +30,7 @@ def write_results(out: Path, results: Results) -> None:
     """
     shared, own = factored(results.reports)
     parts = {"shared": shared, "reports": own, "versions": versions()}
-    write_json(out / FILE, asdict(results) | parts, LINES)
+    write_json(out / RESULTS_FILE, asdict(results) | parts, LINES)
     write_text(out / "results.md", markdown_table(results))
 
 
@@ -53,20 +52,20 @@ def read_results(path: str | Path) -> Results:
     return replace(
         results,
         rows=[replace(row, measures=dict.fromkeys(MEASURES) | row.measures) for row in results.rows],
-        reports={name: _whole(own, data.get("shared", {})) for name, own in results.reports.items()},
+        reports={name: _merge_shared(own, data.get("shared", {})) for name, own in results.reports.items()},
     )
 
 
 # -- entries that all reports share are written once ------------------------------------------------------------------
 
 
-def factored(records: Mapping[str, Report]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def factored(records: Mapping[str, CellReport]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Split nested mappings into the entries that all share, and the other entries of each."""
-    shared = _shared([*records.values()])
-    return shared, {name: _own(record, shared) for name, record in records.items()}
+    shared = _find_shared([*records.values()])
+    return shared, {name: _remove_shared(record, shared) for name, record in records.items()}
 
 
-def _shared(records: Sequence[Report]) -> dict[str, Any]:
+def _find_shared(records: Sequence[CellReport]) -> dict[str, Any]:
     """Return the entries that are the same in all nested mappings."""
     first, *others = records or [{}]
     found: dict[str, Any] = {}
@@ -74,20 +73,22 @@ def _shared(records: Sequence[Report]) -> dict[str, Any]:
         if all(name in other and other[name] == value for other in others):
             found[name] = value
         elif isinstance(value, dict) and all(isinstance(other.get(name), dict) for other in others):
-            found[name] = _shared([each[name] for each in records])
+            found[name] = _find_shared([each[name] for each in records])
     return found
 
 
-def _own(record: Report, shared: Report) -> dict[str, Any]:
+def _remove_shared(record: CellReport, shared: CellReport) -> dict[str, Any]:
     """Return a nested mapping without the shared entries."""
     nested = {name: value for name, value in record.items() if isinstance(value, dict) and name in shared}
     rest = {name: value for name, value in record.items() if name not in shared}
-    return rest | {name: own for name, value in nested.items() if (own := _own(value, shared[name]))}
+    return rest | {name: own for name, value in nested.items() if (own := _remove_shared(value, shared[name]))}
 
 
-def _whole(own: Report, shared: Report) -> dict[str, Any]:
+def _merge_shared(own: CellReport, shared: CellReport) -> dict[str, Any]:
     """Return a nested mapping with the shared entries added."""
-    nested = {name: _whole(own.get(name, {}), value) for name, value in shared.items() if isinstance(value, dict)}
+    nested = {
+        name: _merge_shared(own.get(name, {}), value) for name, value in shared.items() if isinstance(value, dict)
+    }
     return {**shared, **own, **nested}
 
 
@@ -117,7 +118,7 @@ def joined(grid: Grid | str | Path, parts: Sequence[Results | str | Path], out: 
     grid = grid if isinstance(grid, Grid) else load_grid(grid)
     out = grid.folder(out)
     cells = {cell.name: cell for cell in grid.cells(out)}
-    reports: dict[str, Report] = {}
+    reports: dict[str, CellReport] = {}
     logs: dict[str, str] = {}
     for part in parts:
         results, where = (part, part.command) if isinstance(part, Results) else _read(Path(part))
@@ -137,18 +138,18 @@ def joined(grid: Grid | str | Path, parts: Sequence[Results | str | Path], out: 
 
 def _read(part: Path) -> tuple[Results, str]:
     """Return the results in a file or a folder, and the path of the file."""
-    file = part / FILE if part.is_dir() else part
+    file = part / RESULTS_FILE if part.is_dir() else part
     return read_results(file), str(file)
 
 
-def _check_same(report: Report, cell: Cell, where: str) -> None:
+def _check_same(report: CellReport, cell: Cell, where: str) -> None:
     """Require that a report was made with the settings of a cell.
 
     Raises:
         LightPeftError: the run of the report had other settings.
     """
     try:
-        RunReport.of(dict(report))
+        Report.of(dict(report))
         config = run_config_from_dict(report.get("config", {}))
     except LightPeftError as error:
         raise LightPeftError(f"{where}: this version of lightpeft cannot read cell {cell.name}: {error}") from error

@@ -69,7 +69,7 @@ def _cells(row: Row) -> dict[str, str]:
     }
 
 
-def shown(results: Results) -> tuple[DataFrame, str]:
+def display_table(results: Results) -> tuple[DataFrame, str]:
     """Make the table, with a row for each model, task and method, and its caption."""
     nothing = dict.fromkeys(("method", "quality", "difference"), "")
     table = DataFrame([_cells(row) for row in results.rows], columns=None if results.rows else list(nothing))
@@ -88,7 +88,7 @@ def shown(results: Results) -> tuple[DataFrame, str]:
 
 def markdown_table(results: Results) -> str:
     """Return the table in Markdown with its caption, and the failed cells."""
-    table, caption = shown(results)
+    table, caption = display_table(results)
     rule = ["---" if name in NAMES else "---:" for name in table]
     body = [[cell.replace("|", r"\|") for cell in row] for row in table.itertuples(index=False)]
     lines = [f"| {' | '.join(cells)} |" for cells in (list(table), rule, *body)]
@@ -97,12 +97,8 @@ def markdown_table(results: Results) -> str:
 
 
 def rich_table(results: Results, width: int = WIDE) -> Table:
-    """Make the table for a screen.
-
-    Args:
-        width: characters per line of the screen.
-    """
-    frame, caption = shown(results)
+    """Make the table for a screen."""
+    frame, caption = display_table(results)
     if width < WIDE:
         frame = frame.drop(columns=list(LEFT_OUT), errors="ignore")
     table = Table(caption=escape(caption), caption_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
