@@ -24,7 +24,7 @@ from lightpeft.app.tasks.tokens import padding_within
 from lightpeft.config import ModelConfig, RunConfig
 from lightpeft.config.validation import from_dict
 from lightpeft.errors import LightPeftError, one_line, require
-from lightpeft.files import understandable
+from lightpeft.files import explain_content_errors
 from lightpeft.machine import accelerator, autocast_dtype
 from lightpeft.models.families.registry import max_positions
 from lightpeft.models.loading import load_model, load_model_config, load_tokenizer
@@ -294,7 +294,7 @@ class LightAdapter(_Adapter):
     @property
     def plan(self) -> PrunePlan:
         """Which units of the base it has."""
-        with understandable(self.folder / DESCRIPTION):
+        with explain_content_errors(self.folder / DESCRIPTION):
             return PrunePlan.from_dict(self.description["plan"])
 
     def load(self, wanted: Wanted | None = None, base: PreTrainedModel | None = None) -> LightModel:
@@ -369,7 +369,7 @@ def said_of_task(description: Mapping[str, Any], path: Path) -> dict[str, Any]:
     Raises:
         LightPeftError: it is no description of a task.
     """
-    with understandable(path):
+    with explain_content_errors(path):
         facts: dict[str, Any] = description["task"]
         if facts:
             restore_task(facts)

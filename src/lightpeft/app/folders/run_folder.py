@@ -16,17 +16,17 @@ import yaml
 
 from lightpeft.config import READ_BY_PLANS, SWITCHES, RunConfig, run_config_from_dict
 from lightpeft.config.validation import from_dict, parse_yaml
-from lightpeft.console.progress import exact_duration, in_bytes, tell
+from lightpeft.console.progress import exact_duration, in_bytes, print_line
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import (
     append_line,
     check_free,
     clean,
-    holding,
+    explain_content_errors,
     is_own_file,
+    lock_folder,
     read_json,
     read_text,
-    understandable,
     write_text,
 )
 from lightpeft.machine import processes
@@ -107,7 +107,7 @@ class RunFolder:
                 written.
         """
         state = processes()
-        with holding(self.path) if state.is_main_process else nullcontext():
+        with lock_folder(self.path) if state.is_main_process else nullcontext():
             if state.is_main_process:
                 clean(self.path)
                 self._write_config()
@@ -157,7 +157,7 @@ class RunFolder:
         """
         state = processes()
         if state.is_main_process and self._differing():
-            with holding(self.path):
+            with lock_folder(self.path):
                 if self._differing():  # still: somebody may have been here since
                     for name in _RESULTS:
                         _remove(self.path / name)
@@ -297,7 +297,7 @@ class RunFolder:
         if state.is_main_process:
             save()
             self._note(stage, seconds, facts)
-            tell(f"{stage}: done in {', '.join(_cost(seconds, facts))}")
+            print_line(f"{stage}: done in {', '.join(_cost(seconds, facts))}")
         state.wait_for_everyone()
 
     def _note(self, stage: str, seconds: float, facts: dict[str, Any]) -> None:
@@ -308,7 +308,7 @@ class RunFolder:
         """Say something worth knowing before a stage begins, on stderr and in the log."""
         if processes().is_main_process:
             append_line(self.log, {"stage": stage, "note": line})
-            tell(line)
+            print_line(line)
 
     def stage_seconds(self) -> dict[str, float]:
         """Seconds of each finished stage, from the log; a stage that was resumed counts its last part."""
@@ -416,7 +416,7 @@ def read_report(path: Path) -> dict[str, Any]:
         LightPeftError: it is missing or damaged, or says something else.
     """
     report = read_json(path)
-    with understandable(path):
+    with explain_content_errors(path):
         Report.of(report)
     return report
 

@@ -105,7 +105,7 @@ def _serve(pipe: Connection) -> None:
     """Make the subject from the first message, then answer requests until None arrives or the pipe closes."""
     _set_handler(signal.SIGINT, signal.SIG_IGN)  # also where starting the process has let it through
     _set_handler(signal.SIGTERM, _exit_on_signal)
-    streams.hush_imports()
+    streams.silence_imports()
     try:
         make, arguments = pipe.recv()  # which imports what they are of
         from lightpeft.models.loading import quiet_libraries

@@ -15,7 +15,7 @@ from lightpeft.app.tasks.kinds.texts import TextTask
 from lightpeft.app.tasks.respondent import Respondent, finite_logits
 from lightpeft.app.tasks.rows.columns import values
 from lightpeft.config import TaskEntry
-from lightpeft.config.validation import shown
+from lightpeft.config.validation import short_repr
 from lightpeft.errors import require
 from lightpeft.models.task_heads import REGRESSION, TaskHead
 
@@ -31,7 +31,7 @@ class RegressionTask(TextTask):
         """Texts are strings that are not blank; labels are numbers that can be learned."""
         cls.check_inputs(rows, entry, what)
         for where, value in values(rows, "label", entry, what):
-            require(_number(value) is not None, f"{where}: {shown(value)} is no number; {_NEEDS}")
+            require(_number(value) is not None, f"{where}: {short_repr(value)} is no number; {_NEEDS}")
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """As `encode_inputs`, with `labels` as floats."""
