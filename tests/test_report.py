@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -195,6 +196,13 @@ def test_contents_of_a_light_run(bench: Workbench) -> None:
         assert f"{100 * point['removed_of_blocks']:.1f}% {point['rise']:+.3f}" in found.text
     assert f"lightpeft run --config {bench.folder}/light/config.yaml --output {bench.folder}/light_again" in found.text
     assert "criterion: fisher" in found.text and "torch" in found.text
+
+
+def test_every_column_has_a_heading(bench: Workbench) -> None:
+    light, plain = (bench.folder / name for name in ("light", "plain"))
+    for text in (html(light), html(plain), html(light, plain)):
+        headings = re.findall(r'<th scope="col"[^>]*>(.*?)</th>', text)
+        assert headings and all(headings)
 
 
 def test_warnings_stand_above_all_else(light: Path) -> None:

@@ -10,7 +10,9 @@ from rich.table import Table
 from tiny import make, plan_for, with_lora
 
 from lightpeft.app.cli.tables import (
+    curve_table,
     metrics_table,
+    milestones_table,
     paired_table,
     per_class_table,
     plan_table,
@@ -94,6 +96,19 @@ def test_two_models_side_by_side() -> None:
         "test": ["McNemar", "paired bootstrap"],
     }
     assert max(map(len, text(table).splitlines())) <= 80
+
+
+def test_every_column_has_a_heading() -> None:
+    point = {"blocks": 0.1, "removed_of_base": 0.05, "loss": 0.7, "rise": 0.1, "interval": (0.0, 0.2)}
+    tables = [
+        curve_table({"rows": 40, "loss": 0.6, "points": [point]}),
+        milestones_table({"examples": 40, "metrics": {"final": {"accuracy": 0.5, "loss": 0.6}}}),
+        metrics_table({"accuracy": 0.5}, {}, "run", {"accuracy": 0.4}),
+        plan_table(plan_for(with_lora(make("bert")))),
+    ]
+    for table in tables:
+        assert all(str(column.header).strip() for column in table.columns)
+        assert max(map(len, text(table, width=80).splitlines())) <= 80
 
 
 def test_classes() -> None:
