@@ -284,7 +284,7 @@ def test_light_trains_on_the_states_of_its_prefix(bench: Workbench, report: dict
     subject = Subject("light", bench.config("run", **UPPER), 2)
     without_dropout(subject.model)  # the stored states have none
     whole, loss = count_flops(subject.model, subject.batches[0]), float(subject.model(**subject.batches[1]).loss)
-    with subject._as_trained():
+    with subject._training_as_a_run():
         skipping = count_flops(subject.model, subject.batches[0])
         assert float(subject.model(**subject.batches[1]).loss) == pytest.approx(loss, rel=1e-4)
     assert skipping.training < whole.training

@@ -200,7 +200,7 @@ def test_weights_that_do_not_fit_by_themselves(tmp_path: Path) -> None:
     ("settings", "said"),
     [
         ({"model.quantization": "nf4"}, "is quantized; leave model.quantization unset"),
-        ({"model.low_memory": True}, "leave model.low_memory off"),
+        ({"model.low_memory": True}, "set model.low_memory to false"),
         ({"method": "full"}, "check does not support method full"),
     ],
     ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",

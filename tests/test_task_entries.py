@@ -164,7 +164,7 @@ def test_a_light_run_and_what_its_adapter_says(
         report["main_metric"],
     )
     notes = [entry.get("note", "") for entry in work.run.log_entries()]
-    assert not any("cut to data.max_length" in note for note in notes)
+    assert not any("truncated to data.max_length" in note for note in notes)
     again = evaluate(model, work.test_rows, restored, restored.collator(work.tokenizer), 5)
     assert again == pytest.approx(report["metrics"], rel=1e-4, abs=1e-6)
 
