@@ -134,7 +134,7 @@ def bench_table(report: Mapping[str, Any]) -> Table:
     kind = plain_name(report["config"])
     over = rounds_in_words(report["rounds"], report.get("of_rounds"))
     table = Table(title=f"{kind} and the light model (medians of {over})", title_justify="left")
-    for name in ("measure", kind, "light", "light / plain", "quartiles\nof the ratio"):
+    for name in ("measure", kind, "light", "light /\nplain", "quartiles\nof the ratio"):
         table.add_column(name, justify="left" if name == "measure" else "right")
     for row in speed_rows(report):
         spread = " - ".join(f"{end:.2f}" for end in row.get("quartiles", ()))
