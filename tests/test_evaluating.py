@@ -455,7 +455,7 @@ def test_options_that_do_not_go_together(bench: Workbench, capsys: pytest.Captur
     for options, expected in [
         ((run, "--run", run), "not both"),
         ((run, "--tasks", "piqa"), "--harness lm-eval"),
-        ((run, "--harness", "lm-eval", "--per_class"), "leave them out with --harness"),
+        ((run, "--harness", "lm-eval", "--per_class"), "do not work with --harness; leave them out"),
         ((run, "--harness", "lm-eval", "--tasks", "piqa"), "cannot answer the harness's tasks"),
         ((run, "--harness", "other"), "harness"),
     ]:

@@ -283,7 +283,7 @@ def test_an_export_whose_data_are_gone_is_there_all_the_same(
 ) -> None:
     with rows_of_test(finished, None):
         assert lightpeft("export", finished.folder / "run", tmp_path, "--form", "onnx", "--dtype", "int8") == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "nothing was measured of it: " in line]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "the export was not measured: " in line]
     assert "does not exist" in line
     assert (tmp_path / "model.onnx").is_file() and not (tmp_path / "measured.json").exists()
 

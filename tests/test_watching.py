@@ -287,13 +287,16 @@ def test_a_cut_by_scores_that_know_nothing_says_so_at_once(
     assert line.removeprefix("warning: ") in read(bench.folder / "blind" / "metrics.json")["warnings"]
     assert lightpeft("run", "--config", bench.yaml("uncut", **FEW, **slow, **{"light.remove.blocks": 0.0})) == 0
     told = capsys.readouterr().err
-    assert "hardly learned" not in told and "to learn more" not in told
+    assert "hardly learned" not in told and "had learned too little" not in told
     monkeypatch.setattr("lightpeft.prune.estimation.ENOUGH_LEARNED", 0.9)
     monkeypatch.setattr("lightpeft.prune.length.LEAST_STEPS", 6)
     monkeypatch.setattr("lightpeft.prune.length.MOST_PART", 0.5)
     longer = {"light.estimate.length": "auto"}
     assert lightpeft("run", "--config", bench.yaml("longer", **FEW, **longer)) == 0
-    assert "estimation took 12 steps instead of 6, to learn more of the task\n" in capsys.readouterr().err
+    assert (
+        "estimation took 12 steps instead of 6, because the model had learned too little by then\n"
+        in capsys.readouterr().err
+    )
     told = read(bench.folder / "longer" / "metrics.json")["estimation"]
     assert (told["steps"], told["planned_steps"]) == (12, 6)
     meta = EstimationRecord.load(bench.folder / "longer" / "estimation").meta
@@ -327,7 +330,7 @@ def test_a_collapsed_run_says_so_whenever_it_is_shown(
         written = capsys.readouterr()
         lines = [line for line in written.err.splitlines() if line.startswith("warning: ")]
         assert 'warning: all 40 test rows are answered "negative"; train longer' in lines[0]
-        for shown in ("the course of the run, on 40 test rows", "majority baseline", "after pruning", "final"):
+        for shown in ("quality over the run, on 40 test rows", "majority baseline", "after pruning", "final"):
             assert shown in written.out
         monkeypatch.undo()
     warnings = read(bench.folder / "collapsed" / "metrics.json")["warnings"]

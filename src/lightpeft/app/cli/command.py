@@ -1,4 +1,4 @@
-"""The `lightpeft` command: finds the verb, and turns what goes wrong into one line and an exit code."""
+"""The `lightpeft` command: finds the verb, and turns each error into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from lightpeft.errors import LightPeftError, require
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. Bad input prints one line and exits with 2; an interrupted run exits with 130."""
-    if completing.asked():
-        completing.answer(overview)
+    """Run the command line; exit with 2 and one line after bad input, with 130 after an interruption."""
+    if completing.is_completion():
+        completing.complete(overview)
     streams.use_utf8()
     streams.silence_imports()
     try:
-        with _stoppable():
+        with _sigterm_as_interrupt():
             _dispatch(sys.argv[1:] if arguments is None else arguments)
             streams.flush()
     except LightPeftError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt as stop:
-        _fail(str(stop) or "stopped; the same command goes on from the last result", 130)
+        _fail(str(stop) or "stopped; give the same command again to continue from the last result", 130)
     except BrokenPipeError:
         sys.exit(0)
     except OSError as error:
         name = "" if error.filename is None else f"{short_repr(str(error.filename))}: "
         _fail(f"{name}{error.strerror or short_repr(str(error))}", 2)
     except MemoryError:
-        _fail("out of memory; give smaller batches, a smaller model, or fewer rows", 2)
+        _fail("out of memory; set a smaller training.batch_size, a smaller model, or fewer rows", 2)
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
+def _sigterm_as_interrupt() -> Iterator[None]:
     """Let SIGTERM end the command as Ctrl-C does (in the main thread; elsewhere signals cannot be handled)."""
 
     def handle(number: int, frame: FrameType | None) -> NoReturn:
@@ -77,23 +77,23 @@ def _dispatch(arguments: Sequence[str]) -> None:
 
 
 def overview(in_full: Collection[str] = ()) -> Parser:
-    """The command without a verb: its help names them all.
+    """Make the parser of the command without a verb, whose help lists all verbs.
 
     Args:
-        in_full: verbs whose options it knows as well.
+        in_full: verbs whose options the parser knows as well.
     """
     parser = Parser(
         prog="lightpeft",
         usage="%(prog)s verb ...",
-        description="PEFT on a foundation model that is pruned early in the same run. Settings come from --config, "
-        "then options such as --light 0.4.",
+        description="Fine-tune a transformer with PEFT and prune it early in the same run. Settings come from the "
+        "file of --config; options such as --light 0.4 override them.",
     )
     parser.add_argument("--version", action="store_true", help="show the version")
     parser.add_argument("--verbose", action="store_true", help="with --version: machine and libraries, for bug reports")
     verbs = parser.add_subparsers(
         title="verbs",
         metavar="verb [options]",
-        description="lightpeft VERB --help tells what one takes.",
+        description="lightpeft VERB --help shows the options of a verb.",
     )
     for verb in VERBS.values():
         known = verbs.add_parser(verb.name, help=verb.help, add_help=False)
@@ -119,7 +119,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def quiet() -> None:
-    """Leave the screen to lightpeft's own bars, tables and one-line errors; of several processes, the main one's."""
+    """Silence other libraries and, in all processes but the main one, lightpeft's own bars and tables."""
     from lightpeft.machine import processes
     from lightpeft.models.loading import quiet_libraries
 
