@@ -314,7 +314,7 @@ class TestAutoBudget:
         assert found.budget is not None and seconds["budget"] == pytest.approx(found.budget.seconds, abs=1e-3)
         assert found.training_seconds == pytest.approx(sum(seconds.values()) - seconds["evaluate"])
         text = Reader(html(tmp_path / "run")).text
-        assert "Search for the budget" in text and "of plain PEFT's run by its passes" in text
+        assert "Search for the budget" in text and "of the computation of plain PEFT's run" in text
 
     def test_nothing_within_the_tolerance(self, light: Path) -> None:
         budget = {**AUTO, "blocks": 0.0, "expected": None, "points_a_nat": None}
