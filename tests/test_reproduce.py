@@ -193,7 +193,7 @@ def test_settings_come_from_run_model_task_and_method_in_that_order(tmp_path: Pa
         ({"models": {"tiny": {"output": "x"}}}, "models.tiny sets output, which every cell has of its own"),
         ({"run": {"seed": 1}}, "run sets seed"),
         ({"run": {"lite": {}}}, "cell tiny/words/lora/0: unknown key lite; did you mean light?"),
-        ({"tasks": ["rtee"]}, 'cell tiny/rtee/lora/0: data.task is "rtee", which is neither a kind'),
+        ({"tasks": ["rtee"]}, 'cell tiny/rtee/lora/0: data.task "rtee" is neither a kind'),
         ({"seeds": [0, 0]}, "seeds names 0 twice"),
         ({"methods": {"mine": {"from": ["lora"]}}}, "methods.mine is from ['lora'], which is no known method"),
         ({"methods": {"mine": {"from": {"lora": 1}}}}, "which is no known method; give one's name"),
