@@ -36,7 +36,7 @@ from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.reproduce import Cell, markdown_table, reproduce
 from lightpeft.app.runs.reproduce.running import run_cell
 from lightpeft.app.runs.workspace import Workspace
-from lightpeft.config import LightConfig, changed
+from lightpeft.config import LightConfig, override_light
 from lightpeft.errors import LightPeftError
 from lightpeft.files import read_json, write_json
 from lightpeft.models.families.registry import block_specs
@@ -171,7 +171,7 @@ def train(work: Workspace, blocks: float) -> None:
     set_seed(work.config.seed)
     loaded = work.dense_model()
     model: Any = loaded.model
-    goal = goal_of(loaded, changed(LightConfig(), {"remove": {"blocks": blocks}}))
+    goal = goal_of(loaded, override_light(LightConfig(), {"remove": {"blocks": blocks}}))
     specs = gate(model)
     whole = left(model, specs, -1.0)
     trained, wanted = sum(p.numel() for p in model.parameters() if p.requires_grad), whole - goal.removed

@@ -26,7 +26,7 @@ from synthetic import SUBJECTS, Case, Shape, measure
 from lightpeft.app.cli.command import quiet
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.workers import Worker
-from lightpeft.config import RunConfig, changed, derived, light_config, load_config
+from lightpeft.config import RunConfig, fill_defaults, light_config, load_config, override_light
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json
 from lightpeft.profiling.surroundings import hardware
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
     say(f"measuring {name}")
-    light = changed(derived(light_config(given.light)), {"estimate": {"length": 2}})
+    light = override_light(fill_defaults(light_config(given.light)), {"estimate": {"length": 2}})
     case = Case(SHAPES[name], given.batch, given.length, given.steps, light, given.device, bf16=True)
     return measure(case, SUBJECTS, given.rounds)
 

@@ -27,7 +27,7 @@ from lightpeft.app.runs.pipeline import Workspace
 from lightpeft.app.runs.reproduce import Arm
 from lightpeft.app.runs.reproduce.arms import Settings
 from lightpeft.app.tasks.loading import task_facts
-from lightpeft.config import overlaid
+from lightpeft.config import merge_settings
 from lightpeft.config.validation import load_yaml
 from lightpeft.errors import require
 from lightpeft.models.families.registry import block_specs
@@ -67,7 +67,7 @@ class Peer:
         Args:
             settings: what else differs from the given config.
         """
-        return Arm(overlaid(dict(self.settings), dict(settings)))
+        return Arm(merge_settings(dict(self.settings), dict(settings)))
 
     def subject(self, goal: Goal) -> str | Build:
         """What a measurement of speed takes."""
@@ -161,7 +161,7 @@ PEERS: dict[str, Peer] = {
     "lora_tight": Peer("LoRA on q, v, padded to the longest row", "plain", LORA, tight),
     # what of the speed is the implementation, and not the smaller model
     "lora_lean": Peer("LoRA on q, v, steps as in light runs", "plain", LORA, plain_peft, accelerated=True),
-    "lora_all": Peer("LoRA on all linear", "plain", overlaid(LORA, {"peft": {"slots": list(SLOTS)}})),
+    "lora_all": Peer("LoRA on all linear", "plain", merge_settings(LORA, {"peft": {"slots": list(SLOTS)}})),
     "lora_top": Peer("LoRA on all linear, top half", "plain", LORA, top_half),
     "houlsby": Peer(
         "Houlsby adapters",

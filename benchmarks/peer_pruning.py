@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightpeft.app.runs.bench import sample_batches
 from lightpeft.app.runs.pipeline import Workspace
-from lightpeft.config import LightConfig, changed
+from lightpeft.config import LightConfig, override_light
 from lightpeft.errors import require
 from lightpeft.models.arguments import change_arguments
 from lightpeft.models.families.registry import block_specs
@@ -124,7 +124,9 @@ def by_magnitude(work: Workspace, model: PreTrainedModel, goal: Goal) -> tuple[B
 def _plan(model: PreTrainedModel, light: LightConfig, criterion: str, seed: int) -> PrunePlan:
     """A plan of the run's counts and scopes; it knows one PEFT module that stays whatever happens."""
     estimate = {"criterion": criterion, "module_criterion": "random", "rank_criterion": "random"}
-    plain = changed(light.with_whole_modules().with_depth(0.0), {"estimate": estimate, "modules": {"blocks": 1.0}})
+    plain = override_light(
+        light.with_whole_modules().with_depth(0.0), {"estimate": estimate, "modules": {"blocks": 1.0}}
+    )
     return make_plan(_record(model, seed), plain)
 
 

@@ -38,7 +38,7 @@ from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.reproduce import Cell, Grid, reproduce
 from lightpeft.app.runs.reproduce.running import run_cell
 from lightpeft.app.runs.reproduce.saving import factored
-from lightpeft.config import load_config, overlaid
+from lightpeft.config import load_config, merge_settings
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import file_checksum, read_json, write_json
 from lightpeft.profiling.surroundings import hardware
@@ -195,7 +195,7 @@ def grid_of(options: Options) -> Grid:
         seeds=options.seeds,
         baseline=BASELINE,
         command=options.command,
-        run=overlaid(shared_settings(options.config), {"training": {"save_steps": NEVER}}),
+        run=merge_settings(shared_settings(options.config), {"training": {"save_steps": NEVER}}),
     )
 
 
@@ -211,7 +211,7 @@ def _own(options: Options, name: str) -> dict[str, Any]:
     """What of the options concerns one method."""
     settings = own_settings(options.config, name, options.light_files.get(name))
     rate = options.learning_rates.get(name)
-    return settings if rate is None else overlaid(settings, {"training": {"learning_rate": rate}})
+    return settings if rate is None else merge_settings(settings, {"training": {"learning_rate": rate}})
 
 
 def finished(cells: Sequence[Cell]) -> dict[str, list[Cell]]:

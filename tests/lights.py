@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightpeft.config import LightConfig, changed, derived, light_config
+from lightpeft.config import LightConfig, fill_defaults, light_config, override_light
 from lightpeft.prune import length
 
 PLACES = {
@@ -38,14 +38,14 @@ def nested(**leaves: Any) -> dict[str, Any]:
 
 def light_of(**leaves: Any) -> LightConfig:
     """The paper's settings, with masks that move, and some others on top."""
-    return but(derived(light_config("paper")), **{"mask_learning_rate": 2e-2, **leaves})
+    return but(fill_defaults(light_config("paper")), **{"mask_learning_rate": 2e-2, **leaves})
 
 
 def but(light: LightConfig, **leaves: Any) -> LightConfig:
     """Settings with some others on top."""
-    return changed(light, nested(**leaves))
+    return override_light(light, nested(**leaves))
 
 
 def preset(name: str, peft: str = "lora", writes: bool = False, **leaves: Any) -> LightConfig:
     """The settings of a preset, with some others on top."""
-    return derived(changed(light_config(name), nested(**leaves)), peft, writes)
+    return fill_defaults(override_light(light_config(name), nested(**leaves)), peft, writes)

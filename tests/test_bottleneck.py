@@ -279,17 +279,17 @@ def test_low_precision_bases(tmp_path: Path, placement: str, dtype: torch.dtype)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"size": 0}, "size must be .* at least 1, got 0"),
-        ({"size": 2.5}, "size must be a whole number"),
-        ({"size": True}, "size must be a whole number"),
-        ({"size_pattern": {"fc2": 0}}, "size_pattern of fc2 must be"),
-        ({"non_linearity": "rellu"}, "non_linearity 'rellu' is not known.* relu,"),
-        ({"dropout": 1.0}, "dropout must be .* below 1, got 1.0"),
-        ({"dropout": -0.1}, "dropout must be at least 0"),
-        ({"scaling": "learn"}, "scaling must be a number or \"learned\", got 'learn'"),
-        ({"scaling": float("nan")}, "scaling must be a number"),
-        ({"placement": "serial"}, "placement must be one of houlsby, pfeiffer, or None"),
-        ({"placement": None}, "needs a placement .* or target_modules"),
+        ({"size": 0}, "size is 0; it must be .* at least 1"),
+        ({"size": 2.5}, "size is 2.5; it must be a whole number"),
+        ({"size": True}, "size is True; it must be a whole number"),
+        ({"size_pattern": {"fc2": 0}}, "size_pattern of fc2 is 0; it must be"),
+        ({"non_linearity": "rellu"}, "non_linearity 'rellu' is unknown.* relu,"),
+        ({"dropout": 1.0}, "dropout is 1.0; it must be in"),
+        ({"dropout": -0.1}, "dropout is -0.1; it must be in"),
+        ({"scaling": "learn"}, "scaling is 'learn'; it must be a number or \"learned\""),
+        ({"scaling": float("nan")}, "scaling is nan; it must be a number"),
+        ({"placement": "serial"}, "placement is 'serial'; choose one of houlsby, pfeiffer, or None"),
+        ({"placement": None}, "give placement .* or target_modules"),
         ({"task_type": "NONSENSE"}, "Invalid task type"),
     ],
 )
@@ -314,7 +314,7 @@ def test_what_does_not_fit_the_model(settings: dict[str, Any], error: type[Excep
 
 
 def test_a_placement_needs_a_transformers_model() -> None:
-    with pytest.raises(LightPeftError, match="needs a transformers model, got a Sequential; give target_modules"):
+    with pytest.raises(LightPeftError, match="needs a transformers model, not a Sequential; give target_modules"):
         get_peft_model(nn.Sequential(nn.Linear(2, 2)), BottleneckConfig(placement="houlsby"))
 
 

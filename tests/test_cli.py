@@ -75,9 +75,9 @@ def test_help_of_a_verb_documents_options(capsys: pytest.CaptureFixture[str], ve
         return
     for config, section in ((Remove, "light.remove"), (Estimate, "light.estimate"), (TrainingConfig, "training")):
         assert all(f"--{section}.{field.name}" in text for field in dataclasses.fields(config))
-    assert "part of the attention head units to remove, in [0, 1)." in text
-    assert "Rows a step and process. (type: int, default: 32)" in text
-    assert "Optimizer steps" in text or "optimizer steps (int)" in text
+    assert "fraction of the attention head units to remove, in [0, 1)." in text
+    assert "rows of one process in one forward pass. (type: int, default: 32)" in text
+    assert "optimizer steps (whole number)" in text
     assert "--print_config" in text
 
 
@@ -243,7 +243,7 @@ def test_options_go_over_the_file_and_the_file_over_the_preset(
     both = printed(capsys, "run", "--light", "0.3", "--light.remove.tolerance", "2 points")["light"]["remove"]
     assert (both["blocks"], both["tolerance"]) == (0.3, "2 points")
     assert lightpeft("run", "--light", "0.3", "--light.remove.heads", "0.5") == 2
-    assert "both say how much goes" in capsys.readouterr().err
+    assert "both set the amount to remove" in capsys.readouterr().err
 
 
 def test_values_of_every_kind_come_through(capsys: pytest.CaptureFixture[str]) -> None:

@@ -306,8 +306,8 @@ def test_experts_compete_and_enough_of_them_stay(name: str, blocks: float) -> No
 
 
 def test_a_budget_that_leaves_too_few_experts() -> None:
-    leaves = "experts 0.75 would leave 1 of 4 experts, and each token is routed to 2"
-    says = f"{leaves}; set light.remove.experts to 0.5 or less"
+    leaves = "light.remove.experts 0.75 would leave 1 of 4 experts, and each token is routed to 2"
+    says = f"{leaves}; set it to 0.5 or less"
     model = with_lora(make("mixtral"))
     before = {name: p.clone() for name, p in model.named_parameters()}
     assert refusal(lambda: EarlyPruner(model, light_of(experts=0.75))) == says
@@ -320,8 +320,8 @@ def test_a_budget_that_leaves_too_few_experts_of_a_group() -> None:
     """Each group is ranked by two of them, and a token gets both from one."""
     model = with_lora(make("deepseek_v3"))
     assert refusal(lambda: plan_for(model, experts=0.75)) == (
-        "experts 0.75 would leave 2 of 8 experts, and each token is routed to 2, for which its router needs 4 in 2 "
-        "equal groups; set light.remove.experts to 0.5 or less"
+        "light.remove.experts 0.75 would leave 2 of 8 experts, and each token is routed to 2, for which its router "
+        "needs 4 in 2 equal groups; set it to 0.5 or less"
     )
     plan = plan_for(model, experts=0.5)
     assert [len(block.experts) for block in plan.blocks] == [0, 4, 4]
@@ -338,7 +338,7 @@ def test_a_budget_that_leaves_too_few_experts_of_a_group() -> None:
     ("change", "says"),
     [
         ({"experts": "0", "expert_neurons": "0-23"}, "keeps 1 of 4 experts of block 1, and each token is routed to 2"),
-        ({"expert_neurons": "0-15"}, "does not keep equally many neurons of every expert"),
+        ({"expert_neurons": "0-15"}, "does not keep equally many neurons of every kept expert"),
         ({"experts": "0-4"}, "not ascending indices below 4"),
         ({"expert_neurons": "0-96"}, "not ascending indices below 96"),
     ],
@@ -421,7 +421,7 @@ def test_all_linear_layers_but_experts_and_routers(name: str, tmp_path: Path, ca
     model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     assert all(isinstance(base.get_submodule(part), ParamWrapper) for part in parts)
     EarlyPruner(model)
-    assert f"no LoRA on {len(parts)} routed experts and routers ({parts[0]}): " in caplog.text
+    assert f"LoRA was removed from {len(parts)} modules of routed experts and routers ({parts[0]}), " in caplog.text
     assert not any(isinstance(base.get_submodule(part), ParamWrapper) for part in parts)
     assert model.peft_config["default"].target_parameters is None
     with torch.no_grad():

@@ -204,9 +204,9 @@ def test_an_entry_is_checked_when_it_is_made() -> None:
             Family("new", (Stack("layers", "attention", attention), Stack("layers", "attention", (separate, wrong))))
     latent = {slot: slot for slot in ("q", "kv", "o")}
     Family("new", (Stack("layers", "attention", latent, head_sizes={"kv": ("k_dim", "v_dim")}),))
-    with pytest.raises(ValueError, match="family new: head_sizes has to say how many rows of kv a head has"):
+    with pytest.raises(ValueError, match="family new: kv rows of a head are unknown; set head_sizes"):
         Family("new", (Stack("layers", "attention", latent),))
-    with pytest.raises(ValueError, match="family new: unknown head attribute"):
+    with pytest.raises(ValueError, match="family new: unknown quantities"):
         Family("new", (Stack("layers", "attention", separate, {"heads": "number"}),))
 
 
@@ -251,15 +251,15 @@ def bert_with_cross_attention() -> PreTrainedModel:
         (lambda: make("falcon", alibi=True), "falcon with alibi=True cannot be pruned; alibi=False can"),
         (
             lambda: make("deberta-v2", share_att_key=False),
-            "deberta.encoder.layer.0.attention.self.pos_key_proj is a projection that the family's entry does not know",
+            "deberta.encoder.layer.0.attention.self.pos_key_proj cannot be pruned: the entry of the family does not",
         ),
         (
             bert_with_cross_attention,
-            "bert.encoder.layer.0.crossattention.self.query is a projection that the family's entry does not know",
+            "bert.encoder.layer.0.crossattention.self.query cannot be pruned: the entry of the family does not",
         ),
         (
             lambda: make("gpt2", add_cross_attention=True),
-            "transformer.h.0.crossattention.c_attn is a projection that the family's entry does not know",
+            "transformer.h.0.crossattention.c_attn cannot be pruned: the entry of the family does not",
         ),
     ],
     ids=["albert", "bloom", "falcon", "deberta-v2", "bert", "gpt2"],
@@ -310,7 +310,7 @@ def test_layers_of_an_unknown_kind(quantise: Callable[[nn.Linear], nn.Module], p
     if peft:
         get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
     text = refusal(lambda: block_specs(model))
-    assert text.startswith("model.layers.1.mlp.up_proj is a ") and "no linear layer that lightpeft can cut" in text
+    assert text.startswith("model.layers.1.mlp.up_proj is a ") and "which lightpeft cannot cut" in text
     assert "load the base in float32, bfloat16 or float16" in text
 
 
@@ -323,7 +323,7 @@ def test_pruned_before(name: str, budget: dict[str, Any]) -> None:
     apply_plan(model, plan_for(model, **budget))
     text = refusal(lambda: block_specs(model.get_base_model()))
     kind = type(model.get_base_model()).__name__
-    assert text == f"this {kind} has been pruned; a model that was pruned before cannot be pruned again"
+    assert text == f"this {kind} is pruned; a pruned model cannot be pruned again, so give the dense base"
     assert refusal(lambda: EarlyPruner(model)) == text
 
 
@@ -334,7 +334,7 @@ def test_layers_of_other_widths_than_the_config_says(name: str, budget: dict[str
     apply_plan(model, plan_for(with_lora(copy.deepcopy(model)), **budget))
     model.light_pruned = False
     text = refusal(lambda: block_specs(model))
-    assert "pruned before cannot be pruned again" in text and ("widths do not match" in text or "there is no" in text)
+    assert "a pruned model cannot be pruned again" in text and ("widths differ" in text or "the model has no" in text)
 
 
 # PEFT models that cannot be pruned
@@ -409,33 +409,33 @@ def test_lora_settings_that_cannot_be_pruned(name: str) -> None:
 
 
 def test_biases_of_the_whole_base() -> None:
-    says = 'LoRA bias="all" trains biases of the base, which tasks then no longer share'
+    says = 'LoRA with bias="all" changes biases of the base, which tasks share'
     assert_refused(bert_with(lora(bias="all")), says)
     assert_refused(bert_with(lora(bias="all", use_dora=True)), says)
 
 
 def test_models_that_are_no_peft_model() -> None:
-    assert_refused(make("bert"), "expected a PeftModel from peft.get_peft_model, got a BertForSequenceClassification")
+    assert_refused(make("bert"), "BertForSequenceClassification is no PeftModel; give a model from peft.get_peft_model")
     mixed = get_peft_model(make("bert"), lora(), mixed=True)
-    assert_refused(mixed, "expected a PeftModel from peft.get_peft_model, got a PeftMixedModel")
+    assert_refused(mixed, "PeftMixedModel is no PeftModel; give a model from peft.get_peft_model")
 
 
 def test_several_adapters() -> None:
     model = bert_with(lora())
     model.add_adapter("second", lora())
     assert model.active_adapter == "default"
-    assert_refused(model, "the model has adapters default, second; lightpeft prunes, and saves, one adapter at a time")
+    assert_refused(model, "the model has several adapters (default, second), and lightpeft prunes and saves one")
     model.delete_adapter("second")
     check_peft(model)
 
 
 def test_adapters_inside_the_base() -> None:
     base = peft.inject_adapter_in_model(lora(), make("bert"), adapter_name="inner")
-    says = "the model has adapters inner, default; lightpeft prunes, and saves, one adapter at a time"
+    says = "the model has several adapters (inner, default), and lightpeft prunes and saves one"
     assert_refused(get_peft_model(base, lora(target_modules=["key"])), says)
     with pytest.warns(UserWarning):
         twice = get_peft_model(bert_with(lora()), lora(target_modules=["key"]))
-    assert_refused(twice, "there is a PeftModel inside the PeftModel; lightpeft prunes one adapter at a time")
+    assert_refused(twice, "the PeftModel contains another PeftModel; merge or unload the inner adapter first")
 
 
 def test_merged_weights() -> None:
@@ -456,4 +456,4 @@ def test_disabled_modules() -> None:
 def test_lora_only_outside_the_blocks() -> None:
     model = bert_with(lora(target_modules=["pooler.dense"]))
     text = refusal(lambda: EarlyPruner(model))
-    assert "no PEFT module sits on a prunable projection" in text and "query, key, value" in text
+    assert "no PEFT module is on a prunable projection" in text and "query, key, value" in text

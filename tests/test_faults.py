@@ -327,9 +327,14 @@ ONCE_TRACEBACKS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str, str]
         "estimation/estimation.json",
         lambda d: d["sites"][0].update(block=99),
         "plan",
-        "that it does",
+        "that the record does",
     ),
-    "scores of others": ("estimation/estimation.json", lambda d: d["sites"].pop(), "plan", "the record's scores"),
+    "scores of others": (
+        "estimation/estimation.json",
+        lambda d: d["sites"].pop(),
+        "plan",
+        "of the estimation record have shape",
+    ),
     "no report": ("metrics.json", lambda d: (d.clear(), d.update(x=1)), "run", "is missing"),
 }
 

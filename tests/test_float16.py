@@ -110,7 +110,7 @@ def test_steps_that_overflow_are_left_out(tmp_path: Path, scalers: Scalers) -> N
 
 def test_without_a_gpu_training_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "accelerator", lambda: None)
-    with pytest.raises(LightPeftError, match="training.precision: fp16 needs a GPU, and there is none; auto"):
+    with pytest.raises(LightPeftError, match="training.precision: fp16 needs a GPU, and this machine has none"):
         pipeline.prepare(Workbench(tmp_path).config(**{"training.precision": "fp16"}))
     assert not (tmp_path / "run").exists()
     assert autocast_dtype(TrainingConfig(precision="fp16")) is None  # what a GPU trained is evaluated in float32

@@ -112,10 +112,10 @@ def test_a_configuration_that_is_none(text: str, tmp_path: Path) -> None:
 def test_several_adapters_are_not_saved_as_one(base: Path, tmp_path: Path) -> None:
     light = light_of(base)
     light.add_adapter("second", light.peft_config["default"])
-    assert "adapters default, second" in refusal(lambda: light.save_pretrained(tmp_path / "light"))
+    assert "adapters (default, second)" in refusal(lambda: light.save_pretrained(tmp_path / "light"))
     light.delete_adapter("second")
     said = refusal(lambda: light.save_pretrained(tmp_path / "light", selected_adapters=["default", "second"]))
-    assert said == "a light adapter has one adapter, default; it cannot be saved with default, second"
+    assert said == "a light adapter holds one adapter; select default instead of default, second"
     light.save_pretrained(tmp_path / "light", selected_adapters=["default"])
     assert logits(load_light(tmp_path / "light")).equal(logits(light))
 
@@ -146,7 +146,7 @@ def test_weights_for_other_units_are_not_loaded(base: Path, tmp_path: Path) -> N
     before = logits(light)
     for name in ("default", "second"):
         said = refusal(lambda name=name: light.load_adapter(tmp_path / "other", name))
-        assert said.startswith(f"{tmp_path / 'other'} is for other units") and "load_light" in said
+        assert said.startswith(f"{tmp_path / 'other'} is a light adapter with another plan") and "load_light" in said
     assert logits(light).equal(before) and not logits(other).equal(before)
     light.save_pretrained(tmp_path / "own")
     light.load_adapter(str(tmp_path / "own"), "default")

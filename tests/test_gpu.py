@@ -30,7 +30,7 @@ from lightpeft import load_light, run
 from lightpeft.machine import autocasting, has_bf16
 from lightpeft.models.linears.bitsandbytes import prepare_quantised
 from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.profiling.live import moved, trainable
+from lightpeft.profiling.live import move_batch, trainable
 from lightpeft.profiling.memory import PeakMemory
 from lightpeft.profiling.speed import measure_inference, measure_training
 from lightpeft.prune.estimation import Estimator
@@ -85,7 +85,7 @@ def assert_steps_near(found: Step, expected: Step, dtype: torch.dtype, what: str
 def given(model: nn.Module, device: str, **options: Any) -> dict[str, Tensor]:
     """A batch on the device, in the model's type."""
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    inputs = moved(inputs_for(model, **options), torch.device(device))
+    inputs = move_batch(inputs_for(model, **options), torch.device(device))
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
 
@@ -230,7 +230,7 @@ def test_a_stage_goes_on_from_its_state(device: str, tmp_path: Path) -> None:
             estimator.load_state(tmp_path)
         for step in range(first, last):
             data = inputs_for(estimator.model, labels=True, seed=step)
-            estimator.model(**moved(data, torch.device(device))).loss.backward()
+            estimator.model(**move_batch(data, torch.device(device))).loss.backward()
             estimator.step()
             estimator.model.zero_grad()
         return estimator
@@ -253,7 +253,7 @@ def test_scores_in_half_precision(dtype: torch.dtype, device: str) -> None:
         for step in range(2):
             data = inputs_for(model, labels=True, rows=8, length=20, seed=step)
             with autocasting(torch.device(device), half):
-                loss = model(**moved(data, torch.device(device))).loss
+                loss = model(**move_batch(data, torch.device(device))).loss
             scaler.scale(loss).backward()
             estimator.step(grad_scale=scaler.get_scale())
         estimator.stop()
@@ -290,7 +290,7 @@ def test_a_light_trainer_cuts_and_trains(device: str, tmp_path: Path) -> None:
     assert places == {device}, f"after the cut the model is on {sorted(places)}"
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert len(losses) == 16 and all(map(math.isfinite, losses)), f"losses on {device}: {losses}"
-    data = moved(inputs_for(trainer.model, labels=True), torch.device(device))
+    data = move_batch(inputs_for(trainer.model, labels=True), torch.device(device))
     losses = losses_of_steps(trainer.model, data, torch.optim.AdamW(trainable(trainer.model), lr=1e-2))
     said = f"on one batch behind the cut the loss went from {losses[0]:.3f} to {losses[-1]:.3f} on {device}"
     assert losses[-1] < 0.9 * losses[0], said
@@ -372,7 +372,7 @@ def test_quantised_bases(kind: str, sizes: dict[str, Any], device: str, tmp_path
         name = f"{kind} beside its weights in a dense model, {what}"
         assert_near(logits(model, data), logits(dense, data), computed, name)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    data = moved(inputs_for(model, labels=True), torch.device(device))
+    data = move_batch(inputs_for(model, labels=True), torch.device(device))
     losses = losses_of_steps(model.train(), data, optimizer)
     assert losses[-1] < 0.9 * losses[0], f"{kind} on {device}: the loss went from {losses[0]:.3f} to {losses[-1]:.3f}"
     expected = logits(model.eval(), inputs)

@@ -16,7 +16,7 @@ from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.tasks.respondent import token_sums
 from lightpeft.app.tasks.tokens import Collator
 from lightpeft.models.batches import IGNORED
-from lightpeft.models.head import head_apart, lone_head
+from lightpeft.models.head import lone_head, skip_head
 from lightpeft.models.unwrap import transformers_model
 
 FOLLOWED = ("gemma2", "granite")
@@ -30,7 +30,7 @@ def test_hidden_states_and_head_give_the_logits(name: str) -> None:
     with torch.no_grad():
         usual = model(**batch).logits
         head = lone_head(model)
-        with head_apart(head):
+        with skip_head(head):
             states = model(**batch).logits
         found = states if head is None else head(states)
         assert found.equal(usual)
@@ -51,7 +51,7 @@ def test_who_watches_the_head_sees_logits() -> None:
     seen: list[Tensor] = []
     model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output))
     assert lone_head(model) is None
-    with head_apart(None):
+    with skip_head(None):
         model(**inputs_for(model))
     assert seen[-1].shape[-1] == model.config.vocab_size
 

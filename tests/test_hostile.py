@@ -328,7 +328,7 @@ def test_a_base_with_an_adapter_in_it(place: Path, bench: Workbench, capsys: pyt
     for file in (place / "peft").glob("adapter_*"):
         shutil.copy(file, place / "base")
     lines = refused(place, bench, "light", "base", capsys=capsys)
-    assert all("has a PEFT adapter beside it" in line for line in lines.values()), lines
+    assert all("has a PEFT adapter in its folder" in line for line in lines.values()), lines
 
 
 ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {

@@ -28,9 +28,9 @@ def unknown(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nobody has asked yet, and nothing says that there is no network."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    hub.answers.cache_clear()
+    hub.is_reachable.cache_clear()
     yield
-    hub.answers.cache_clear()
+    hub.is_reachable.cache_clear()
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -58,14 +58,14 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Hub]]:
 
 def test_a_hub_that_answers_is_asked_once(answering: type[_Hub]) -> None:
     for _ in range(3):
-        hub.look_for("someone/something")
+        hub.go_offline_if_unreachable("someone/something")
     assert answering.asked == 1
     assert not constants.HF_HUB_OFFLINE
 
 
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", NOWHERE)
-    hub.look_for("someone/something")
+    hub.go_offline_if_unreachable("someone/something")
     assert constants.HF_HUB_OFFLINE
     assert datasets.config.HF_HUB_OFFLINE
 

@@ -97,8 +97,8 @@ def test_a_loop_of_ones_own_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pyt
         (None, None),
         (0.05, None),
         (0.9, None),
-        (0.02, "a loss 2.0% below that of an answer by the frequencies of labels, after 4 steps"),
-        (-0.1, "a loss 10.0% above that of an answer by the frequencies of labels, after 4 steps"),
+        (0.02, "loss 2.0% below that of the label frequencies after 4 steps"),
+        (-0.1, "loss 10.0% above that of the label frequencies after 4 steps"),
     ],
 )
 def test_what_is_said_before_a_cut(learned: float | None, words: Any) -> None:

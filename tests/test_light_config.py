@@ -17,11 +17,11 @@ from lightpeft.config import (
     PRESETS,
     WRITTEN,
     LightConfig,
-    changed,
-    derived,
+    fill_defaults,
     light_config,
     load_config,
-    overlaid,
+    merge_settings,
+    override_light,
     run_config_from_dict,
 )
 from lightpeft.config.derived import TABLE
@@ -58,21 +58,21 @@ def test_parts_in_range(value: float) -> None:
         ({"multiple_of": 0}, "light.remove.multiple_of is 0"),
         ({"scope": "local"}, "light.remove.scope is 'local'; it must be"),
         ({"head_unit": "pair"}, "light.remove.head_unit is 'pair'; it must be"),
-        ({"module_blocks": 0.0}, "light.modules.blocks is 0.0; it lies in (0, 1]"),
-        ({"module_blocks": 1.5}, "light.modules.blocks is 1.5; it lies in (0, 1]"),
+        ({"module_blocks": 0.0}, "light.modules.blocks is 0.0; it must be in (0, 1]"),
+        ({"module_blocks": 1.5}, "light.modules.blocks is 1.5; it must be in (0, 1]"),
         ({"criterion": "frequency"}, "light.estimate.criterion is 'frequency'; it must be"),
         ({"module_criterion": "mask"}, "ratio, taylor, random"),
-        ({"length": 1}, "light.estimate.length is 1 steps; estimation needs at least 2"),
+        ({"length": 1}, "light.estimate.length is 1 steps; it must be at least 2"),
         ({"length": True}, "light.estimate.length is True"),
-        ({"length": 1.0}, "light.estimate.length is 1; a part of the run lies in (0, 1)"),
+        ({"length": 1.0}, "light.estimate.length is 1; it must be in (0, 1)"),
         ({"length": "later"}, "light.estimate.length is 'later'"),
         ({"mask_learning_rate": 0.0}, "mask_learning_rate is 0.0; it must be positive"),
-        ({"dropout": 1.0}, "light.rates.dropout is 1.0; it lies in [0, 1)"),
+        ({"dropout": 1.0}, "light.rates.dropout is 1.0; it must be in [0, 1)"),
         ({"dropout": "some"}, "light.rates.dropout is 'some'"),
         ({"scale": 0.0}, "light.rates.scale is 0.0; it must be positive"),
         ({"estimation_scale": -1.0}, "light.rates.estimation_scale is -1.0; it must be"),
-        ({"blocks": 0.4, "heads": 0.9}, "light.remove.blocks and light.remove.heads both say how much goes"),
-        ({"blocks": 0.4, "experts": 0.0}, "light.remove.blocks and light.remove.experts both say how much goes"),
+        ({"blocks": 0.4, "heads": 0.9}, "light.remove.blocks and light.remove.heads both set the amount to remove"),
+        ({"blocks": 0.4, "experts": 0.0}, "light.remove.blocks and light.remove.experts both set the amount to remove"),
         ({"blocks": "all"}, "light.remove.blocks is 'all'"),
         ({"full_width_steps": 0.1}, "set keep to full or both"),
         ({"keep": "full", "full_width_steps": 1.0}, "full_width_steps is 1"),
@@ -90,13 +90,13 @@ def test_what_is_refused(leaves: dict[str, Any], says: str) -> None:
 @pytest.mark.parametrize(
     ("light", "says"),
     [
-        (1.0, "light.remove.blocks is 1; a part to remove lies in [0, 1)"),
+        (1.0, "light.remove.blocks is 1; it must be in [0, 1)"),
         (-0.5, "light.remove.blocks is -0.5"),
         (float("nan"), "light.remove.blocks is nan"),
-        (True, "light is True; give a part of the blocks"),
+        (True, "light is True; give a fraction of the blocks"),
         (
             "slow",
-            "light is 'slow'; give a part of the blocks to remove such as 0.4, auto, a preset (fast, accurate, paper)",
+            "light is 'slow'; give a fraction of the blocks to remove such as 0.4, auto, a preset (fast, accurate",
         ),
         ([0.4], "light is [0.4]"),
         ({"preset": "slow"}, "light.preset is 'slow'"),
@@ -156,12 +156,12 @@ def test_what_is_derived_leaves_nothing_open_and_stays() -> None:
     for name in PRESETS:
         for peft in ("lora", "ia3", "bottleneck"):
             for writes in (False, True):
-                light = derived(light_config(name), peft, writes)
+                light = fill_defaults(light_config(name), peft, writes)
                 unset = {key for key, value in dataclasses.asdict(light.remove).items() if value is None}
                 assert unset - {"tolerance", "scope"} == ({"blocks"} if name == "paper" else set(SHARES))
                 for section in ("estimate", "modules", "rates", "after"):
                     assert None not in dataclasses.asdict(getattr(light, section)).values()
-                assert derived(light, "bottleneck", not writes) == light
+                assert fill_defaults(light, "bottleneck", not writes) == light
     assert all(rule.because for rule in TABLE)
 
 
@@ -234,21 +234,21 @@ def test_one_way_to_say_how_much_goes_takes_the_place_of_another(given: Any, blo
 def test_a_higher_layer_replaces_the_amount_and_keeps_the_rest() -> None:
     file = {"light": {"preset": "accurate", **nested(heads=0.5, neurons=0.2, tolerance="2 points", dropout=0.1)}}
     for above in (0.4, {"remove": {"blocks": 0.4}}):
-        light = run_config_from_dict(overlaid(file, {"light": above})).light
+        light = run_config_from_dict(merge_settings(file, {"light": above})).light
         assert light == preset("accurate", blocks=0.4, tolerance="2 points", dropout=0.1)
-    back = run_config_from_dict(overlaid({"light": 0.4}, {"light": nested(neurons=0.2)})).light
+    back = run_config_from_dict(merge_settings({"light": 0.4}, {"light": nested(neurons=0.2)})).light
     assert (back.remove.blocks, back.remove.neurons) == (None, 0.2)
-    named = run_config_from_dict(overlaid({"light": 0.4}, {"light": "accurate"})).light
+    named = run_config_from_dict(merge_settings({"light": 0.4}, {"light": "accurate"})).light
     assert named == preset("accurate", blocks=0.4)
-    open_again = run_config_from_dict(overlaid({"light": nested(heads=0.5)}, {"light": "auto"})).light
+    open_again = run_config_from_dict(merge_settings({"light": nested(heads=0.5)}, {"light": "auto"})).light
     assert open_again == preset("fast")
 
 
 def test_settings_over_others() -> None:
     light = preset("fast", blocks=0.4, criterion="taylor")
-    assert changed(light, None) == light
-    assert changed(light, 0.2) == preset("fast", blocks=0.2, criterion="taylor")
-    assert changed(light, LightConfig(remove=light_config(nested(heads=0.5)).remove)).remove.blocks is None
+    assert override_light(light, None) == light
+    assert override_light(light, 0.2) == preset("fast", blocks=0.2, criterion="taylor")
+    assert override_light(light, LightConfig(remove=light_config(nested(heads=0.5)).remove)).remove.blocks is None
     assert light.removing_nothing().chooses is False
     assert light.with_whole_modules().chooses and not light.removing(0.0).with_whole_modules().chooses
 

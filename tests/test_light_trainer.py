@@ -294,7 +294,7 @@ def test_what_cuts_a_model_that_writes_says_so(
     builds: Builds, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A trainer, and a loop of one's own; not where a whole model is kept, too, nor of one that classifies."""
-    said, few = "a model that writes loses far more by a cut", light_of(**BUDGET)
+    said, few = "pruning costs a model that generates text far more", light_of(**BUDGET)
     for light, told in ((few, True), (but(few, keep="both"), False), (preset("accurate", writes=True), False)):
         caplog.clear()
         pruner = EarlyPruner(with_lora(make("llama-gqa")), light)
@@ -314,7 +314,7 @@ def test_what_cuts_a_model_that_writes_says_so(
 def test_a_presets_name(builds: Builds) -> None:
     trainer = builds.trainer(light="fast")
     assert trainer.light_config == preset("fast")
-    assert "light is 'quick'; give a part of the blocks" in refusal(lambda: builds.trainer(light="quick"))
+    assert "light is 'quick'; give a fraction of the blocks" in refusal(lambda: builds.trainer(light="quick"))
 
 
 def test_what_is_not_cut_is_an_ordinary_adapter(builds: Builds, bench: Workbench, tmp_path: Path) -> None:
@@ -506,7 +506,7 @@ def test_refused_before_training(builds: Builds, monkeypatch: pytest.MonkeyPatch
     assert "leaves none of the run's 24" in refusal(lambda: builds.trainer(light=short))
     monkeypatch.setattr("lightpeft.prune.length.LEAST_EXAMPLES", 256)
     said = refusal(lambda: builds.trainer(light=LIGHT))
-    assert "estimation scores 32 examples, and from fewer than 256" in said
+    assert "estimation scores 32 examples, too few for a reliable plan, which needs 256" in said
     assert "train for longer (num_train_epochs)" in said
 
 

@@ -83,8 +83,8 @@ def alone() -> Iterator[None]:
 def test_variables_of_another_job(alone: None, monkeypatch: pytest.MonkeyPatch, left: dict[str, str]) -> None:
     for name, value in left.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(LightPeftError, match="says that this process is one of several") as caught:
+    with pytest.raises(LightPeftError, match="say that this process is one of several") as caught:
         processes()
-    assert "unset what is left over" in str(caught.value)
+    assert "unset variables left over" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert next(iter(left)) in str(caught.value)

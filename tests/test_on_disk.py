@@ -196,7 +196,7 @@ def test_weights_cannot_be_written_to(tmp_path: Path) -> None:
     peft = with_lora(model)
     for safe in (False, True):
         text = refusal(lambda: peft.merge_and_unload(safe_merge=safe))  # noqa: B023
-        assert "weights on disk cannot be written to, nor PEFT merged into them" in text
+        assert "weights on disk cannot be changed, so PEFT cannot merge" in text
     layer = model.model.layers[0].mlp.down_proj
     with pytest.raises(RuntimeError, match="inference tensor"), torch.no_grad():
         base_layer(layer).weight.zero_()
@@ -221,7 +221,7 @@ def test_files_that_change(tmp_path: Path) -> None:
     weights = load_file(file)
     weights = {name: tensor.clone() for name, tensor in weights.items()}
     file.unlink()
-    text = "has changed or gone while a model's weights were read from it; load it again"
+    text = "has changed or gone, and a model reads its weights there; load it again"
     assert text in refusal(lambda: model(**inputs_for(model)))
     save_file(weights, file, metadata={"format": "pt"})
     assert text in refusal(lambda: model(**inputs_for(model)))
@@ -275,11 +275,11 @@ def refused(folder: Path, architecture: Any = BertModel, **options: Any) -> str:
 def test_quantised_bases(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     saved(tmp_path, "bert")
-    text = "the base is quantised, which low_memory cannot read; load it without low_memory"
+    text = "low_memory cannot read a quantized base; load it without low_memory"
     assert text in refused(tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
     for name, value in (("quantization", "nf4"), ("gguf_file", "model.gguf")):
         text = refusal(lambda: ModelConfig(name="base", low_memory=True, **{name: value}))  # noqa: B023
-        assert f"leave model.{name} unset" in text
+        assert f"model.low_memory cannot be combined with model.{name}; " in text
 
 
 def test_what_needs_weights_in_memory(bench: Workbench) -> None:
@@ -298,7 +298,7 @@ def test_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(loading, "processes", lambda: SimpleNamespace(num_processes=2))
     config = ModelConfig(name=str(tmp_path), low_memory=True)
     text = refusal(lambda: loading.load_model(config, CAUSAL_LM))
-    assert "model.low_memory leaves weights on disk for one process" in text
+    assert "model.low_memory works in a single process only" in text
 
 
 def test_nothing_stays_behind(tmp_path: Path) -> None:

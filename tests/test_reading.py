@@ -77,7 +77,7 @@ def test_the_block_that_tells_most(block: int) -> None:
     assert min(range(3), key=found.error.__getitem__) == block and found.accuracy[block] > 0.8
     assert found.enough <= block + 1 and found.rows == 96 and len(found.error) == 3
     assert found.depth == pytest.approx(1 - found.enough / 3)
-    assert f"from block {found.enough} of 3 on there is nothing to be gained" in found.summary()
+    assert f"the task needs {found.enough} of 3 blocks" in found.summary()
 
 
 def test_the_model_stays_as_it_was() -> None:
@@ -106,9 +106,9 @@ def test_no_more_than_a_budget() -> None:
 def test_what_cannot_be_read() -> None:
     model, batches = rows_read_at(0, rows=16)
     alike = [{**batch, "labels": torch.zeros_like(batch["labels"])} for batch in batches]
-    assert "have one label" in refusal(lambda: find_depth(model, alike))
+    assert "have the same label" in refusal(lambda: find_depth(model, alike))
     numbers = [{**batch, "labels": batch["labels"].float()} for batch in batches]
-    assert "these labels are no such" in refusal(lambda: find_depth(model, numbers))
+    assert "needs one class number for each row" in refusal(lambda: find_depth(model, numbers))
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def half(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_a_run_is_one_of_the_depth_that_it_finds(bench: Workbench, half: list[int], capsys: Any) -> None:
     result = pipeline.run(bench.config("auto", **AUTO))
-    assert "leaves out 50% of the blocks: from block 1 of 2 on there is nothing to be gained" in capsys.readouterr().err
+    assert "leaves out 50% of the blocks: the task needs 1 of 2 blocks" in capsys.readouterr().err
     pipeline.run(bench.config("given", **{"light.remove.depth": 0.5}))
     one, other = (read_tensors(bench.folder / name / "adapter" / WEIGHTS) for name in ("auto", "given"))
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
@@ -164,7 +164,10 @@ def test_an_estimation_is_of_the_budget_that_bounds_its_depth(bench: Workbench, 
     assert lightpeft("run", "--config", bench.yaml("of more", **of[0.6]), *taken) == 2
     assert "was made with other settings (light.remove.blocks)" in capsys.readouterr().err
     assert lightpeft("plan", "--run", bench.folder / "of half", "--light.remove.blocks", "0.4") == 2
-    assert "depth: auto left out 50% of the blocks, and blocks is 0.4 now; estimate again" in capsys.readouterr().err
+    assert (
+        "depth: auto dropped 50% of the blocks, more than light.remove.blocks 0.4; estimate again"
+        in capsys.readouterr().err
+    )
     assert lightpeft("plan", "--run", bench.folder / "of half", "--light.remove.blocks", "0.7") == 0
 
 
@@ -215,7 +218,7 @@ def test_a_trainer_finds_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         trainer.train()
         assert trainer.light_plan is not None and len(trainer.light_plan.left_out) == 1
         weights.append(trained_weights(trainer.model))
-    assert caplog.text.count("leaves out 33% of the blocks: from block 2 of 3 on") == 1
+    assert caplog.text.count("leaves out 33% of the blocks: the task needs 2 of 3 blocks") == 1
     one, other = weights
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 

@@ -100,8 +100,8 @@ def test_every_grid_of_the_repository_is_one(path: Path) -> None:
 
 
 NOT_WITH_AUTO = {
-    "random": "light.remove.blocks is auto, which estimation has to end for; give a number here",
-    "mask": "light.remove.blocks is auto, which estimation has to end for; give a number here",
+    "random": "light.remove.blocks is auto, which is measured after estimation; give a number here",
+    "mask": "light.remove.blocks is auto, which is measured after estimation; give a number here",
 }
 """Methods that want a number under `light: auto`, and what says so."""
 

@@ -14,7 +14,7 @@ from workbench import Workbench, comparable, lightpeft, stamps
 
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.reuse import estimation_settings
-from lightpeft.files import holding
+from lightpeft.files import lock_folder
 
 OTHER = {"light.remove.heads": 0.5, "light.modules.remove_ranks": 0.75}
 """Another budget than that of the workbench."""
@@ -74,7 +74,7 @@ def test_scores_of_nothing_serve_no_budget(bench: Workbench, refused: Refused) -
     for budget in (0.3, "auto"):
         asking = bench.yaml("asking", **nothing | {"light.remove.blocks": budget})
         line = refused("run", "--config", asking, "--estimation", bench.folder / "unscored")
-        assert "of no step, since nothing was to go; estimate again" in line
+        assert "since its settings removed nothing; estimate again" in line
 
 
 MISFITS: dict[str, dict[str, Any]] = {
@@ -85,7 +85,7 @@ MISFITS: dict[str, dict[str, Any]] = {
     "light.modules.blocks": {"light.modules.blocks": 0.5},
     "data.max_length": {"data.max_length": 16},
     "share no estimation; both must be light": {"method": "plain"},
-    "blocks that the estimation had": {"light.remove.depth": 0.5},
+    "blocks that were there during estimation": {"light.remove.depth": 0.5},
 }
 
 
@@ -187,7 +187,7 @@ def test_a_run_that_is_in_use_is_not_overwritten(bench: Workbench, capsys: pytes
     taken, free = context.Event(), context.Event()
 
     def hold() -> None:
-        with holding(folder):
+        with lock_folder(folder):
             taken.set()
             free.wait(60)
 

@@ -19,7 +19,7 @@ from lightpeft.app.runs import pipeline, workspace
 from lightpeft.config import TrainingConfig, load_config
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.prune import length
-from lightpeft.prune.length import able, fitted, stage_of
+from lightpeft.prune.length import fit_stage, remove_nothing_if_short, stage_of
 from lightpeft.training.schedule import (
     LEAST_EPOCHS,
     LEAST_RATE,
@@ -137,8 +137,8 @@ def test_least_steps_of_a_run(batch_size: int, least: int) -> None:
     usual = stage_of(light, pace.steps(3)).steps
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(length, "LEAST_EXAMPLES", 256)
-        assert fitted(light, pace, pace.steps(3)).steps == max(usual, least)
-        assert fitted(light, None, 500) == stage_of(light, 500), "rows that are not counted"
+        assert fit_stage(light, pace, pace.steps(3)).steps == max(usual, least)
+        assert fit_stage(light, None, 500) == stage_of(light, 500), "rows that are not counted"
 
 
 def test_a_part_of_the_run_is_longer_for_its_examples_and_a_number_of_steps_is_not(
@@ -146,14 +146,16 @@ def test_a_part_of_the_run_is_longer_for_its_examples_and_a_number_of_steps_is_n
 ) -> None:
     monkeypatch.setattr(length, "LEAST_EXAMPLES", 256)
     pace = Pace(rows=640, batch_size=8)
-    assert fitted(light_of(length=0.1), pace, 400).steps == 63
-    assert fitted(light_of(length=24), pace, 80).steps == 24
-    with pytest.raises(LightPeftError, match="from fewer than 256 no plan is to be trusted"):
-        fitted(light_of(length=0.1), pace, 80)
-    light, unable = able(light_of(blocks="auto", length=0.1), pace, 80)
+    assert fit_stage(light_of(length=0.1), pace, 400).steps == 63
+    assert fit_stage(light_of(length=24), pace, 80).steps == 24
+    with pytest.raises(LightPeftError, match="too few for a reliable plan, which needs 256"):
+        fit_stage(light_of(length=0.1), pace, 80)
+    light, unable = remove_nothing_if_short(light_of(blocks="auto", length=0.1), pace, 80)
     assert unable is not None and not light.chooses and light.rates.scale == 1
-    assert able(light_of(blocks="auto", length=0.1), pace, 400)[1] is None
-    assert able(light_of(length=0.1), pace, 80) == (light_of(length=0.1), None), "what is asked for is refused"
+    assert remove_nothing_if_short(light_of(blocks="auto", length=0.1), pace, 400)[1] is None
+    assert remove_nothing_if_short(light_of(length=0.1), pace, 80) == (light_of(length=0.1), None), (
+        "what is asked for is refused"
+    )
 
 
 def sums_of_windows(of_steps: Sequence[int], steps: int) -> list[int]:
@@ -193,7 +195,7 @@ def test_a_run_of_few_examples_is_refused_before_it_begins(
     monkeypatch.setattr(length, "LEAST_EXAMPLES", 49)
     assert lightpeft("run", "--config", bench.yaml("few")) == 2
     error = capsys.readouterr().err
-    assert "estimation scores 32 examples, and from fewer than 49 no plan" in error
+    assert "estimation scores 32 examples, too few for a reliable plan, which needs 49" in error
     assert error.count("\n") == 1 and not (bench.folder / "few").exists()
     monkeypatch.setattr(length, "LEAST_EXAMPLES", 48)
     assert pipeline.run(bench.config("enough"))["metrics"]
@@ -204,7 +206,7 @@ def test_what_is_estimated_already_goes_on(bench: Workbench, monkeypatch: pytest
     """Folders whose stage ran before there was a minimum are still evaluated."""
     config = bench.config("estimated")
     pipeline.estimate(pipeline.prepare(config))
-    monkeypatch.setattr(workspace, "fitted", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(workspace, "fit_stage", lambda *_: pytest.fail("asked again"))
     assert pipeline.run(config)["metrics"]
 
 
@@ -218,7 +220,10 @@ def test_a_loop_of_few_examples_is_warned(monkeypatch: pytest.MonkeyPatch, caplo
     for least, said in ((16, 0), (17, 1)):
         monkeypatch.setattr(length, "LEAST_EXAMPLES", least)
         assert estimate(student(), steps=4, rows=8).record()
-        assert sum("scores 16 examples, and from fewer than 17" in line for line in caplog.messages) == said
+        assert (
+            sum("scores 16 examples, too few for a reliable plan, which needs 17" in line for line in caplog.messages)
+            == said
+        )
 
 
 @given(st.integers(1, 1000))

@@ -11,7 +11,7 @@ import torch
 from lights import light_of
 from tiny import batch, make, relative_difference, with_lora
 
-from lightpeft.config.light import Criterion, ModuleCriterion, RankCriterion
+from lightpeft.config.light import ModuleCriterion, RankCriterion, UnitCriterion
 from lightpeft.models.families.registry import block_specs
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.registry import find_sites
@@ -44,7 +44,7 @@ def test_module_criteria() -> None:
 # The table
 
 
-OF_SETTINGS = {**dict.fromkeys(MASKED, Criterion), "modules": ModuleCriterion, "ranks": RankCriterion}
+OF_SETTINGS = {**dict.fromkeys(MASKED, UnitCriterion), "modules": ModuleCriterion, "ranks": RankCriterion}
 
 
 @pytest.mark.parametrize("unit", OF_SETTINGS)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightpeft.config.light import Scope
 from lightpeft.errors import LightPeftError
-from lightpeft.plans.selection import Layer, going, keep, keep_part, weakest_first, without
+from lightpeft.plans.selection import Layer, keep, keep_part, remaining_units, removal_order, weakest_first
 
 
 def of_scores(layers: Sequence[Sequence[float]], floor: int = 0) -> list[Layer]:
@@ -90,11 +90,11 @@ costly = st.builds(
 
 @given(layers=st.lists(costly, min_size=1, max_size=5))
 def test_units_go_by_score_per_parameter(layers: list[Layer]) -> None:
-    order = going(layers)
+    order = removal_order(layers)
     units = [(float(score) / layer.cost, layer) for layer in layers for score in layer.scores]
     costs = [units[index][0] for index in order.tolist()]
     assert costs == sorted(costs) and len(set(order.tolist())) == len(order)
-    for layer, kept in zip(layers, without(layers, order), strict=True):
+    for layer, kept in zip(layers, remaining_units(layers, order), strict=True):
         assert len(kept) == min(layer.floor, len(layer.scores)), "all but the floors may go"
         gone = set(range(len(layer.scores))) - set(kept)
         assert all(layer.scores[unit] <= layer.scores[stays] for unit in gone for stays in kept)
@@ -102,12 +102,12 @@ def test_units_go_by_score_per_parameter(layers: list[Layer]) -> None:
 
 @given(layers=st.lists(costly, min_size=1, max_size=5), count=st.integers(0, 40))
 def test_what_goes_first_is_gone(layers: list[Layer], count: int) -> None:
-    order = going(layers)
+    order = removal_order(layers)
     kept = keep(layers, count)
-    assert kept == without(layers, order[:count])
+    assert kept == remaining_units(layers, order[:count])
     flat = [unit for layer in layers for unit in range(len(layer.scores))]
     assert sum(map(len, kept)) == len(flat) - min(count, len(order))
-    more = without(layers, order[: count + 1])
+    more = remaining_units(layers, order[: count + 1])
     assert all(set(after) <= set(before) for before, after in zip(kept, more, strict=True))
 
 
@@ -131,7 +131,7 @@ def test_counts_and_floors_hold_in_any_order(
 
 def test_units_go_in_the_order_that_is_given() -> None:
     layers = of_scores([[5.0, 6.0, 7.0], [1.0, 2.0]], floor=1)
-    assert going(layers, lambda _: torch.tensor([2, 4, 0, 3, 1])).tolist() == [2, 4, 0]
+    assert removal_order(layers, lambda _: torch.tensor([2, 4, 0, 3, 1])).tolist() == [2, 4, 0]
     assert keep(layers, 2, lambda _: torch.tensor([2, 4, 0, 3, 1])) == [[0, 1], [0]]
 
 
@@ -141,5 +141,5 @@ def test_units_that_are_not_in_the_order_stay() -> None:
 
 @pytest.mark.parametrize("units", [[0, 0, 1], [0, 1, 2, 3], [-1, 0, 1]])
 def test_what_is_no_order_is_refused(units: list[int]) -> None:
-    with pytest.raises(LightPeftError, match="names each unit once, by an index below 3; this one"):
+    with pytest.raises(LightPeftError, match="return indices below 3, each at most once"):
         keep(of_scores([[0.0, 1.0], [2.0]]), 1, lambda _: torch.tensor(units))

@@ -37,9 +37,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.chdir(tmp_path)  # where no folder has the name of a repository
-        reaching.answers.cache_clear()
+        reaching.is_reachable.cache_clear()
         yield found
-        reaching.answers.cache_clear()
+        reaching.is_reachable.cache_clear()
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_revisions(name: str, hub: LocalHub, home: Path) -> None:
     assert refusal(lambda: load_light("me/light", revision="v3")) == (
         "there is no folder me/light here, and me/light on the hub has no revision v3"
     )
-    assert "names another revision" in refusal(lambda: load_light("me/light@v2", revision="main"))
+    assert "name different revisions" in refusal(lambda: load_light("me/light@v2", revision="main"))
     assert "is a folder" in refusal(lambda: load_light(home / "light", revision="main"))
 
 
@@ -131,10 +131,10 @@ def test_what_cannot_be_had(
     )
     hub.add("me/broken", home / "light", broken=True)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # before a hub that fails is asked again
-    assert "me/broken cannot be had from the hub" in refusal(lambda: load_light("me/broken"))
-    assert "is open to those who were let in alone" in refusal(lambda: load_light("me/gated"))
-    assert "on the hub is no light adapter: it has no lightpeft.json" in refusal(lambda: load_light("me/base"))
-    assert "on the hub is no merged light model: it has no merged.json" in refusal(lambda: load_merged("me/base"))
+    assert "me/broken cannot be downloaded from the hub" in refusal(lambda: load_light("me/broken"))
+    assert "is a gated repository; request access" in refusal(lambda: load_light("me/gated"))
+    assert "on the hub is not a light adapter: it has no lightpeft.json" in refusal(lambda: load_light("me/base"))
+    assert "on the hub is not a merged light model: it has no merged.json" in refusal(lambda: load_merged("me/base"))
     assert refusal(lambda: load_light(Path("me/light"))) == "light adapter folder me/light does not exist"
     assert "does not exist" in refusal(lambda: load_light("./me/light"))
     for verb, *options in (("predict", "--example", "a"), ("export", "out"), ("inspect",)):

@@ -279,7 +279,7 @@ def test_continuous_batching_is_refused_where_kv_heads_went() -> None:
     for name, budget in (("llama-gqa", "usual"), ("opt", "dropped")):
         _, pruned, plan = pair(name, "lora", budget)
         assert any(0 < len(k.kv_heads) < s.kv_heads for s, k in zip(plan.specs, plan.blocks, strict=True))
-        with pytest.raises(LightPeftError, match=r"^continuous batching caches equally many KV heads .*generate\(\)$"):
+        with pytest.raises(LightPeftError, match=r"^continuous batching needs equally many KV heads .*generate\(\)$"):
             pruned.generate_batch([[5, 6, 7]], generation_config=settings)
     _, same_kv_heads, _ = pair("llama-mqa", "lora", "usual")
     assert "init_continuous_batching" not in vars(transformers_model(same_kv_heads))

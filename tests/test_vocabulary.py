@@ -253,7 +253,7 @@ def test_every_bit_counts() -> None:
             assert Vocabulary.from_bits(bits, size) == vocabulary
     assert "ascending ids below 3" in refusal(lambda: Vocabulary((0, 3), 3))
     assert "ascending ids" in refusal(lambda: Vocabulary((), 3))
-    assert "not the tokens that stay of 30" in refusal(lambda: Vocabulary.from_bits(torch.zeros(3).byte(), 30))
+    assert "does not fit 30 tokens" in refusal(lambda: Vocabulary.from_bits(torch.zeros(3).byte(), 30))
     assert "ascending ids" in refusal(lambda: Vocabulary.from_bits(torch.full((1,), 255).byte(), 7))
 
 
@@ -263,25 +263,25 @@ def test_every_bit_counts() -> None:
 def test_words_without_parts_are_refused() -> None:
     words = _wrapped(Tokenizer(models.WordLevel({"[UNK]": 0, "good": 1}, unk_token="[UNK]")), unk_token="[UNK]")
     reason = refusal(lambda: kept_tokens(words, [1]))
-    assert "of kind WordLevel, and those that can are BPE, WordPiece and Unigram" in reason
+    assert "its kind is WordLevel, not one of BPE, WordPiece and Unigram" in reason
     assert "leave light.remove.vocabulary at keep" in reason
 
 
 def test_another_size_and_another_cut_are_refused() -> None:
     model, (_, vocabulary) = family("bert"), smaller("wordpiece")
-    assert "chosen among 9,000".replace(",", "") in refusal(lambda: cut_model(model, Vocabulary((0, 1), 9000)))
+    assert "selected from 9,000".replace(",", "") in refusal(lambda: cut_model(model, Vocabulary((0, 1), 9000)))
     cut_model(model, vocabulary)
     before = model.get_input_embeddings().weight
     cut_model(model, vocabulary)
     assert model.get_input_embeddings().weight is before, "nothing is left to do"
-    assert "cut before, to other tokens" in refusal(lambda: cut_model(model, Vocabulary((0, 1), vocabulary.size)))
+    assert "cut to other tokens before" in refusal(lambda: cut_model(model, Vocabulary((0, 1), vocabulary.size)))
 
 
 def test_positions_that_are_counted_from_a_token_that_moves_are_refused() -> None:
     model = family("roberta", pad_token_id=9)
     kept = tuple(number for number in range(model.config.vocab_size) if number != 4)
     reason = refusal(lambda: cut_model(model, Vocabulary(kept, model.config.vocab_size)))
-    assert "position_embeddings counts from the id of the padding token" in reason
+    assert "position_embeddings counts positions from the padding token's id" in reason
     assert model.config.pad_token_id == 9 and len(model.get_input_embeddings().weight) == model.config.vocab_size
 
 

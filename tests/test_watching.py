@@ -290,7 +290,7 @@ def test_a_cut_by_scores_that_know_nothing_says_so_at_once(
     assert lightpeft("run", "--config", bench.yaml("blind", **FEW, **slow)) == 0
     before_training = capsys.readouterr().err.partition("train: done")[0]
     (line,) = [line for line in before_training.splitlines() if "hardly learned" in line]
-    assert line.startswith("warning: the model had hardly learned the task when it was cut (a loss ")
+    assert line.startswith("warning: the model had hardly learned the task when it was cut (loss ")
     assert line.removeprefix("warning: ") in read(bench.folder / "blind" / "metrics.json")["warnings"]
     assert lightpeft("run", "--config", bench.yaml("uncut", **FEW, **slow, **{"light.remove.blocks": 0.0})) == 0
     told = capsys.readouterr().err

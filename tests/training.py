@@ -18,7 +18,7 @@ from lightpeft.app.runs.trainers import RunTrainer
 from lightpeft.models.families.registry import block_lists
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import EstimationRecord
-from lightpeft.profiling.live import device_of, moved
+from lightpeft.profiling.live import device_of, move_batch
 from lightpeft.prune.estimation import Estimator
 from lightpeft.recipe.trainer import LightTrainer
 
@@ -139,7 +139,7 @@ def estimate(
     optimizer = torch.optim.SGD(parameters, lr=learning_rate)
     for step in range(steps):
         for part in chunks(batch(rows=rows, length=20, seed=step, labels=True), rows // parts):
-            (model(**moved(part, device_of(model))).loss / parts * scale).backward()
+            (model(**move_batch(part, device_of(model))).loss / parts * scale).backward()
         before_step(parameters)
         estimator.step(grad_scale=scale)
         for parameter in parameters:

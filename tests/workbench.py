@@ -49,8 +49,8 @@ from lightpeft.app import cli
 from lightpeft.app.runs import pipeline, workers
 from lightpeft.app.runs.reproduce import Cell
 from lightpeft.app.runs.trainers import RunTrainer
-from lightpeft.config import RunConfig, overlaid, run_config_from_dict
-from lightpeft.config.peft import peft_over
+from lightpeft.config import RunConfig, merge_settings, run_config_from_dict
+from lightpeft.config.peft import override_peft
 from lightpeft.errors import LightPeftError
 from lightpeft.files import write_json
 
@@ -239,12 +239,12 @@ class Workbench:
             *sections, key = path.split(".")
             if sections[:1] == ["light"]:
                 change = functools.reduce(lambda inner, section: {section: inner}, reversed(sections), {key: value})
-                settings = overlaid(settings, change)
+                settings = merge_settings(settings, change)
                 continue
             place = settings
             for section in sections:
                 place = place.setdefault(section, {})
-            place[key] = peft_over(place[key], value) if path == "peft" else value
+            place[key] = override_peft(place[key], value) if path == "peft" else value
         return settings
 
     def config(self, name: str = "run", **changes: Any) -> RunConfig:

@@ -1,4 +1,4 @@
-"""The one exception users see: a single clear line that says what, where, and what to do instead."""
+"""The exception for invalid input: one line that says what is wrong, where, and what to do instead."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from collections.abc import Iterable
 
 
 class LightPeftError(ValueError):
-    """Bad input or an impossible request; `str(error)` is one line meant for the user."""
+    """Invalid input or an impossible request; `str(error)` is one line for the user.
+
+    Example:
+        try:
+            model = load_light("adapter")
+        except LightPeftError as error:
+            print(error)
+    """
 
 
 def require(condition: object, message: str) -> None:
@@ -17,10 +24,10 @@ def require(condition: object, message: str) -> None:
 
 
 def one_line(text: object, limit: int | None = None) -> str:
-    """An error of a library, or its text, on one line of so many characters at most."""
+    """Return an error of a library, or any text, on one line, cut to `limit` characters if that is given."""
     return " ".join(str(text).split())[:limit]
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that somebody meant who wrote this one; None: none is alike."""
+    """Return the known word that is most similar to a misspelt one; None: no word is similar."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)

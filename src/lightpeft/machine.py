@@ -1,4 +1,4 @@
-"""What this run computes on: device, processes, and precision."""
+"""Hardware of this run: device, processes, and precision."""
 
 from __future__ import annotations
 
@@ -16,55 +16,55 @@ from lightpeft.config import TrainingConfig
 from lightpeft.errors import LightPeftError, one_line, require
 
 _CPU_BF16 = ("avx512_bf16", "avx10_2", "amx_bf16", "bf16", "sve_bf16")
-"""What x86 and ARM call bfloat16 arithmetic."""
+"""Names of bfloat16 arithmetic among the CPU capabilities of x86 and ARM."""
 
 
 def accelerator() -> torch.device | None:
-    """The accelerator of this machine; None without one, whatever PyTorch was built for."""
+    """Return the accelerator of this machine; None if there is none, even if PyTorch was built for one."""
     return torch.accelerator.current_accelerator(check_available=True)
 
 
 def processes() -> PartialState:
-    """The processes that `accelerate launch` or `torchrun` started for this run; without them, this one alone.
+    """Return the state of the processes that `accelerate launch` or `torchrun` started; else of this process alone.
 
     Raises:
-        LightPeftError: the environment tells of others, but not how to meet them: it is left over from another job.
+        LightPeftError: environment variables announce other processes that cannot be reached.
     """
     told = [name for name in _LAUNCHERS if name in os.environ]
     if not told or torch.distributed.is_initialized():
-        return _state()
+        return _make_state()
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # about threads of CPUs
-            return _state()
+            return _make_state()
     except (ValueError, RuntimeError) as error:
-        says = f"the environment ({', '.join(told)}) says that this process is one of several"
-        alone = f"but it cannot meet the others ({one_line(error, 200)})"
-        instead = "start all with accelerate launch or torchrun, or unset what is left over from another job"
+        says = f"environment variables ({', '.join(told)}) say that this process is one of several"
+        alone = f"but this process cannot reach the others ({one_line(error, 200)})"
+        instead = "start all with accelerate launch or torchrun, or unset variables left over from another job"
         raise LightPeftError(f"{says}, {alone}; {instead}") from error
 
 
 def sharding_launched() -> bool:
-    """Whether `accelerate launch` has started this process as one of several that share a model's weights (FSDP)."""
+    """Return whether `accelerate launch` started this process for FSDP, which shards the weights of a model."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def deepspeed_launched() -> bool:
-    """Whether `accelerate launch` has started this process for DeepSpeed."""
+    """Return whether `accelerate launch` started this process for DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
 
-def _state() -> PartialState:
-    return PartialState(cpu=accelerator() is None)  # unless it is told so, it does not see those of a CPU
+def _make_state() -> PartialState:
+    return PartialState(cpu=accelerator() is None)  # by default it does not find processes that compute on CPUs
 
 
 _LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Variables by which launchers tell a process that it is one of several."""
+"""Environment variables by which launchers announce a distributed run."""
 
 
 def has_bf16() -> bool:
-    """Whether the accelerator, or without one the CPU, has bfloat16 arithmetic.
+    """Return whether the accelerator, or the CPU if there is none, has bfloat16 arithmetic.
 
-    Where it has not, bfloat16 saves no time: it is computed in float32 and rounded.
+    Hardware without it computes bfloat16 in float32 and rounds, which saves no time.
     """
     device = accelerator()
     if device is not None:
@@ -74,21 +74,21 @@ def has_bf16() -> bool:
 
 
 def check_precision(training: TrainingConfig) -> None:
-    """Refuse a precision that would silently be another one here.
+    """Refuse a precision that this machine would silently replace by another.
 
     Raises:
-        LightPeftError: training in float16 without an accelerator, where accelerate would train in float32 instead.
+        LightPeftError: `fp16` without an accelerator, where accelerate would train in float32 instead.
     """
     require(
         training.precision != "fp16" or accelerator() is not None,
-        "training.precision: fp16 needs a GPU, and there is none; auto takes what this CPU is good at",
+        "training.precision: fp16 needs a GPU, and this machine has none; set it to auto, bf16 or float32",
     )
 
 
 def autocast_dtype(training: TrainingConfig) -> torch.dtype | None:
-    """The half precision that a run computes in under autocast here; None: that of the weights.
+    """Return the half precision of a run's autocast on this machine; None: no autocast.
 
-    What was trained in float16 is computed so on an accelerator alone: CPUs have no arithmetic for it.
+    float16 is used on accelerators only, because CPUs have no arithmetic for it.
     """
     if training.precision == "fp16":
         return None if accelerator() is None else torch.float16
@@ -96,19 +96,19 @@ def autocast_dtype(training: TrainingConfig) -> torch.dtype | None:
     return torch.bfloat16 if chosen else None
 
 
-def random_apart(device: torch.device) -> AbstractContextManager[None]:
-    """A context that draws no random numbers of the run's, on a device or on the CPU: it ends where it began."""
+def preserve_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context that restores the random states of the CPU and of a device at its end."""
     apart = device.type != "cpu"
     return torch.random.fork_rng([device] if apart else [], device_type=device.type if apart else "cuda")
 
 
 def autocasting(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """A context whose products of matrices are computed in a half precision; None: in that of what they are given."""
+    """Return an autocast context for a half precision; None: autocast is off."""
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-def computed_in(x: Tensor, *weights: Tensor) -> torch.dtype | None:
-    """The data type that products of these are computed in here; None where they would differ."""
+def compute_dtype(x: Tensor, *weights: Tensor) -> torch.dtype | None:
+    """Return the data type of matrix products of these tensors, autocast considered; None: their types differ."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype if all(weight.dtype == x.dtype for weight in weights) else None

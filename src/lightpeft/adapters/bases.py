@@ -14,7 +14,7 @@ from lightpeft.compat.transformers import apart_from_other_threads
 from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import parsing
-from lightpeft.models.loading import base_names, check_checkpoint, keep_own_names, quietly, remember_origin
+from lightpeft.models.loading import base_names, check_checkpoint, keep_own_names, quiet_transformers, record_origin
 from lightpeft.saving.description import BaseFacts
 
 
@@ -59,7 +59,7 @@ def load_base(
     options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     names = base_names(architecture)
     failed, instead = f"base {model.name} cannot be loaded", "give another place: base=..."
-    with parsing(failed, instead), quietly(), apart_from_other_threads():
+    with parsing(failed, instead), quiet_transformers(), apart_from_other_threads():
         if saved.quantisation:
             with needed_for("A base in 4 or 8 bits"):
                 from transformers.quantizers import AutoQuantizationConfig
@@ -74,7 +74,7 @@ def load_base(
             **options,
         )
     keep_own_names(loaded, names)
-    remember_origin(loaded, model)
+    record_origin(loaded, model)
     return loaded, sorted(info["missing_keys"])
 
 

@@ -20,7 +20,7 @@ from lightpeft.config.validation import from_dict
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files import (
     check_vacant,
-    understandable,
+    explain_content_errors,
 )
 from lightpeft.files.foreign import parsing
 from lightpeft.models import repositories
@@ -144,7 +144,7 @@ def load_merged(
     folder = repositories.folder_of(folder, ON_HUB, revision, token)
     description = read_merged(folder)
     facts = {name: value for name, value in description.items() if name not in ("schema_version", "checksums")}
-    with understandable(folder / MERGED):
+    with explain_content_errors(folder / MERGED):
         plan, native = PrunePlan.from_dict(description["plan"]), bool(description["native"])
     saved = base_facts(description, folder / MERGED)
     of_base = read_own(folder).get("model_type") == saved.model_type

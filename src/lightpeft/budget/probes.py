@@ -17,10 +17,10 @@ from lightpeft.budget.cost import SearchCost
 from lightpeft.budget.room import SearchRoom, sizes_of
 from lightpeft.config import LightConfig
 from lightpeft.console.bars import progress
-from lightpeft.machine import autocasting, random_apart
+from lightpeft.machine import autocasting, preserve_random_state
 from lightpeft.models.patching import in_mode
 from lightpeft.plans.records import PrunePlan
-from lightpeft.profiling.live import Batch, device_of, loss_of, losses_of, moved, trainable
+from lightpeft.profiling.live import Batch, device_of, loss_of, losses_of, move_batch, trainable
 from lightpeft.prune.surgery import cut_copy
 from lightpeft.training.acceleration import light_steps
 from lightpeft.training.arguments import half_precision
@@ -75,7 +75,7 @@ class Probe:
         Raises:
             LightPeftError: the copy gives no loss, or its losses are not finite.
         """
-        with random_apart(device_of(model)):
+        with preserve_random_state(device_of(model)):
             torch.manual_seed(0)
             shadow = cut_copy(model, plan)
             self._train(shadow)
@@ -91,7 +91,7 @@ class Probe:
             steps = progress(self.train, len(self.train), "a copy trains")
             for number, batch in enumerate(steps, start=1):
                 with autocasting(device, self.autocast):
-                    loss = loss_of(model, moved(batch, device)) / self.accumulation
+                    loss = loss_of(model, move_batch(batch, device)) / self.accumulation
                 scaler.scale(loss).backward()
                 if number % self.accumulation:
                     continue

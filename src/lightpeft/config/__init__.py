@@ -1,16 +1,15 @@
-"""What a user can set: typed, documented dataclasses, checked when they are made.
+"""Settings: typed, documented dataclasses that check their values when they are made.
 
 `LightConfig` is all that `EarlyPruner` and `LightTrainer` need. `RunConfig` adds the model, the data and the training
 of a whole `lightpeft run`; it is read from YAML and from the command line, and an unknown key names its nearest
 neighbour.
 """
 
-from lightpeft.config.derived import changed, derived, tolerance_of
+from lightpeft.config.derived import fill_defaults, override_light, tolerance_of
 from lightpeft.config.light import (
     READ_AFTERWARDS,
     READ_BY_PLANS,
     After,
-    Criterion,
     Estimate,
     LightConfig,
     Modules,
@@ -18,6 +17,7 @@ from lightpeft.config.light import (
     Remove,
     Scope,
     Tolerance,
+    UnitCriterion,
 )
 from lightpeft.config.methods import METHODS, Method
 from lightpeft.config.peft import peft_type
@@ -28,7 +28,7 @@ from lightpeft.config.presets import (
     cut_of_writer,
     light_config,
     light_mapping,
-    overlaid,
+    merge_settings,
 )
 from lightpeft.config.run import (
     SWITCHES,
@@ -52,7 +52,6 @@ __all__ = [
     "WRITTEN",
     "After",
     "AnswerBy",
-    "Criterion",
     "DataConfig",
     "Estimate",
     "Light",
@@ -68,13 +67,14 @@ __all__ = [
     "TaskEntry",
     "Tolerance",
     "TrainingConfig",
-    "changed",
+    "UnitCriterion",
     "cut_of_writer",
-    "derived",
+    "fill_defaults",
     "light_config",
     "light_mapping",
     "load_config",
-    "overlaid",
+    "merge_settings",
+    "override_light",
     "peft_type",
     "run_config_from_dict",
     "tolerance_of",

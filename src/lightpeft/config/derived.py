@@ -1,4 +1,4 @@
-"""What unset settings of `light` stand for: one table, with the measurement behind each entry."""
+"""Defaults of unset `light` settings: one table, with the measurement behind each entry."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightpeft.config.light import SHARES, LightConfig, Tolerance, Train
-from lightpeft.config.peft import USUAL
-from lightpeft.config.presets import Light, light_config, overlaid
+from lightpeft.config.peft import DEFAULT_KIND
+from lightpeft.config.presets import Light, light_config, merge_settings
 from lightpeft.config.validation import from_dict
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Values of some settings, and when they hold; later rules go over earlier ones."""
+    """Default values of some settings, and the runs that they apply to; later rules override earlier ones."""
 
     sets: dict[str, Any]
     """Nested settings of `LightConfig`."""
     because: str
-    """Where it was measured."""
+    """Page or results file with the measurement behind the values."""
     presets: Sequence[str] = ("fast", "accurate")
-    """With which presets it holds."""
+    """Presets that the rule applies to."""
     peft: str | None = None
-    """With which kind of PEFT; None: with all."""
+    """Kind of PEFT that the rule applies to; None: every kind."""
     writes: bool | None = None
-    """Whether for models that write their answers, or for others; None: for both."""
+    """True: the rule applies to models that generate their answers; False: to all other models; None: to both."""
     train: Train | None = None
-    """With which weights behind the cut; None: with either."""
+    """`light.train` that the rule applies to; None: either."""
 
     def holds(self, preset: str, peft: str, writes: bool, train: Train) -> bool:
-        """Whether it holds for a run."""
+        """Return whether the rule applies to a run with this preset, PEFT kind, way of answering and `light.train`."""
         who = self.peft in (None, peft) and self.writes in (None, writes) and self.train in (None, train)
         return preset in self.presets and who
 
@@ -91,23 +91,23 @@ TABLE = (
         train="all",
     ),
 )
-"""What holds where nothing is said."""
+"""The rules that fill in unset settings, in order of increasing priority."""
 
 
-def derived(light: LightConfig, peft: str = USUAL, writes: bool = False) -> LightConfig:
-    """The settings with a value for all that is unset, but for `tolerance` and `scope`; given values stay.
+def fill_defaults(light: LightConfig, peft: str = DEFAULT_KIND, writes: bool = False) -> LightConfig:
+    """Fill in every unset setting except `tolerance` and `scope`; keep the values that are given.
 
     Args:
-        peft: the kind of PEFT.
-        writes: whether the model writes its answers.
+        peft: name of the PEFT kind.
+        writes: whether the model generates its answers.
     """
     preset = light.preset or ("accurate" if writes else "fast")
     train = light.train or "peft"
     filled: dict[str, Any] = {}
     for rule in TABLE:
         if rule.holds(preset, peft, writes, train):
-            filled = overlaid(filled, rule.sets)
-    filled = overlaid(filled, _given(dataclasses.asdict(light)))
+            filled = merge_settings(filled, rule.sets)
+    filled = merge_settings(filled, _without_unset(dataclasses.asdict(light)))
     remove, rates = filled["remove"], filled["rates"]
     if any(name in remove for name in SHARES):
         filled["remove"] = {**dict.fromkeys(SHARES, 0.0), **remove}
@@ -115,26 +115,26 @@ def derived(light: LightConfig, peft: str = USUAL, writes: bool = False) -> Ligh
     return from_dict(LightConfig, {**filled, "preset": preset, "train": train}, "light.")
 
 
-def changed(light: LightConfig, by: Light) -> LightConfig:
-    """Settings with others on top, in any form; what these leave unset stays.
+def override_light(light: LightConfig, by: Light) -> LightConfig:
+    """Override settings with others, given in any form; settings that the others leave unset keep their values.
 
     Raises:
-        LightPeftError: an unknown form, setting or value.
+        LightPeftError: `by` has an unknown form, setting or value.
     """
-    above = _given(dataclasses.asdict(light_config(by)))
-    return from_dict(LightConfig, overlaid(_given(dataclasses.asdict(light)), above), "light.")
+    above = _without_unset(dataclasses.asdict(light_config(by)))
+    return from_dict(LightConfig, merge_settings(_without_unset(dataclasses.asdict(light)), above), "light.")
 
 
-def _given(settings: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings without those that are unset."""
-    parts = {name: _given(value) if isinstance(value, dict) else value for name, value in settings.items()}
+def _without_unset(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return nested settings without the entries that are None."""
+    parts = {name: _without_unset(value) if isinstance(value, dict) else value for name, value in settings.items()}
     return {name: value for name, value in parts.items() if value is not None}
 
 
 def tolerance_of(light: LightConfig, classes: bool) -> Tolerance:
-    """`remove.tolerance`, or the usual one (docs/explanation/results.md#what-a-budget-costs).
+    """Return `remove.tolerance`, or the default tolerance (docs/explanation/results.md#what-a-budget-costs).
 
     Args:
-        classes: whether answers are classes, of which points can be counted.
+        classes: whether answers are classes, so that points of accuracy can be counted.
     """
     return Tolerance.read(light.remove.tolerance or ("1 point" if classes else "0.05 nats"))

@@ -1,4 +1,4 @@
-"""The ways in which a run can fine-tune: what each trains, leaves behind, and has no use for."""
+"""Fine-tuning methods of a run: which weights train, which result is saved, which settings are ignored."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class Method:
 
     name: MethodName
     result: Literal["adapter", "model"]
-    """Folder of a run that training leaves its result in."""
+    """Folder inside the run folder to which training saves its result."""
     last_file: str
-    """The file there that is written last."""
+    """File in that folder that is written last; a result without it is incomplete."""
     unused: Sequence[str]
-    """Beginnings of the names of settings that it has no use for."""
+    """Prefixes of the names of settings that the method ignores."""
     prunes: bool = False
-    """Whether the model is estimated and cut on the way."""
+    """True: the run estimates importance and prunes the model."""
     has_peft: bool = True
-    """Whether PEFT modules train, and not every weight."""
+    """True: PEFT modules train; False: every weight trains."""
     by_habit: bool = False
-    """Whether PEFT modules sit where their kind is used by habit, and not wherever they may be of use."""
+    """True: PEFT modules sit on the customary projections of their kind; False: on all projections."""
 
 
 METHODS: dict[str, Method] = {

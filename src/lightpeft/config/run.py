@@ -1,4 +1,4 @@
-"""A whole run: model, data, PEFT, training; read from YAML and from the command line."""
+"""Settings of a whole run (model, data, PEFT, training), read from YAML and from the command line."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from lightpeft.config.derived import derived
-from lightpeft.config.light import MOST_ROWS, LightConfig
+from lightpeft.config.derived import fill_defaults
+from lightpeft.config.light import LARGEST_BATCH, LightConfig
 from lightpeft.config.methods import METHODS, Method, MethodName
-from lightpeft.config.peft import USUAL, Peft, peft_settings, peft_type, shortest
+from lightpeft.config.peft import DEFAULT_KIND, Peft, peft_settings, peft_type, shorten_peft
 from lightpeft.config.presets import WRITTEN, light_mapping
 from lightpeft.config.validation import Within, check_values, from_dict, load_yaml
 from lightpeft.errors import require
@@ -19,21 +19,25 @@ AnswerBy = Literal["auto", "head", "likelihood"]
 LikelihoodRule = Literal["sum", "byte"]
 PrefixPlace = Literal["file", "memory", "off"]
 
-_LONGEST = 2**24
-"""Tokens that a row may have: no model reads more."""
+_MOST_TOKENS = 2**24
+"""Upper bound of settings that count tokens of a row; no model reads more."""
 
 
 _MOST_EPOCHS = 10**6
-"""Passes over the rows; steps are counted in 64 bits."""
+"""Upper bound of `training.epochs`; steps are counted in 64 bits."""
 
 
 SWITCHES = ("trust_remote_code", "allow_pickle")
-"""Settings of `ModelConfig` that let somebody else's code in: whoever runs a command gives them, never a folder."""
+"""Settings of `ModelConfig` that allow foreign code to run; the user's command gives them, never a folder."""
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """The foundation model."""
+    """The foundation model.
+
+    Example:
+        RunConfig(model=ModelConfig(name="owner/base", dtype="bfloat16"))
+    """
 
     name: str = ""
     """Hub name or local folder of the pretrained model."""
@@ -58,15 +62,18 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_values(self, "model.")
         others = [name for name in ("quantization", "gguf_file") if getattr(self, name) is not None]
-        alone = "model.low_memory reads weights as they are in safetensors files; leave model."
-        require(not (self.low_memory and others), f"{alone}{' and model.'.join(others)} unset")
+        clash = f"model.low_memory cannot be combined with model.{' and model.'.join(others)}"
+        require(not (self.low_memory and others), f"{clash}; it reads plain safetensors files, so leave these unset")
 
 
 @dataclass(kw_only=True)
 class TaskEntry:
-    """One task, declared: where its rows are, how a row becomes text, how it is answered and measured.
+    """A task as data: its rows, its columns, the answers and the metrics.
 
-    The tasks that ship are entries in `lightpeft.app.tasks`; those of a user are below `tasks` in the run's YAML.
+    Built-in tasks are entries in `lightpeft.app.tasks`; your own entries are below `tasks` in the run's YAML.
+
+    Example:
+        TaskEntry(name="stars", path="reviews", columns={"text": "review", "label": "stars"}, labels=["bad", "good"])
     """
 
     name: str = ""
@@ -91,24 +98,29 @@ class TaskEntry:
     labels: list[str] = field(default_factory=list)
     """Label names in class order, where the data number their labels; empty: the labels that the data have."""
     prompt: str | None = None
-    """What a causal language model reads before the answer, as a template over the kind's columns."""
+    """Prompt of a causal language model before the answer, as a template over the kind's columns."""
     words: list[str] = field(default_factory=list)
-    """What it answers for each label; empty: the labels themselves."""
+    """Answer of the language model for each label; empty: the labels themselves."""
     null_threshold: float | None = None
-    """Questions may have no answer in their context (span): what `data.null_threshold` is unless it is set."""
+    """Default of `data.null_threshold` for this task (span); set it if a question may have no answer in its context."""
     metrics: list[str] = field(default_factory=list)
-    """What is measured, the main metric first; empty: what the kind measures."""
+    """Metrics, the main one first; empty: those of the kind."""
 
     def __post_init__(self) -> None:
         check_values(self)
         known = not self.words or len(self.words) == len(self.labels)
-        require(known, f"words are {len(self.words)} for {len(self.labels)} labels; give one a label, or none")
-        require(not (self.columns and self.convert), "columns and convert both say what a row is; give one of them")
+        counts = f"words has {len(self.words)} entries for {len(self.labels)} labels"
+        require(known, f"{counts}; give one word for each label, or leave words empty")
+        require(not (self.columns and self.convert), "columns and convert are both set; give one of them")
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """The task's data: local files or a hub data set, and which columns mean what."""
+    """The task's data: local files or a hub data set, and the meaning of its columns.
+
+    Example:
+        DataConfig(train="reviews.csv", columns={"text": "review", "label": "stars"})
+    """
 
     task: str = "classification"
     """A task by name (such as rte, or one of your own below `tasks`), or a kind whose columns you name here.
@@ -116,10 +128,10 @@ class DataConfig:
     options; span: a piece of a context; generation: a short text that the model writes; chat: what the assistant says
     in a list of messages; causal-lm: next-token loss on text or completions."""
     answer: AnswerBy = "auto"
-    """How a model answers. head: a layer trained for the task; likelihood: the causal language model's own
+    """Source of a model's answers. head: a layer trained for the task; likelihood: the causal language model's own
     probabilities of label words or options; auto: a head, but likelihood for multiple choice on decoders."""
     likelihood: LikelihoodRule = "sum"
-    """Which score of an option counts (answer: likelihood). sum: its log-probability; byte: the mean over its bytes."""
+    """Score of an option (answer: likelihood). sum: its log-probability; byte: the mean over its bytes."""
     path: str | None = None
     """Folder with the task's own splits as files, in the hub's columns, instead of the hub."""
     train: str = ""
@@ -128,22 +140,22 @@ class DataConfig:
     test: str | None = None
     """Rows for evaluation, in the same form; unset: `test_fraction` of the training rows is held out."""
     test_fraction: Annotated[float, Within(above=0, below=1)] = 0.2
-    """Part of the training rows held out when `test` is unset; the same rows whatever the run's seed."""
+    """Fraction of the training rows held out when `test` is unset; the same rows for every seed of the run."""
     columns: dict[str, str] = field(default_factory=dict)
     """Column of the kind -> column of the data, or a template such as "{premise} {hypothesis}". Of those that are not
     named, text, label, context, options, answer, question, answers and messages have their own names in the data;
     text_pair, prompt and completion are read if they are named. docs/reference/tasks.md has every kind's columns."""
-    max_length: Annotated[int, Within(least=2, most=_LONGEST)] = 128
-    """Tokens a row keeps at most; may not exceed what the model allows. Longer contexts are read in windows (span)."""
+    max_length: Annotated[int, Within(least=2, most=_MOST_TOKENS)] = 128
+    """Maximum number of tokens of a row; limited by the model. Longer contexts are read in windows (span)."""
     null_threshold: float | None = None
-    """Give no answer unless the best one scores better than none by more than this (span); unset: as the task says,
-    which is to answer always, or 0 where questions without an answer belong to it."""
-    answer_tokens: Annotated[int, Within(least=1, most=_LONGEST)] = 30
-    """Tokens an answer has at most (span, generation, and what `predict` writes)."""
+    """Give no answer unless the best one outscores no answer by more than this number (span). Unset: always answer, or
+    0 for tasks that have questions without an answer."""
+    answer_tokens: Annotated[int, Within(least=1, most=_MOST_TOKENS)] = 30
+    """Maximum number of tokens of an answer (span, generation, and text that `predict` generates)."""
     limit_train: Annotated[int | None, Within(least=1)] = None
-    """Use only so many training rows, after a seeded shuffle."""
+    """Maximum number of training rows, taken after a seeded shuffle."""
     limit_test: Annotated[int | None, Within(least=1)] = None
-    """Use only so many test rows, after a seeded shuffle."""
+    """Maximum number of test rows, taken after a seeded shuffle."""
 
     def __post_init__(self) -> None:
         check_values(self, "data.")
@@ -151,45 +163,49 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class TrainingConfig:
-    """The fine-tuning run as a whole; estimation is its first part."""
+    """Training of the whole run; estimation is its first part.
+
+    Example:
+        TrainingConfig(epochs=3, batch_size=8, gradient_accumulation=4, precision="auto")
+    """
 
     epochs: Annotated[float | Auto, Within(above=0, most=_MOST_EPOCHS)] = "auto"
-    """Passes over the training rows, estimation included; auto: 3, and as many more as make 200 optimizer steps, up to
-    40, of which a run takes no more than lower the loss on rows that it sets aside."""
-    batch_size: Annotated[int, Within(least=1, most=MOST_ROWS)] = 32
-    """Rows a step and process."""
-    eval_batch_size: Annotated[int, Within(least=1, most=MOST_ROWS)] = 64
-    """Rows a step in evaluation and prediction."""
-    gradient_accumulation: Annotated[int, Within(least=1, most=MOST_ROWS)] = 1
-    """Backward passes an optimizer step."""
+    """Passes over the training rows, estimation included. auto: 3, or as many as make 200 optimizer steps, up to 40;
+    more than 3 end early when the loss on held-out training rows stops falling."""
+    batch_size: Annotated[int, Within(least=1, most=LARGEST_BATCH)] = 32
+    """Per-device batch size: rows of one process in one forward pass."""
+    eval_batch_size: Annotated[int, Within(least=1, most=LARGEST_BATCH)] = 64
+    """Batch size in evaluation and prediction."""
+    gradient_accumulation: Annotated[int, Within(least=1, most=LARGEST_BATCH)] = 1
+    """Number of backward passes for each optimizer step."""
     learning_rate: Annotated[float | Auto, Within(above=0)] = "auto"
-    """Peak learning rate of what trains; linear decay to zero. auto: for PEFT modules and the head by the model's
-    width, from 1e-3 (384 and below) to 3e-4 (4,096 and above); 2e-5 where every weight trains (method full), since
-    what PEFT needs would destroy pretrained weights."""
+    """Peak learning rate, with linear decay to zero. auto: for PEFT modules and the head by the model's hidden size,
+    from 1e-3 (384 and below) to 3e-4 (4,096 and above); 2e-5 where every weight trains (method full), since the higher
+    rate of PEFT would destroy pretrained weights."""
     warmup: Annotated[float, Within(least=0, below=1)] = 0.06
-    """Part of each stage's steps over which the learning rate rises."""
+    """Fraction of each stage's steps with learning rate warmup."""
     precision: Literal["float32", "bf16", "fp16", "auto"] = "float32"
-    """What products of matrices are computed in, in training and evaluation: float32, the weights' own precision; bf16,
-    bfloat16 autocast; fp16, float16 autocast with a scaled loss, for GPUs that have no bfloat16 arithmetic; auto,
-    bf16 on hardware that has bfloat16 arithmetic."""
+    """Precision of matrix products in training and evaluation. float32: that of the weights; bf16: bfloat16 autocast;
+    fp16: float16 autocast with loss scaling, for GPUs without bfloat16 arithmetic; auto: bf16 on hardware with bfloat16
+    arithmetic."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     fast_steps: bool = True
-    """Light runs compute a LoRA layer in one step, gradients of attention and of norms on CPUs in fewer, and a language
-    model's logits where labels are, and make some activations again in the backward pass; off: as PEFT, PyTorch and
-    transformers do."""
+    """Use faster kernels in light runs: fused LoRA layers, fewer operations for gradients of attention and norms on
+    CPUs, logits of labelled tokens only, and recomputation of some activations. off: the code of PEFT, PyTorch and
+    transformers."""
     prefix_cache: PrefixPlace = "file"
-    """Blocks below the lowest PEFT module compute the same for a row in every epoch. file, memory: compute them once,
-    without dropout, and keep their outputs there, if they take no more than 16 GiB; off: compute them every time, with
-    dropout."""
+    """Cache of the blocks below the lowest PEFT module, whose outputs for a row are the same in every epoch. file,
+    memory: compute them once, without dropout, and keep them there if they need at most 16 GiB; off: compute them every
+    time, with dropout."""
     teacher: str | None = None
-    """A finished model of the same labels, whose answers to the training rows are learned beside the labels: the folder
-    of a run, of an adapter or of a model, or a name on the hub. It reads the texts by its own tokenizer, once, before
-    training. For classes, numbers and options that a head answers."""
+    """Teacher for distillation: a trained model with the same labels, as the folder of a run, of an adapter or of a
+    model, or a hub name. Its logits for the training rows are learned beside the labels; it reads the texts once,
+    before training, with its own tokenizer. For classes, numbers and options that a head answers."""
     teacher_weight: Annotated[float, Within(above=0, most=1)] = 0.5
-    """Part of the loss that is the teacher's, in (0, 1]; the rest is the labels'."""
+    """Weight of the teacher's loss, in (0, 1]; the loss of the labels has the rest."""
     save_steps: Annotated[int, Within(least=1)] = 200
-    """Steps between checkpoints that a killed run resumes from."""
+    """Number of steps between checkpoints, from which a killed run resumes."""
 
     def __post_init__(self) -> None:
         check_values(self, "training.")
@@ -197,17 +213,22 @@ class TrainingConfig:
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """A whole run: model -> estimation -> plan -> surgery -> fine-tuning -> evaluation, into one folder."""
+    """A whole run: model -> estimation -> plan -> surgery -> fine-tuning -> evaluation, into one folder.
+
+    Example:
+        config = RunConfig(model=ModelConfig(name="base"), data=DataConfig(train="rows.csv"), output="runs/rows")
+        lightpeft.run(config)
+    """
 
     method: MethodName = "light"
-    """light: Light-PEFT; for comparison on the same data, plain: the same PEFT as it is used by habit (no estimation,
-    nothing pruned; LoRA sits on q and v), full: full fine-tuning, in which every weight trains."""
-    peft: Peft = USUAL
+    """light: Light-PEFT; for comparison on the same data, plain: the same PEFT without pruning, on its customary
+    projections (LoRA on q and v), full: full fine-tuning, in which every weight trains."""
+    peft: Peft = DEFAULT_KIND
     """PEFT kind: lora, bottleneck (adapters) or ia3; or a mapping with the kind as its `type` (lora if there is none),
     any of PEFT's own settings for it, such as {type: lora, r: 16, use_dora: true}, and `slots`, the projections that
     get a module, of q, k, v, qkv, o, ffn_in, ffn_gate, ffn_gate_in, ffn_out. If they are not given: lora has r: 8,
     lora_alpha: 16, lora_dropout: 0.05, and bottleneck has size: 64, placement: houlsby; modules sit on all projections
-    (method light), or where the kind has them by habit, which for LoRA is q and v (method plain)."""
+    (method light), or on the customary ones of the kind, which for LoRA are q and v (method plain)."""
     output: str = "runs/run"
     """Run folder: estimation/, plan.json, pruned/, adapter/, full/, metrics.json, log.jsonl."""
     seed: Annotated[int, Within(least=0, below=2**32)] = 0
@@ -217,8 +238,8 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """The task's data."""
     light: LightConfig = field(default_factory=LightConfig)
-    """How much is removed, and how. A part of the blocks such as 0.4, auto, a preset's name, or settings; what is unset
-    follows from the task and the kind of PEFT (help shows it for LoRA on a model that classifies)."""
+    """Pruning: a fraction of the blocks to remove such as 0.4, auto, a preset's name, or settings. Defaults depend on
+    the task and the kind of PEFT (help shows them for LoRA on a classifier)."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The fine-tuning run."""
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -229,38 +250,42 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
-        self.peft = shortest(self.peft)
-        self.light = derived(self.light, self.peft_type, self.task_kind in WRITTEN)
+        self.peft = shorten_peft(self.peft)
+        self.light = fill_defaults(self.light, self.peft_type, self.task_kind in WRITTEN)
 
     @property
     def task_kind(self) -> str:
-        """The kind of the task, as far as the settings say so: of a task that ships, its name."""
+        """Kind of the task as far as the settings give it; for a built-in task, the name of the task."""
         own = self.tasks.get(self.data.task)
         return self.data.task if own is None else own.kind
 
     @property
     def peft_type(self) -> str:
-        """The PEFT kind."""
+        """Name of the PEFT kind."""
         return str(peft_type(self.peft))
 
     @property
     def peft_settings(self) -> dict[str, Any]:
-        """PEFT's own settings that were given for it in `peft`."""
+        """Settings in `peft` without the kind."""
         return peft_settings(self.peft)
 
     @property
     def way(self) -> Method:
-        """What the method is."""
+        """The fine-tuning method, with its properties."""
         return METHODS[self.method]
 
     @property
     def unused(self) -> tuple[str, ...]:
-        """Beginnings of the names of settings that the run has no use for."""
+        """Prefixes of the names of settings that the run ignores."""
         return (*self.way.unused, *self.light.unused)
 
 
 def load_config(path: str | Path) -> RunConfig:
     """Read a `RunConfig` from a YAML file.
+
+    Example:
+        config = load_config("run.yaml")
+        lightpeft.run(config)
 
     Raises:
         LightPeftError: the file is missing or not YAML, or a key or value is not known.
@@ -269,5 +294,5 @@ def load_config(path: str | Path) -> RunConfig:
 
 
 def run_config_from_dict(data: dict[str, Any]) -> RunConfig:
-    """A `RunConfig` from nested plain data, in which `light` may have a short form."""
+    """Make a `RunConfig` from nested plain data, in which `light` may have a short form."""
     return from_dict(RunConfig, {**data, "light": light_mapping(data.get("light"))})

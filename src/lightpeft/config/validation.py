@@ -1,4 +1,4 @@
-"""YAML and plain data to typed dataclasses: what is unknown or of another type is refused in one line."""
+"""Conversion of YAML and plain data to typed dataclasses; one-line errors for unknown keys and wrong types."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from lightpeft.files import read_text
 T = TypeVar("T")
 
 _YAML_LIMIT = 2**20
-"""Bytes that a YAML file may have."""
+"""Maximum size of a YAML file in bytes."""
 _MOST_NODES = 100_000
-"""Keys, values and list entries that it may have, each counted as often as aliases repeat it."""
-_LARGEST = 2**63 - 1
-"""What counts may be: the largest integer that the libraries below take."""
+"""Maximum number of keys, values and list entries in a YAML file; entries that aliases repeat count every time."""
+_LARGEST_INTEGER = 2**63 - 1
+"""Maximum of settings that are whole numbers: the largest integer that the libraries below accept."""
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Read the mapping in a YAML file.
 
     Raises:
-        LightPeftError: the file is missing, not YAML, not a mapping, or much larger than settings are.
+        LightPeftError: the file is missing, not YAML, not a mapping, or larger than the limits.
     """
     path = Path(path)
     require(path.exists(), f"config file {path} does not exist")
@@ -43,7 +43,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, path: str | Path) -> Any:
-    """A YAML value; `path` names it in the line about what is wrong with it."""
+    """Parse YAML text; `path` names the file in error messages."""
     in_c = yaml.__version__ != "6.0.3" and hasattr(yaml, "CSafeLoader")  # which crashes on a file of open brackets
     try:
         # Inside, because the one in Python reads the text as it is made.
@@ -58,7 +58,7 @@ def parse_yaml(text: str, path: str | Path) -> Any:
 
 
 def _check_size(root: yaml.Node | None, path: str | Path) -> None:
-    """Refuse what a few lines of aliases to aliases make of themselves, or that holds itself."""
+    """Refuse YAML that aliases expand to too many values, and YAML that contains itself."""
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node) -> int:
@@ -70,11 +70,11 @@ def _check_size(root: yaml.Node | None, path: str | Path) -> None:
         return sizes[id(node)]
 
     total = 0 if root is None else size(root)
-    require(total < _MOST_NODES, f"{path} has more than {_MOST_NODES:,} values, or repeats some by aliases too often")
+    require(total < _MOST_NODES, f"{path} expands to more than {_MOST_NODES:,} values; remove nested aliases")
 
 
-def shown(value: Any) -> str:
-    """A value in an error line: its `repr`, or the beginning of that."""
+def short_repr(value: Any) -> str:
+    """Return the `repr` of a value for an error message, shortened where it is long."""
     try:
         return _short.repr(value)
     except ValueError:  # an integer of more digits than Python prints
@@ -87,24 +87,26 @@ _short.maxlevel = 3
 
 
 def from_dict(cls: type[T], data: dict[str, Any], where: str = "") -> T:
-    """Build dataclass `cls` from nested plain data; unknown keys are errors that name the nearest key."""
-    values = checked_fields(cls, data, where)
+    """Build dataclass `cls` from nested plain data; the error about an unknown key suggests the nearest known key."""
+    values = convert_fields(cls, data, where)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     lacking = [each.name for each in fields if each.name not in values and _is_required(each)]
     require(not lacking, f"{where}{lacking[0] if lacking else ''} is missing")
     return cls(**values)
 
 
-def checked_fields(cls: type, data: dict[str, Any], where: str = "", without: Collection[str] = ()) -> dict[str, Any]:
-    """Values for some fields of dataclass `cls`, from nested plain data.
+def convert_fields(cls: type, data: dict[str, Any], where: str = "", without: Collection[str] = ()) -> dict[str, Any]:
+    """Convert nested plain data to values of the fields of dataclass `cls` that it gives.
 
     Args:
-        without: fields that cannot be given.
+        without: fields that may not be given.
 
     Raises:
-        LightPeftError: a key is no field, or a value is of another type.
+        LightPeftError: a key is no field, or a value has another type.
     """
-    require(isinstance(data, dict), f"{where.rstrip('.') or 'the configuration'} must be a mapping, not {shown(data)}")
+    require(
+        isinstance(data, dict), f"{where.rstrip('.') or 'the configuration'} must be a mapping, not {short_repr(data)}"
+    )
     names = [field.name for field in dataclasses.fields(cls) if field.name not in without]
     hints = _hints(typing.cast(Any, cls))
     values: dict[str, Any] = {}
@@ -112,7 +114,7 @@ def checked_fields(cls: type, data: dict[str, Any], where: str = "", without: Co
         if key not in names:
             inner = [f"{where}{name}" for name in _inner_names(cls)]
             raise LightPeftError(unknown_key(f"{where}{key}", [f"{where}{name}" for name in names], inner))
-        values[key] = checked(value, hints[key], f"{where}{key}")
+        values[key] = convert(value, hints[key], f"{where}{key}")
     return values
 
 
@@ -123,7 +125,7 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 @functools.cache
 def _ranges(cls: Any) -> dict[str, list[Within]]:
-    """What numbers the fields may be, of those that say so."""
+    """Return field -> the ranges that its type is annotated with, for the fields of a dataclass."""
     hints = typing.get_type_hints(cls, include_extras=True)
     beside = {name: typing.get_args(hint)[1:] for name, hint in hints.items() if typing.get_origin(hint) is Annotated}
     return {name: [each for each in said if isinstance(each, Within)] for name, said in beside.items()}
@@ -134,7 +136,7 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def _inner_names(cls: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of what is in the sections of dataclass `cls`."""
+    """Yield the dotted names of all settings inside the sections of dataclass `cls`."""
     for name, hint in _hints(cls).items():
         if prefix:
             yield f"{prefix}{name}"
@@ -143,11 +145,11 @@ def _inner_names(cls: Any, prefix: str = "") -> Iterator[str]:
 
 
 def unknown_key(key: str, known: list[str], inner: Iterable[str] = ()) -> str:
-    """The one line about an unknown key, with the nearest known one.
+    """Return the error message about an unknown key, with the nearest known key.
 
     Args:
-        known: what there is.
-        inner: what is in that, which may be meant as well.
+        known: the keys that are allowed.
+        inner: dotted names of settings below these keys, which may be meant as well.
     """
     key = key if len(key) <= _short.maxstring else f"{key[: _short.maxstring]}..."
     own = key.rpartition(".")[2]
@@ -158,7 +160,7 @@ def unknown_key(key: str, known: list[str], inner: Iterable[str] = ()) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Within:
-    """Which numbers a setting may be, beside its type: `Annotated[int, Within(least=1)]`."""
+    """Range of a numeric setting, given with its type: `Annotated[int, Within(least=1)]`."""
 
     least: float | None = None
     above: float | None = None
@@ -166,29 +168,28 @@ class Within:
     most: int | None = None
 
     def check(self, value: float, where: str) -> None:
-        """Raise `LightPeftError` if a number is outside; `where` names the setting."""
+        """Raise `LightPeftError` if a number is out of range; `where` names the setting."""
         below = (self.least is not None and value < self.least) or (self.above is not None and value <= self.above)
         if below or (self.below is not None and value >= self.below):
-            raise LightPeftError(f"{where} is {shown(value)}; it {self._must}")
+            raise LightPeftError(f"{where} is {short_repr(value)}; it {self._requirement}")
         if self.most is not None and value > self.most:  # which could only end in a lack of memory, or in an overflow
-            raise LightPeftError(f"{where} is {shown(value)}; it can be at most {self.most:,}")
+            raise LightPeftError(f"{where} is {short_repr(value)}; it can be at most {self.most:,}")
 
     @property
-    def _must(self) -> str:
+    def _requirement(self) -> str:
         if self.below is not None:
             start = f"[{self.least:g}" if self.above is None else f"({self.above:g}"
-            return f"lies in {start}, {self.below:,})"
+            return f"must be in {start}, {self.below:,})"
         if self.above is not None:
             return f"must be above {self.above:g}" if self.above else "must be positive"
         return f"must be at least {self.least:g}"
 
 
 def check_values(config: Any, section: str = "") -> None:
-    """Check every field of dataclass `config`: literal choices are known ones, and numbers are finite, no bombs, and
-    within what the field's type says.
+    """Check every field of dataclass `config`: choices are known, and numbers are finite and within their ranges.
 
     Args:
-        section: what its names begin with in error lines, such as "data.".
+        section: prefix of the field names in error messages, such as "data.".
     """
     cls = typing.cast(Any, type(config))
     for name, hint in _hints(cls).items():
@@ -203,17 +204,17 @@ def check_values(config: Any, section: str = "") -> None:
 
 
 def _check_number(value: int | float, where: str) -> None:
-    finite = math.isfinite(value) if isinstance(value, float) else abs(value) <= _LARGEST
-    require(finite, f"{where} is {shown(value)}; it must be a finite number, and below 2**63 where it is whole")
+    finite = math.isfinite(value) if isinstance(value, float) else abs(value) <= _LARGEST_INTEGER
+    require(finite, f"{where} is {short_repr(value)}; give a finite number, below 2**63 if it is a whole number")
 
 
 def _check_text(value: str, where: str) -> None:
-    """Text goes into names of files and onto screens: no NUL, no half of a character."""
+    """Refuse NUL and lone surrogates, because text goes into file names and onto screens."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise LightPeftError(f"{where} has half a character; write it anew") from error
-    require("\0" not in value, f"{where} has a NUL character in it; take it out")
+        raise LightPeftError(f"{where} contains a lone surrogate (half a character); retype the text") from error
+    require("\0" not in value, f"{where} contains a NUL character; remove it")
 
 
 def _literals(hint: Any) -> tuple[Any, ...]:
@@ -226,7 +227,7 @@ _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 """Numbers such as 3e-4, which YAML 1.1 reads as strings because they have no dot."""
 
 
-_KINDS: dict[Any, str] = {
+_TYPE_NAMES: dict[Any, str] = {
     dict: "a mapping",
     int: "a whole number",
     float: "a number",
@@ -236,14 +237,14 @@ _KINDS: dict[Any, str] = {
     tuple: "a list",
     type(None): "unset",
 }
-"""Types of settings as error messages call them."""
+"""Type of a setting -> its name in error messages."""
 
 
-def checked(value: Any, hint: Any, where: str) -> Any:
-    """A plain value as a field's type asks for it; YAML's integers are fine where floats are asked for.
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """Convert a plain value to the type of a field; integers are accepted for floats.
 
     Raises:
-        LightPeftError: it is of another type, or no number or text that could be used anywhere.
+        LightPeftError: the value has another type, is an infinite or too large number, or text with invalid characters.
     """
     if isinstance(value, (int, float)):
         _check_number(value, where)
@@ -260,36 +261,36 @@ def checked(value: Any, hint: Any, where: str) -> Any:
             return from_dict(typing.cast(type, option), value, f"{where}.")
         if typing.get_origin(option) is Literal and value in typing.get_args(option):
             return value
-        if _is_list(option) and isinstance(value, (list, tuple)) and _fits(len(value), option):
+        if _is_list(option) and isinstance(value, (list, tuple)) and _allows_length(len(value), option):
             item = typing.get_args(option)[0]
-            return [checked(entry, item, f"{where}[{index}]") for index, entry in enumerate(value)]
+            return [convert(entry, item, f"{where}[{index}]") for index, entry in enumerate(value)]
         if typing.get_origin(option) is dict and isinstance(value, dict):
             item = typing.get_args(option)[1]
-            return {_key(key, where): checked(entry, item, f"{where}.{key}") for key, entry in value.items()}
+            return {_check_key(key, where): convert(entry, item, f"{where}.{key}") for key, entry in value.items()}
         if isinstance(option, type) and isinstance(value, option) and not (option is int and isinstance(value, bool)):
             return value
         if option is float and isinstance(value, int) and not isinstance(value, bool) and int not in options:
             return float(value)
         if option is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
-            return checked(float(value), hint, where)
+            return convert(float(value), hint, where)
     choices = _literals(hint)
-    kinds = [_KINDS.get(typing.get_origin(option) or option) for option in options]
+    kinds = [_TYPE_NAMES.get(typing.get_origin(option) or option) for option in options]
     wanted = " or ".join([kind for kind in kinds if kind] + ([f"one of {', '.join(choices)}"] if choices else []))
     # YAML 1.1 reads words such as no, on and 1 as other things than text
     quotes = " (in quotes)" if str in options and isinstance(value, (bool, int, float)) else ""
-    raise LightPeftError(f"{where} is {shown(value)}; it must be {wanted}{quotes}")
+    raise LightPeftError(f"{where} is {short_repr(value)}; it must be {wanted}{quotes}")
 
 
 def _is_list(hint: Any) -> bool:
     return typing.get_origin(hint) in (list, tuple)
 
 
-def _fits(length: int, hint: Any) -> bool:
-    """Whether a list may have so many entries: tuple[float, float] has two."""
+def _allows_length(length: int, hint: Any) -> bool:
+    """Return whether the type `hint` allows a list of this length: tuple[float, float] has two entries."""
     of = typing.get_args(hint)
     return typing.get_origin(hint) is list or of[-1] is Ellipsis or len(of) == length
 
 
-def _key(key: Any, where: str) -> str:
+def _check_key(key: Any, where: str) -> str:
     _check_text(str(key), f"a key of {where}")
     return str(key)

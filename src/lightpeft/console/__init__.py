@@ -1,1 +1,1 @@
-"""What a terminal shows while something runs, and what it reads and writes."""
+"""Progress output, and the standard streams."""

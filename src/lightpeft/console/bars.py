@@ -1,4 +1,4 @@
-"""How a long loop is shown."""
+"""Progress bars of long loops."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from lightpeft.console.progress import Pulse
 T = TypeVar("T")
 
 quiet = False
-"""Whether this process shows none: it is not the one that speaks to the user."""
+"""True in processes of a distributed run that print nothing."""
 
 
 def progress(items: Iterable[T], total: int, description: str) -> Iterable[T]:
-    """The `total` items, in their order, with a bar on stderr; a line now and then where that is no terminal."""
+    """Return the `total` items with a progress bar on stderr, or with regular lines where stderr is no terminal."""
     console = Console(stderr=True)
     if quiet:
         return items
     if not console.is_terminal:
-        return _beating(items, Pulse(description, total))
+        return _with_pulse(items, Pulse(description, total))
     return rich.progress.track(items, description, total=total, console=console, transient=True)
 
 
-def _beating(items: Iterable[T], pulse: Pulse) -> Iterator[T]:
+def _with_pulse(items: Iterable[T], pulse: Pulse) -> Iterator[T]:
     for done, item in enumerate(items):
         pulse.beat(done)
         yield item

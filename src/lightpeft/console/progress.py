@@ -1,4 +1,4 @@
-"""How something long that is done in steps is shown: a grid of runs, the rounds of a measurement, training."""
+"""Progress lines of work in steps: a grid of runs, the rounds of a measurement, training."""
 
 from __future__ import annotations
 
@@ -8,61 +8,62 @@ from rich.console import Console
 
 
 class StepProgress:
-    """A line on stderr for each step that ends, with the rate and the time that is left."""
+    """Print a line on stderr for each step that ends, with the rate and the remaining time."""
 
     def __init__(self, total: int, done: int, unit: str) -> None:
         """
         Args:
-            total: steps that were asked for.
-            done: how many of them were there already.
-            unit: what they are called.
+            total: number of steps.
+            done: number of steps that an earlier call has done.
+            unit: name of a step, in the plural.
         """
         self.total, self.before, self.done, self.unit = total, done, done, unit
         self.started = self.begun = time.monotonic()
         if done:
-            tell(f"{done} of {total} {unit} are done already")
+            print_line(f"{done} of {total} {unit} are done already")
 
     def begin(self) -> None:
-        """A step begins."""
+        """Start timing a step."""
         self.begun = time.monotonic()
 
     def end(self, name: str, outcome: str) -> None:
-        """A step has ended, well or not."""
+        """Print the line of a step that has ended, successfully or not."""
         now = time.monotonic()
         self.done += 1
         each = (now - self.started) / (self.done - self.before)
         left = duration(each * (self.total - self.done)) if self.done < self.total else "none"
         took = duration(now - self.begun)
         rate = f"{3600 / each:{',.0f' if each < 36 else '.3g'}} {self.unit}/h"
-        tell(f"[{self.done}/{self.total}] {name}: {outcome}; {took}, {rate}, time left: {left}")
+        print_line(f"[{self.done}/{self.total}] {name}: {outcome}; {took}, {rate}, time left: {left}")
 
 
 EVERY = 30.0
-"""Seconds between two lines of a `Pulse`."""
+"""Minimum seconds between two lines of a `Pulse`."""
 
 
 class Pulse:
-    """A line on stderr now and then about something long: what there is instead of a bar where there is no terminal.
+    """Print a progress line on stderr at regular intervals, instead of a bar where there is no terminal.
 
-    What is over before the first line is due says nothing.
+    Work that ends before the first interval prints nothing.
     """
 
     def __init__(self, name: str, total: int, unit: str = "", done: int = 0) -> None:
         """
         Args:
-            name: what is done.
-            total: how many steps, or whatever, it takes.
-            unit: what one is called.
-            done: how many were there already, and say nothing of the rate.
+            name: name of the work.
+            total: number of steps.
+            unit: name of a step, in the singular.
+            done: number of steps that were done before, which do not count for the rate.
         """
         self.name, self.total, self.unit, self.before = name, total, unit, done
         self._begun = self._told = time.monotonic()
 
     def beat(self, done: int, said: str = "") -> None:
-        """So many are done; it is said if the last line is a while ago.
+        """Print a line if the interval since the last one has passed.
 
         Args:
-            said: what else is known, such as a loss.
+            done: number of steps done so far.
+            said: additional text, such as the loss.
         """
         now = time.monotonic()
         if now - self._told < EVERY or done <= self.before:
@@ -73,23 +74,23 @@ class Pulse:
         counted = f"{self.unit} {done:,} of {self.total:,}".strip()
         shown = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
         parts = [counted, said, f"{shown} {each}", f"time left: {duration(max(self.total - done, 0) / rate)}"]
-        tell(f"{self.name}: {', '.join(filter(None, parts))}")
+        print_line(f"{self.name}: {', '.join(filter(None, parts))}")
 
 
-def tell(line: str) -> None:
-    """A line on stderr as it is, however long."""
+def print_line(line: str) -> None:
+    """Print a line on stderr without markup or wrapping."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(line, markup=False)
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it: 42 s, 12 min, 3.5 h."""
+    """Format a duration roughly: 42 s, 12 min, 3.5 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def exact_duration(seconds: float) -> str:
-    """A time that is over, to the second while that says something: 4.2 s, 42 s, 2 min 10 s, 3 h 5 min."""
+    """Format a measured duration: 4.2 s, 42 s, 2 min 10 s, 3 h 5 min."""
     if seconds < 59.5:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -100,7 +101,7 @@ def exact_duration(seconds: float) -> str:
 
 
 def in_bytes(count: float) -> str:
-    """A size: 812 B, 88 KiB, 1.3 GiB."""
+    """Format a number of bytes: 812 B, 88 KiB, 1.3 GiB."""
     units = ("B", "KiB", "MiB", "GiB", "TiB")
     power = 0
     while abs(count) >= 1023.5 and power < len(units) - 1:

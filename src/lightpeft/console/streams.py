@@ -1,4 +1,4 @@
-"""The standard streams: UTF-8 whatever the system's encoding, and without what libraries say when they are imported."""
+"""The standard streams: UTF-8 on every system, and no import warnings of libraries."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import sys
 from contextlib import suppress
 
 
-def prepare() -> None:
-    """Have texts come in and go out as UTF-8; to be called before anything is read or written."""
+def use_utf8() -> None:
+    """Set standard input and output to UTF-8; call it before anything is read or written."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         with suppress(io.UnsupportedOperation):  # something was read already
             sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
@@ -18,17 +18,17 @@ def prepare() -> None:
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
-def hush_imports() -> None:
-    """Let no library warn, when it is imported, of kernels that it lacks; to be called before they are."""
+def silence_imports() -> None:
+    """Silence warnings about missing kernels at the import of libraries; call it before the imports."""
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def flush() -> None:
-    """Have all that was printed on standard output be there.
+    """Flush standard output.
 
     Raises:
-        OSError: it cannot be written; what is still to come is dropped, or Python would fail once more at its end.
+        OSError: the output cannot be written; later output is dropped, because Python would fail again at its exit.
     """
     try:
         sys.stdout.flush()

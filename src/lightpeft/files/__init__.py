@@ -1,18 +1,18 @@
-"""Files: bounded and verified on the way in, whole or not at all on the way out, in folders that one process holds."""
+"""Files: reading with limits and checksums, atomic writing, and locks on folders."""
 
-from lightpeft.files.locks import check_free, holding, is_own_file
+from lightpeft.files.locks import check_free, is_own_file, lock_folder
 from lightpeft.files.reading import (
     CHECKSUMS,
     SCHEMA_VERSION,
     check_file,
     check_sealed,
     content_checksum,
+    explain_content_errors,
     file_checksum,
     parse_json,
     read_json,
     read_tensors,
     read_text,
-    understandable,
 )
 from lightpeft.files.writing import (
     append_line,
@@ -36,9 +36,10 @@ __all__ = [
     "check_vacant",
     "clean",
     "content_checksum",
+    "explain_content_errors",
     "file_checksum",
-    "holding",
     "is_own_file",
+    "lock_folder",
     "parse_json",
     "read_json",
     "read_tensors",
@@ -46,7 +47,6 @@ __all__ = [
     "replacing",
     "replacing_folder",
     "seal",
-    "understandable",
     "write_json",
     "write_tensors",
     "write_text",

@@ -1,4 +1,4 @@
-"""Model folders that anybody may have made: looked at before libraries believe them, and understood when those fail."""
+"""Checks of untrusted model folders before libraries read them, and one-line errors where those fail."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files import parse_json, read_text
 
 _KERNEL = re.compile(r"\w*_implementation")
-"""Settings that may name code on the hub, as owner/name, in place of what transformers has."""
+"""Settings that may name code on the hub, as owner/name, instead of an implementation of transformers."""
 _KERNELS = ("use_kernels", "kernel_config")
 
 
 @contextmanager
 def parsing(what: str, instead: str = "") -> Iterator[None]:
-    """Turn whatever a library raises for a file that is not what it expects into one line.
+    """Turn any error that a library raises inside the block into a `LightPeftError` of one line.
 
-    What parsers raise is no part of what they promise: errors of unpickling, of keys that are not there, of attributes
-    that a number does not have. Only a lack of memory says nothing about the file.
+    Libraries do not document the errors of their parsers: unpickling errors, missing keys, attributes of numbers. An
+    out-of-memory error passes through, since it says nothing about the file.
 
     Args:
-        what: happened, as the beginning of the line.
-        instead: its end: what to do.
+        what: the beginning of the message: the problem.
+        instead: the end of the message: the remedy.
     """
     try:
         yield
@@ -38,16 +38,16 @@ def parsing(what: str, instead: str = "") -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error of a library says, on one line; its kind as well where that says more than the message."""
+    """Return the message of a library's error on one line, with its type where the message alone is unclear."""
     text = one_line(error, 300)
     return text if isinstance(error, (OSError, ValueError, RuntimeError)) and text else f"{type(error).__name__} {text}"
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A configuration in JSON of another library's.
+    """Read a JSON configuration file of another library.
 
     Raises:
-        LightPeftError: it is missing, too large, or no JSON object.
+        LightPeftError: the file is missing, too large, or holds no JSON object.
     """
     data = parse_json(read_text(path), path)
     require(isinstance(data, dict), f"{path} does not hold a JSON object")
@@ -55,21 +55,21 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a model's configuration that asks for code from the hub.
+    """Check that a model's configuration does not ask for code from the hub.
 
     Raises:
-        LightPeftError: it does.
+        LightPeftError: the configuration names such code.
     """
     for key, value in _settings(config):
         named = isinstance(value, str) and "/" in value and _KERNEL.fullmatch(key)
         require(
             not named and not (value and key in _KERNELS),
-            f"{where} asks for code from the hub ({key}); take it out of config.json, and name a kernel yourself",
+            f"{where} asks for code from the hub ({key}); remove {key} from config.json, and choose a kernel yourself",
         )
 
 
 def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """All keys with their values, also of the parts of a model; of a list every value under the list's key."""
+    """Yield all keys with their values, nested mappings included; the entries of a list come under the list's key."""
     waiting: list[tuple[str, Any]] = list(config.items())
     while waiting:
         key, value = waiting.pop()
@@ -84,7 +84,7 @@ def check_weights(folder: Path, allow_pickle: bool) -> None:
     """Check that a model's folder has its weights as safetensors, unless pickle is allowed.
 
     Raises:
-        LightPeftError: it has pickled ones alone.
+        LightPeftError: the folder has pickled weights only.
     """
     if allow_pickle:
         return
@@ -93,6 +93,6 @@ def check_weights(folder: Path, allow_pickle: bool) -> None:
     pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
     require(
         safe or not pickled,
-        f"{folder} has its weights pickled ({', '.join(pickled[:1])}), not as safetensors; save it again, or if you "
-        "trust its author: allow_pickle",
+        f"{folder} has its weights in pickle files ({', '.join(pickled[:1])}), not as safetensors; save it again, or "
+        "set allow_pickle if you trust its author",
     )

@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""Locks on folders: one process at a time."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from pathlib import Path
 from lightpeft.errors import LightPeftError
 
 LOCK = ".lock"
-"""File of a folder that whoever works in it holds; it stays, because only its lock says something."""
+"""Lock file of a folder. It is never removed, because only the lock on it counts."""
 _PATIENCE = 0.2
-"""Seconds: somebody who only looks (`check_free`) has the lock for a moment, too."""
+"""Seconds to wait for a lock, because `check_free` takes it for a moment, too."""
 
 
 @contextmanager
-def holding(folder: Path) -> Iterator[None]:
-    """Inside the block no other process holds the folder, which is made if it is not there; one process may hold it
-    many times over. The lock goes with the process, however that ends.
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder inside the block, and create the folder if it does not exist.
+
+    A process may take the same lock several times. The system releases it when the process ends, also if it is killed.
 
     Raises:
-        LightPeftError: another process holds it, or it cannot be made or written to.
+        LightPeftError: another process holds the lock, or the folder cannot be created or written to.
     """
     from filelock import FileLock, Timeout  # it imports asyncio, for which help texts do not wait
 
@@ -30,7 +31,7 @@ def holding(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise LightPeftError(
-            f"{folder} is in use by another process; wait until it ends, or give another output"
+            f"{folder} is in use by another process; wait until that ends, or give another output"
         ) from error
     except OSError as error:
         raise LightPeftError(f"cannot write to output {folder}: {error.strerror or error}") from error
@@ -41,16 +42,16 @@ def holding(folder: Path) -> Iterator[None]:
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a folder that another process holds just now; nothing is made.
+    """Check that no other process holds the lock of a folder; nothing is created.
 
     Raises:
-        LightPeftError: one does.
+        LightPeftError: another process holds it.
     """
     if (folder / LOCK).is_file():
-        with holding(folder):
+        with lock_folder(folder):
             pass
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether a file is there for this package's own order: a lock, or something temporary."""
+    """Return whether a file is a lock or a temporary file of this package."""
     return path.name == LOCK or (path.name.startswith(".") and path.name.endswith(".tmp"))

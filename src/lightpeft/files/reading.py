@@ -1,4 +1,4 @@
-"""What others may have written: bounded in size, checked in form, compared with its checksum, then believed."""
+"""Reading of untrusted files: limits of size, checks of the format, and checksums."""
 
 from __future__ import annotations
 
@@ -17,46 +17,46 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA_VERSION = 2
-"""Version of every JSON file written here; files of a newer version are refused. Those from 2 on have a checksum."""
+"""Schema version of every JSON file that is written. Newer versions are refused; version 2 added the checksum."""
 _DATA_LIMIT = 16 * 2**20
-"""Bytes that a JSON file may have: a plan for 100 layers of 30,000 neurons has about 5 million."""
+"""Maximum size of a JSON file in bytes; a plan for 100 layers of 30,000 neurons has about 5 million."""
 CHECKSUM = "checksum"
-"""Key of a JSON file's SHA-256 over all else in it."""
+"""Key of the SHA-256 of all other content of a JSON file."""
 CHECKSUMS = "checksums.json"
-"""File that says what else is in a sealed folder."""
+"""File with the checksums of all other files of a sealed folder."""
 
 
 def read_text(path: str | Path, limit: int = _DATA_LIMIT) -> str:
-    """The text of a regular file.
+    """Read the text of a regular file of at most `limit` bytes.
 
     Raises:
-        LightPeftError: it is missing, no regular file, too large, or not UTF-8.
+        LightPeftError: the file is missing, no regular file, too large, or not UTF-8.
     """
     path = Path(path)
     try:
         require(path.is_file() or not path.exists(), f"{path} is not a regular file")
-        large = f"{path} is larger than {limit // 2**10} KiB, which no such file should be"
+        large = f"{path} is larger than {limit // 2**10} KiB, the limit for such files; give another file"
         require(path.stat().st_size <= limit, large)
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise LightPeftError(f"{path} does not exist") from error
     except UnicodeDecodeError as error:
-        raise LightPeftError(f"{path} cannot be read: it is not UTF-8 text (byte {error.start})") from error
+        raise LightPeftError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise LightPeftError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Read what `write_json` wrote.
+    """Read a JSON file that `write_json` wrote.
 
     Raises:
-        LightPeftError: the file is missing, not JSON, of a newer schema, or not as it was written.
+        LightPeftError: the file is missing, not JSON, of a newer schema version, or its checksum differs.
     """
     data = parse_json(read_text(path), path)
     require(isinstance(data, dict), f"{path} does not hold a JSON object")
     version = data.get("schema_version")
     known = type(version) is int and 1 <= version <= SCHEMA_VERSION
-    newer = f"{path} has schema version {str(version)[:20]}, this lightpeft reads up to {SCHEMA_VERSION}"
+    newer = f"{path} has schema version {str(version)[:20]}, and this lightpeft reads versions up to {SCHEMA_VERSION}"
     require(known, f"{newer}; upgrade lightpeft")
     checksum = data.pop(CHECKSUM, None)
     require(version == 1 or checksum == content_checksum(data), f"{path} was altered or damaged")
@@ -64,33 +64,33 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def parse_json(text: str, path: str | Path) -> Any:
-    """A JSON value; `path` names it in the line about what it is not."""
+    """Parse JSON text; `path` names the file in the error message."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise LightPeftError(f"{path} cannot be read: {error}") from error
+        raise LightPeftError(f"{path} cannot be read: it is not valid JSON ({error})") from error
 
 
 def content_checksum(content: dict[str, Any]) -> str:
-    """SHA-256 of plain data as JSON, whatever the order of its keys."""
+    """Compute the SHA-256 of plain data as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def file_checksum(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Compute the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU.
+    """Read all tensors of a safetensors file onto the CPU.
 
     Raises:
         LightPeftError: the file is missing or damaged.
     """
     from safetensors.torch import load_file  # settings are read before PyTorch is needed
 
-    require(Path(path).is_file(), f"{path} does not exist, or is no file")
+    require(Path(path).is_file(), f"{path} does not exist, or is not a file")
     try:
         return load_file(path)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
@@ -98,23 +98,23 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def check_sealed(folder: Path) -> None:
-    """Check that every file of a folder is as it was when the folder was sealed (`writing.seal`).
+    """Check that every file of a folder is unchanged since the folder was sealed (`writing.seal`).
 
     Raises:
-        LightPeftError: one is missing or altered, or the folder was never sealed.
+        LightPeftError: a file is missing or altered, or the folder was never sealed.
     """
     seals = read_json(folder / CHECKSUMS)
-    with understandable(folder / CHECKSUMS):
+    with explain_content_errors(folder / CHECKSUMS):
         files = dict(seals["files"])
     for name, checksum in files.items():
         check_file(folder, name, checksum)
 
 
 def check_file(folder: Path, name: str, checksum: Any) -> None:
-    """Check that a file of a folder has a checksum.
+    """Check that a file of a folder exists and has the given SHA-256.
 
     Raises:
-        LightPeftError: it is missing or altered.
+        LightPeftError: the file is missing or altered.
     """
     require(name and not Path(name).is_absolute() and ".." not in Path(name).parts, f"{folder} names a file outside it")
     require((folder / name).is_file(), f"{folder} is incomplete: {name} is missing")
@@ -122,8 +122,8 @@ def check_file(folder: Path, name: str, checksum: Any) -> None:
 
 
 @contextmanager
-def understandable(path: str | Path) -> Iterator[None]:
-    """Turn the errors of reading unexpected content into one line about the file."""
+def explain_content_errors(path: str | Path) -> Iterator[None]:
+    """Turn errors about unexpected content inside the block into one `LightPeftError` about the file."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:

@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
-_LONGEST = 200
-"""Characters of a name that its temporary names repeat: file systems take 255 bytes."""
+_LONGEST_NAME = 200
+"""Maximum number of characters of a name that its temporary name repeats; file systems allow 255 bytes."""
 
 
 def check_vacant(folder: Path, *, replaceable: bool, overwrite: bool) -> None:
-    """Refuse a folder with something in it that is not to be replaced.
+    """Check that a folder is empty, or that its content may be replaced.
 
     Args:
-        replaceable: what is there is of the kind that is about to be written.
-        overwrite: such may be replaced.
+        replaceable: the folder holds a result of the same kind as the one to write.
+        overwrite: the user allows to replace such a result.
 
     Raises:
-        LightPeftError: with what to give instead.
+        LightPeftError: the folder holds something that may not be replaced.
     """
     instead = "a new folder, or overwrite what is there (--overwrite)" if replaceable else "a new folder"
     empty = not folder.is_dir() or all(_TEMPORARY.fullmatch(path.name) for path in folder.iterdir())
@@ -43,13 +43,13 @@ def check_vacant(folder: Path, *, replaceable: bool, overwrite: bool) -> None:
 
 
 def write_json(path: str | Path, data: Mapping[str, Any], depth: int | None = None) -> None:
-    """Write `data` with the schema version and a checksum of it all; it takes the place of `path` when it is complete.
+    """Write `data` as JSON with the schema version and a checksum; it replaces `path` when it is complete.
 
     Args:
-        depth: levels that have a line for each entry; None: all.
+        depth: number of nesting levels that have one line for each entry; None: all levels.
 
     Raises:
-        LightPeftError: it cannot be written, or has a number that is NaN or infinite.
+        LightPeftError: the file cannot be written, or a number is NaN or infinite.
     """
     try:
         # as a reader will see it: JSON turns integer keys into strings
@@ -74,20 +74,20 @@ def _in_lines(content: Any, depth: int) -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text that takes the place of `path` when it is complete.
+    """Write a text file that replaces `path` when it is complete.
 
     Raises:
-        LightPeftError: it cannot be written.
+        LightPeftError: the file cannot be written.
     """
     with replacing(path) as file:
         file.write(text)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, straight to its place: into a folder that is not there yet for others.
+    """Write a safetensors file directly to `path`, which lies in a temporary folder (see `replacing_folder`).
 
     Raises:
-        LightPeftError: it cannot be written.
+        LightPeftError: the file cannot be written.
     """
     from safetensors.torch import save_file  # as in `reading.read_tensors`
 
@@ -99,10 +99,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[TextIO]:
-    """A text file that takes the place of `path` when it is complete, and vanishes if writing fails.
+    """Open a temporary text file that replaces `path` when the block ends, and is removed if writing fails.
 
     Raises:
-        LightPeftError: it cannot be written.
+        LightPeftError: the file cannot be written.
     """
     path = Path(path)
     temporary = _temporary(path.parent, path.name)
@@ -112,11 +112,11 @@ def replacing(path: str | Path) -> Iterator[TextIO]:
             yield file
         temporary.replace(path)
     except UnicodeEncodeError as error:
-        raise LightPeftError(f"cannot write {path}: it would hold half a character; nothing was changed") from error
+        raise LightPeftError(f"cannot write {path}: its text has half a character; nothing was changed") from error
     except OSError as error:
         raise LightPeftError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
     finally:
-        with suppress(OSError):  # a folder that is none has no file in it
+        with suppress(OSError):  # the parent may be no folder
             temporary.unlink(missing_ok=True)
 
 
@@ -124,28 +124,27 @@ def replacing(path: str | Path) -> Iterator[TextIO]:
 def replacing_folder(
     folder: str | Path, last: str, *, alone: bool = False, obsolete: Iterable[str] = ()
 ) -> Iterator[Path]:
-    """A temporary folder whose files are in `folder` when the block ends well; other files there stay.
+    """Open a temporary folder whose files move into `folder` when the block ends; other files in `folder` stay.
 
-    A new folder appears in one step. In one that is there, the file `last` goes before anything else, and the new one
-    comes when all others have come: with it, the folder is whole.
+    A new folder appears in one step. In an existing folder, the file `last` is removed before any other file changes,
+    and the new one is written after all others, so that a folder with this file is complete.
 
     Args:
-        last: name of the file that says that the result is there.
-        alone: other files do not stay.
-        obsolete: names of an earlier result's files, or patterns of names: these go, whether or not new ones come.
+        last: name of the file that marks a complete result.
+        alone: remove all other files from `folder`.
+        obsolete: names, or patterns of names, of an earlier result's files, which are removed in any case.
 
     Raises:
-        LightPeftError: the disk is full or the place cannot be written; nothing of `folder` has changed, or the line
-            says that it has.
+        LightPeftError: the disk is full or the folder cannot be written; the message says whether `folder` has changed.
     """
     folder = Path(folder)
     outcome = "nothing was changed"
     temporary: Path | None = None
     try:
-        target = Path(os.path.realpath(folder))  # which takes links in a circle, too
+        target = Path(os.path.realpath(folder))  # unlike Path.resolve, it accepts circular links
         there = target.exists()
         require(not there or target.is_dir(), f"cannot write {folder}: it is a file; nothing was changed")
-        temporary = _temporary(target if there else target.parent, target.name)  # on one disk with what it will be
+        temporary = _temporary(target if there else target.parent, target.name)  # on the same disk, to be renamed
         temporary.mkdir(parents=True)
         yield temporary
         if there:
@@ -161,25 +160,25 @@ def replacing_folder(
 
 
 def seal(folder: Path) -> None:
-    """Write down the SHA-256 of every file in a folder, for `reading.check_sealed`; before it is moved into place."""
+    """Write the SHA-256 of every file in a folder into it, for `reading.check_sealed`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
     write_json(folder / CHECKSUMS, {"files": {str(path.relative_to(folder)): file_checksum(path) for path in files}})
 
 
 def clean(place: Path) -> None:
-    """Remove what killed processes left half-written in a folder that this process holds, and in those below it."""
+    """Remove temporary files of killed processes below a folder whose lock this process holds."""
     for path in list(place.rglob(".*.tmp")):
         if _TEMPORARY.fullmatch(path.name):
             _remove(path)
 
 
 def _temporary(place: Path, name: str) -> Path:
-    """A path that is not there yet, for what will be called so."""
-    return place / f".{name[:_LONGEST]}.{secrets.token_hex(4)}.tmp"
+    """Return an unused path in `place` for a file or folder that will be renamed to `name`."""
+    return place / f".{name[:_LONGEST_NAME]}.{secrets.token_hex(4)}.tmp"
 
 
 def _move_files(source: Path, folder: Path, last: str, obsolete: tuple[str, ...]) -> None:
-    """Replace files of a folder; whenever that ends, old and new files are not there together."""
+    """Replace files of a folder in an order in which no interruption leaves a mix of old and new files with `last`."""
     _remove(folder / last)
     for entry in list(folder.iterdir()):
         goes = (source / entry.name).exists() or any(fnmatchcase(entry.name, pattern) for pattern in obsolete)
@@ -190,7 +189,7 @@ def _move_files(source: Path, folder: Path, last: str, obsolete: tuple[str, ...]
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there; of a link, the link."""
+    """Remove a file, a folder or a link (not its target), if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -198,7 +197,7 @@ def _remove(path: Path) -> None:
 
 
 def append_line(path: Path, entry: dict[str, Any]) -> None:
-    """Append one JSON line, stamped with the time.
+    """Append one JSON line with the current time to a file.
 
     Raises:
         LightPeftError: the file cannot be written.

@@ -1,1 +1,1 @@
-"""Foundation models: which can be pruned, what their layers are made of, and how they are loaded."""
+"""Foundation models: supported families, kinds of linear layers, and loading."""

@@ -1,4 +1,4 @@
-"""The weights that train where all do that a cut leaves (`light.train: all`)."""
+"""Training of all weights that remain after pruning (`light.train: all`)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lightpeft.models.unwrap import transformers_model
 
 
 def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights that train, by their names in the transformers model.
+    """Return the weights that `light.train: all` trains, by name in the transformers model.
 
-    All but embeddings, the head of a language model, and modules that PEFT trains as a whole and saves itself.
+    These are all except embeddings, the head of a language model, and modules that PEFT trains and saves itself.
     """
     inner: PreTrainedModel = transformers_model(model)
     apart = (nn.Embedding, ModulesToSaveWrapper)
@@ -30,25 +30,25 @@ def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def too_few_digits(model: nn.Module) -> str | None:
-    """What to say where they train in bfloat16; None: they do not."""
+    """Return a warning if weights would train in bfloat16; None: all have another data type."""
     if all(parameter.dtype != torch.bfloat16 for parameter in trained_weights(model).values()):
         return None
-    return "light.train: all trains weights in bfloat16, which lose small updates; load the model in float32"
+    return "light.train: all would train bfloat16 weights, which lose small updates; load the model in float32"
 
 
 def train_all(model: nn.Module) -> None:
-    """Let them train."""
+    """Make all weights trainable that `light.train: all` trains."""
     for parameter in trained_weights(model).values():
         parameter.requires_grad_(True)
 
 
 @torch.no_grad()
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor], is_trainable: bool) -> None:
-    """Give a cut model weights of its own; those of its base may be shared with others, and stay as they are.
+    """Replace the weights of a cut model by new parameters; the old ones, which models may share, do not change.
 
     Args:
-        weights: by the names of `trained_weights`.
-        is_trainable: whether they train on.
+        weights: tensors by the names of `trained_weights`.
+        is_trainable: whether the new parameters are trainable.
     """
     inner = transformers_model(model)
     for name, parameter in trained_weights(model).items():

@@ -1,4 +1,4 @@
-"""What of a batch a model reads, and what is for its loss alone."""
+"""Entries of batches that a model reads, and entries for its loss only."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import TypeVar
 T = TypeVar("T")
 
 IGNORED = -100
-"""Label of positions that count in no loss."""
+"""Label of positions that the loss ignores."""
 SPAN_LABELS = ("start_positions", "end_positions")
-"""Labels of an answer's first and last token."""
+"""Names of the labels with an answer's first and last token."""
 TEACHER_LOGITS = "teacher_logits"
-"""What a teacher gives of a row, which its student learns beside the labels."""
+"""Name of a teacher's logits for a row, which its student learns beside the labels."""
 LABELS = ("labels", *SPAN_LABELS, TEACHER_LOGITS)
-"""What a batch has for the loss alone."""
+"""Names of a batch's entries for the loss only."""
 
 
 def without_labels(batch: Mapping[str, T]) -> dict[str, T]:
-    """What a model needs to answer."""
+    """Return a batch without its labels."""
     return {name: values for name, values in batch.items() if name not in LABELS}

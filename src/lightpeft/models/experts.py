@@ -1,8 +1,7 @@
-"""Experts as transformers keeps them: 3-D parameters with all experts of a layer, and a router with a row for each.
+"""Routed experts of transformers: 3-D parameters with all experts of a layer, and a router with one row per expert.
 
-What lies where is read off the live module: `gate_up_proj` and `down_proj` (with biases or without) are [experts, out,
-in], or [experts, in, out] where the module says that they are transposed; gate and up come one after the other, or
-channel by channel in turns.
+The live module determines the layout: `gate_up_proj` and `down_proj` (with biases or without) are [experts, out, in],
+or [experts, in, out] if the module's `is_transposed` is set; gate and up are concatenated, or interleaved by channel.
 """
 
 from __future__ import annotations
@@ -25,90 +24,92 @@ _CHANNELS: dict[str, tuple[int | None, int | None]] = {
     "down_proj": (2, 1),
     "down_proj_bias": (None, None),
 }
-"""Parameter -> the dimension that has the neurons, as it is and transposed; None: it has no entry a neuron."""
+"""Parameter -> dimension of the neurons, plain and transposed; None: it has no entry per neuron."""
 _WIDTHS = ("intermediate_dim", "intermediate_size")
-"""Attributes in which modules of experts keep how wide each is."""
+"""Attributes of modules of experts with the width of each expert."""
 
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """The routed experts of one block, and their router; without PEFT around them."""
+    """The routed experts of one block and their router, without PEFT around them."""
 
     experts: Any
     router: Any
 
     @classmethod
     def of(cls, model: nn.Module, modules: dict[str, str]) -> ExpertLayer:
-        """That whose modules have these names in a transformers model ("router" and "experts", as in `BlockSpec`).
+        """Make the layer from the names of its modules, "router" and "experts" (`BlockSpec.expert_modules`).
 
         Raises:
-            LightPeftError: it is kept in another way than transformers keeps experts in floating point.
+            LightPeftError: the parameters differ from those of transformers' experts in floating point.
         """
         try:
             layer = cls(*(base_layer(model.get_submodule(modules[part])) for part in ("experts", "router")))
         except AttributeError as error:
-            raise LightPeftError(f"there is no module {modules['experts']} with a router") from error
+            raise LightPeftError(f"the model has no module {modules['experts']} with a router") from error
         layer.check(modules["experts"])
         return layer
 
     def check(self, where: str) -> None:
-        """Raise `LightPeftError` where parameters are others than those that are known here."""
+        """Raise `LightPeftError` if the modules have unknown parameters; `where` names the experts."""
         own = dict(self.experts.named_parameters(recurse=False))
         others = sorted(own.keys() - _CHANNELS.keys())
         plain = {"gate_up_proj", "down_proj"} <= own.keys() and all(p.is_floating_point() for p in own.values())
-        kept = "lightpeft cuts experts that are single 3-D parameters in floating point"
-        require(plain and not others, f"{where} is a {type(self.experts).__name__} with other parameters: {kept}")
-        rows = all(tensor.shape[0] == self.count for _, tensor in self._of_router())
-        require(rows, f"the router of {where} has parameters that are no rows of experts")
+        kept = "lightpeft cuts experts that are 3-D parameters in floating point only"
+        require(plain and not others, f"{where} is a {type(self.experts).__name__} with unknown parameters; {kept}")
+        rows = all(tensor.shape[0] == self.count for _, tensor in self._router_tensors())
+        require(rows, f"the router of {where} cannot be cut: a parameter does not have one row per expert")
 
     @property
     def count(self) -> int:
-        """Experts."""
+        """Number of experts."""
         return int(self.experts.down_proj.shape[0])
 
     @property
     def width(self) -> int:
-        """Intermediate channels of each."""
+        """Intermediate channels of each expert."""
         return int(self.experts.down_proj.shape[self._dim("down_proj") or 0])
 
     @property
     def per_token(self) -> int:
-        """Experts that a token is routed to."""
+        """Number of experts that a token is routed to."""
         return int(self.router.top_k)
 
     @property
     def groups(self) -> int:
-        """Groups of equally many experts, one after the other, of which the router chooses some first."""
+        """Number of groups of consecutive experts, among which the router chooses first."""
         return int(getattr(self.router, "num_group", None) or 1)
 
     @property
     def fewest(self) -> int:
-        """Experts that have to stay, equally many of every group: enough for a token in the groups that it chooses, and
-        two each, as groups are ranked by their two best."""
+        """Minimum number of experts that the router needs, equally many of every group.
+
+        The chosen groups need enough experts for a token; each needs two, because groups are ranked by their two best.
+        """
         chosen = int(getattr(self.router, "topk_group", None) or self.groups)
         of_group = math.ceil(self.per_token / chosen)
         return self.groups * (of_group if getattr(self.router, "num_group", None) is None else max(of_group, 2))
 
     @property
     def expert_parameters(self) -> int:
-        """Parameters that one expert takes with it, its row of the router included."""
+        """Parameters of one expert, its row of the router included."""
         own = sum(parameter.numel() for _, parameter in self._parameters())
         return (own + sum(p.numel() for p in self.router.parameters(recurse=False))) // self.count
 
     @property
     def neuron_parameters(self) -> int:
-        """Parameters that one neuron of one expert takes with it."""
+        """Parameters of one neuron of one expert."""
         inside = (p.numel() for name, p in self._parameters() if self._dim(name) is not None)
         return sum(inside) // (self.count * self.width)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """All that a cut takes a part of, by "experts.<name>" and "router.<name>"."""
-        for part, tensors in (("experts", self._parameters()), ("router", self._of_router())):
+        """Yield all tensors that a cut changes, with their names "experts.<name>" and "router.<name>"."""
+        for part, tensors in (("experts", self._parameters()), ("router", self._router_tensors())):
             for name, tensor in tensors:
                 yield f"{part}.{name}", tensor.detach()
 
     def squares(self) -> tuple[Tensor, Tensor]:
-        """Sums of squares of the weights of each expert (with its row of the router) and of each of its neurons.
+        """Sum up the squared weights of each expert (with its row of the router) and of each of its neurons.
 
         Returns:
             [experts] and [experts * neurons of each], float32.
@@ -127,11 +128,11 @@ class ExpertLayer:
 
     @torch.no_grad()
     def cut(self, experts: Tensor, neurons: Tensor) -> None:
-        """Keep some experts, and of each of these some neurons, in place.
+        """Keep some experts, and some neurons of each of these, in place.
 
         Args:
-            experts: which stay, ascending, [kept].
-            neurons: channels of each that stay, [kept, width].
+            experts: experts to keep, ascending, [kept].
+            neurons: channels to keep of each, [kept, width].
         """
         before, parts = (self.count, self.width), {"experts": self.experts, "router": self.router}
         kept = {name: placed_like(self.part(name, whole(w), experts, neurons), w) for name, w in self.weights()}
@@ -140,10 +141,17 @@ class ExpertLayer:
             dense = getattr(parts[part], own)
             parameter = isinstance(dense, nn.Parameter)
             setattr(parts[part], own, nn.Parameter(weight, dense.requires_grad) if parameter else weight)
-        self._say(*before)
+        self._update_counts(*before)
 
     def part(self, name: str, weight: Tensor, experts: Tensor, neurons: Tensor) -> Tensor:
-        """What stays of one of the dense `weights`; arguments as for `cut`."""
+        """Cut one of the dense `weights`.
+
+        Args:
+            name: name of the weight in `weights`.
+            weight: the dense weight.
+            experts: experts to keep, ascending, [kept].
+            neurons: channels to keep of each, [kept, width].
+        """
         part, _, own = name.partition(".")
         kept = weight.index_select(0, experts.to(weight.device))
         dim = self._dim(own) if part == "experts" else None
@@ -151,8 +159,8 @@ class ExpertLayer:
             kept = gather(kept, self.channels(own, neurons).to(weight.device), dim)
         return kept.contiguous()
 
-    def _say(self, count: int, width: int) -> None:
-        """Write the counts into the attributes of both modules that had those of before."""
+    def _update_counts(self, count: int, width: int) -> None:
+        """Update the attributes of both modules that held the counts before the cut."""
         for module, name in ((self.experts, "num_experts"), (self.router, "num_experts")):
             if getattr(module, name, None) == count:
                 setattr(module, name, self.count)
@@ -164,28 +172,28 @@ class ExpertLayer:
         own = dict(self.experts.named_parameters(recurse=False))
         yield from ((name, own[name]) for name in _CHANNELS if name in own)
 
-    def _of_router(self) -> Iterator[tuple[str, Tensor]]:
+    def _router_tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.router.named_parameters(recurse=False)
         yield from self.router.named_buffers(recurse=False)
 
     def _dim(self, name: str) -> int | None:
-        """The dimension of a parameter that has the neurons."""
+        """Return the dimension of a parameter's neurons; None: it has no entry per neuron."""
         return _CHANNELS.get(name, (None, None))[bool(getattr(self.experts, "is_transposed", False))]
 
     @property
-    def _in_turns(self) -> bool:
-        """Whether gate and up of a neuron lie side by side."""
+    def _interleaved(self) -> bool:
+        """True if gate and up are interleaved by channel, and not concatenated."""
         return not getattr(self.experts, "is_concatenated", True)
 
     def _pairs(self, channels: Tensor) -> Tensor:
-        """[experts, 2 * neurons] of a fused parameter -> [experts, neurons, 2]."""
-        return channels.view(len(channels), -1, 2) if self._in_turns else channels.view(len(channels), 2, -1).mT
+        """Pair gate and up channels of a fused parameter: [experts, 2 * neurons] -> [experts, neurons, 2]."""
+        return channels.view(len(channels), -1, 2) if self._interleaved else channels.view(len(channels), 2, -1).mT
 
     def channels(self, name: str, neurons: Tensor) -> Tensor:
-        """Entries of a parameter that belong to these neurons: [kept, width], or twice as many of a fused one."""
+        """Return the entries of a parameter for these neurons: [kept, width], or [kept, 2 * width] if it is fused."""
         if not _is_fused(name):
             return neurons
-        if self._in_turns:
+        if self._interleaved:
             return torch.stack([2 * neurons, 2 * neurons + 1], dim=2).flatten(1)
         return torch.cat([neurons, neurons + self.width], dim=1)
 
@@ -195,7 +203,7 @@ def _is_fused(name: str) -> bool:
 
 
 def gather(weights: Tensor, index: Tensor, dim: int) -> Tensor:
-    """Other entries of every expert along a dimension; [experts, ...], index [experts, entries]."""
+    """Select entries of every expert along a dimension: [experts, ...] by index [experts, entries]."""
     shape = [1] * weights.dim()
     shape[0], shape[dim] = index.shape
     sizes = list(weights.shape)

@@ -1,4 +1,4 @@
-"""Whether the hub can be reached: asked once, so that what is not there is told at once and not after all retries."""
+"""Reachability of the hub: tested once, so that errors come at once and not after all retries."""
 
 from __future__ import annotations
 
@@ -11,27 +11,26 @@ from huggingface_hub import constants
 
 from lightpeft.compat.hub import go_offline
 
-PART = r"[A-Za-z0-9_][\w.-]{0,95}"
+NAME_PART = r"[A-Za-z0-9_][\w.-]{0,95}"
 """Pattern of an owner's or a repository's name."""
-_ID = re.compile(rf"({PART}/)?{PART}")
+_ID = re.compile(rf"({NAME_PART}/)?{NAME_PART}")
 
 
-def look_for(name: str) -> None:
-    """To be called before the libraries below look for a model or data set by a name that may be the hub's.
+def go_offline_if_unreachable(name: str) -> None:
+    """Go offline if a name may be one on the hub and the hub cannot be reached; call it before libraries look it up.
 
-    Where the hub does not answer they go offline for the rest of this process, as with HF_HUB_OFFLINE=1: they take what
-    is in the cache. HF_HUB_ETAG_TIMEOUT says how many seconds an answer may take; mirrors and proxies are asked as the
-    libraries ask them.
+    Libraries then use their caches for the rest of this process, as with HF_HUB_OFFLINE=1. HF_HUB_ETAG_TIMEOUT is the
+    timeout in seconds; mirrors and proxies of the libraries are used.
     """
-    if not huggingface_hub.is_offline_mode() and not Path(name).expanduser().exists() and not answers():
+    if not huggingface_hub.is_offline_mode() and not Path(name).expanduser().exists() and not is_reachable():
         go_offline()
 
 
 def commit_of(name: str, file: str, revision: str | None = None) -> str | None:
-    """The commit of a model on the hub that `file` was just read of, as the cache has it; None: the model is a folder.
+    """Return the commit in the cache from which `file` of a hub model was read; None: the model is a folder.
 
     Args:
-        revision: that it was asked for; None: the hub's main branch.
+        revision: requested revision; None: the main branch.
     """
     if Path(name).expanduser().exists():
         return None
@@ -40,15 +39,15 @@ def commit_of(name: str, file: str, revision: str | None = None) -> str | None:
 
 
 @functools.cache
-def answers() -> bool:
-    """Whether the hub answers, which is asked once in a process."""
+def is_reachable() -> bool:
+    """Return whether the hub can be reached; tested once in a process."""
     try:
         huggingface_hub.get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except Exception:  # noqa: BLE001 - which ones there are depends on the HTTP library of the hub's client
+    except Exception:  # noqa: BLE001 - the exceptions depend on the HTTP library of the hub's client
         return False
     return True
 
 
-def is_name(name: str) -> bool:
-    """Whether a model's name can be one on the hub, and is no folder here."""
+def is_hub_name(name: str) -> bool:
+    """Return whether a text can be the name of a hub repository, and no local folder has this name."""
     return bool(_ID.fullmatch(name)) and not Path(name).exists()

@@ -1,4 +1,4 @@
-"""From names and folders to a live model, its tokenizer, and the fingerprint of its base weights."""
+"""Loading of models, configurations and tokenizers from hub names and local folders."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from lightpeft.compat.transformers import forget_renaming, has_adapter
 from lightpeft.config import ModelConfig
-from lightpeft.config.validation import shown
+from lightpeft.config.validation import short_repr
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import check_config, check_weights, parsing
 from lightpeft.machine import processes
@@ -40,11 +40,11 @@ _QUANTISED: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},
 }
 CUTTABLE = "bitsandbytes"
-"""The quantisation method, as transformers names it, whose weights can be cut."""
+"""Quantization method, as transformers names it, whose weights can be cut."""
 
 
 def quiet_libraries() -> None:
-    """Keep load reports, bars and notices of deprecation of the libraries below off the screen of this process."""
+    """Silence load reports, progress bars and deprecation warnings of libraries in this process."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -53,8 +53,8 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Keep transformers' reports off the screen inside the block: weights that an adapter brings, it calls missing."""
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' load reports inside the block, because they call weights of an adapter missing."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -65,13 +65,13 @@ def quietly() -> Iterator[None]:
 
 @dataclass
 class LoadedModel:
-    """A dense foundation model with what later stages need to know of how it was loaded."""
+    """A dense foundation model, with facts of its loading for later stages."""
 
     model: PreTrainedModel
     new_modules: list[str]
-    """Modules that the checkpoint has no weights for (the task head); they train and travel with the adapter."""
+    """Modules without weights in the checkpoint (the task head); they train and are saved with the adapter."""
     head: TaskHead
-    """What the model was loaded with."""
+    """Task head that the model was loaded with."""
 
 
 def load_model(
@@ -81,21 +81,21 @@ def load_model(
 
     Args:
         labels: names of the classes in order.
-        to_prune: refuse what cannot be pruned; off for models that are measured only.
+        to_prune: refuse models that cannot be pruned.
 
     Raises:
-        LightPeftError: no such model, or one that is to be pruned and cannot be.
+        LightPeftError: there is no such model, or it cannot be pruned.
     """
-    alone = "model.low_memory leaves weights on disk for one process; start one, or switch it off"
+    alone = "model.low_memory works in a single process only; start one process, or switch it off"
     require(not config.low_memory or processes().num_processes == 1, alone)
-    hf_config, options = _configured(config, head, labels, to_prune)
+    hf_config, options = _load_configured(config, head, labels, to_prune)
     if to_prune:
         _check_quantisation(config, hf_config)
     if config.quantization:
         options["quantization_config"] = BitsAndBytesConfig(**_QUANTISED[config.quantization])
     architecture = None if head.architectures is None else head.architectures.get(type(hf_config), None)
     names = None if architecture is None else base_names(architecture)
-    with _opening(config), weights_on_disk() if config.low_memory else nullcontext():
+    with _explain_errors(config), weights_on_disk() if config.low_memory else nullcontext():
         model, info = head.auto.from_pretrained(
             config.name,
             config=hf_config,
@@ -106,8 +106,8 @@ def load_model(
             **options,
         )
     if getattr(model.config, "quantization_config", None) is not None and config.gguf_file:
-        del model.config.quantization_config  # the weights were dequantised on loading
-    remember_origin(model, config)
+        del model.config.quantization_config  # loading has dequantised the weights
+    record_origin(model, config)
     keep_own_names(model, names)
     prepare_quantised(model)
     return LoadedModel(model, sorted({_top_module(model, key) for key in info["missing_keys"]}), head)
@@ -116,38 +116,39 @@ def load_model(
 def untrained_model(
     config: ModelConfig, head: TaskHead, labels: Sequence[str] = (), *, to_prune: bool = True
 ) -> LoadedModel:
-    """The same model as its configuration alone tells of it, on the meta device: no weight is read.
+    """Make a model with the head of the task from its configuration, on the meta device, without reading weights.
 
     Args:
-        to_prune: as of `load_model`.
+        labels: names of the classes in order.
+        to_prune: refuse models that cannot be pruned.
 
     Raises:
-        LightPeftError: no such model, or one that cannot be pruned.
+        LightPeftError: there is no such model, or it cannot be pruned.
     """
-    hf_config, options = _configured(config, head, labels, to_prune)
+    hf_config, options = _load_configured(config, head, labels, to_prune)
     dtype = getattr(hf_config, "dtype", None) if config.dtype == "auto" else getattr(torch, config.dtype)
-    with _opening(config), torch.device("meta"):
+    with _explain_errors(config), torch.device("meta"):
         model = head.auto.from_config(
             hf_config, dtype=dtype or torch.float32, trust_remote_code=config.trust_remote_code, **options
         )
-    return LoadedModel(model, [] if head == CAUSAL_LM else _heads(model), head)
+    return LoadedModel(model, [] if head == CAUSAL_LM else _head_modules(model), head)
 
 
 def supports_checkpointing(
     config: ModelConfig, head: TaskHead, labels: Sequence[str] = (), *, to_prune: bool = True
 ) -> bool:
-    """Whether a model can compute activations again in the backward pass (gradient checkpointing); no weight is read.
+    """Return whether a model supports gradient checkpointing, without reading weights.
 
     Raises:
-        LightPeftError: as of `untrained_model`.
+        LightPeftError: there is no such model, or it cannot be pruned.
     """
     return bool(untrained_model(config, head, labels, to_prune=to_prune).model.supports_gradient_checkpointing)
 
 
-def _configured(
+def _load_configured(
     config: ModelConfig, head: TaskHead, labels: Sequence[str], to_prune: bool = True
 ) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """The model's configuration with what the head sets in it, and what transformers is told besides to make it."""
+    """Load the model's configuration, let the head set its outputs, and return it with options of `from_pretrained`."""
     hf_config = load_model_config(config)
     if to_prune:
         check_not_refused(hf_config.model_type)
@@ -155,23 +156,23 @@ def _configured(
     return hf_config, {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
 
 
-def _heads(model: PreTrainedModel) -> list[str]:
-    """What a model has beside its base."""
+def _head_modules(model: PreTrainedModel) -> list[str]:
+    """Return the names of the modules with parameters beside the base."""
     beside = (name for name, module in model.named_children() if name != model.base_model_prefix)
     return sorted(name for name in beside if any(True for _ in model.get_submodule(name).parameters()))
 
 
-def remember_origin(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Note on a model what it was read from, as far as its own configuration does not say it."""
+def record_origin(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Record the GGUF file and the commit that a model was read from, which its configuration does not have."""
     model.light_gguf_file = config.gguf_file
     model.light_revision = hub.commit_of(config.name, config.gguf_file or "config.json", config.revision)
 
 
 def base_names(architecture: type[PreTrainedModel]) -> dict[str, str] | None:
-    """`key_mapping` for `from_pretrained`, where a head calls its base otherwise than the family's checkpoints do.
+    """Return the `key_mapping` of `from_pretrained` for heads that name their base unlike the family's checkpoints.
 
-    transformers' question answering heads of Llama and its kin do ("transformer" for "model"). Without it they would
-    load no weight of the base.
+    These are transformers' question answering heads of Llama and related families ("transformer" for "model"). Without
+    a mapping they would load no weight of the base.
     """
     causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(architecture.config_class, None)
     if causal is None or causal.base_model_prefix == architecture.base_model_prefix:
@@ -180,51 +181,51 @@ def base_names(architecture: type[PreTrainedModel]) -> dict[str, str] | None:
 
 
 def keep_own_names(model: PreTrainedModel, mapping: Mapping[str, str] | None) -> None:
-    """Let a model that was loaded with `base_names` be saved under its own names, so that it can be loaded plainly."""
+    """Undo the mapping of `base_names` on a loaded model, so that it is saved under its own names."""
     if mapping:
         forget_renaming(model, mapping)
 
 
 def _check_quantisation(config: ModelConfig, hf_config: PretrainedConfig) -> None:
-    """Refuse weights that cannot be cut; those of a GGUF file are dequantised when they are loaded."""
+    """Refuse quantized weights that cannot be cut; loading dequantizes those of a GGUF file."""
     quantised = getattr(hf_config, "quantization_config", None)
     if quantised is None or config.gguf_file:
         return
     method = quantisation_method(quantised if isinstance(quantised, dict) else quantised.to_dict())
     require(
         method == CUTTABLE,
-        f"model {config.name} is quantised ({method}), which cannot be cut; give the base in float32, bfloat16 or "
-        f"float16, or quantised by {CUTTABLE}",
+        f"model {config.name} is quantized with {method}, which cannot be pruned; give the base in float32, bfloat16 "
+        f"or float16, or quantized with {CUTTABLE}",
     )
-    already = f"model {config.name} is quantised already ({method})"
+    already = f"model {config.name} is already quantized ({method})"
     require(config.quantization is None, f"{already}; leave model.quantization unset")
 
 
 def quantisation_method(settings: Mapping[str, Any]) -> str:
-    """The method, as transformers names it, in a quantisation's settings."""
+    """Return the quantization method in quantization settings, as transformers names it."""
     return str(settings.get("quant_method", "unknown method")).rpartition(".")[2].lower()
 
 
 def load_model_config(config: ModelConfig) -> PretrainedConfig:
-    """The model's configuration.
+    """Load the model's configuration.
 
     Raises:
-        LightPeftError: there is no such model, or its files are not what they should be.
+        LightPeftError: there is no such model, or its files are damaged.
     """
-    with _opening(config):
+    with _explain_errors(config):
         return AutoConfig.from_pretrained(config.name, **check_checkpoint(config))
 
 
 def load_tokenizer(config: ModelConfig, own: PretrainedConfig | None = None) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
+    """Load the model's tokenizer.
 
     Args:
-        own: the model's configuration, where transformers would not find it; None: it does.
+        own: configuration of the model, if transformers cannot find it itself; None: it can.
 
     Raises:
-        LightPeftError: there is none, or its files are not what they should be.
+        LightPeftError: there is no tokenizer, or its files are damaged.
     """
-    with _opening(config):
+    with _explain_errors(config):
         options = check_checkpoint(config)
         tokenizer = AutoTokenizer.from_pretrained(config.name, **({} if own is None else {"config": own}), **options)
     _check_tokenizer(tokenizer, config.name)
@@ -232,40 +233,40 @@ def load_tokenizer(config: ModelConfig, own: PretrainedConfig | None = None) -> 
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuse settings of a tokenizer that transformers takes as they come, and that fail where they are used."""
+    """Check settings of a tokenizer that transformers does not check."""
     longest, inputs = tokenizer.model_max_length, tokenizer.model_input_names
     fits = isinstance(longest, (int, float)) and not isinstance(longest, bool) and longest >= 1
-    says = f"the tokenizer of model {name} says"
-    require(fits, f"{says} model_max_length is {shown(longest)}, which is no number of tokens; mend its files")
+    says = f"the tokenizer of model {name} has"
+    require(fits, f"{says} model_max_length {short_repr(longest)}, which is no number of tokens; fix its files")
     known = isinstance(inputs, (list, tuple)) and "input_ids" in inputs and all(isinstance(n, str) for n in inputs)
-    require(known, f"{says} model_input_names is {shown(inputs)}; it must be a list of names with input_ids")
+    require(known, f"{says} model_input_names {short_repr(inputs)}; it must be a list of names with input_ids")
 
 
 def check_checkpoint(config: ModelConfig, weights: bool = False) -> dict[str, Any]:
-    """Look at a model's files before transformers makes anything of them.
+    """Check a model's files before transformers reads them.
 
     Args:
-        weights: are to be read.
+        weights: whether weights will be read.
 
     Returns:
-        How any `from_pretrained` of transformers is to be called for it.
+        Arguments for transformers' `from_pretrained`.
 
     Raises:
-        LightPeftError: the folder is not there, or asks for code from the hub.
-        Exception: what transformers raises for a configuration that is missing or damaged.
+        LightPeftError: the folder does not exist, or its configuration asks for code from the hub.
+        Exception: transformers cannot read the configuration.
     """
     require(config.name, "model.name is empty; give a hub name or a local folder")
     folder = Path(config.name).expanduser()
     looks_local = config.name.startswith((".", "/", "~")) or config.name.count("/") > 1
     require(folder.is_dir() or not looks_local, f"model folder {config.name} does not exist")
-    hub.look_for(config.name)
+    hub.go_offline_if_unreachable(config.name)
     place = {"revision": config.revision or "main"}
     if config.gguf_file is None:
         settings, _ = PretrainedConfig.get_config_dict(config.name, **place)
         check_config(settings, f"model {config.name}")
         # transformers would load the model that the adapter names and put the adapter into it
         both = has_adapter(config.name, **place)
-        require(not both, f"model {config.name} has a PEFT adapter beside it; give a folder of the model alone")
+        require(not both, f"model {config.name} has a PEFT adapter in its folder; give a folder with the model only")
     options = {**place, "gguf_file": config.gguf_file, "trust_remote_code": config.trust_remote_code}
     if not weights:
         return options
@@ -275,7 +276,7 @@ def check_checkpoint(config: ModelConfig, weights: bool = False) -> dict[str, An
 
 
 def _top_module(model: PreTrainedModel, key: str) -> str:
-    """The module to train for a missing weight: the head as a whole, or the nearest module inside the base."""
+    """Return the module to train for a missing weight: the whole head, or the top module inside the base."""
     prefix = f"{model.base_model_prefix}."
     if not key.startswith(prefix):
         return key.partition(".")[0]
@@ -283,8 +284,8 @@ def _top_module(model: PreTrainedModel, key: str) -> str:
 
 
 @contextmanager
-def _opening(config: ModelConfig) -> Iterator[None]:
-    """Say in one line why a model cannot be loaded, and which switch it lacks."""
+def _explain_errors(config: ModelConfig) -> Iterator[None]:
+    """Turn errors of loading a model into one line, which names the switch that may be missing."""
     try:
         with parsing(f"model {config.name} cannot be loaded"):
             yield
@@ -292,8 +293,8 @@ def _opening(config: ModelConfig) -> Iterator[None]:
         if error.__cause__ is None:
             raise
         if "trust_remote_code" in str(error.__cause__) and not config.trust_remote_code:
-            needs = "needs Python code that comes with it; if you trust its author, say so: trust_remote_code"
+            needs = "needs Python code from its repository; set trust_remote_code if you trust its author"
             raise LightPeftError(f"model {config.name} {needs}") from error
         if "safetensors" in str(error.__cause__) and not config.allow_pickle:
-            raise LightPeftError(f"{error}; for pickled weights of an author you trust: allow_pickle") from error
+            raise LightPeftError(f"{error}; set allow_pickle for pickled weights if you trust their author") from error
         raise

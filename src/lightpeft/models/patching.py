@@ -1,4 +1,4 @@
-"""What is changed in a live model for a while, and is as before afterwards."""
+"""Temporary changes to a live model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def override_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside the block, the module computes `forward`; its attributes, state and structure stay as they are."""
+    """Replace the forward of a module inside the block; its attributes, state and structure do not change."""
     before = vars(module).get("forward")
     vars(module)["forward"] = forward
     try:
@@ -24,7 +24,7 @@ def override_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 @contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Inside the block, the model is in train or eval mode; afterwards every module is in its own again."""
+    """Set a model to train or eval mode inside the block, and restore the mode of every module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:

@@ -1,4 +1,4 @@
-"""From a name on the hub to a folder: the files of a repository to be read here, in the cache of the hub's client."""
+"""Download of repositories from the hub: names of repositories, and the files of models in the hub's cache."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from huggingface_hub import errors
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import reason_of
-from lightpeft.models.hub import PART, look_for
+from lightpeft.models.hub import NAME_PART, go_offline_if_unreachable
 
 Token = str | bool | None
-"""Of an account: itself; None: the one that is logged in, if any; False: none."""
-_NAME = re.compile(rf"(?P<name>{PART}/{PART})(@(?P<revision>[\w./-]+))?")
-"""A repository, with a revision of it as huggingface_hub's file system writes it."""
+"""Access token of an account; None: that of the account that is logged in, if any; False: no account."""
+_NAME = re.compile(rf"(?P<name>{NAME_PART}/{NAME_PART})(@(?P<revision>[\w./-]+))?")
+"""Pattern of owner/name or owner/name@revision, as in huggingface_hub's file system."""
 TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -28,65 +28,66 @@ TOKENIZER = (
     "*.jinja",
     "*.model",
 )
-"""Patterns of the files of a tokenizer."""
+"""Name patterns of the files of a tokenizer."""
 
 
 @dataclass(frozen=True)
-class Form:
-    """Which files of a repository are a model of one form."""
+class RepositoryForm:
+    """Files of a repository that make a model of one form."""
 
     what: str
-    """For people."""
+    """Name of the form in messages."""
     marker: str
-    """The file that says what the others are."""
+    """Name of the file that identifies the form."""
     files: tuple[str, ...]
-    """Patterns of all that is read, the marker included. Folders within a repository are not."""
+    """Name patterns of all files to download, the marker included; subfolders are not downloaded."""
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository on the hub that somebody named; nothing was asked of the hub yet."""
+    """Reference to a repository on the hub; making one does not contact the hub."""
 
     name: str
-    """As owner/name."""
+    """Name as owner/name."""
     revision: str | None = None
     """Branch, tag or commit; None: the main branch."""
     token: Token = None
 
     @classmethod
     def named(cls, place: str | Path, revision: str | None = None, token: Token = None) -> Repository | None:
-        """The repository that a text names, as owner/name or owner/name@revision; None: a folder is meant.
+        """Parse owner/name or owner/name@revision; None: `place` is a folder.
 
-        What is here comes first, and a `Path` is always a folder.
+        An existing local folder takes precedence, and a `Path` is always a folder.
 
         Raises:
-            LightPeftError: two revisions are given, or a revision of a folder.
+            LightPeftError: two different revisions are given, or a revision of a folder.
         """
         found = _NAME.fullmatch(place) if isinstance(place, str) else None
         if found is None or Path(place).exists():
-            require(revision is None, f"{place} is a folder, and revision={revision} is of repositories on the hub")
+            require(revision is None, f"{place} is a folder, which has no revision; leave out revision={revision}")
             return None
         both = found["revision"] is not None and revision not in (None, found["revision"])
-        require(not both, f"{place} names another revision than revision={revision}; give one of them")
+        require(not both, f"{place} and revision={revision} name different revisions; give one of them")
         return cls(found["name"], revision or found["revision"], token)
 
-    def folder(self, *forms: Form) -> Path | None:
-        """The files, in the hub's cache, of the first form that is there; None: none is, as far as can be known.
+    def folder(self, *forms: RepositoryForm) -> Path | None:
+        """Download the files of the first form that the repository has, and return their folder in the hub's cache.
 
-        They are downloaded as far as they are not in the cache, and nothing of them is read.
+        Returns:
+            None if the repository has none of the forms, or offline, if none is in the cache.
 
         Raises:
-            LightPeftError: there is no such repository or revision, or it is not to be read with this token.
+            LightPeftError: there is no such repository or revision, or the token gives no access to it.
         """
         for form in forms:
-            marker = self._marker(form)
+            marker = self._download_marker(form)
             if marker is not None:
-                return self._files(form, marker.parent.name)
+                return self._download_files(form, marker.parent.name)
         return None
 
-    def _files(self, form: Form, commit: str) -> Path:
-        """Of one commit, all of them."""
-        with self._asking():
+    def _download_files(self, form: RepositoryForm, commit: str) -> Path:
+        """Download all files of a form from one commit."""
+        with self._explain_errors():
             return Path(
                 huggingface_hub.snapshot_download(
                     self.name,
@@ -100,50 +101,50 @@ class Repository:
     def __str__(self) -> str:
         return self.name if self.revision is None else f"{self.name}@{self.revision}"
 
-    def _marker(self, form: Form) -> Path | None:
-        look_for(self.name)
-        with self._asking():
+    def _download_marker(self, form: RepositoryForm) -> Path | None:
+        go_offline_if_unreachable(self.name)
+        with self._explain_errors():
             try:
                 file = huggingface_hub.hf_hub_download(self.name, form.marker, revision=self.revision, token=self.token)
             except errors.RemoteEntryNotFoundError:
                 return None
-            except errors.LocalEntryNotFoundError:  # it is not in the cache; online, the hub failed to say more
+            except errors.LocalEntryNotFoundError:  # not in the cache; online, the request failed
                 if not huggingface_hub.is_offline_mode():
                     raise
                 return None
             return Path(file)
 
     @contextmanager
-    def _asking(self) -> Iterator[None]:
-        """Turn what the hub's client raises into one line."""
+    def _explain_errors(self) -> Iterator[None]:
+        """Turn errors of the hub's client into one line."""
         missing = f"there is no folder {self.name} here, and"
         token = "log in (hf auth login), or give a token"
         try:
             yield
         except errors.GatedRepoError as error:
-            asked = f"{self.name} is open to those who were let in alone: ask for that on its page, then {token}"
+            asked = f"{self.name} is a gated repository; request access on its page, then {token}"
             raise LightPeftError(asked) from error
         except errors.RepositoryNotFoundError as error:
             raise LightPeftError(f"{missing} no such repository on the hub; if it is private, {token}") from error
         except errors.RevisionNotFoundError as error:
             raise LightPeftError(f"{missing} {self.name} on the hub has no revision {self.revision}") from error
         except Exception as error:
-            raise LightPeftError(f"{self} cannot be had from the hub: {reason_of(error)}") from error
+            raise LightPeftError(f"{self} cannot be downloaded from the hub: {reason_of(error)}") from error
 
 
-def folder_of(place: str | Path, form: Form, revision: str | None = None, token: Token = None) -> Path:
-    """The folder that somebody means by a path or by a name on the hub.
+def folder_of(place: str | Path, form: RepositoryForm, revision: str | None = None, token: Token = None) -> Path:
+    """Return the folder of a path, or download the model of a hub name and return its folder.
 
     Raises:
-        LightPeftError: it is a name, and there is no such model; a path is not looked at.
+        LightPeftError: `place` is a name, and there is no such model; a path is not checked.
     """
     repository = Repository.named(place, revision, token)
     if repository is None:
         return Path(place)
     found = repository.folder(form)
     if found is None:
-        lacking = f"{repository} on the hub is no {form.what}: it has no {form.marker}"
+        lacking = f"{repository} on the hub is not a {form.what}: it has no {form.marker}"
         if huggingface_hub.is_offline_mode():
-            lacking = f"{repository} is not in the hub's cache, and the hub was not reached"
+            lacking = f"{repository} is not in the hub's cache, and the hub cannot be reached"
         raise LightPeftError(f"there is no folder {place} here, and {lacking}")
     return found

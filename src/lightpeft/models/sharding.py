@@ -1,4 +1,4 @@
-"""Parameters that processes share (FSDP2): each holds a part, and all have to ask for the whole at once."""
+"""Sharded parameters (FSDP2): each process holds a part, and a gather needs all processes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 shards a model, or a part of it."""
+    """Return whether FSDP2 shards a model, or a part of it."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of what a forward pass has put together and no backward pass has let go of.
+    """Free the gathered parameters of a forward pass without a backward pass.
 
-    Otherwise what one process alone does to the model, such as saving it, puts it out of step with the others.
+    Otherwise work of a single process on the model, such as saving it, gets it out of step with the others.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -28,9 +28,9 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def without_graph(model: nn.Module) -> Iterator[None]:
-    """Inside the block a model answers without a graph: in inference mode, unless it is sharded."""
+    """Switch gradients off inside the block: by inference mode, or by `no_grad` for a sharded model."""
     sharded = is_sharded(model)
-    # the memory that FSDP2 gathers weights in is used in training, too, which takes no tensors of inference mode
+    # training reuses the buffers that FSDP2 gathers weights in, and cannot use tensors of inference mode
     with torch.no_grad() if sharded else torch.inference_mode():
         yield
     if sharded:
@@ -38,13 +38,13 @@ def without_graph(model: nn.Module) -> Iterator[None]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The values, or what all processes hold of them, put together; where it is sharded, all have to call this."""
+    """Return the values of a tensor without gradients; a sharded one is gathered, for which all processes must call."""
     values = tensor.detach()
     return values.full_tensor() if isinstance(values, DTensor) else values
 
 
 def placed_like(values: Tensor, other: Tensor) -> Tensor:
-    """Values that all processes have: as they are or, beside a sharded tensor, a part in each, which is a copy."""
+    """Shard values that all processes have like another tensor; return them unchanged if that is not sharded."""
     if not isinstance(other, DTensor):
         return values
     parts = distribute_tensor(values, other.device_mesh, other.placements, src_data_rank=None)

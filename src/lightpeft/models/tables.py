@@ -1,4 +1,4 @@
-"""Tensors that have a row a token: which these are, and how they are given fewer rows."""
+"""Access to tensors and configs of a model, to change its number of tokens."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 
 def shapes_of(architecture: type[PreTrainedModel], config: PretrainedConfig) -> dict[str, torch.Size]:
-    """Of every parameter and buffer of a model with this config, tied ones under each of their names.
+    """Return name -> shape of every parameter and buffer of a model with this config, tied ones under all names.
 
-    The model is made without storage. Made for two configs, what has other shapes depends on what differs: no name is
-    looked up.
+    The model is made without storage. A comparison of two configs shows which tensors depend on their difference.
     """
     with torch.device("meta"):
         model = architecture(copy.deepcopy(config))
@@ -23,24 +22,24 @@ def shapes_of(architecture: type[PreTrainedModel], config: PretrainedConfig) -> 
 
 
 def tensor_at(model: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer by its name."""
+    """Return the parameter or buffer with this name."""
     owner, _, leaf = name.rpartition(".")
     tensor: Tensor = getattr(model.get_submodule(owner), leaf)
     return tensor
 
 
-def like(tensor: Tensor, rows: Tensor) -> Tensor:
-    """These rows as what the tensor is: a parameter or a buffer."""
+def match_type(tensor: Tensor, rows: Tensor) -> Tensor:
+    """Return rows as a parameter or as a buffer, whichever `tensor` is."""
     return nn.Parameter(rows, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else rows
 
 
 def configs_of(model: nn.Module) -> list[PretrainedConfig]:
-    """A model's config and those that its modules have, which some families copy; each once."""
+    """Return the configs of a model and of its modules, which may be copies, each once."""
     found = (getattr(module, "config", None) for module in model.modules())
     configs = [config for config in found if isinstance(config, PretrainedConfig)]
     return distinct(each for config in configs for each in (config, config.get_text_config()))
 
 
 def distinct(configs: Iterable[PretrainedConfig]) -> list[PretrainedConfig]:
-    """Each config once; one that is its own text config comes twice."""
+    """Return each config object once."""
     return list({id(config): config for config in configs}.values())

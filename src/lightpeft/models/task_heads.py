@@ -1,4 +1,4 @@
-"""What of a model answers a task: its head, how transformers loads it and PEFT calls it, and which models have it."""
+"""Task heads: their classes in transformers, their task types in PEFT, and the models that have them."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ def _anywhere(config: PretrainedConfig) -> bool:
 
 @dataclass(frozen=True)
 class TaskHead:
-    """One sort of head; two of the same name are the same."""
+    """One kind of head; heads with equal names are equal."""
 
     name: str
-    """What error lines call it."""
+    """Name in error messages."""
     auto: Any = field(compare=False)
-    """transformers' class that picks the model."""
+    """Auto class of transformers that loads the model."""
     task_type: TaskType | None = field(compare=False)
-    """PEFT's name of what the model is for; None: PEFT has none, and passes inputs on as they are."""
+    """Task type of PEFT; None: PEFT has none for it, and passes inputs on unchanged."""
     fits: Callable[[PretrainedConfig], bool] = field(default=_anywhere, compare=False)
-    """Whether a model of that configuration can have it."""
+    """Function that returns whether a model with this configuration can have the head."""
     lacking: str = field(default="", compare=False)
-    """What is said of a model that cannot: "bert ...", which a task needs."""
+    """Predicate of the error message about a model that cannot: "bert ...", which a task needs."""
     outputs: Literal["classes", "number", "own"] = field(default="own", compare=False)
-    """What it gives: one output a class of the task, one number, or what its architecture says."""
+    """Outputs: one for each class of the task, one number, or those of the architecture."""
     architectures: Any = field(default=None, compare=False)
-    """transformers' table from configuration to model class, where the model may call its base otherwise than the
-    family's checkpoints do (see `loading.base_names`)."""
+    """Table of transformers from configuration to model class, for heads that may name their base unlike the family's
+    checkpoints (see `loading.base_names`)."""
 
     def configure(self, config: PretrainedConfig, labels: Sequence[str]) -> None:
-        """Set in a model's config how many outputs the head has; `labels` are the names of the classes in order."""
+        """Set the number of outputs of the head in a model's config; `labels` are the names of the classes in order."""
         if self.outputs == "number":
-            config.num_labels = 1  # by which transformers knows that the loss is the squared error
+            config.num_labels = 1  # for which transformers uses the squared error as the loss
         if self.outputs == "classes":
             config.num_labels = len(labels)
             config.id2label = dict(enumerate(labels))
@@ -58,10 +58,10 @@ class TaskHead:
 
 
 def is_decoder(config: PretrainedConfig) -> bool:
-    """Whether a model is a language model that reads from left to right only, so that no token has seen the next one.
+    """Return whether a model is a causal language model, in which no token attends to later ones.
 
-    transformers has families that read both ways as language models as well; of those, models that were made to look
-    back only say so in their config.
+    transformers lists bidirectional families among causal language models as well; of these, causal models have
+    `is_decoder` in their config.
     """
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         return False

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint, read from its files when they are asked for; models may share whole ones."""
+"""Lazily read tensors of a checkpoint, which several models may share."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from lightpeft.errors import require
 
 
 class SharedTensors:
-    """Whole tensors of checkpoints that several models have in common, each as long as one of these models lives."""
+    """Tensors of checkpoints that several models share; each lives as long as one of these models."""
 
     def __init__(self) -> None:
         self._tensors: WeakValueDictionary[_Source, Tensor] = WeakValueDictionary()
         self._holders: WeakKeyDictionary[nn.Module, list[Tensor]] = WeakKeyDictionary()
 
     def find(self, source: _Source) -> Tensor | None:
-        """The tensor, where some model has it."""
+        """Return the tensor if some model has it, else None."""
         return self._tensors.get(source)
 
     def keep(self, source: _Source, tensor: Tensor) -> None:
-        """Let models that are read later find the tensor, for as long as somebody holds it."""
+        """Offer a tensor to models that are read later, as long as it lives."""
         self._tensors[source] = tensor
 
     def hold(self, model: nn.Module, tensors: Iterable[Tensor]) -> None:
-        """Keep those of the tensors that are the model's as long as it lives."""
+        """Keep the tensors that belong to a model alive as long as the model."""
         own = {tensor.data_ptr() for tensor in chain(model.parameters(), model.buffers())}
         self._holders[model] = [tensor for tensor in tensors if tensor.data_ptr() in own]
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors that are there."""
+        """Bytes of all shared tensors that are alive."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
 
 class Reading:
-    """The tensors of one load: which were shared by it, and which was read last."""
+    """State of one load: the tensors that it shares, and the tensor that was read last."""
 
     def __init__(self, shared: SharedTensors | None, device: str | torch.device | None) -> None:
         self._shared = shared
@@ -53,7 +53,7 @@ class Reading:
         self._used: list[Tensor] = []
 
     def read(self, stored: StoredTensor, dtype: torch.dtype | None) -> Tensor:
-        """The tensor as it is shared; else from its file, in host memory."""
+        """Return the shared tensor, or read it from its file into host memory."""
         self.forget()
         source = _Source(stored, dtype, self._device)
         found = None if self._shared is None else self._shared.find(source)
@@ -63,11 +63,11 @@ class Reading:
         return found
 
     def place_of(self, parameter: Tensor) -> StoredTensor | None:
-        """Where in the files a parameter lies that is the tensor read last, whole; None: it was made of that."""
+        """Return the place on disk of a parameter that is the tensor read last; None: it was computed from that."""
         return None if self._last is None or not _is_same(parameter, self._last[1]) else self._last[0].stored
 
     def in_common(self, parameter: Tensor) -> nn.Parameter | None:
-        """What a model gets instead of a parameter that is the tensor read last, whole, so that all models share it."""
+        """Return a shared parameter to replace one that is the tensor read last; None: it was computed from that."""
         if self._shared is None or self._last is None:
             return None
         source, tensor = self._last
@@ -81,11 +81,11 @@ class Reading:
         return shared
 
     def forget(self) -> None:
-        """Hold the tensor read last no longer."""
+        """Drop the tensor read last."""
         self._last = None
 
     def hold(self, model: nn.Module) -> None:
-        """Say that the model, which is all that was read, has what it shares for as long as it lives."""
+        """Keep the shared tensors of this load alive as long as the loaded model."""
         if self._shared is not None:
             self._shared.hold(model, self._used)
         self._used = []
@@ -93,7 +93,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class _File:
-    """A file as it is now: if it is written anew, its tensors are others."""
+    """A file with its size and time of change, which identify its content."""
 
     path: str
     changed: int
@@ -102,7 +102,7 @@ class _File:
 
     @classmethod
     def at(cls, path: str) -> _File:
-        """The file that is there."""
+        """Return the current state of the file at a path."""
         state = Path(path).stat()
         return cls(path, state.st_mtime_ns, state.st_size)
 
@@ -115,19 +115,19 @@ class StoredTensor:
     key: str
 
     def mapped(self) -> Tensor:
-        """The tensor on the CPU, over the file: pages are read when they are touched, and go when nobody holds it."""
+        """Map the tensor from the file onto the CPU: pages are read on access, and freed with the tensor."""
         with safe_open(self.file.path, framework="pt") as opened:
             return opened.get_slice(self.key)[...]
 
     def check_unchanged(self) -> None:
-        """Raise `LightPeftError` if the file has been written anew, or is gone."""
+        """Raise `LightPeftError` if the file has changed or was deleted."""
         there = Path(self.file.path).is_file() and _File.at(self.file.path) == self.file
-        require(there, f"{self.file.path} has changed or gone while a model's weights were read from it; load it again")
+        require(there, f"{self.file.path} has changed or gone, and a model reads its weights there; load it again")
 
 
 @dataclass(frozen=True)
 class _Source:
-    """What a shared tensor was read from, and as what."""
+    """Key of a shared tensor: its place on disk, data type and device."""
 
     stored: StoredTensor
     dtype: torch.dtype | None
@@ -136,9 +136,9 @@ class _Source:
 
 @dataclass(frozen=True)
 class _OnDisk:
-    """A tensor in a file, as transformers takes it: indexed as a whole, then asked for in a data type.
+    """A tensor in a file with the interface that transformers uses: indexed as a whole, then converted to a type.
 
-    It is read when it is asked for, and its file is open only so long.
+    `to` reads it, and its file is open only during the read.
     """
 
     stored: StoredTensor
@@ -148,12 +148,12 @@ class _OnDisk:
         return self
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Read it into host memory, or find it among those that are shared."""
+        """Read the tensor into host memory, or return the shared one."""
         return self.reading.read(self.stored, dtype)
 
 
 def on_disk(files: Sequence[str], reading: Reading) -> dict[str, _OnDisk]:
-    """Every tensor of the files by its name there; of equal names the last counts, as in transformers."""
+    """Return name -> tensor of all files; of equal names the last one counts, as in transformers."""
     tensors = {}
     for path in files:
         file = _File.at(path)
@@ -164,19 +164,19 @@ def on_disk(files: Sequence[str], reading: Reading) -> dict[str, _OnDisk]:
 
 
 def check_files(checkpoint: Checkpoint, instead: str) -> None:
-    """Refuse a checkpoint whose tensors cannot be read one at a time.
+    """Check that the tensors of a checkpoint can be read one at a time.
 
     Args:
-        instead: what to do, for the error line.
+        instead: remedy for the error message.
     """
     files = checkpoint.files
-    require(not checkpoint.quantised, f"the base is quantised, which low_memory cannot read; {instead}")
+    require(not checkpoint.quantised, f"low_memory cannot read a quantized base; {instead}")
     safe = bool(files) and all(str(file).endswith(".safetensors") for file in files)
     require(
-        safe, f"low_memory reads safetensors files, which the base does not have; {instead}, or save the base in them"
+        safe, f"low_memory needs safetensors files, and the base has none; {instead}, or save the base as safetensors"
     )
 
 
 def _is_same(parameter: Tensor, tensor: Tensor) -> bool:
-    """Whether a parameter is a tensor that was read, and nothing that transformers made of it."""
+    """Return whether a parameter has the memory and shape of a tensor, so that transformers did not convert it."""
     return parameter.data_ptr() == tensor.data_ptr() and parameter.shape == tensor.shape

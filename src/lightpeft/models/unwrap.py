@@ -1,4 +1,4 @@
-"""What is inside: the transformers model in a PeftModel, the frozen layer in a PEFT module."""
+"""Access to wrapped modules: the transformers model in a PeftModel, the frozen layer in a PEFT module."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lightpeft.compat.peft import BaseTunerLayer, let_hooks_see
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PeftModel (or one PeftModel inside another), or the model itself.
+    """Return the transformers model inside a PeftModel (also a nested one), or the model itself.
 
-    What watches it by hooks sees all passes, also where PEFT by itself would go past them.
+    Its hooks run in all passes afterwards, including those in which PEFT itself would bypass them.
     """
     inner: Any = model
     while isinstance(inner, PeftModel):
@@ -24,10 +24,10 @@ def transformers_model(model: nn.Module) -> PreTrainedModel:
 
 
 def base_layer(module: nn.Module) -> nn.Module:
-    """The frozen layer inside a PEFT module, or the module itself."""
+    """Return the frozen layer inside a PEFT module, or the module itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def base_linear(model: nn.Module, name: str) -> nn.Module:
-    """The frozen linear layer `name` of a transformers model, or of the one inside a PeftModel."""
+    """Return the frozen linear layer `name` of a transformers model, or of the one inside a PeftModel."""
     return base_layer(transformers_model(model).get_submodule(name))

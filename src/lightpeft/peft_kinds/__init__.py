@@ -1,1 +1,1 @@
-"""PEFT modules: one class a kind that says what a module adds and how it is cut, and where a run puts them."""
+"""PEFT modules: one class for each kind, which observes and cuts modules, and their placement in a run."""

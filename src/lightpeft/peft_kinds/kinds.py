@@ -1,4 +1,4 @@
-"""What a run knows of a PEFT kind: what it is called, which settings it has, and where its modules go.
+"""PEFT kinds of runs: their names, settings and placements.
 
 A new kind is a `Site` class (`peft_kinds/sites`) and an entry here.
 """
@@ -15,7 +15,7 @@ from lightpeft.compat.peft import names_of_experts
 from lightpeft.config import LightConfig, RunConfig
 from lightpeft.config.light import WIDEST
 from lightpeft.config.peft import DEFAULTS, SLOTS_KEY
-from lightpeft.config.validation import Within, checked, checked_fields
+from lightpeft.config.validation import Within, convert, convert_fields
 from lightpeft.errors import LightPeftError, nearest, require
 from lightpeft.files.foreign import parsing
 from lightpeft.peft_kinds.sites.base import Site
@@ -25,10 +25,10 @@ from lightpeft.peft_kinds.sites.lora import LoraSite
 from lightpeft.peft_kinds.sites.registry import check_config
 from lightpeft.plans.structure import SLOTS, BlockSpec
 
-Settings = dict[str, Any]
+PeftFields = dict[str, Any]
 """Fields of a PEFT configuration."""
 
-_OF_THE_RUN = (
+_SET_BY_RUN = (
     "peft_type",
     "task_type",
     "base_model_name_or_path",
@@ -38,25 +38,27 @@ _OF_THE_RUN = (
     "peft_version",
     "runtime_config",
 )
-"""Fields of PEFT's configurations that say what a run says elsewhere, or what PEFT notes for itself."""
-_LAYERS = ("layers_to_transform", "layers_pattern")
-"""Fields that choose among layers that are named alike."""
+"""Fields of PEFT's configurations that other settings of the run determine, or that PEFT fills in itself."""
+_LAYER_FIELDS = ("layers_to_transform", "layers_pattern")
+"""Fields that select among layers with the same name."""
 
 
 @dataclass(frozen=True)
 class ModulePlaces:
-    """The blocks of a model, by where a run may put modules."""
+    """Blocks of a model that may have PEFT modules, and blocks that may not."""
 
     allowed: Sequence[BlockSpec]
+    """Blocks that may have modules."""
     others: Sequence[BlockSpec]
+    """Blocks that may not have modules."""
     model_type: str
-    """Of the model that has them."""
+    """Model type of the model."""
     by_habit: bool = False
-    """As the kind is used by habit (`Method.by_habit`), not wherever a module may be of use."""
+    """True: modules sit on the customary projections of their kind (`Method.by_habit`); False: on all projections."""
 
     @classmethod
     def under(cls, light: LightConfig, blocks: Sequence[BlockSpec], model_type: str) -> ModulePlaces:
-        """Where `light.remove.depth` and `light.modules.blocks` let modules be."""
+        """Select the blocks that `light.remove.depth` and `light.modules.blocks` allow to have modules."""
         end = light.blocks_left(len(blocks))
         lowest = light.first_module_block(end)
         return cls(blocks[lowest:end], [*blocks[:lowest], *blocks[end:]], model_type)
@@ -64,21 +66,22 @@ class ModulePlaces:
 
 @dataclass(frozen=True)
 class PeftKind:
-    """One kind of PEFT whose modules sit on projections that are named one by one."""
+    """One kind of PEFT, whose modules sit on projections that are listed by name."""
 
     site: type[Site]
+    """Class of the kind's modules."""
     title: str
-    """What people call it."""
+    """Name of the kind in messages."""
     habit: Collection[str] = ("q", "v", "kv", "qkv")
-    """Slots that it is used on by habit; none, where it finds its places otherwise."""
+    """Customary slots of the kind; empty if it finds its places itself."""
     merges: bool = True
-    """Whether what it adds can become part of the base's weights."""
+    """True: modules can be merged into the base's weights."""
     limits: Mapping[str, Within] = field(default_factory=dict)
-    """Which numbers its fields may be."""
+    """Field of the configuration -> range of its value."""
 
     @property
     def name(self) -> str:
-        """What `peft` calls it."""
+        """Name of the kind in the setting `peft`."""
         return self.site.peft_type.value.lower()
 
     def config(
@@ -88,22 +91,19 @@ class PeftKind:
         task_type: TaskType | None = None,
         new_modules: Sequence[str] = (),
     ) -> PeftConfig:
-        """The PEFT configuration of a run.
+        """Make the PEFT configuration of a run.
 
         Args:
-            place: where modules may be; None: it says nothing of places.
-            task_type: what PEFT calls the model's task.
-            new_modules: what of the model trains as a whole, beside what the run names (`modules_to_save`).
-
-        Raises:
-            LightPeftError: a setting is unknown, or has a value that cannot be used or pruned.
+            place: blocks that may have modules; None: the configuration lists no places.
+            task_type: PEFT's type of the model's task.
+            new_modules: modules that train as a whole, beside those of the run's settings (`modules_to_save`).
         """
         cls: Any = PEFT_TYPE_TO_CONFIG_MAPPING[self.site.peft_type]
-        for name in _OF_THE_RUN:
-            require(name not in run.peft_settings, f"peft.{name} is the run's to set; leave it out")
+        for name in _SET_BY_RUN:
+            require(name not in run.peft_settings, f"peft.{name} is set by the run; leave it out")
         given = {name: value for name, value in run.peft_settings.items() if name != SLOTS_KEY}
-        slots = self._slots(run.peft_settings.get(SLOTS_KEY))
-        settings = {**DEFAULTS.get(self.name, {}), **checked_fields(cls, given, "peft.", without=_OF_THE_RUN)}
+        slots = self._check_slots(run.peft_settings.get(SLOTS_KEY))
+        settings = {**DEFAULTS.get(self.name, {}), **convert_fields(cls, given, "peft.", without=_SET_BY_RUN)}
         _check_layers(settings)
         for name, within in self.limits.items():
             if settings.get(name) is not None:
@@ -116,20 +116,20 @@ class PeftKind:
         check_config(made)
         return made
 
-    def _slots(self, given: Any) -> Collection[str] | None:
-        """The slots that a run names, found good; None: it names none."""
-        slots: list[str] | None = checked(given, list[str] | None, f"peft.{SLOTS_KEY}")
-        require(slots is None or self.habit, f"peft.{SLOTS_KEY} is for modules on projections; {self.name} has none")
+    def _check_slots(self, given: Any) -> Collection[str] | None:
+        """Check and return the slots in a run's settings; None: there are none."""
+        slots: list[str] | None = convert(given, list[str] | None, f"peft.{SLOTS_KEY}")
+        require(slots is None or self.habit, f"peft.{SLOTS_KEY} has no effect with {self.name}; leave it out")
         unknown = set(slots or ()) - set(SLOTS)
-        known = f"slots are {', '.join(SLOTS)}"
-        require(not unknown, f"peft.{SLOTS_KEY} has {', '.join(sorted(unknown))}; {known}")
+        known = f"choose among {', '.join(SLOTS)}"
+        require(not unknown, f"peft.{SLOTS_KEY} has unknown {', '.join(sorted(unknown))}; {known}")
         return slots
 
-    def placed(self, settings: Settings, place: ModulePlaces, slots: Collection[str] | None = None) -> Settings:
-        """The settings that say where modules go; target modules that somebody named stay as they are.
+    def placed(self, settings: PeftFields, place: ModulePlaces, slots: Collection[str] | None = None) -> PeftFields:
+        """Return the settings of the places of modules; given target modules are not changed.
 
         Args:
-            slots: projections to put them on; None: all, or by habit.
+            slots: projections to put modules on; None: all, or the customary ones.
         """
         if settings.get("target_modules") is not None:
             return {}
@@ -137,15 +137,15 @@ class PeftKind:
         return {"target_modules": projections(place.allowed, slots or usual)}
 
 
-def _check_layers(settings: Settings) -> None:
-    """Refuse to choose among layers that lightpeft names one by one, as PEFT would not look at the choice."""
-    for name in _LAYERS:
+def _check_layers(settings: PeftFields) -> None:
+    """Refuse fields that select layers without target modules, since PEFT ignores them for full module names."""
+    for name in _LAYER_FIELDS:
         named = settings.get(name) is None or settings.get("target_modules") is not None
-        require(named, f"peft.{name} chooses among target modules of one name; give peft.target_modules, too")
+        require(named, f"peft.{name} selects among target modules with the same name; give peft.target_modules, too")
 
 
 def projections(blocks: Sequence[BlockSpec], slots: Collection[str] = SLOTS) -> list[str]:
-    """Names of the blocks' projections in those slots."""
+    """Return the names of the blocks' projections in some slots."""
     return [name for block in blocks for slot, name in block.projections.items() if slot in slots]
 
 
@@ -154,27 +154,27 @@ class _Lora(PeftKind):
 
     def config(self, run: RunConfig, *args: Any, **options: Any) -> PeftConfig:
         start = run.peft_settings.get("init_lora_weights")
-        require(start != "eva", f"peft.init_lora_weights is {start}, which is computed from rows; use true or gaussian")
+        require(start != "eva", f"peft.init_lora_weights: {start} needs data, which runs lack; use true or gaussian")
         return super().config(run, *args, **options)
 
-    def placed(self, settings: Settings, place: ModulePlaces, slots: Collection[str] | None = None) -> Settings:
-        """Without layers whose names PEFT takes for those of routed experts."""
+    def placed(self, settings: PeftFields, place: ModulePlaces, slots: Collection[str] | None = None) -> PeftFields:
+        """Return the settings of the places, without layers whose names PEFT mistakes for routed experts."""
         result, taken = super().placed(settings, place, slots), names_of_experts(place.model_type)
         targets = result.get("target_modules", [])
         stay = [name for name in targets if name.rpartition(".")[2] not in taken]
         others = sorted({name.rpartition(".")[2] for name in {*targets} - {*stay}}) if slots else []
         require(
             not others,
-            f"peft.{SLOTS_KEY} has {', '.join(others)}, which PEFT takes for the routed experts of {place.model_type}; "
-            "leave these slots out",
+            f"peft.{SLOTS_KEY} has slots of {', '.join(others)}, which PEFT mistakes for the routed experts of "
+            f"{place.model_type}; leave these slots out",
         )
         return {**result, "target_modules": stay} if len(stay) < len(targets) else result
 
 
 class _Ia3(PeftKind):
-    """IA3, whose factors are on what a feed-forward module reads: the hidden units in front of `ffn_out`."""
+    """IA3, whose factors in feed-forward modules scale the input: the hidden units in front of `ffn_out`."""
 
-    def placed(self, settings: Settings, place: ModulePlaces, slots: Collection[str] | None = None) -> Settings:
+    def placed(self, settings: PeftFields, place: ModulePlaces, slots: Collection[str] | None = None) -> PeftFields:
         result = super().placed(settings, place, slots)
         if settings.get("feedforward_modules") is not None:
             return result
@@ -187,9 +187,9 @@ class _Ia3(PeftKind):
 
 
 class _Bottleneck(PeftKind):
-    """Bottleneck adapters, which find their places by the family."""
+    """Bottleneck adapters, whose places follow from the model family."""
 
-    def placed(self, settings: Settings, place: ModulePlaces, slots: Collection[str] | None = None) -> Settings:
+    def placed(self, settings: PeftFields, place: ModulePlaces, slots: Collection[str] | None = None) -> PeftFields:
         if settings.get("target_modules") is not None or settings.get("exclude_modules") is not None:
             return {}
         return {"exclude_modules": projections(place.others) or None}
@@ -219,10 +219,10 @@ PEFT_KINDS: dict[str, PeftKind] = {
 
 
 def kind_named(name: str) -> PeftKind:
-    """The kind that `peft` calls so.
+    """Return the PEFT kind with this name in the setting `peft`.
 
     Raises:
-        LightPeftError: there is none, or it cannot be pruned.
+        LightPeftError: there is no such kind, or it cannot be pruned.
     """
     if name not in PEFT_KINDS:
         meant = nearest(name, PEFT_KINDS)
@@ -235,19 +235,19 @@ def kind_named(name: str) -> PeftKind:
 
 
 def kind_of(config: PeftConfig) -> PeftKind:
-    """The kind of a PEFT configuration.
+    """Return the kind of a PEFT configuration.
 
     Raises:
-        LightPeftError: it cannot be pruned.
+        LightPeftError: the kind cannot be pruned.
     """
     return kind_named(str(getattr(config.peft_type, "value", config.peft_type)).lower())
 
 
 def check_peft_settings(run: RunConfig) -> None:
-    """Refuse a PEFT that cannot be made or pruned, before anything is read.
+    """Check the PEFT settings of a run before anything is read.
 
     Raises:
-        LightPeftError: its kind or a setting is unknown, or has a value that cannot be used.
+        LightPeftError: the kind or a setting is unknown, or has an invalid value.
     """
     if run.way.has_peft:
         kind_named(run.peft_type).config(run)

@@ -1,4 +1,4 @@
-"""Where a run puts its PEFT modules on a model."""
+"""Placement of a run's PEFT modules on a model."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ from lightpeft.plans.structure import BlockSpec
 def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
     """Put the run's PEFT modules on a model.
 
-    They sit on all projections of the blocks in which modules may stay (`light.remove.depth`, `light.modules.blocks`)
-    or, with method plain, where the kind is used by habit, in every block; or on target modules that the run names.
+    They sit on all projections of the blocks that may keep modules (`light.remove.depth`, `light.modules.blocks`); with
+    method plain on the customary projections of every block; or on target modules in the run's settings.
 
     Raises:
-        LightPeftError: unknown slots, target modules that match nothing, or a place that the family does not have; or
-            the checkpoint had no weights for the blocks.
+        LightPeftError: slots are unknown, target modules match nothing, the family lacks a place, or the checkpoint has
+            no weights for the blocks.
     """
     blocks = block_specs(loaded.model)
     _check_weights(loaded, blocks)
     kind, task_type = kind_named(config.peft_type), loaded.head.task_type
-    made = kind.config(config, _place(blocks, config, loaded.model.config.model_type), task_type, loaded.new_modules)
+    made = kind.config(
+        config, _module_places(blocks, config, loaded.model.config.model_type), task_type, loaded.new_modules
+    )
     _check_targets(loaded.model, made.target_modules, blocks)
     with parsing(f"PEFT cannot put {kind.title} on {loaded.model.config.model_type}"):
         model = get_peft_model(loaded.model, made)
@@ -40,15 +42,15 @@ def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
     return model
 
 
-def _place(blocks: Sequence[BlockSpec], config: RunConfig, model_type: str) -> ModulePlaces:
-    """Where modules may be: where the method prunes, in the blocks in which they may stay."""
+def _module_places(blocks: Sequence[BlockSpec], config: RunConfig, model_type: str) -> ModulePlaces:
+    """Return the blocks that may have modules: if the method prunes, those that may keep them, else all."""
     if config.way.prunes:
         return ModulePlaces.under(config.light, blocks, model_type)
     return ModulePlaces(blocks, (), model_type, config.way.by_habit)
 
 
 def _check_targets(model: PreTrainedModel, targets: Any, blocks: Sequence[BlockSpec]) -> None:
-    """Refuse names of target modules of which none is there."""
+    """Check that the model has at least one of the target modules."""
     if not targets or isinstance(targets, str):
         return
     ends = tuple(f".{name}" for name in targets)
@@ -56,15 +58,15 @@ def _check_targets(model: PreTrainedModel, targets: Any, blocks: Sequence[BlockS
     require(
         any(f".{name}".endswith(ends) for name, _ in model.named_modules()),
         f"target_modules {sorted(targets)} match nothing in {model.config.model_type}; "
-        f"projections of a block: {', '.join(names)}",
+        f"choose projections of a block: {', '.join(names)}",
     )
 
 
 def _check_weights(loaded: LoadedModel, blocks: Sequence[BlockSpec]) -> None:
-    """Refuse a base whose blocks were left at random: PEFT trains on what a checkpoint brings."""
+    """Refuse a base whose blocks have random weights, because PEFT needs pretrained ones."""
     for name in (name for block in blocks for name in block.projections.values()):
         random = any(name.startswith(f"{module}.") for module in loaded.new_modules)
         require(
             not random,
-            f"the checkpoint has no weights for {name}; is {loaded.model.config.model_type} really its architecture?",
+            f"the checkpoint has no weights for {name}; give one of architecture {loaded.model.config.model_type}",
         )

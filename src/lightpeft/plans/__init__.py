@@ -1,1 +1,1 @@
-"""What a model is made of, what its parts are worth, and what stays: plain data and pure functions."""
+"""Structure of a model, importance scores of its units, and plans of the units to keep: plain data, pure functions."""

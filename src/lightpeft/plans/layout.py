@@ -1,7 +1,7 @@
-"""Which channels of a projection belong to which unit, for separate and for fused projections alike.
+"""Assignment of a projection's channels to units, for separate and for fused projections.
 
 A projection is a row of segments along the dimension that pruning cuts; each segment belongs to one query head, KV head
-or neuron. Everything that depends on how heads lie in memory (cutting, counting, weight norms) reads the segments.
+or neuron. All code that depends on the memory layout of heads (cutting, counting, weight norms) reads the segments.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from lightpeft.plans.structure import FFN_SLOTS, KEY_VALUE_SLOTS, OUTPUT_SLOTS, 
 
 Kind = Literal["heads", "kv_heads", "neurons"]
 Segment = tuple[Kind, int]
-"""What a run of channels belongs to."""
+"""Kind and index of the unit that a run of channels belongs to."""
 
 
 def cut_dim(slot: str) -> int:
-    """Dimension of an [out, in] weight that pruning cuts: 0 (outputs) or 1 (inputs)."""
+    """Return the dimension of an [out, in] weight that pruning cuts: 0 (outputs) or 1 (inputs)."""
     return 1 if slot in OUTPUT_SLOTS else 0
 
 
 def segments(spec: BlockSpec, slot: str) -> list[Segment]:
-    """The units of a projection along its cut dimension, in the order they lie there."""
+    """Return the units of a projection along its cut dimension, in the order of its channels."""
     queries: list[Segment] = [("heads", head) for head in range(spec.heads)]
     groups: list[Segment] = [("kv_heads", head) for head in range(spec.kv_heads)]
     neurons: list[Segment] = [("neurons", neuron) for neuron in range(spec.neurons)]
@@ -41,24 +41,24 @@ def segments(spec: BlockSpec, slot: str) -> list[Segment]:
 
 
 def segment_size(spec: BlockSpec, slot: str) -> int:
-    """Channels a segment: those of one head in this projection, or 1 for neurons."""
+    """Return the number of channels of a segment: those of one head in this projection, or 1 for neurons."""
     return 1 if slot in FFN_SLOTS else spec.head_sizes.get(slot, spec.head_dim)
 
 
 def width(spec: BlockSpec, slot: str) -> int:
-    """Channels of a dense projection along its cut dimension."""
+    """Return the number of channels of a dense projection along its cut dimension."""
     return len(segments(spec, slot)) * segment_size(spec, slot)
 
 
 def kept_channels(spec: BlockSpec, kept: BlockPlan, slot: str) -> Tensor | None:
-    """Channels of a projection that stay, ascending, int64; None: all of them."""
+    """Return the channels of a projection to keep, ascending, int64; None: all of them."""
     if slot in spec.wide_norms or keeps_all(spec, kept, slot):
         return None
     return head_channels(spec, kept, slot)
 
 
 def head_channels(spec: BlockSpec, kept: BlockPlan, slot: str) -> Tensor:
-    """Channels of the units that stay, also where the rows before a norm over all heads have to stay."""
+    """Return the channels of the units to keep, ascending, int64; rows before a norm over all heads count as well."""
     units = {"heads": set(kept.heads), "kv_heads": set(kept.kv_heads), "neurons": set(kept.neurons)}
     size = segment_size(spec, slot)
     stay = [index for index, (kind, unit) in enumerate(segments(spec, slot)) if unit in units[kind]]
@@ -66,13 +66,13 @@ def head_channels(spec: BlockSpec, kept: BlockPlan, slot: str) -> Tensor:
 
 
 def kept_experts(spec: BlockSpec, kept: BlockPlan) -> tuple[Tensor, Tensor]:
-    """Experts that stay, ascending, [kept], and the channels of each that stay, ascending, [kept, width]; int64."""
+    """Return the experts to keep, [kept], and the channels of each to keep, [kept, width]; ascending, int64."""
     channels = torch.tensor(kept.expert_neurons, dtype=torch.long) % max(spec.expert_width, 1)
     return torch.tensor(kept.experts, dtype=torch.long), channels.view(len(kept.experts), kept.expert_width)
 
 
 def keeps_all(spec: BlockSpec, kept: BlockPlan, slot: str) -> bool:
-    """Whether the plan takes nothing from a projection."""
+    """Return whether the plan keeps all channels of a projection."""
     if slot in FFN_SLOTS:
         return len(kept.neurons) == spec.neurons
     if slot in KEY_VALUE_SLOTS:
@@ -81,7 +81,7 @@ def keeps_all(spec: BlockSpec, kept: BlockPlan, slot: str) -> bool:
 
 
 def squared_norms(spec: BlockSpec, slot: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of squares that each query head (with its share of the KV group's rows) and each neuron has in a weight.
+    """Sum up the squares of a weight by query head (with its KV group's rows) and by neuron.
 
     Args:
         weight: [out, in] of the dense projection.

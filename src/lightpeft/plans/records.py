@@ -1,4 +1,4 @@
-"""What is written down between the stages: scores, plans. Versioned JSON and safetensors, never pickle."""
+"""Records that stages hand over, scores and plans, as versioned JSON and safetensors, never pickle."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lightpeft.config.validation import from_dict
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import (
     check_file,
+    explain_content_errors,
     file_checksum,
     read_json,
     read_tensors,
     replacing_folder,
-    understandable,
     write_json,
     write_tensors,
 )
@@ -33,69 +33,76 @@ _SCORES = "scores.safetensors"
 
 @dataclass
 class EstimationRecord:
-    """Scores of every unit under every criterion, and how they were obtained.
+    """Result of the estimation stage (Gu et al. 2024): scores of every unit under every criterion, and their origin.
 
     `scores` maps "heads/<criterion>/<block>" to [query heads], "neurons/<criterion>/<block>" to [neurons],
     "experts/<criterion>/<block>" to [experts], "expert_neurons/<criterion>/<block>" to [experts * neurons of each],
     "modules/<criterion>" to [sites] and "ranks/<criterion>/<site index>" to [rank]; all float32 on the CPU.
+
+    Example:
+        record = EstimationRecord.load("runs/reviews/estimation")
+        plan = make_plan(record, light=0.4)
     """
 
     blocks: list[BlockSpec]
+    """Structure of the blocks that were scored."""
     sites: list[SiteSpec]
+    """PEFT modules that were scored."""
     scores: dict[str, Tensor]
+    """Key -> scores, as above."""
     base_parameters: int
-    """Parameters of the base before pruning (no PEFT weights)."""
+    """Parameters of the base before pruning, without PEFT weights."""
     fingerprint: str
-    """Of the base the scores belong to."""
+    """Hash of the base that the scores belong to."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """Steps, rows a step, tokens, settings, seed, loss, versions."""
+    """Steps, numbers of examples and tokens, settings, seed, versions."""
     left_out: list[BlockSpec] = field(default_factory=list)
-    """Blocks of the base above `blocks` that were left out whole before estimation, and have no scores."""
+    """Blocks of the base above `blocks` that were dropped whole before estimation, and have no scores."""
 
     def check_scored(self, light: LightConfig) -> None:
-        """Refuse settings that need scores where there are none.
+        """Check that the record has scores if the settings need any.
 
         Raises:
-            LightPeftError: estimation took no step, since nothing was to go then, and now something is.
+            LightPeftError: estimation took no step, because its settings removed nothing, but `light` removes some.
         """
-        nothing = "these scores are of no step, since nothing was to go; estimate again with what is wanted now"
+        nothing = "the estimation has no scores, since its settings removed nothing; estimate again with these settings"
         require(self.meta.get("steps") != 0 or not light.chooses, nothing)
 
     @property
     def depth(self) -> float:
-        """Part of the blocks that was left out."""
+        """Fraction of the blocks that was dropped whole."""
         return len(self.left_out) / (len(self.blocks) + len(self.left_out))
 
     def of_blocks(self, kind: str, criterion: str) -> list[Tensor]:
-        """Scores of one of the `MASKED` units under a criterion, one tensor a block; empty where it has none."""
+        """Return the scores of one of the `MASKED` units under a criterion, one tensor for each block, maybe empty."""
         scores = (f"{kind}/{criterion}/{block.index}" if getattr(block, kind) else None for block in self.blocks)
         return [torch.zeros(0) if key is None else self._get(key) for key in scores]
 
     def of_modules(self, criterion: str) -> Tensor:
-        """Scores of the PEFT modules under a criterion, [sites]."""
+        """Return the scores of the PEFT modules under a criterion, [sites]."""
         return self._get(f"modules/{criterion}")
 
     def of_ranks(self, criterion: str) -> list[Tensor]:
-        """Scores of the ranks under a criterion, one tensor a site."""
+        """Return the scores of the ranks under a criterion, one tensor [rank] for each PEFT module."""
         return [self._get(f"ranks/{criterion}/{index}") for index in range(len(self.sites))]
 
     def _get(self, key: str) -> Tensor:
         if key not in self.scores:
             known = sorted({"/".join(name.split("/")[:2]) for name in self.scores})
-            raise LightPeftError(f'the estimation record has no scores "{key}"; it has {", ".join(known)}')
+            raise LightPeftError(f'the estimation record has no scores "{key}"; choose one of {", ".join(known)}')
         return self.scores[key]
 
     def check(self) -> None:
-        """Check that scores, blocks and sites fit each other.
+        """Check that scores, blocks and PEFT modules match.
 
         Raises:
-            LightPeftError: they do not.
+            LightPeftError: something does not match.
         """
         _check_specs([*self.blocks, *self.left_out], self.sites)
         numbered = [block.index for block in self.blocks] == list(range(len(self.blocks)))
-        require(self.blocks and numbered, "the record's blocks are not numbered from 0 on")
+        require(self.blocks and numbered, "the blocks of the estimation record are not numbered from 0")
         placed = all(site.block is None or site.block < len(self.blocks) for site in self.sites)
-        require(placed, "a PEFT module of the record sits in a block that it does not have")
+        require(placed, "a PEFT module of the estimation record is in a block that the record does not have")
         sizes: dict[str, int] = {}
         for block in self.blocks:
             sizes |= {f"{kind}/{block.index}": getattr(block, kind) for kind in MASKED}
@@ -105,7 +112,8 @@ class EstimationRecord:
             kind, _, rest = key.partition("/")
             unit = rest.partition("/")[2]
             size = sizes.get(f"{kind}/{unit}" if unit else kind)
-            require(scores.shape == (size,), f"the record's scores {key} are {tuple(scores.shape)}, not ({size},)")
+            wrong = f"the scores {key} of the estimation record have shape {tuple(scores.shape)} instead of ({size},)"
+            require(scores.shape == (size,), wrong)
 
     def save(self, folder: str | Path) -> None:
         """Write `estimation.json` and `scores.safetensors` into `folder`."""
@@ -126,16 +134,16 @@ class EstimationRecord:
 
     @classmethod
     def load(cls, folder: str | Path) -> EstimationRecord:
-        """Read what `save` wrote.
+        """Read a record that `save` wrote.
 
         Raises:
-            LightPeftError: a file is missing, damaged, or of a newer schema.
+            LightPeftError: a file is missing, damaged, or of a newer schema version.
         """
         folder = Path(folder)
         data = read_json(folder / "estimation.json")
         check_file(folder, _SCORES, data.get("scores"))
         scores = read_tensors(folder / _SCORES)
-        with understandable(folder / "estimation.json"):
+        with explain_content_errors(folder / "estimation.json"):
             kept = {key: value for key, value in data.items() if key not in ("schema_version", "scores")}
             record = from_dict(cls, {"left_out": [], **kept, "scores": scores})
             record.blocks = list(map(_with_role, record.blocks))
@@ -146,65 +154,71 @@ class EstimationRecord:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """What stays of one block, as indices into the dense block."""
+    """Units of one block to keep, as ascending indices into the dense block."""
 
     heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
     neurons: tuple[int, ...]
     experts: tuple[int, ...] = ()
     expert_neurons: tuple[int, ...] = ()
-    """Equally many of every expert that stays."""
+    """Neurons of all kept experts, equally many of each, numbered over all experts of the dense block."""
 
     @property
     def expert_width(self) -> int:
-        """Intermediate channels of each expert that stays."""
+        """Intermediate channels of each kept expert."""
         return len(self.expert_neurons) // len(self.experts) if self.experts else 0
 
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """Which units stay. Plain data: it can be read, compared, saved, and applied to any copy of the same base."""
+    """The units to keep, as plain data that applies to any copy of the same base.
+
+    Example:
+        plan = PrunePlan.load("runs/reviews/plan.json")
+        print(plan)  # one row for each block
+        apply_plan(model, plan)
+    """
 
     specs: tuple[BlockSpec, ...]
-    """The dense structure that the indices refer to."""
+    """Structure of the dense blocks that the indices refer to."""
     blocks: tuple[BlockPlan, ...]
-    """What stays, one entry a block; blocks of `specs` beyond the last entry are left out whole."""
+    """Units to keep of each block; blocks of `specs` beyond the last entry are dropped whole."""
     sites: dict[str, tuple[int, ...]]
-    """PEFT modules that stay -> the ranks of theirs that stay."""
+    """Name of a PEFT module to keep -> its ranks to keep."""
     dense_sites: tuple[SiteSpec, ...]
-    """All PEFT modules there were."""
+    """All PEFT modules of the model before pruning."""
     base_parameters: int
     """Parameters of the base before pruning."""
     fingerprint: str
-    """Of the base the plan belongs to."""
+    """Hash of the base that the plan belongs to."""
     budget: dict[str, Any] = field(default_factory=dict)
-    """The budget that the plan was made from."""
+    """Settings that the plan was made with."""
     train: Train = "peft"
-    """Which weights train behind the cut: PEFT modules that stay, or all, into which they are merged."""
+    """Weights that train after pruning: those of the PEFT modules, or all, into which PEFT is merged."""
 
     @property
     def parts(self) -> list[tuple[BlockSpec, BlockPlan]]:
-        """The blocks that stay, each with what stays of it."""
+        """Blocks to keep, each with its units to keep."""
         return list(zip(self.specs, self.blocks, strict=False))
 
     @property
     def left_out(self) -> tuple[BlockSpec, ...]:
-        """The blocks that go whole: the topmost ones."""
+        """Blocks that are dropped whole: the topmost ones."""
         return self.specs[len(self.blocks) :]
 
     @property
     def removed_parameters(self) -> int:
-        """Base parameters that the plan removes."""
+        """Number of base parameters that the plan removes."""
         return removed_parameters(self.parts, self.left_out)
 
     @property
     def cuts_blocks(self) -> bool:
-        """Whether anything of the base's blocks goes."""
+        """True if the plan removes parameters of the base's blocks."""
         return self.removed_parameters > 0
 
     @property
     def cuts_modules(self) -> bool:
-        """Whether PEFT modules go, or ranks of them."""
+        """True if the plan removes PEFT modules, or ranks of them."""
         return self._ranks < self._dense_ranks
 
     @property
@@ -217,17 +231,17 @@ class PrunePlan:
 
     @property
     def removed_ratio(self) -> float:
-        """Base parameters removed over all base parameters, embeddings included."""
+        """Removed fraction of all base parameters, embeddings included."""
         return self.removed_parameters / self.base_parameters
 
     @property
     def removed_of_blocks(self) -> float:
-        """Base parameters removed over all that the blocks have, norms and biases included."""
+        """Removed fraction of the blocks' parameters, norms and biases included."""
         return self.removed_parameters / sum(block_parameters(spec) for spec in self.specs)
 
     def rows(self) -> list[dict[str, str]]:
-        """One row a block: heads, KV heads, neurons, experts if there are any, and PEFT modules with their ranks, each
-        as kept/dense."""
+        """Return one table row for each block: heads, KV heads, neurons, experts if there are any, and PEFT modules,
+        each as kept/dense, and the ranks of the modules."""
         return [self._row(spec, kept) for spec, kept in zip_longest(self.specs, self.blocks)]
 
     def _row(self, spec: BlockSpec, kept: BlockPlan | None) -> dict[str, str]:
@@ -250,20 +264,20 @@ class PrunePlan:
     def _experts_in_row(spec: BlockSpec, kept: BlockPlan) -> dict[str, str]:
         return {
             "experts": f"{len(kept.experts)}/{spec.experts}" if spec.experts else "-",
-            "neurons of each": f"{kept.expert_width}/{spec.expert_width}" if spec.experts else "-",
+            "neurons per expert": f"{kept.expert_width}/{spec.expert_width}" if spec.experts else "-",
         }
 
     def module_ranks(self, spec: BlockSpec) -> dict[str, int]:
-        """Slots of a block that had a PEFT module -> how many of its ranks stay; 0: the module goes."""
+        """Return slot of a PEFT module of a block -> number of its ranks to keep; 0: the module is removed."""
         dense = [site for site in self.dense_sites if site.block == spec.index]
         return {str(site.slot): len(self.sites.get(site.name, ())) for site in dense}
 
     def summary(self) -> str:
-        """One line: what part of the base, of its blocks, of the PEFT modules and of their ranks goes."""
+        """Return one line with the removed parameters of base and blocks, and the kept PEFT modules and ranks."""
         modules = f"{len(self.sites)} of {len(self.dense_sites)} PEFT modules"
         kept = f"keeps {modules} and {self._ranks} of {self._dense_ranks} ranks"
         if self.train == "all":
-            kept = "merges PEFT, and trains all weights that are left"
+            kept = "merges PEFT and trains all remaining weights"
         if not self.cuts_blocks:
             changes = self.cuts_modules or self.train == "all"
             return f"removes nothing of the blocks; {kept}" if changes else "removes nothing"
@@ -282,7 +296,7 @@ class PrunePlan:
         return "\n".join(line.rstrip() for line in [*lines, self.summary()])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; kept indices as ranges ("0-3,7")."""
+        """Convert the plan to plain data for JSON, with kept indices as ranges ("0-3,7")."""
         return {
             "base_parameters": self.base_parameters,
             "fingerprint": self.fingerprint,
@@ -296,20 +310,20 @@ class PrunePlan:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PrunePlan:
-        """The plan that `to_dict` described.
+        """Convert plain data of `to_dict` to a plan.
 
         Raises:
-            LightPeftError: a part is missing or of another kind, or the parts do not fit each other (see `check_fit`).
+            LightPeftError: a part is missing or has another type, or the parts do not match (see `check_fit`).
         """
         facts = from_dict(_PlanFacts, {key: value for key, value in data.items() if key != "schema_version"}, "plan.")
         _check_specs(facts.specs, facts.dense_sites)
         require(
             sum(getattr(spec, kind) for spec in facts.specs for kind in MASKED) <= _MOST_UNITS,
-            f"the plan is for a model of more than {_MOST_UNITS:,} heads and neurons",
+            f"the plan is for a model with more than {_MOST_UNITS:,} heads and neurons, the limit of this format",
         )
         ranks = {site.name: site.rank for site in facts.dense_sites}
         unknown = sorted(facts.sites.keys() - ranks)
-        require(not unknown, f"the plan keeps a PEFT module that there was not: {', '.join(unknown[:1])}")
+        require(not unknown, f"the plan keeps a PEFT module that dense_sites does not list: {', '.join(unknown[:1])}")
         plan = cls(
             specs=tuple(map(_with_role, facts.specs)),
             blocks=tuple(_block_plan(*pair) for pair in zip(facts.specs, facts.blocks, strict=False)),
@@ -320,7 +334,7 @@ class PrunePlan:
             budget=facts.budget,
             train=facts.train,
         )
-        require(len(facts.blocks) <= len(facts.specs), "the plan keeps other blocks than there were")
+        require(len(facts.blocks) <= len(facts.specs), "the plan has more blocks than specs")
         check_fit(plan)
         return plan
 
@@ -333,34 +347,34 @@ class PrunePlan:
         """Read a plan that `save` wrote.
 
         Raises:
-            LightPeftError: the file is missing, damaged, or of a newer schema.
+            LightPeftError: the file is missing, damaged, or of a newer schema version.
         """
         data = read_json(path)
-        with understandable(path):
+        with explain_content_errors(path):
             return cls.from_dict(data)
 
 
 def check_fit(plan: PrunePlan) -> None:
-    """Check that what a plan keeps is part of what was there.
+    """Check that the units to keep of a plan exist in its dense structure, and fit each other.
 
     Raises:
-        LightPeftError: it is not.
+        LightPeftError: an index is out of range, or units do not fit each other.
     """
-    require(0 < len(plan.blocks) <= len(plan.specs), "the plan keeps other blocks than there were")
+    require(0 < len(plan.blocks) <= len(plan.specs), "the plan has no blocks, or more blocks than specs")
     for spec, kept in plan.parts:
         groups = sorted({head // spec.heads_per_kv for head in kept.heads})
         fits = list(kept.kv_heads) == groups and len(kept.heads) % max(len(groups), 1) == 0
-        require(fits, f"block {spec.label} of the plan keeps query heads that do not fit its KV heads")
+        require(fits, f"block {spec.label} of the plan keeps query heads that do not match its KV heads")
         _check_indices(kept.heads, spec.heads, f"heads of block {spec.label}")
         _check_indices(kept.neurons, spec.neurons, f"neurons of block {spec.label}")
         _check_experts(spec, kept)
     dense = {site.name: site.rank for site in plan.dense_sites}
     for name, ranks in plan.sites.items():
-        require(name in dense, f"the plan keeps a PEFT module {name} that there was not")
+        require(name in dense, f"the plan keeps a PEFT module that dense_sites does not list: {name}")
         _check_indices(ranks, dense[name], f"ranks of {name}")
     gone = {spec.index for spec in plan.left_out}
     above = {site.name for site in plan.dense_sites if site.block in gone} & plan.sites.keys()
-    require(not above, f"the plan keeps a PEFT module in a block that it leaves out: {', '.join(sorted(above)[:1])}")
+    require(not above, f"the plan keeps a PEFT module in a block that it drops: {', '.join(sorted(above)[:1])}")
 
 
 def _check_indices(kept: Sequence[int], dense: int, what: str) -> None:
@@ -369,7 +383,7 @@ def _check_indices(kept: Sequence[int], dense: int, what: str) -> None:
 
 
 def _check_experts(spec: BlockSpec, kept: BlockPlan) -> None:
-    """Check that enough experts stay for every token, each with equally many neurons."""
+    """Check that a plan keeps enough experts for the router, equally many of every group, with equally many neurons."""
     _check_indices(kept.experts, spec.experts, f"experts of block {spec.label}")
     _check_indices(kept.expert_neurons, spec.expert_neurons, f"neurons of experts of block {spec.label}")
     stay = len(kept.experts)
@@ -382,11 +396,11 @@ def _check_experts(spec: BlockSpec, kept: BlockPlan) -> None:
     require(even, f"block {spec.label} of the plan does not keep equally many experts of every group")
     owners = Counter(neuron // spec.expert_width for neuron in kept.expert_neurons)
     even = set(owners) == set(kept.experts) and len(set(owners.values())) <= 1
-    require(even, f"block {spec.label} of the plan does not keep equally many neurons of every expert that stays")
+    require(even, f"block {spec.label} of the plan does not keep equally many neurons of every kept expert")
 
 
 def removed_in_block(spec: BlockSpec, kept: BlockPlan) -> int:
-    """Parameters of a block that go when `kept` stays."""
+    """Count the parameters of a block that are removed when only `kept` is kept."""
     return (
         (spec.heads - len(kept.heads)) * spec.head_parameters
         + (spec.kv_heads - len(kept.kv_heads)) * spec.kv_parameters
@@ -398,22 +412,22 @@ def removed_in_block(spec: BlockSpec, kept: BlockPlan) -> int:
 
 
 def removed_parameters(parts: Iterable[tuple[BlockSpec, BlockPlan]], left_out: Iterable[BlockSpec]) -> int:
-    """Parameters that go when so much of some blocks stays, and others are left out whole."""
+    """Count the parameters that are removed from some blocks, and those of blocks that are dropped whole."""
     return sum(removed_in_block(*part) for part in parts) + sum(map(block_parameters, left_out))
 
 
 def removable_parameters(spec: BlockSpec) -> int:
-    """Parameters of a block that pruning can reach."""
+    """Count the parameters of a block that pruning can remove."""
     return removed_in_block(spec, BlockPlan((), (), ()))
 
 
 def block_parameters(spec: BlockSpec) -> int:
-    """All parameters of a dense block."""
+    """Count all parameters of a dense block."""
     return removable_parameters(spec) + spec.fixed_parameters
 
 
 def to_ranges(indices: Sequence[int]) -> str:
-    """Ascending indices as a compact string: (0, 1, 2, 5) -> "0-2,5"."""
+    """Format ascending indices as ranges: (0, 1, 2, 5) -> "0-2,5"."""
     parts: list[list[int]] = []
     for index in indices:
         if parts and index == parts[-1][1] + 1:
@@ -424,10 +438,10 @@ def to_ranges(indices: Sequence[int]) -> str:
 
 
 def from_ranges(text: str, below: int) -> tuple[int, ...]:
-    """The indices that `to_ranges` wrote: ascending, and below a number of units.
+    """Parse the indices that `to_ranges` wrote, which must be ascending and below `below`.
 
     Raises:
-        LightPeftError: they are others; none of them is made.
+        LightPeftError: the indices are not; it is raised before any range is expanded.
     """
     bounds = [part.split("-") for part in text.split(",") if part]
     ends = [(int(bound[0]), int(bound[-1])) for bound in bounds]
@@ -439,35 +453,36 @@ def from_ranges(text: str, below: int) -> tuple[int, ...]:
 
 
 _MOST_UNITS = 2**23
-"""Heads and neurons that a plan may be for: with 100 layers of 53,248 neurons it would be for 5 million."""
+"""Maximum number of heads and neurons of a plan's model; 100 layers of 53,248 neurons have 5 million."""
 
 
 _MOST_COUNTED = 2**40
-"""More than any count of a block, parameters included."""
+"""Upper bound of every count of a block, parameters included."""
 
 
 def _check_specs(blocks: Sequence[BlockSpec], sites: Sequence[SiteSpec]) -> None:
-    """Check that what was read counts as a dense model can."""
+    """Check that the counts of specs that were read from a file are possible for a dense model."""
     for part in (*blocks, *sites):
         for name, value in vars(part).items():
             possible = type(value) is not int or 0 <= value < _MOST_COUNTED
-            require(possible, f"{type(part).__name__} {getattr(part, 'label', '')} has {value} {name}")
+            require(possible, f"{type(part).__name__} {getattr(part, 'label', '')} has an invalid {name}: {value}")
     for spec in blocks:
         grouped = spec.heads % spec.kv_heads == 0 if spec.kv_heads else not spec.heads
-        require(grouped, f"block {spec.label or spec.index} has {spec.heads} heads over {spec.kv_heads} KV heads")
+        place = f"block {spec.label or spec.index}"
+        require(grouped, f"{place} cannot share {spec.kv_heads} KV heads among {spec.heads} heads")
         even = spec.needed_experts <= spec.experts and spec.expert_neurons == spec.experts * spec.expert_width
         even = even and spec.expert_groups > 0 and spec.experts % spec.expert_groups == 0
-        require(even, f"block {spec.label or spec.index} has {spec.expert_neurons} neurons over {spec.experts} experts")
+        require(even, f"{place} has invalid counts of experts")
 
 
 def _with_role(spec: BlockSpec) -> BlockSpec:
-    """The spec with its stack's role, which files of earlier versions have in the label alone."""
+    """Return the spec with the role of its stack, which files of earlier versions have in the label alone."""
     return spec if spec.role else replace(spec, role=role_named(spec.label.partition(" ")[0]))
 
 
 @dataclass(frozen=True)
 class _PlanFacts:
-    """A plan as its file has it."""
+    """Types of the entries of a plan's file."""
 
     specs: list[BlockSpec]
     blocks: list[dict[str, str]]
@@ -480,7 +495,7 @@ class _PlanFacts:
 
 
 def _block_plan(spec: BlockSpec, kept: dict[str, str]) -> BlockPlan:
-    """What stays of a block, by its file's ranges."""
+    """Convert the ranges of a block in a plan's file to a `BlockPlan`."""
     dense = {name: getattr(spec, name) for name in ("kv_heads", *MASKED)}
     without = {} if spec.experts else {"experts": "", "expert_neurons": ""}  # as in files of earlier versions
     return BlockPlan(**{name: from_ranges((without | kept)[name], below) for name, below in dense.items()})

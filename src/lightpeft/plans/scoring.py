@@ -1,7 +1,7 @@
-"""Pure tensors to scores: how important a head, a neuron, an expert, a PEFT module or a rank is. Higher is more.
+"""Importance scores of heads, neurons, experts, PEFT modules and ranks from tensors; higher is more important.
 
-A criterion is one pure function and one line in `CRITERIA`, which says what units it scores and what it needs to know.
-What needs to know of a step is scored at every optimizer step, and its mean counts; the rest once, in the end.
+A criterion is one pure function and one line in `CRITERIA`, which names its units and its inputs. A criterion with
+inputs of a single step is computed at every optimizer step and averaged; all others once, at the end.
 """
 
 from __future__ import annotations
@@ -18,52 +18,52 @@ from lightpeft.plans.structure import MASKED
 
 @dataclass(frozen=True)
 class MaskGradients:
-    """Gradients of the task's loss by the masks in one optimizer step, each [units], float32.
+    """Gradients of the task's loss with respect to the masks in one optimizer step, each [units], float32.
 
     The loss is a mean over examples. Absolute values and squares are taken of every example's gradient before they are
     averaged: a batch's gradient is a small mean under large noise, and its square or size would mostly be that noise.
     """
 
     mean: Tensor
-    """Mean over examples: the batch's gradient, which trains the masks."""
+    """Mean of the examples' gradients: the gradient of the batch, which trains the masks."""
     absolute: Tensor
-    """Mean over examples of the absolute gradient."""
+    """Mean of the examples' absolute gradients."""
     squares: Tensor
-    """Mean over examples of the squared gradient."""
+    """Mean of the examples' squared gradients."""
 
 
 def taylor(masks: Tensor, gradients: MaskGradients) -> Tensor:
-    """First-order change of the loss when a unit is removed, `E|m * dL/dm|` (Michel et al. 2019). Shapes: [units]."""
+    """Compute the first-order change of the loss by removing a unit, `E|m * dL/dm|` (Michel et al. 2019): [units]."""
     return masks.abs() * gradients.absolute
 
 
 def fisher(gradients: MaskGradients) -> Tensor:
-    """Diagonal empirical Fisher information of the masks, `E(dL/dm)^2` (Theis et al. 2018). Shapes: [units]."""
+    """Return the diagonal empirical Fisher information of the masks, `E(dL/dm)^2` (Theis et al. 2018): [units]."""
     return gradients.squares
 
 
 def mask_size(masks: Tensor) -> Tensor:
-    """The trained mask itself, `|m|` (Light-PEFT, section 3.2). Shape: [units]."""
+    """Compute the size of the trained mask, `|m|` (Light-PEFT, section 3.2): [units]."""
     return masks.abs()
 
 
 def random(count: int, generator: torch.Generator) -> Tensor:
-    """Uniform scores, the baseline every other criterion must beat. Shape: [count]."""
+    """Draw uniform scores, the baseline for all other criteria: [count]."""
     return torch.rand(count, generator=generator)
 
 
 def weight_norm(squares: Tensor) -> Tensor:
-    """Norm of all weights that a unit takes with it, from the sums of their squares. Shapes: [units]."""
+    """Compute the norm of all weights of a unit from the sums of their squares: [units]."""
     return squares.sqrt()
 
 
 def mean_ratio(ratios: Tensor) -> Tensor:
-    """Mean over tokens of the ratios that `module_ratio` sums up: [sums and tokens, modules] -> [modules]."""
+    """Divide the sums of ratios by the numbers of tokens, both of `module_ratio`: [2, modules] -> [modules]."""
     return ratios[0] / ratios[1].clamp_min(1)
 
 
 def module_ratio(delta: Tensor, base: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sum over tokens of `||delta_M(x)|| / ||base_M(x)||` and the number of tokens (Light-PEFT, module importance).
+    """Sum up `||delta_M(x)|| / ||base_M(x)||` over tokens, and count the tokens (Light-PEFT, module importance).
 
     Args:
         delta: output of the PEFT module, [..., width].
@@ -80,9 +80,9 @@ def module_ratio(delta: Tensor, base: Tensor, real: Tensor | None) -> tuple[Tens
 
 
 def rank_taylor_terms(weight: Tensor, gradient: Tensor, dim: int) -> Tensor:
-    """Signed mean over the other dimension of `W * dL/dW`, one value a rank: [rank].
+    """Compute the signed mean of `W * dL/dW` for each rank: [rank].
 
-    It is linear in the gradient, so it may be averaged over processes before its size is taken.
+    The terms are linear in the gradient, so they may be averaged over processes before absolute values are taken.
 
     Args:
         weight: A, [rank, in], with `dim` 1; or B, [out, rank], with `dim` 0. The gradient has the same shape.
@@ -92,43 +92,43 @@ def rank_taylor_terms(weight: Tensor, gradient: Tensor, dim: int) -> Tensor:
 
 
 def rank_taylor(down: Tensor, up: Tensor) -> Tensor:
-    """Rank importance of one step from the signed means of A and B, [rank] each (Light-PEFT, rank importance).
+    """Compute the rank importance of one step (Light-PEFT, rank importance): [rank].
 
-    `I(r) = |mean(A[r] * dL/dA[r])| + |mean(B[:, r] * dL/dB[:, r])|`
+    `I(r) = |mean(A[r] * dL/dA[r])| + |mean(B[:, r] * dL/dB[:, r])|`, with the means from `rank_taylor_terms`.
     """
     return down.abs() + up.abs()
 
 
 def module_taylor(of_ranks: Sequence[Tensor]) -> Tensor:
-    """Taylor importance of a module, the sum of that of its ranks: one [rank] a module -> [modules]."""
+    """Sum up the Taylor importance of the ranks of each module: one [rank] for each module -> [modules]."""
     return torch.stack([ranks.sum() for ranks in of_ranks])
 
 
 def rank_magnitude(down: Tensor, up: Tensor) -> Tensor:
-    """Size of a rank's update, `||A[r]|| * ||B[:,r]||`: [rank, in], [out, rank] -> [rank]."""
+    """Compute the size of a rank's update, `||A[r]|| * ||B[:,r]||`: [rank, in], [out, rank] -> [rank]."""
     return down.detach().float().norm(dim=1) * up.detach().float().norm(dim=0)
 
 
 Unit = Literal["heads", "neurons", "experts", "expert_neurons", "modules", "ranks"]
 Fact = Literal[
-    "masks",  # of heads, neurons, experts and their neurons: [units]
-    "gradients",  # of the masks in one step: `MaskGradients`
-    "squares",  # sums of the squared weights that each of these takes with it: [units]
-    "ratios",  # of modules, as `module_ratio` sums them up: [sums and tokens, modules]
-    "rank_taylor",  # Taylor scores of the ranks of every module: one [rank] a module
+    "masks",  # masks of heads, neurons, experts and neurons of experts: [units]
+    "gradients",  # gradients of the masks in one step: `MaskGradients`
+    "squares",  # sums of the squared weights of the masked units: [units]
+    "ratios",  # sums of ratios and numbers of tokens of modules, from `module_ratio`: [2, modules]
+    "rank_taylor",  # Taylor scores of the ranks of every module: one [rank] for each module
     "down_terms",  # `rank_taylor_terms` of all A in one step: [ranks]
-    "up_terms",  # and of all B
+    "up_terms",  # `rank_taylor_terms` of all B in one step: [ranks]
     "down",  # A of the module that has the ranks: [rank, in]
-    "up",  # and B: [out, rank]
-    "count",  # how many units there are
-    "generator",  # of random numbers
+    "up",  # B of the module that has the ranks: [out, rank]
+    "count",  # number of units
+    "generator",  # generator of random numbers
 ]
-"""What estimation can know of units."""
+"""Names of the inputs of criteria."""
 Facts = dict[Fact, Any]
-"""What is known of some units."""
+"""Inputs of criteria by name, for some units."""
 
 _OF_A_STEP: frozenset[Fact] = frozenset({"gradients", "down_terms", "up_terms"})
-"""What is another at every optimizer step."""
+"""Inputs that change at every optimizer step."""
 
 
 @dataclass(frozen=True)
@@ -136,21 +136,21 @@ class Criterion:
     """One way of scoring units."""
 
     name: str
-    """As settings call it."""
+    """Name in settings."""
     units: tuple[Unit, ...]
-    """What it scores."""
+    """Kinds of units that the criterion scores."""
     score: Callable[..., Tensor]
-    """From what it needs to one score a unit."""
+    """Function from the inputs to one score for each unit."""
     needs: tuple[Fact, ...]
-    """What `score` takes, in its order."""
+    """Names of the inputs of `score`, in its order."""
 
     def __call__(self, facts: Facts) -> Tensor:
-        """The scores of the units that these facts are of."""
+        """Compute the scores of the units that the inputs belong to."""
         return self.score(*(facts[name] for name in self.needs))
 
     @property
     def every_step(self) -> bool:
-        """Whether it scores every optimizer step, and not the stage in its end."""
+        """True if the criterion is computed at every optimizer step, and not once at the end of the stage."""
         return not _OF_A_STEP.isdisjoint(self.needs)
 
 
@@ -165,9 +165,9 @@ CRITERIA = (
     Criterion("magnitude", ("ranks",), rank_magnitude, ("down", "up")),
     Criterion("random", (*MASKED, "modules", "ranks"), random, ("count", "generator")),
 )
-"""All criteria. The types of the settings in `config.light` name the same ones."""
+"""All criteria; the types of the settings in `config.light` list the same names."""
 
 
 def criteria(*units: Unit) -> dict[str, Criterion]:
-    """The criteria of any of these units by name."""
+    """Return name -> criterion for all criteria that score any of these units."""
     return {criterion.name: criterion for criterion in CRITERIA if not set(units).isdisjoint(criterion.units)}

@@ -1,4 +1,4 @@
-"""What can be pruned: one transformer block's structure and one PEFT site, as plain data without tensors."""
+"""Prunable structure of transformer blocks and PEFT modules, as plain data without tensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 Role = Literal["encoder", "decoder", "cross"]
-"""What a stack of blocks is in a model that has several; "cross" is the cross-attention of the decoder."""
+"""Role of a stack of blocks in a model with several stacks; "cross" is the cross-attention of the decoder."""
 
 SLOTS = ("q", "k", "v", "kv", "qkv", "o", "ffn_in", "ffn_gate", "ffn_gate_in", "ffn_out")
 """The projections of a block, in the order they are used; "kv" (head by head), "qkv" and "ffn_gate_in" (gate first) are
@@ -16,9 +16,9 @@ KEY_VALUE_SLOTS = ("k", "v", "kv")
 """Projections whose rows belong to KV heads alone."""
 
 MaskedUnit = Literal["heads", "neurons", "experts", "expert_neurons"]
-"""What has a mask each: query heads; neurons of an FFN; routed experts; and the neurons inside these."""
+"""Kinds of units that have masks: query heads, neurons of an FFN, routed experts, and neurons of routed experts."""
 MASKED: tuple[MaskedUnit, ...] = get_args(MaskedUnit)
-"""The same, in the order of `BlockSpec` and `BlockPlan`, which count and keep them under these names."""
+"""Kinds of masked units in the order of the fields of `BlockSpec` and `BlockPlan` with these names."""
 
 OUTPUT_SLOTS = ("o", "ffn_out")
 """Projections that are cut along their inputs; all others are cut along their outputs."""
@@ -28,7 +28,7 @@ FFN_SLOTS = ("ffn_in", "ffn_gate", "ffn_gate_in", "ffn_out")
 
 
 def role_named(name: str) -> Role | None:
-    """The role of that name; None: there is none."""
+    """Return the role with this name; None: there is no such role."""
     return next((role for role in get_args(Role) if role == name), None)
 
 
@@ -41,7 +41,7 @@ class BlockSpec:
 
     index: int
     attention: str
-    """Name of the module whose forward runs attention and which holds the head counts."""
+    """Name of the module whose forward computes attention and which holds the head counts."""
     projections: dict[str, str]
     """Slot ("q" ... "ffn_out", see `SLOTS`) -> module name; only those that the block has."""
     heads: int
@@ -49,44 +49,44 @@ class BlockSpec:
     kv_heads: int
     """Key/value heads: equal to `heads`, or fewer under grouped-query attention."""
     head_dim: int
-    """Channels of one head in the input of `o`; and in its other projections, where `head_sizes` says nothing else."""
+    """Channels of one head in the input of `o`, and in all other projections that `head_sizes` does not list."""
     neurons: int
     """FFN intermediate channels; 0 without an FFN."""
     head_parameters: int
-    """Parameters that one query head takes with it (rows of q with their bias, columns of o)."""
+    """Parameters of one query head (rows of q with their bias, columns of o)."""
     kv_parameters: int
-    """Parameters that one KV head takes with it (rows of k and v with their bias)."""
+    """Parameters of one KV head (rows of k and v with their bias)."""
     neuron_parameters: int
-    """Parameters that one neuron takes with it."""
+    """Parameters of one neuron."""
     head_sizes: dict[str, int] = field(default_factory=dict)
-    """Slot -> rows of one head in it, where these are not `head_dim`: queries, or keys with values, of other widths."""
+    """Slot -> rows of one head in it, where these differ from `head_dim`."""
     rest_parameters: int = 0
-    """Parameters that go only when all heads go: norms of queries and keys, rows before a norm over all heads, and what
-    makes the latents that all heads read."""
+    """Parameters that are removed only with all heads: norms of queries and keys, rows before a norm over all heads,
+    and projections of latents that all heads read."""
     fixed_parameters: int = 0
     """Parameters that no plan removes: norms and the biases of output projections."""
     experts: int = 0
-    """Experts that tokens are routed to; 0 without. An expert that they all pass (a shared one) is an FFN."""
+    """Number of routed experts; 0 without. A shared expert, which all tokens pass, counts as an FFN."""
     expert_neurons: int = 0
-    """Intermediate channels of all routed experts together: expert 0's, then expert 1's."""
+    """Number of intermediate channels of all routed experts together: expert 0's, then expert 1's."""
     experts_per_token: int = 0
-    """Experts that each token is routed to."""
+    """Number of experts that each token is routed to."""
     fewest_experts: int = 0
-    """How many experts stay at least, so that the router finds as many as it looks for; 0: `experts_per_token`."""
+    """Minimum number of experts that the router needs; 0: `experts_per_token`."""
     expert_groups: int = 1
-    """Groups of equally many experts, one after the other, of which the router chooses some first; all stay."""
+    """Number of groups of consecutive experts, among which the router chooses first; no plan removes a group."""
     expert_parameters: int = 0
-    """Parameters that one routed expert takes with it, its neurons and its row of the router included."""
+    """Parameters of one routed expert, its neurons and its row of the router included."""
     expert_neuron_parameters: int = 0
-    """Parameters that one neuron of one expert takes with it."""
+    """Parameters of one neuron of one expert."""
     expert_modules: dict[str, str] = field(default_factory=dict)
     """"router" and "experts" -> name of the module; empty without experts."""
     label: str = ""
-    """What people call the block: its layer, in encoder-decoders with the stack ("encoder 0", "cross 3")."""
+    """Name of the block in tables: its layer, in encoder-decoders with the stack ("encoder 0", "cross 3")."""
     role: Role | None = None
-    """What the block's stack is; None where the model has one stack."""
+    """Role of the block's stack; None where the model has one stack."""
     interleaved: bool = False
-    """Whether fused qkv rows come KV group by KV group (query heads, key, value); else all q, then all k, all v."""
+    """True: fused qkv rows come KV group by KV group (query heads, key, value); False: all q, then all k, all v."""
     activation: str | None = None
     """Name of the FFN's activation in transformers' `ACT2FN`, if known."""
     head_attributes: dict[str, str] = field(default_factory=dict)
@@ -96,11 +96,11 @@ class BlockSpec:
     position_bias: str | None = None
     """Name of the table [buckets, heads] of relative position biases that all blocks of the stack share."""
     shared_arguments: tuple[str, ...] = ()
-    """Arguments with one entry a head that dense blocks hand to the next; after pruning each block makes its own."""
+    """Arguments with one entry per head that dense blocks pass on to the next; pruned blocks compute their own."""
     per_head_arguments: dict[str, int] = field(default_factory=dict)
-    """Argument of attention -> the dimension of it that has one entry a query head; the entries of kept heads stay."""
+    """Argument of attention -> its dimension with one entry per query head; the entries of kept heads stay."""
     head_tensors: tuple[str, ...] = ()
-    """Parameters of the attention module with one entry a query head, [heads]; the entries of kept heads stay."""
+    """Parameters of the attention module with one entry per query head, [heads]; the entries of kept heads stay."""
     attention_outputs: int = 2
     """Length of the tuple that attention returns."""
 
@@ -120,25 +120,25 @@ class BlockSpec:
 
     @property
     def needed_experts(self) -> int:
-        """Routed experts that have to stay."""
+        """Minimum number of routed experts to keep."""
         return max(self.fewest_experts, self.experts_per_token)
 
     def needs_experts(self) -> str:
-        """Why so many have to stay, as the end of a sentence."""
+        """Return the reason for the minimum number of experts, as the end of a sentence."""
         each, groups = f"each token is routed to {self.experts_per_token}", self.expert_groups
         if self.needed_experts == self.experts_per_token:
             return each
         return f"{each}, for which its router needs {self.needed_experts} in {groups} equal group{'s' * (groups > 1)}"
 
     def structure(self) -> tuple[Any, ...]:
-        """All that decides how the block is cut; blocks of one structure can take each other's plans."""
+        """Return all values that determine how the block is cut; equal structures can exchange plans."""
         sizes = (self.heads, self.kv_heads, self.head_dim, self.head_sizes, self.neurons)
         by_head = (self.wide_norms, self.position_bias, self.per_head_arguments, self.head_tensors)
         routed = (self.experts, self.expert_neurons, self.experts_per_token, self.needed_experts, self.expert_groups)
         return self.projections, sizes, self.interleaved, *by_head, *routed, self.expert_modules
 
     def cut_slots(self) -> list[str]:
-        """Slots that the block has and that pruning cuts."""
+        """Return the slots of the block that pruning cuts."""
         return [slot for slot in self.projections if slot not in self.wide_norms]
 
 

@@ -1,4 +1,4 @@
-"""Comparisons on a noisy machine: in alternation, by medians and quartiles."""
+"""Comparisons on a noisy machine: alternating measurements, medians and quartiles."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Spread:
 
 
 def summarize(values: Iterable[float]) -> Spread:
-    """Median and quartiles (linear interpolation) of at least one value.
+    """Compute median and quartiles (linear interpolation) of at least one value.
 
     Raises:
-        LightPeftError: no values.
+        LightPeftError: there are no values.
     """
     array = np.fromiter(values, dtype=float)
     require(array.size > 0, "no values to summarize; measure at least once")
@@ -40,35 +40,38 @@ def summarize(values: Iterable[float]) -> Spread:
 
 
 def alternate(subjects: Mapping[K, Callable[[], T]], rounds: int) -> dict[K, list[T]]:
-    """Measure every subject once a round, in turn: what it measured by name, one a round.
+    """Measure every subject once in each round, in turn.
+
+    Returns:
+        Name of the subject -> its measurements, one for each round.
 
     Raises:
-        LightPeftError: no subjects, or `rounds` below 1.
+        LightPeftError: there are no subjects, or `rounds` is below 1.
     """
     found = list(in_rounds(subjects, rounds))
     return {name: [values[name] for values in found] for name in subjects}
 
 
 def in_rounds(subjects: Mapping[K, Callable[[], T]], rounds: int) -> Iterator[dict[K, T]]:
-    """The same round by round, each as soon as it is over: what every subject measured in it.
+    """Measure every subject once in each round, and yield the measurements of a round by subject when it ends.
 
-    Every other round goes backwards, so that a drift of the machine falls on all subjects alike.
+    Every other round goes backwards, so that a drift of the machine affects all subjects alike.
 
     Raises:
-        LightPeftError: no subjects, or `rounds` below 1.
+        LightPeftError: there are no subjects, or `rounds` is below 1.
     """
     require(subjects, "no subjects to measure; name at least one")
-    require(rounds >= 1, f"rounds is {rounds}; measure at least 1")
+    require(rounds >= 1, f"rounds is {rounds}; give at least 1")
     for index in range(rounds):
         yield {name: subjects[name]() for name in list(subjects)[:: -1 if index % 2 else 1]}
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> Spread:
-    """Spread of `a[i] / b[i]` over paired rounds, as `alternate` returns them.
+    """Compute median and quartiles of `a[i] / b[i]` over paired rounds, as `alternate` returns them.
 
     Raises:
-        LightPeftError: different lengths, no values, or a zero in `b`.
+        LightPeftError: the lengths differ, there are no values, or `b` contains a zero.
     """
     require(len(a) == len(b), f"{len(a)} and {len(b)} values cannot be paired; measure both in the same rounds")
-    require(all(b), "a ratio to 0 is not defined; the second series holds a 0")
+    require(all(b), "the second series contains a 0, and a ratio to 0 is not defined; measure it again")
     return summarize(x / y for x, y in zip(a, b, strict=True))

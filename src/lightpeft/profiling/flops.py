@@ -1,4 +1,4 @@
-"""What a batch computes: floating-point operations, and what a KV cache keeps of a token."""
+"""Floating-point operations of a batch, and bytes of the KV cache for a token."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightpeft.compat.torch import attention_of_cpus, grouped_product
 from lightpeft.compat.transformers import attention_of
-from lightpeft.machine import random_apart
+from lightpeft.machine import preserve_random_state
 from lightpeft.models.batches import without_labels
 from lightpeft.models.patching import in_mode
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.profiling.live import Batch, device_of, loss_of, moved, trainable
+from lightpeft.profiling.live import Batch, device_of, loss_of, move_batch, trainable
 
 
 @dataclass(frozen=True)
@@ -26,30 +26,29 @@ class Flops:
     """Floating-point operations of one batch; a multiply-add is 2."""
 
     forward: int
-    """Forward pass, as in inference."""
+    """Operations of the forward pass, as in inference."""
     training: int | None
-    """Forward and backward pass; None where no parameter requires a gradient."""
+    """Operations of the forward and the backward pass; None where no parameter requires a gradient."""
 
     @property
     def backward(self) -> int | None:
-        """Backward pass alone."""
+        """Operations of the backward pass alone; None where no parameter requires a gradient."""
         return None if self.training is None else self.training - self.forward
 
 
 def count_flops(model: nn.Module, batch: Batch) -> Flops:
-    """Count the matrix products of one real forward and one real forward and backward pass over `batch`.
+    """Count the FLOPs of the matrix products of one forward pass, and of one forward and backward pass, over `batch`.
 
-    PyTorch's `FlopCounterMode` does the counting, so frozen weights cost no weight-gradient product and padding counts
-    as tokens do. It does not know the fused attention kernel of the CPU and counts a recomputation in those of CUDA;
-    attention therefore runs unfused here, with full (not halved) score matrices under a causal mask, and experts one
+    PyTorch's `FlopCounterMode` does the counting, so frozen weights cost no weight-gradient product, and padding counts
+    like tokens. It does not know the fused attention kernel of the CPU, and counts a recomputation in those of CUDA;
+    therefore attention runs unfused here, with full (not halved) score matrices under a causal mask, and experts one
     after the other. Thus the numbers depend neither on the device nor on the backends. Recomputation under gradient
-    checkpointing is counted.
-    Weights, gradients, mode and random state are left as they were.
+    checkpointing is counted. Weights, gradients, mode and random state do not change.
 
     Raises:
-        LightPeftError: parameters require a gradient, but the batch brings no loss.
+        LightPeftError: parameters require a gradient, but the model returns no loss for the batch.
     """
-    batch = moved(batch, device_of(model))
+    batch = move_batch(batch, device_of(model))
     with _countable_attention(model), _countable_experts(model):
         with in_mode(model, training=False), torch.no_grad(), flop_counter() as counter:
             model(**batch)
@@ -57,15 +56,15 @@ def count_flops(model: nn.Module, batch: Batch) -> Flops:
         if not trainable(model):
             return Flops(forward, None)
         counter = flop_counter()
-        with in_mode(model, training=True), _kept_gradients(model), random_apart(device_of(model)), counter:
+        with in_mode(model, training=True), _kept_gradients(model), preserve_random_state(device_of(model)), counter:
             torch.autograd.backward(loss_of(model, batch))
         return Flops(forward, counter.get_total_flops())
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts matrix products, and what PyTorch's own leaves out: those added in place or of groups, attention of CPUs.
+    """Return a FLOP counter that also knows in-place and grouped matrix products, and attention on CPUs.
 
-    The latter with full (not halved) score matrices, and without the recomputation in its backward pass.
+    Attention on CPUs counts with full (not halved) score matrices, and without recomputation in the backward pass.
     """
 
     def addmm_(_: torch.Size, left: torch.Size, right: torch.Size, **__: Any) -> int:
@@ -92,11 +91,14 @@ def flop_counter() -> FlopCounterMode:
 
 
 def kv_cache_bytes(model: nn.Module, batch: Batch) -> float | None:
-    """Bytes of keys and values that generation keeps for a token, over all layers; None without a KV cache.
+    """Compute the bytes of keys and values that the KV cache keeps for a token, over all layers.
 
-    A layer that lost its attention still counts tokens, with one channel of zeros.
+    A layer that lost its attention still caches one channel of zeros for each token.
+
+    Returns:
+        None for a model without a KV cache.
     """
-    batch = moved(without_labels(batch), device_of(model))
+    batch = move_batch(without_labels(batch), device_of(model))
     with in_mode(model, training=False), torch.no_grad():
         cache = getattr(model(**batch), "past_key_values", None)
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
@@ -109,7 +111,7 @@ def kv_cache_bytes(model: nn.Module, batch: Batch) -> float | None:
 
 @contextlib.contextmanager
 def _countable_attention(model: nn.Module) -> Iterator[None]:
-    """Attention as plain matrix products; backends beside eager and SDPA are switched to SDPA meanwhile."""
+    """Run attention as plain matrix products inside the block; backends other than eager and SDPA switch to SDPA."""
     base: Any = transformers_model(model)
     backend = attention_of(getattr(base, "config", None))
     switch = backend not in (None, "eager", "sdpa")
@@ -125,7 +127,7 @@ def _countable_attention(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _countable_experts(model: nn.Module) -> Iterator[None]:
-    """Experts as plain matrix products, which the counter knows; grouped ones it does not."""
+    """Run experts as plain matrix products inside the block, because the counter does not know grouped ones."""
     base: Any = transformers_model(model)
     if not any(getattr(getattr(module, "down_proj", None), "ndim", 0) == 3 for module in base.modules()):
         yield

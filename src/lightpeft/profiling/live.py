@@ -1,4 +1,4 @@
-"""What measuring does with a live model: where it is, what trains, its loss."""
+"""Operations of measurements on a live model: its device, its trainable parameters, its loss."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ Batch = Mapping[str, Tensor]
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's (first) parameters are."""
+    """Return the device of the model's first parameter; the CPU for a model without parameters."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that require a gradient."""
+    """Return the parameters that require a gradient."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def moved(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """The batch on a device."""
+def move_batch(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """Move a batch to a device."""
     return {name: value.to(device) for name, value in batch.items()}
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss of a batch.
+    """Compute the loss of a batch.
 
     Raises:
-        LightPeftError: the model returned none.
+        LightPeftError: the model returned no loss.
     """
-    return _loss_in(model(**batch))
+    return _require_loss(model(**batch))
 
 
-def _loss_in(output: Any) -> Tensor:
+def _require_loss(output: Any) -> Tensor:
     loss = getattr(output, "loss", None)
     require(loss is not None, "the model returned no loss; give batches with labels")
     assert isinstance(loss, Tensor)
@@ -50,44 +50,44 @@ def _loss_in(output: Any) -> Tensor:
 
 
 def losses_of(model: nn.Module, batches: Sequence[Batch], autocast: torch.dtype | None = None) -> Tensor:
-    """The losses of batches, nothing dropped out: [batches], float64, on the CPU.
+    """Compute the losses of batches in evaluation mode: [batches], float64, on the CPU.
 
     Args:
-        autocast: half precision of the forward pass.
+        autocast: half precision of the forward pass; None: no autocast.
 
     Raises:
-        LightPeftError: the model returned none, or one that is not finite.
+        LightPeftError: the model returned no loss, or a loss that is not finite.
     """
-    return _finite(_read(model, batches, autocast, _loss_in))
+    return _check_finite(_evaluate(model, batches, autocast, _require_loss))
 
 
 def losses_and_classes_of(
     model: nn.Module, batches: Sequence[Batch], autocast: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The losses as of `losses_of`, and the class that the model gives each row as the likeliest: [rows], on the CPU.
+    """Compute the losses of batches, [batches] float64, and the predicted class of each row, [rows], on the CPU.
 
     Args:
-        batches: of a model whose logits are [rows, classes].
-        autocast: half precision of the forward pass.
+        batches: inputs of a model whose logits are [rows, classes].
+        autocast: half precision of the forward pass; None: no autocast.
 
     Raises:
-        LightPeftError: as `losses_of` does.
+        LightPeftError: the model returned no loss, or a loss that is not finite.
     """
-    read = _read(model, batches, autocast, lambda output: (_loss_in(output), output.logits.argmax(-1)))
-    return _finite([loss for loss, _ in read]), torch.cat([classes for _, classes in read]).cpu()
+    read = _evaluate(model, batches, autocast, lambda output: (_require_loss(output), output.logits.argmax(-1)))
+    return _check_finite([loss for loss, _ in read]), torch.cat([classes for _, classes in read]).cpu()
 
 
 @torch.no_grad()
-def _read(
+def _evaluate(
     model: nn.Module, batches: Sequence[Batch], autocast: torch.dtype | None, take: Callable[[Any], T]
 ) -> list[T]:
-    """What is taken of the model's output for each batch, nothing dropped out."""
+    """Return `take(output)` of the model for each batch, in evaluation mode."""
     device = device_of(model)
     with in_mode(model, training=False), fused_answers(model), autocasting(device, autocast):
-        return [take(model(**moved(batch, device))) for batch in batches]
+        return [take(model(**move_batch(batch, device))) for batch in batches]
 
 
-def _finite(of_batches: Sequence[Tensor]) -> Tensor:
+def _check_finite(of_batches: Sequence[Tensor]) -> Tensor:
     losses = torch.stack(list(of_batches)).double().cpu()  # one copy to the host
     require(bool(losses.isfinite().all()), "the model's loss is NaN or infinite; train at a lower learning rate")
     return losses

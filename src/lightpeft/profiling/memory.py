@@ -25,13 +25,13 @@ _SAMPLING_SECONDS = 0.002
 
 
 class PeakMemory:
-    """Context manager: the most memory in use inside the block, in bytes.
+    """Context manager that measures the peak memory inside its block, in bytes.
 
-    On CUDA what the allocator handed out on the model's (first) device, weights included; elsewhere the resident memory
-    of the process beyond that at entry, where all weights are in memory: those of a mapped file, as transformers loads
-    them, come in when they are first read, and would count as what the block takes. Blocks cannot be nested, since each
-    resets the high-water mark. Resident memory depends on what the process did before; for a comparison of models run
-    each in a process of its own.
+    On CUDA it is the memory allocated on the model's (first) device, weights included. Elsewhere it is the resident
+    memory of the process beyond that at entry. All weights are read into memory at entry, because transformers maps
+    them from files, and pages that are first read inside the block would count. Blocks cannot be nested, since each
+    resets the high-water mark. Resident memory depends on earlier work of the process; to compare models, run each in
+    a process of its own.
 
         with PeakMemory(model) as memory:
             train(model)
@@ -39,12 +39,12 @@ class PeakMemory:
     """
 
     method: MemoryMethod
-    """How it was read: "cuda" allocator statistics, "VmHWM" the kernel's high-water mark, or "sampling" by a thread
-    (which can miss a short peak)."""
+    """Source of the number: "cuda" allocator statistics, "VmHWM" the kernel's high-water mark, or "sampling" by a
+    thread (which can miss a short peak)."""
     before: int
     """Bytes in use at entry."""
     peak: int
-    """Most bytes in use inside the block, those at entry included."""
+    """Maximum of the bytes in use inside the block, those at entry included."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._device = model, device_of(model)
@@ -54,12 +54,12 @@ class PeakMemory:
 
     @property
     def bytes(self) -> int:
-        """The result: the peak itself on CUDA, the peak above the value at entry elsewhere; 0 before the block ends."""
+        """Result in bytes: on CUDA the peak, elsewhere the peak minus the value at entry; 0 before the block ends."""
         return self.peak if self.method == "cuda" else self.grown
 
     @property
     def grown(self) -> int:
-        """Peak above the value at entry, on every device: what the block took beside what was there."""
+        """Peak minus the value at entry in bytes, on every device."""
         return max(0, self.peak - self.before)
 
     def __enter__(self) -> PeakMemory:
@@ -69,7 +69,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self.before = torch.cuda.memory_allocated(self._device)
             return self
-        _bring_in(self._model)
+        _touch_weights(self._model)
         _trim_heap()
         self.method = "VmHWM" if _reset_high_water() else "sampling"
         self.before = _resident()
@@ -90,7 +90,7 @@ class PeakMemory:
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers; what several names share counts once."""
+    """Compute the bytes of a model's parameters and buffers; shared storage counts once."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in (*model.parameters(), *model.buffers())
@@ -126,7 +126,7 @@ def _high_water() -> int:
 
 
 def _reset_high_water() -> bool:
-    """Set the kernel's high-water mark to the current value (proc_pid_clear_refs(5)); False where it does not obey."""
+    """Set the kernel's high-water mark to the current value (proc_pid_clear_refs(5)); return False if that fails."""
     try:
         # opened without creation: elsewhere than on Linux the file must not come into being.
         with _CLEAR_REFS.open("r+b", buffering=0) as file:
@@ -136,8 +136,8 @@ def _reset_high_water() -> bool:
         return False
 
 
-def _bring_in(model: nn.Module) -> None:
-    """Read a byte of every page of the weights."""
+def _touch_weights(model: nn.Module) -> None:
+    """Read a byte of every page of the weights, so that mapped weights are in memory."""
     for tensor in (*model.parameters(), *model.buffers()):
         if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu":
             of_bytes = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())

@@ -1,6 +1,6 @@
-"""What training would hold in memory and compute, found by going through it with tensors that have no storage.
+"""Memory and FLOPs of training, predicted by a rehearsal with tensors that have no storage.
 
-The steps are the real ones, of the real model, optimizer and autocast; nothing is loaded, allocated or computed.
+The rehearsal runs the steps of the real model, optimizer and autocast; nothing is loaded, allocated or computed.
 """
 
 from __future__ import annotations
@@ -19,119 +19,122 @@ from lightpeft.profiling.flops import flop_counter
 from lightpeft.profiling.live import device_of, trainable
 from lightpeft.profiling.speed import OptimizerFactory, measure_inference, measure_training
 
-Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-"""Of a batch: input of the model -> shape and type."""
-# Fitted to what benchmarks/needs.py measures of three models in bfloat16 (benchmarks/needs.json).
+BatchShapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Input of the model -> shape and data type of a batch."""
+# Fitted to the measurements of benchmarks/needs.py with three models in bfloat16 (benchmarks/needs.json).
 _LIBRARIES = 40 * 2**20
-"""Bytes that PyTorch's kernels for CPUs take when they are first used."""
+"""Bytes that PyTorch's CPU kernels take when they are first used."""
 _KERNEL, _MOST_KERNELS = 200 * 2**10, 1024
-"""oneDNN compiles a kernel for each shape of a product in half precision: bytes of one, and how many it keeps."""
+"""Bytes of a kernel, and the number of kernels in the cache: oneDNN compiles one for each shape of a product in half
+precision."""
 _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 _GAPS = 0.15
-"""The part of the activations that lies idle between them in the heap."""
+"""Fraction of the activations' memory that is lost to gaps in the heap."""
 
 
 @dataclass(frozen=True)
 class Holding:
-    """What is in memory at the peak of a piece of work, in bytes."""
+    """Predicted peak memory of a step by its parts in bytes, and FLOPs of the step."""
 
     weights: int
-    """Frozen ones."""
+    """Bytes of frozen weights."""
     trained: int
-    """Weights that train, and what the optimizer keeps of them."""
+    """Bytes of trainable weights and their optimizer state."""
     activations: int
-    """All else: what the backward pass needs, gradients, and what comes and goes."""
+    """Bytes of all other tensors: saved activations, gradients, and temporary ones."""
     overhead: int
-    """What is not the model's: code and buffers of kernels, and gaps between tensors. On a GPU nothing is known of it
-    here."""
+    """Bytes of kernels' code and buffers, and of gaps between tensors; 0 on a GPU, where it is not predicted."""
     flops: int
     """Floating-point operations of one step."""
 
     @property
     def fixed(self) -> int:
-        """What no other batch makes smaller."""
+        """Bytes that do not depend on the batch: frozen and trainable weights, and the optimizer state."""
         return self.weights + self.trained
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of all parts."""
         return self.weights + self.trained + self.activations + self.overhead
 
 
 @contextmanager
 def rehearsing(model: nn.Module, device: torch.device | str, share: float = 1.0) -> Iterator[StorageWatch]:
-    """Inside the block, a model that was made on the meta device stands on another one, and nothing is computed.
+    """Pretend inside the block that a model on the meta device is on `device`; nothing is computed.
 
     Args:
-        share: part of the tokens that have a label.
+        share: fraction of the tokens that have a label.
     """
     with StorageWatch(share, flop_counter().flop_registry) as watch, torch.device(device):
-        _place(model, device, watch)
+        _place_model(model, device, watch)
         yield watch
 
 
 def rehearse_training(
     model: nn.Module,
     watch: StorageWatch,
-    shapes: Shapes,
+    shapes: BatchShapes,
     optimizer: OptimizerFactory,
     around: AbstractContextManager[Any],
     lengths: int = 1,
     **options: Any,
 ) -> Holding:
-    """Go through a training step inside `rehearsing`.
+    """Predict memory and FLOPs of a training step; call it inside `rehearsing`.
 
     Args:
-        shapes: of a batch with labels.
-        around: what it runs in.
-        lengths: how many lengths the rows of batches have, each with kernels of its own.
-        options: of `measure_training`.
+        shapes: shapes and types of a batch with labels.
+        around: context in which the step runs.
+        lengths: number of different lengths of batches, each of which needs kernels of its own.
+        options: arguments of `measure_training`.
     """
-    batch, made = _batch(shapes, watch), optimizer(trainable(model))
-    _begin(watch)
+    batch, made = _make_batch(shapes, watch), optimizer(trainable(model))
+    _reset_counters(watch)
     with around:
         measure_training(model, [batch], lambda _: made, steps=1, warmup=0, **options)
     peak = watch.peak
     # the first step ends with it; all others begin with it
     state = _bytes(each for of in made.state.values() for each in of.values() if isinstance(each, Tensor))
-    return _holding(model, watch, peak + state, state, lengths)
+    return _split_peak(model, watch, peak + state, state, lengths)
 
 
-def rehearse_inference(model: nn.Module, watch: StorageWatch, shapes: Shapes, autocast: torch.dtype | None) -> Holding:
-    """Go through a forward pass of evaluation inside `rehearsing`; nothing trains, whatever may."""
-    batch = _batch(shapes, watch)
-    _begin(watch)
+def rehearse_inference(
+    model: nn.Module, watch: StorageWatch, shapes: BatchShapes, autocast: torch.dtype | None
+) -> Holding:
+    """Predict memory and FLOPs of a forward pass in evaluation; call it inside `rehearsing`."""
+    batch = _make_batch(shapes, watch)
+    _reset_counters(watch)
     measure_inference(model, [batch], steps=1, warmup=0, autocast=autocast)
-    return _holding(model, watch, watch.peak, 0, 1)
+    return _split_peak(model, watch, watch.peak, 0, 1)
 
 
-def _begin(watch: StorageWatch) -> None:
-    """All that is counted counts from now on."""
+def _reset_counters(watch: StorageWatch) -> None:
+    """Reset the peak and the counters of a watch."""
     watch.peak, watch.flops = watch.now, 0
     watch.calls.clear()
 
 
-def _holding(model: nn.Module, watch: StorageWatch, peak: int, state: int, lengths: int) -> Holding:
-    """
+def _split_peak(model: nn.Module, watch: StorageWatch, peak: int, state: int, lengths: int) -> Holding:
+    """Split a peak into its parts.
+
     Args:
-        state: bytes of the optimizer's.
-        lengths: as for `rehearse_training`.
+        state: bytes of the optimizer state.
+        lengths: number of different lengths of batches.
     """
     trains = _bytes(trainable(model))
     weights, trained = _bytes([*model.parameters(), *model.buffers()]) - trains, trains + state
     activations = max(0, peak - weights - trained)
-    overhead = _overhead(watch, activations, lengths) if device_of(model).type == "cpu" else 0
+    overhead = _predict_overhead(watch, activations, lengths) if device_of(model).type == "cpu" else 0
     return Holding(weights, trained, activations, overhead, watch.flops)
 
 
-def _overhead(watch: StorageWatch, activations: int, lengths: int) -> int:
-    """On a CPU, in bytes."""
+def _predict_overhead(watch: StorageWatch, activations: int, lengths: int) -> int:
+    """Predict the overhead on a CPU in bytes."""
     half = (torch.bfloat16, torch.float16)
     compiled = sum(call[0] in _PRODUCTS and call[1][-1] in half for call in watch.calls)
     return _LIBRARIES + min(compiled * lengths, _MOST_KERNELS) * _KERNEL + int(_GAPS * activations)
 
 
-def _batch(shapes: Shapes, watch: StorageWatch) -> dict[str, Tensor]:
+def _make_batch(shapes: BatchShapes, watch: StorageWatch) -> dict[str, Tensor]:
     return {name: watch.counted(torch.zeros(shape, dtype=dtype)) for name, (shape, dtype) in shapes.items()}
 
 
@@ -140,7 +143,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
 
 
-def _place(model: nn.Module, device: torch.device | str, watch: StorageWatch) -> None:
+def _place_model(model: nn.Module, device: torch.device | str, watch: StorageWatch) -> None:
     """Give every tensor of the model on the meta device a stand-in; tensors that are tied stay so."""
     placed: dict[int, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""How large a model is: its parameters in memory, its files on disk."""
+"""Sizes of a model: its parameters in memory, its files on disk."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class ParameterCount:
     """Numbers of scalar parameters; tied weights count once."""
 
     base: int
-    """Foundation model: neither PEFT weights nor the copies that PEFT trains in place of a module."""
+    """Parameters of the foundation model, without PEFT weights and without the copies of modules that PEFT trains."""
     peft: int
-    """PEFT weights, of all adapters, whether they require a gradient or not."""
+    """PEFT weights of all adapters, whether they require a gradient or not."""
     head: int
-    """Full modules saved with the adapter (`modules_to_save`, such as a classifier). Each is a copy of a module that
-    `base` already counts."""
+    """Parameters of full modules saved with the adapter (`modules_to_save`, such as a classifier). Each is a copy of a
+    module that `base` already counts."""
     trainable: int
     """Parameters of any kind that require a gradient."""
 
@@ -55,24 +55,24 @@ def _of_type(model: nn.Module, cls: type) -> list[Any]:
 
 
 def _adapter_weights(layer: Any) -> list[nn.Parameter]:
-    """Parameters that a tuner layer holds besides those of the layer it wraps."""
+    """Return the parameters of a PEFT layer without those of the layer that it wraps."""
     wrapped = {id(p) for p in layer.get_base_layer().parameters()}
     return [p for p in layer.parameters() if id(p) not in wrapped]
 
 
 def folder_bytes(path: str | Path) -> int:
-    """Sizes of all files under a folder, in bytes.
+    """Sum up the sizes of all files below a folder, in bytes.
 
     Raises:
         LightPeftError: `path` is not a folder.
     """
     path = Path(path)
-    require(path.is_dir(), f"{path} is not a folder; give the folder whose size is wanted")
+    require(path.is_dir(), f"{path} is not a folder; give the folder to measure")
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def parameter_report(model: nn.Module) -> dict[str, Any]:
-    """Parameters that are there, that were trained, and what part of the base is gone: measured on the live model."""
+    """Count the parameters of a live model, those that were trained, and the removed fraction of the base."""
     count = count_parameters(model)
     plan = getattr(model, "light_plan", None)
     dense = (count.base if plan is None else plan.base_parameters) + cut_parameters(transformers_model(model))

@@ -1,4 +1,4 @@
-"""Seconds of training steps and of inference."""
+"""Measurement of the seconds of training steps and of inference."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lightpeft.errors import require
 from lightpeft.machine import autocasting
 from lightpeft.models.batches import without_labels
 from lightpeft.models.patching import in_mode
-from lightpeft.profiling.live import Batch, device_of, loss_of, moved, trainable
+from lightpeft.profiling.live import Batch, device_of, loss_of, move_batch, trainable
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
-"""Makes an optimizer of the parameters to train."""
+"""Function from the trainable parameters to an optimizer."""
 
 
 WARMUP = 2
-"""Steps before those that are timed; the first one allocates the optimizer's state."""
+"""Number of steps before the timed ones; the first step allocates the optimizer state."""
 
 
 def measure_training(
@@ -35,30 +35,30 @@ def measure_training(
     autocast: torch.dtype | None = None,
     max_grad_norm: float = 1.0,
 ) -> list[float]:
-    """Seconds of each training step: copy to the device, forward, backward, clipping, optimizer step.
+    """Measure the seconds of each training step: copy to the device, forward, backward, clipping, optimizer step.
 
-    The model really trains: its trainable weights change, and gradients are gone afterwards.
+    The trainable weights of the model change, and its gradients are None afterwards.
 
     Args:
-        batches: model inputs with `labels`; the timed steps start at the first and go round.
+        batches: model inputs with `labels`; the timed steps start at the first one and cycle.
         optimizer_factory: makes the optimizer of the list of trainable parameters.
-        steps: timed steps; unset: one pass over `batches`.
-        warmup: steps before those, not timed.
-        autocast: half precision of the forward pass; None: that of the weights. In float16 the loss is scaled.
-        max_grad_norm: gradient norm clipping; 0 switches it off.
+        steps: number of timed steps; None: one pass over `batches`.
+        warmup: number of steps before the timed ones.
+        autocast: half precision of the forward pass; None: no autocast. In float16 the loss is scaled.
+        max_grad_norm: maximum gradient norm for clipping; 0 switches clipping off.
 
     Raises:
-        LightPeftError: no batches, no trainable parameters, no loss, or counts out of range.
+        LightPeftError: there are no batches, no trainable parameters or no loss, or a count is out of range.
     """
     parameters = trainable(model)
-    require(parameters, "nothing to train: no parameter of the model requires a gradient")
+    require(parameters, "no parameter of the model requires a gradient; give a model with trainable parameters")
     optimizer = optimizer_factory(parameters)
     device = device_of(model)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
 
     def step(batch: Batch) -> None:
         with autocasting(device, autocast):
-            loss = loss_of(model, moved(batch, device))
+            loss = loss_of(model, move_batch(batch, device))
         torch.autograd.backward(scaler.scale(loss))
         if max_grad_norm:
             scaler.unscale_(optimizer)
@@ -68,7 +68,7 @@ def measure_training(
         optimizer.zero_grad(set_to_none=True)
 
     with in_mode(model, training=True):
-        return timed(step, batches, steps, warmup, device)
+        return time_steps(step, batches, steps, warmup, device)
 
 
 def measure_inference(
@@ -79,35 +79,45 @@ def measure_inference(
     warmup: int = WARMUP,
     autocast: torch.dtype | None = None,
 ) -> list[float]:
-    """Seconds of each forward pass in eval mode without gradients; labels are left out, so no loss is computed.
+    """Measure the seconds of each forward pass in evaluation mode, without gradients, labels and loss.
 
-    Args: as in `measure_training`.
+    Args:
+        batches: model inputs; the timed steps start at the first one and cycle.
+        steps: number of timed steps; None: one pass over `batches`.
+        warmup: number of steps before the timed ones.
+        autocast: half precision of the forward pass; None: no autocast.
 
     Raises:
-        LightPeftError: no batches, or counts out of range.
+        LightPeftError: there are no batches, or a count is out of range.
     """
     device = device_of(model)
 
     def step(batch: Batch) -> None:
         with autocasting(device, autocast):
-            model(**moved(without_labels(batch), device))
+            model(**move_batch(without_labels(batch), device))
 
     with in_mode(model, training=False), torch.no_grad():
-        return timed(step, batches, steps, warmup, device)
+        return time_steps(step, batches, steps, warmup, device)
 
 
-def timed(
+def time_steps(
     step: Callable[[Batch], None], batches: Sequence[Batch], steps: int | None, warmup: int, device: torch.device
 ) -> list[float]:
-    """Seconds of each call of `step`, after those that warm up; on CUDA those of the device, which the host waits for.
+    """Measure the seconds of each call of `step` after warmup; on CUDA by events of the device.
+
+    Args:
+        step: function of a batch.
+        batches: arguments of the calls, used in a cycle.
+        steps: number of timed calls; None: one pass over `batches`.
+        warmup: number of calls before the timed ones.
 
     Raises:
-        LightPeftError: no batches, or counts out of range.
+        LightPeftError: there are no batches, or a count is out of range.
     """
     steps = len(batches) if steps is None else steps
     require(len(batches) > 0, "no batches to measure with; give at least one")
-    require(steps >= 1, f"steps is {steps}; measure at least 1")
-    require(warmup >= 0, f"warmup is {warmup}; it cannot be negative")
+    require(steps >= 1, f"steps is {steps}; give at least 1")
+    require(warmup >= 0, f"warmup is {warmup}; give 0 or more")
     for batch in islice(cycle(batches), warmup):
         step(batch)
     marks = [_mark(device)]
@@ -121,7 +131,7 @@ def timed(
 
 
 def _mark(device: torch.device) -> Any:
-    """A moment: an event in the stream on CUDA, where the host runs ahead of the device, and the clock elsewhere."""
+    """Return a point in time: on CUDA an event in the stream, because the host runs ahead, elsewhere the clock."""
     if device.type != "cuda":
         return time.perf_counter()
     with torch.cuda.device(device):

@@ -1,4 +1,4 @@
-"""The machine and the software that numbers were measured with."""
+"""Hardware and software versions of a measurement."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightpeft.machine import has_bf16
 
 
 def hardware() -> dict[str, str | int | None]:
-    """The machine and the software that numbers were measured with, as plain data for a report."""
+    """Return hardware and software versions of this process as plain data for a report."""
     return {
         "cpu": _cpu_name(),
         "logical_cores": os.cpu_count(),
@@ -40,13 +40,13 @@ def _cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of lightpeft and of what its results depend on."""
+    """Return the versions of lightpeft and of the libraries that its results depend on."""
     return {name: version_of(name) for name in ("torch", "transformers", "peft", "lightpeft")}
 
 
 @cache
 def version_of(package: str) -> str:
-    """The version of an installed package; "0+unknown" of one that is not installed."""
+    """Return the version of an installed package; "0+unknown" if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,1 +1,1 @@
-"""From a live model to scores, and from a plan to a smaller live model."""
+"""Estimation of importance scores on a live model, and surgery that applies a plan to it."""

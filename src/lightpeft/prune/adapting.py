@@ -1,7 +1,7 @@
-"""The rest of a model that counts on all heads and experts of the dense one, made right after a cut.
+"""Repairs of model code that relies on all heads and experts of the dense model, after a cut.
 
-Head counts that attention reads, arguments with one entry a head, position biases that blocks share, attention without
-heads, the loss that balances experts, and generation.
+They concern head counts that attention reads, arguments with one entry per head, shared position biases, attention
+without heads, the load-balancing loss of experts, and generation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lightpeft.plans.structure import BlockSpec
 
 
 def set_head_attribute(attention: nn.Module, attribute: str, value: int) -> None:
-    """Set a head count; one that attention reads from the shared config is set in a view of the config."""
+    """Set a head count of attention; a count that it reads from the shared config is set in a view of the config."""
     if attribute.startswith("config."):
         vars(attention)["config"] = ConfigView(attention.config, {attribute.removeprefix("config."): value})
     else:
@@ -32,7 +32,7 @@ def set_head_attribute(attention: nn.Module, attribute: str, value: int) -> None
 
 
 class ConfigView:
-    """A config with values of one module's own; all others are read from the shared config when they are asked for."""
+    """View of a shared config with some values that belong to one module."""
 
     def __init__(self, shared: Any, own: dict[str, Any]) -> None:
         self.__dict__.update(own)
@@ -45,20 +45,23 @@ class ConfigView:
 
 
 class KeptEntries:
-    """What stays of one dimension of a tensor. Follows it to its device; no buffer, so in no state dict."""
+    """Selection of kept entries along one dimension of tensors.
+
+    The index follows the tensors to their device. It is no buffer, so it is in no state dict.
+    """
 
     def __init__(self, index: Tensor, dim: int = -1) -> None:
         self.index, self.dim = index, dim
 
     def of(self, states: Tensor) -> Tensor:
-        """[..., all, ...] -> [..., those that stay, ...]."""
+        """Select the kept entries: [..., all, ...] -> [..., kept, ...]."""
         index = self.index.to(states.device)
         self.index = index
         return states.index_select(self.dim, index)
 
 
 class SelectedChannels(nn.Module):
-    """A norm over all heads of the dense model, then the channels of the heads that stay."""
+    """A norm over all heads of the dense model, followed by a selection of the kept heads' channels."""
 
     def __init__(self, norm: nn.Module, index: Tensor) -> None:
         super().__init__()
@@ -71,7 +74,7 @@ class SelectedChannels(nn.Module):
 
 
 def unshared_tables(inner: nn.Module, plan: PrunePlan) -> dict[str | None, nn.Module | None]:
-    """Position tables of the stacks whose blocks can no longer share what has one entry a head: one lost heads.
+    """Find the position tables of stacks whose blocks cannot share arguments per head, because one lost heads.
 
     Returns:
         Name of the table -> table; None -> None for stacks that share other arguments and have no table.
@@ -81,8 +84,8 @@ def unshared_tables(inner: nn.Module, plan: PrunePlan) -> dict[str | None, nn.Mo
 
 
 def stop_sharing(attention: Any, spec: BlockSpec, kept: BlockPlan, table: Any, family: Family) -> None:
-    """Let a block make what it took over from the block before, and look up the biases of its own heads."""
-    change_arguments(attention, dict.fromkeys(spec.shared_arguments, _nothing))
+    """Make a block compute its shared arguments itself, and look up the position biases of its own heads."""
+    change_arguments(attention, dict.fromkeys(spec.shared_arguments, _drop_argument))
     if spec.position_bias and family.own_bias:
         setattr(attention, family.own_bias, True)
         heads = KeptEntries(torch.tensor(kept.heads))
@@ -93,7 +96,7 @@ def stop_sharing(attention: Any, spec: BlockSpec, kept: BlockPlan, table: Any, f
 
 
 class SharedBiases(nn.Module):
-    """A block's own columns of the table of relative position biases that another block of the stack holds."""
+    """Columns of a block's kept heads in the table of relative position biases that another block holds."""
 
     table: nn.Embedding
 
@@ -113,7 +116,7 @@ class SharedBiases(nn.Module):
 
 
 class _KeepOutput:
-    """Forward hook that keeps a part of what a module gives."""
+    """Forward hook that selects kept entries of a module's output."""
 
     def __init__(self, kept: KeptEntries) -> None:
         self.kept = kept
@@ -122,8 +125,8 @@ class _KeepOutput:
         return self.kept.of(output)
 
 
-def _nothing(of_dense_heads: Any) -> None:
-    """What attention takes in place of an argument with one entry a dense head, so that it makes its own."""
+def _drop_argument(of_dense_heads: Any) -> None:
+    """Replace an argument with one entry per dense head by None, so that attention computes its own."""
 
 
 # Attention without heads
@@ -136,16 +139,16 @@ def drop_attention(inner: nn.Module, spec: BlockSpec, attention: nn.Module) -> N
     child = output_name[len(spec.attention) + 1 :] if inside else None
     stub = DroppedAttention(attention, child, spec.attention_outputs)
     table = (spec.position_bias or "").removeprefix(f"{spec.attention}.")
-    if spec.position_bias and table != spec.position_bias:  # it belongs to the whole stack, and plans do not count it
+    if spec.position_bias and table != spec.position_bias:  # the whole stack uses the table, and plans do not count it
         stub.add_module(table, attention.get_submodule(table))
     inner.set_submodule(spec.attention, stub)
 
 
 class DroppedAttention(nn.Module):
-    """Attention that lost all heads: no projection, no scores; what stays is the output projection's bias.
+    """Attention that lost all heads: it adds only the bias of the output projection.
 
-    The KV cache still counts the tokens of this layer (one channel of zeros a token), because lengths and positions
-    are read from the cache of whichever layer comes first. Cross-attention counts nothing.
+    The KV cache still counts the tokens of this layer (one channel of zeros per token), because transformers reads
+    lengths and positions from the cache of the first layer. Cross-attention counts nothing.
     """
 
     def __init__(self, attention: nn.Module, output: str | None, outputs: int = 2) -> None:
@@ -164,10 +167,10 @@ class DroppedAttention(nn.Module):
             getattr(cache, "self_attention_cache", cache).update(counted, counted, self.layer_idx)
         nothing = hidden_states.new_zeros(*hidden_states.shape[:-1], 0)
         if self.output_name is None:
-            return nothing, *self._none()
-        return self.get_submodule(self.output_name)(nothing), *self._none()
+            return nothing, *self._no_weights()
+        return self.get_submodule(self.output_name)(nothing), *self._no_weights()
 
-    def _none(self) -> tuple[None, ...]:
+    def _no_weights(self) -> tuple[None, ...]:
         return (None,) * (self.outputs - 1)
 
 
@@ -175,8 +178,11 @@ class DroppedAttention(nn.Module):
 
 
 def adapt_balance(inner: Any, plan: PrunePlan) -> None:
-    """Keep transformers' load-balancing loss right, which adds up the routers' probabilities over layers and multiplies
-    by the number of experts: as many as any layer keeps, and a logit of -inf for those that another has fewer."""
+    """Keep transformers' load-balancing loss correct where layers keep different numbers of experts.
+
+    The loss sums the routers' probabilities over layers and multiplies by the number of experts. Here that is the
+    largest number of any layer, and routers of layers with fewer experts get logits of -inf for the missing ones.
+    """
     counts = {spec.index: len(kept.experts) for spec, kept in plan.parts if spec.experts}
     if not counts:
         return
@@ -187,11 +193,11 @@ def adapt_balance(inner: Any, plan: PrunePlan) -> None:
         missing = most - counts.get(spec.index, most)
         if missing:
             router = inner.get_submodule(spec.expert_modules["router"])
-            router.register_forward_hook(_PaddedLogits(missing), prepend=True)  # before transformers notes them
+            router.register_forward_hook(_PadLogits(missing), prepend=True)  # before transformers notes them
 
 
-class _PaddedLogits:
-    """Forward hook of a router: logits of -inf behind its own, for experts that other layers have."""
+class _PadLogits:
+    """Forward hook of a router that appends logits of -inf for experts that only other layers have."""
 
     def __init__(self, missing: int) -> None:
         self.missing = missing
@@ -205,7 +211,7 @@ class _PaddedLogits:
 
 
 def adapt_generation(inner: Any, plan: PrunePlan, family: Family) -> None:
-    """Keep `generate` and its kin from counting on the heads of the dense model."""
+    """Make `generate` and related methods independent of the dense model's number of heads."""
     cut = [(spec, kept) for spec, kept in plan.parts if len(kept.heads) < spec.heads]
     if cut:
         grow_static_cache(inner)
@@ -219,6 +225,6 @@ def adapt_generation(inner: Any, plan: PrunePlan, family: Family) -> None:
 
 def _no_continuous_batching(*args: Any, **kwargs: Any) -> Any:
     raise LightPeftError(
-        "continuous batching caches equally many KV heads in every layer, which a model with pruned KV heads does not "
-        "have; use generate()"
+        "continuous batching needs equally many KV heads in every layer, and this model has pruned KV heads; "
+        "use generate()"
     )

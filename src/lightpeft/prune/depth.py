@@ -1,4 +1,4 @@
-"""Depth: a model without its top blocks, as if it had been made with fewer."""
+"""Depth pruning: dropping the top blocks of a model."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from lightpeft.peft_kinds.sites.registry import refresh_config
 
 
 def leave_out(model: nn.Module, stay: int) -> None:
-    """Take all blocks but the lowest `stay` out of a transformers model, or the one inside a PeftModel, in place.
+    """Drop all blocks above the lowest `stay` from a transformers model, or the one inside a PeftModel, in place.
 
-    A model that has no more than these stays as it is.
-
-    What was above them (the last norm, the head) then reads their output. The config says so, so that generation,
-    caches and `save_pretrained` take the model for one of that depth; PEFT modules go with their blocks.
+    The last norm and the head then read the output of the last remaining block. The config gets the new depth, so that
+    generation, caches and `save_pretrained` work; PEFT modules in dropped blocks are removed. A model with at most
+    `stay` blocks does not change.
 
     Raises:
-        LightPeftError: the model has several stacks of blocks, of which one reads the other's output, or something
-            beside the blocks that has a size by their number; nothing was taken out.
+        LightPeftError: the model has several stacks of blocks, or a parameter beside the blocks whose size depends on
+            their number; nothing was dropped.
     """
     inner = transformers_model(model)
     stacks, kind = block_lists(inner), inner.config.model_type
-    several = f"depth leaves out blocks of models with one stack, and {kind} has {len(stacks)}"
+    several = f"depth pruning needs a model with one stack of blocks, and {kind} has {len(stacks)}"
     require(len(stacks) == 1, f"{several}; set light.remove.depth to 0")
     if len(stacks[0]) <= stay:
         return
@@ -47,16 +46,16 @@ def _set_depth(config: PretrainedConfig, blocks: int) -> None:
 
 
 def _check_rest(inner: PreTrainedModel, stay: int) -> None:
-    """Refuse a model in which more than the list of blocks depends on how many there are."""
+    """Check that the shapes of a model's parameters do not depend on the number of blocks."""
     config = copy.deepcopy(inner.config)
     _set_depth(config, stay)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in type(inner)(config).named_parameters()}
-    # quantised weights, which are stored in other shapes, are integers
+    # quantised weights have other shapes, and are integers
     own = {name: p.shape for name, p in inner.named_parameters() if p.is_floating_point()}
     other = [name for name in own.keys() & shapes.keys() if own[name] != shapes[name]]
     require(
         not other,
-        f"{inner.config.model_type} cannot lose blocks: {', '.join(sorted(other)[:1])} has a size by their number; "
-        "set light.remove.depth to 0",
+        f"{inner.config.model_type} cannot lose blocks: the size of {', '.join(sorted(other)[:1])} depends on their "
+        "number; set light.remove.depth to 0",
     )

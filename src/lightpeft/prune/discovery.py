@@ -1,7 +1,7 @@
-"""Families that are not listed: a structure is proposed, and used only after a check on a small random model.
+"""Discovery of families that are not listed: a structure is proposed, and checked on a small random model.
 
-The check is what surgery promises: with masks of 0 and 1, and with the masked units cut out, the model computes the
-same values and generates the same tokens.
+The check compares masking with surgery: with masks of 0 and 1, and with the masked units cut out, the model must
+compute the same values and generate the same tokens.
 """
 
 from __future__ import annotations
@@ -28,61 +28,64 @@ from lightpeft.prune.surgery import apply_plan
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
-"""Largest relative difference that passes the check, in float32."""
+"""Maximum relative difference that passes the check, in float32."""
 EFFECT = 1e-2
-"""Smallest relative difference that masks must make to the dense model, so that the check tells something."""
+"""Minimum relative difference that masks must make to the dense model, so that the check is meaningful."""
 
 
 _discovered: dict[str, tuple[Family, str]] = {}
-"""Model type -> its family, and the model class and config that it was checked for."""
+"""Model type -> its discovered family, and the model class and config that the check used."""
 
 
 def ensure_family(model: nn.Module) -> None:
-    """Make the family of a transformers model, or of the one in a PeftModel, known: discover it if it is not listed.
+    """Register the family of a transformers model, or of the one in a PeftModel: discover it if it is not listed.
 
-    A discovery takes seconds and is made once per model class and config, on a random model of two layers: the weights
-    of `model` are not read. The same config always gives the same structure.
+    A discovery takes seconds and runs once per model class and config, on a random model of two layers; the weights of
+    `model` are not read. Equal configs give equal structures.
+
+    Example:
+        model = AutoModelForCausalLM.from_pretrained("owner/new-architecture")
+        ensure_family(model)  # then the model can be pruned like those of listed families
 
     Raises:
-        LightPeftError: the family is refused; or it is not listed and no structure was found that passes the check.
+        LightPeftError: the family cannot be pruned, or it is not listed and no proposed structure passes the check.
     """
     inner = transformers_model(model)
     if not isinstance(inner, PreTrainedModel):
-        return  # whoever asks next refuses it
+        return  # the next check refuses it
     model_type = inner.config.model_type
     known, checked = _discovered.get(model_type, (None, ""))
     if model_type in REFUSED or (model_type in FAMILIES and FAMILIES[model_type] is not known):
         check_not_refused(model_type)
         return
     try:
-        with parsing(f"{type(inner).__name__} is not what its kin are"):  # classes of others may raise anything
+        with parsing(f"{type(inner).__name__} differs from transformers' own models"):  # it may raise any exception
             settings = f"{type(inner).__name__} {skeleton_config(inner.config).to_json_string(use_diff=False)}"
             if model_type in FAMILIES and checked == settings:
                 return
             family = discover_family(inner)
     except LightPeftError as error:
         raise LightPeftError(
-            f'model family "{model_type}" is not listed, and its structure could not be discovered: {error}; '
-            "docs/reference/families.md says how to add it"
+            f'model family "{model_type}" is not supported, and its structure could not be discovered: {error}; '
+            "add an entry for it (docs/reference/families.md)"
         ) from error
-    block_specs(inner, family)  # layers beyond the first two may be others
+    block_specs(inner, family)  # layers beyond the first two may differ
     register_family(family)
     _discovered[model_type] = family, settings
     logger.warning(
-        'model family "%s" is not listed; its structure was discovered, and masked and pruned models of it compute the '
-        "same: %s",
+        'model family "%s" is not listed; its structure was discovered and checked (masking and pruning agree): %s',
         model_type,
         describe(family),
     )
 
 
 def discover_family(model: PreTrainedModel) -> Family:
-    """The first proposed family of a model that passes the check.
+    """Return the first proposed family of a model that passes the check.
 
     Raises:
-        LightPeftError: none was proposed, or none passes; the message says what was found and what did not match.
+        LightPeftError: no family was proposed, or none passes; the message names the structure and the mismatch.
     """
-    small, failure = skeleton(model), "nothing was proposed"
+    small, failure = skeleton(model), "no structure was proposed"
     for family in propose_families(small):
         try:
             check_family(small, family)
@@ -96,15 +99,15 @@ def discover_family(model: PreTrainedModel) -> Family:
 def check_family(small: PreTrainedModel, family: Family) -> None:
     """Check that pruning a random model by a family's structure equals masking it.
 
-    Random plans take KV groups, query heads of every group, neurons, and whole sub-layers. Compared are the model's
-    first output and that of the last block of every list, at real tokens, with padding on either side, and generated
-    tokens.
+    Random plans remove KV groups, query heads of every group, neurons, and whole sub-layers. The check compares the
+    model's first output and that of the last block of every list, at real tokens, with padding on either side, and
+    generated tokens.
 
     Raises:
-        LightPeftError: they differ, masks have no effect, or the structure does not fit or cannot be cut.
+        LightPeftError: the results differ, masks have no effect, or the structure does not fit or cannot be cut.
     """
     specs = block_specs(small, family)
-    dense = _outputs(small, family)
+    dense = _compute_outputs(small, family)
     for what, blocks in trial_plans(specs, torch.Generator().manual_seed(3)).items():
         plan = PrunePlan(tuple(specs), tuple(blocks), {}, (), small.num_parameters(), "")
         _check_plan(small, family, plan, dense, what)
@@ -119,10 +122,10 @@ def _check_plan(small: PreTrainedModel, family: Family, plan: PrunePlan, dense: 
         apply_plan(pruned, plan, family)
     except (RuntimeError, AttributeError, TypeError, IndexError, KeyError) as error:
         raise LightPeftError(f"{what} cannot be cut: {one_line(error)}") from error
-    expected = _outputs(masked, family)
+    expected = _compute_outputs(masked, family)
     require(_difference(expected, dense) > EFFECT, f"masks of {what} have no effect")
     try:
-        difference = _difference(_outputs(pruned, family), expected)
+        difference = _difference(_compute_outputs(pruned, family), expected)
     except LightPeftError as error:
         raise LightPeftError(f"without {what}, {error}") from error
     require(difference <= TOLERANCE, f"masking and pruning {what} differ by {difference:.1e} of the values")
@@ -131,7 +134,7 @@ def _check_plan(small: PreTrainedModel, family: Family, plan: PrunePlan, dense: 
 
 
 def describe(family: Family) -> str:
-    """A family in one line: of every list of blocks, which module plays which part."""
+    """Describe a family in one line: slot=module for every list of blocks."""
     stacks = []
     for stack in family.stacks:
         slots = ", ".join(f"{slot}={name}" for slot, name in stack.tables[0].items())
@@ -142,19 +145,19 @@ def describe(family: Family) -> str:
     return " ".join(stacks)
 
 
-def _outputs(model: PreTrainedModel, family: Family) -> list[Tensor]:
-    """At real tokens, with padding on either side: the outputs of the last block of every list and of the model."""
+def _compute_outputs(model: PreTrainedModel, family: Family) -> list[Tensor]:
+    """Compute the outputs of the model and of each list's last block at real tokens, with padding on either side."""
     lists = [model.base_model.get_submodule(layers) for layers in {stack.layers: None for stack in family.stacks}]
     values = []
     for padding in ("right", "left"):
         inputs = random_inputs(model, padding=padding)
-        note = _Note()
+        note = _RecordOutput()
         last = run(model, inputs, [list(blocks.children())[-1].register_forward_hook(note) for blocks in lists])
-        values += [_real(value, inputs.get("attention_mask")) for value in (*note.seen, last)]
+        values += [_select_real(value, inputs.get("attention_mask")) for value in (*note.seen, last)]
     return values
 
 
-class _Note:
+class _RecordOutput:
     """Forward hook that keeps the first output of a module at every call."""
 
     def __init__(self) -> None:
@@ -164,13 +167,13 @@ class _Note:
         self.seen.append(output if isinstance(output, Tensor) else output[0])
 
 
-def _real(values: Tensor, mask: Tensor | None) -> Tensor:
-    """The values of tokens that are no padding."""
+def _select_real(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the values at tokens that are no padding."""
     return values[mask > 0] if mask is not None and values.shape[:2] == mask.shape else values
 
 
 def _difference(values: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest difference of a value over the largest value of its tensor; infinite where values are not finite."""
+    """Compute the largest difference relative to the largest value of a tensor; infinite if a value is not finite."""
     worst = 0.0
     for first, second in zip(values, expected, strict=True):
         if first.shape != second.shape or not (torch.isfinite(first).all() and torch.isfinite(second).all()):
@@ -180,42 +183,44 @@ def _difference(values: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def _generate(model: PreTrainedModel) -> Tensor:
-    """Tokens that a model generates greedily with its KV cache."""
+    """Generate tokens greedily with the KV cache."""
     inputs = {k: v for k, v in random_inputs(model, padding="left").items() if k != "decoder_input_ids"}
     try:
         return model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
-    except Exception as error:  # a model class of anyone's own may raise anything
-        raise LightPeftError(f"{type(model).__name__} does not generate: {one_line(error)}") from error
+    except Exception as error:  # foreign model classes may raise any exception
+        raise LightPeftError(f"{type(model).__name__} cannot generate: {one_line(error)}") from error
 
 
 # Random plans
 
 
 def trial_plans(specs: list[BlockSpec], generator: torch.Generator) -> dict[str, list[BlockPlan]]:
-    """What each plan takes -> what it keeps of the blocks."""
+    """Make plans for the check: name of the removed units -> plans of the blocks."""
     return {
-        "KV groups and neurons": [_half(spec, generator, balanced=False) for spec in specs],
-        "query heads and neurons": [_half(spec, generator, balanced=True) for spec in specs],
-        "whole sub-layers": [_without(spec, generator, attention=spec.index % 2 == 0) for spec in specs],
-        "whole sub-layers, the others": [_without(spec, generator, attention=spec.index % 2 == 1) for spec in specs],
+        "KV groups and neurons": [_keep_half(spec, generator, balanced=False) for spec in specs],
+        "query heads and neurons": [_keep_half(spec, generator, balanced=True) for spec in specs],
+        "whole sub-layers": [_keep_half_without(spec, generator, attention=spec.index % 2 == 0) for spec in specs],
+        "whole sub-layers, the others": [
+            _keep_half_without(spec, generator, attention=spec.index % 2 == 1) for spec in specs
+        ],
     }
 
 
-def _half(spec: BlockSpec, generator: torch.Generator, balanced: bool) -> BlockPlan:
-    """Half of the neurons, and half of the KV groups or (balanced) of the query heads of every group."""
+def _keep_half(spec: BlockSpec, generator: torch.Generator, balanced: bool) -> BlockPlan:
+    """Keep half of the neurons, and half of the KV groups or (balanced) of the query heads of every group."""
     balanced = balanced and spec.heads_per_kv > 1
-    groups = list(range(spec.kv_heads)) if balanced else _some(spec.kv_heads, generator)
-    inside = [_some(spec.heads_per_kv, generator) if balanced else range(spec.heads_per_kv) for _ in groups]
+    groups = list(range(spec.kv_heads)) if balanced else _choose_half(spec.kv_heads, generator)
+    inside = [_choose_half(spec.heads_per_kv, generator) if balanced else range(spec.heads_per_kv) for _ in groups]
     heads = [group * spec.heads_per_kv + head for group, of in zip(groups, inside, strict=True) for head in of]
-    return BlockPlan(tuple(heads), tuple(groups), tuple(_some(spec.neurons, generator)))
+    return BlockPlan(tuple(heads), tuple(groups), tuple(_choose_half(spec.neurons, generator)))
 
 
-def _without(spec: BlockSpec, generator: torch.Generator, attention: bool) -> BlockPlan:
-    """Half of a block, without its attention or without its FFN."""
-    half = _half(spec, generator, balanced=False)
+def _keep_half_without(spec: BlockSpec, generator: torch.Generator, attention: bool) -> BlockPlan:
+    """Keep half of a block, without its attention or without its FFN."""
+    half = _keep_half(spec, generator, balanced=False)
     return BlockPlan((), (), half.neurons) if attention else BlockPlan(half.heads, half.kv_heads, ())
 
 
-def _some(units: int, generator: torch.Generator) -> list[int]:
-    """Half of the units, rounded up, ascending."""
+def _choose_half(units: int, generator: torch.Generator) -> list[int]:
+    """Choose half of the units at random, rounded up, ascending."""
     return sorted(torch.randperm(units, generator=generator)[: (units + 1) // 2].tolist())

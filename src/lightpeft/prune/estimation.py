@@ -1,7 +1,7 @@
 """The estimation stage: masks and PEFT modules train together while the importance of every unit is summed up.
 
-It rides on any training loop. The masks are not the model's: they have gradients of their own, an optimizer of their
-own, and an L1 term that is added to their gradient directly, so a loop needs one call between backward and
+It works in any training loop. The masks are no parameters of the model: they have their own gradients and their own
+optimizer, and the L1 term is added to their gradient directly, so a loop needs one call between backward and
 `optimizer.step()`.
 """
 
@@ -17,9 +17,9 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 
-from lightpeft.config import LightConfig, derived
+from lightpeft.config import LightConfig, fill_defaults
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import read_json, read_tensors, understandable, write_json, write_tensors
+from lightpeft.files import explain_content_errors, read_json, read_tensors, write_json, write_tensors
 from lightpeft.models.families.registry import block_specs
 from lightpeft.models.sharding import whole
 from lightpeft.models.unwrap import transformers_model
@@ -34,38 +34,40 @@ from lightpeft.prune.depth import leave_out
 from lightpeft.prune.fingerprint import fingerprint
 from lightpeft.prune.importance import ModuleObserver, RankObserver, weight_squares
 from lightpeft.prune.learning import LossObserver, learned_of
-from lightpeft.prune.length import ENOUGH_LEARNED, Stage, check_examples, few_examples, stage_of
+from lightpeft.prune.length import ENOUGH_LEARNED, StageLength, check_examples, few_examples, stage_of
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.training.schedule import scored_steps
 
 _log = logging.getLogger(__name__)
 MASK_PENALTY = 1e-4
-"""Weight of the L1 penalty on the masks (the paper's lambda)."""
+"""Weight of the L1 penalty on the masks (lambda in Gu et al. 2024)."""
 RATIO_EVERY = 16
-"""Every so many steps the modules' ratios are measured; in the others the modules are computed faster."""
+"""Interval of the steps that measure the modules' ratios; in all other steps the modules are computed faster."""
 _STATE_FILE = "lightpeft_estimation.safetensors"
 _STEPS_FILE = "lightpeft_estimation.json"
 
 
-def _of_steps(kind: str, *units: Unit) -> dict[str, Criterion]:
+def _step_criteria(kind: str, *units: Unit) -> dict[str, Criterion]:
     return {f"{kind}/{name}": criterion for name, criterion in criteria(*units).items() if criterion.every_step}
 
 
-_SUMMED = _of_steps("masks", *MASKED) | _of_steps("ranks", "ranks")
-"""What is summed up over steps, of all units that have masks or of all ranks -> the criterion."""
+_SUMMED = _step_criteria("masks", *MASKED) | _step_criteria("ranks", "ranks")
+"""Name of a sum over steps, of all units that have masks or of all ranks -> its criterion."""
 
 
 class Estimator:
-    """Masks, importance sums and the length of the stage, for one PeftModel, whose depth is cut first."""
+    """Estimation on one PeftModel: masks, importance sums, and the length of the stage.
+
+    The constructor drops the blocks that `config.remove.depth` removes.
+    """
 
     def __init__(self, model: PeftModel, config: LightConfig) -> None:
         """
         Raises:
-            LightPeftError: the model is not one that can be pruned (see `check_peft`, `block_specs`, `find_sites`,
-                `leave_out`).
+            LightPeftError: the model cannot be pruned (see `check_peft`, `block_specs`, `find_sites`, `leave_out`).
         """
         check_peft(model)
-        self.model, self.config = model, derived(config)
+        self.model, self.config = model, fill_defaults(config)
         dense = block_specs(transformers_model(model))
         self.base_parameters = count_parameters(model).base
         self.fingerprint = fingerprint(model, dense)
@@ -79,17 +81,17 @@ class Estimator:
         self._windows: list[_Window] = []
         self._started = self._attached = False
 
-    def start(self, total_steps: int | None, stage: Stage | None = None) -> None:
-        """Attach masks and observers. Where all stays the stage has no steps, and is over.
+    def start(self, total_steps: int | None, stage: StageLength | None = None) -> None:
+        """Attach masks and observers. A stage whose settings remove nothing has no steps, and is finished at once.
 
         Args:
             total_steps: optimizer steps of the whole run, which a fractional length refers to.
-            stage: how long it is; None: as the settings say.
+            stage: length of the stage; None: the length in the settings.
 
         Raises:
             LightPeftError: the length needs `total_steps`, or is longer than the run.
         """
-        require(not self._attached, "the estimation stage has started already")
+        require(not self._attached, "the estimation stage has started already; call start once")
         stage = stage or stage_of(self.config, total_steps)
         self.length = self._first_length = stage.steps
         self._longest, self._started = stage.longest, True
@@ -108,7 +110,7 @@ class Estimator:
         self._attached = True
 
     def stop(self) -> None:
-        """Take masks and observers off the model, which is then an ordinary PeftModel again."""
+        """Remove masks and observers from the model, which is then an ordinary PeftModel again."""
         if self._attached:
             self.masks.detach()
             self._ranks.detach()
@@ -118,21 +120,21 @@ class Estimator:
 
     @property
     def finished(self) -> bool:
-        """Whether the stage has run its length."""
+        """True if the stage has started and run all of its steps."""
         return self._started and self.steps >= self.length
 
     @torch.no_grad()
     def step(self, grad_scale: float = 1.0) -> None:
-        """Take in one optimizer step's gradients and train the masks; call it after the (last) backward.
+        """Add the gradients of one optimizer step to the sums and train the masks; call it after the last backward.
 
         Args:
-            grad_scale: the factor that a gradient scaler multiplied the loss with; it is undone here.
+            grad_scale: factor that a gradient scaler multiplied the loss with; it is divided out here.
         """
         require(self._attached, "the estimation stage has not started; call start(total_steps) first")
         if self.finished:
             return
         taken = self.masks.take_gradients()
-        examples = taken.mean.new_full((1,), self.masks.examples)  # filled there: no copy from the host
+        examples = taken.mean.new_full((1,), self.masks.examples)  # filled on the device: no copy from the host
         parts = [taken.mean, taken.absolute, taken.squares, self._ranks.take_terms(), examples]
         parts.append(self._losses.take())
         values = _mean_over_processes(torch.cat(parts))
@@ -155,13 +157,13 @@ class Estimator:
         self.steps += 1
         if self._at_boundary():
             self._close_window()
-            self._go_on_to_learn()
+            self._extend_to_learn()
 
     def check_finite(self) -> None:
-        """One host copy: whether all gradients so far were finite.
+        """Check that all gradients so far were finite, by one copy to the host.
 
         Raises:
-            LightPeftError: they were not.
+            LightPeftError: a gradient was not finite.
         """
         if bool(self._nonfinite):
             raise LightPeftError(
@@ -170,13 +172,16 @@ class Estimator:
             )
 
     def record(self) -> EstimationRecord:
-        """Scores of every unit under every criterion, from the second half of the stage; zeros where all stays.
+        """Return the scores of every unit under every criterion, from the second half of the stage.
+
+        All scores are zero if the settings remove nothing.
 
         Raises:
-            LightPeftError: the stage has not run, or diverged, or saw too little, or some blocks ran without gradients.
+            LightPeftError: the stage has no steps yet, or diverged, or scored too few examples, or some blocks had no
+                gradients.
         """
         some = self.finished or self.steps > 0
-        require(some, "estimation has not run a single step; train with the callback, or call step()")
+        require(some, "the estimation stage has no steps yet; train with the callback, or call step()")
         self.check_finite()
         if not self._windows or self._windows[-1].end < self.steps:
             self._close_window()
@@ -185,11 +190,11 @@ class Estimator:
         check_examples(self.config, examples)
         if (line := few_examples(self.config, examples)) is not None:
             _log.warning("%s", line)
-        self._check_reached(record)
+        self._check_gradients(record)
         return record
 
-    def _check_reached(self, record: EstimationRecord) -> None:
-        """Raise `LightPeftError` if the loss reached some blocks and not others: a plan would cut those away unseen."""
+    def _check_gradients(self, record: EstimationRecord) -> None:
+        """Raise `LightPeftError` if some blocks had no gradients, since a plan would remove them without evidence."""
         parts = zip(*(record.of_blocks(kind, "fisher") for kind in MASKED), strict=True)
         reached = [any(bool(scores.any()) for scores in of_block) for of_block in parts]
         require(
@@ -210,28 +215,28 @@ class Estimator:
 
     @functools.cached_property
     def _units(self) -> tuple[MaskedUnit, ...]:
-        """Kinds of units that the model has; heads and neurons in any case."""
+        """Kinds of masked units that the model has; heads and neurons are always among them."""
         routed = any(block.experts for block in self.blocks)
         return MASKED if routed else ("heads", "neurons")
 
     @functools.cached_property
     def _summed(self) -> dict[str, Criterion]:
-        """Of `_SUMMED`, what scores units that the model has."""
+        """Entries of `_SUMMED` whose criteria score units that the model has."""
         there = {*self._units, "ranks"}
         return {key: criterion for key, criterion in _SUMMED.items() if not there.isdisjoint(criterion.units)}
 
     def _at_boundary(self) -> bool:
         return self.steps in (self._first_length // 2, self.length)
 
-    def _go_on_to_learn(self) -> None:
-        """Make the stage longer by what it scores at least, if it would end with too little learned."""
+    def _extend_to_learn(self) -> None:
+        """Extend the stage by the steps of its scored half if it would end before the model has learned enough."""
         longer = self.length + scored_steps(self._first_length)
         if self.steps == self.length and longer <= self._longest and not self._has_learned:
             self.length = longer
 
     @property
     def learned(self) -> float | None:
-        """What the model had learned in the last window of steps, as `learned_of` has it; None: not known."""
+        """Fraction of the baseline loss that was gone in the last window of steps (`learned_of`); None: not known."""
         return learned_of(self._windows[-1].sums["losses"]) if self._windows else None
 
     @property
@@ -239,7 +244,7 @@ class Estimator:
         return self.learned is None or self.learned >= ENOUGH_LEARNED
 
     def _ratios_due(self) -> bool:
-        """Whether the step under way measures the modules' ratios: each window's first one does."""
+        """Return whether the current step measures the modules' ratios; the first step of each window does."""
         return (self.steps - self._window_start) % RATIO_EVERY == 0
 
     @property
@@ -253,7 +258,7 @@ class Estimator:
         return {key: torch.zeros(count, device=self.masks.values.device) for key, count in counts.items()}
 
     def _close_window(self) -> None:
-        """Move the sums of the steps since the last boundary to the host."""
+        """Move the sums since the last boundary to the host."""
         self.check_finite()
         modules = _sum_over_processes(self._modules.sums.clone())
         sums = {name: value.cpu() for name, value in {**self._sums, "modules": modules}.items()}
@@ -277,7 +282,7 @@ class Estimator:
         )
 
     def _unit_scores(self, sums: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
-        """Scores of heads, neurons and experts under every criterion, keyed as in `EstimationRecord`."""
+        """Compute the scores of heads, neurons and experts by every criterion, with keys as in `EstimationRecord`."""
         facts: Facts = {"masks": self.masks.values.detach().cpu(), "squares": self._squares}
         facts |= {"count": len(self.masks.values), "generator": torch.Generator().manual_seed(0)}
         scores: dict[str, Tensor] = {}
@@ -289,7 +294,7 @@ class Estimator:
         return scores
 
     def _site_scores(self, sums: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
-        """Scores of PEFT modules and of their ranks under every criterion, keyed as in `EstimationRecord`."""
+        """Compute the scores of PEFT modules and ranks under every criterion, with keys as in `EstimationRecord`."""
         sizes, random = [site.spec.rank for site in self.sites], torch.Generator().manual_seed(0)
         means = {key: (sums[key] / steps).split(sizes) for key in self._summed if key.startswith("ranks/")}
         facts: Facts = {"ratios": sums["modules"], "rank_taylor": means["ranks/taylor"]}
@@ -305,7 +310,7 @@ class Estimator:
     @functools.cached_property
     @torch.no_grad()
     def _squares(self) -> Tensor:
-        """Sums of squared weights of all units, flat like the masks; once, because the base is frozen."""
+        """Sums of squared weights of all units, flat like the masks; computed once, because the base is frozen."""
         parts = [weight_squares(self.model, block) for block in self.blocks]
         return torch.cat([of_block[place] for place in range(len(MASKED)) for of_block in parts])
 
@@ -330,11 +335,11 @@ class Estimator:
     # -- resuming ------------------------------------------------------------------------------------------------
 
     def save_state(self, folder: str | Path, write: bool = True) -> None:
-        """Write all that a resumed stage needs into a trainer's checkpoint folder.
+        """Write the state of the stage into a trainer's checkpoint folder; call it in every process.
 
         Args:
             folder: an existing checkpoint; its other files stay.
-            write: off in all processes but one, which call this all the same, because sums are added up over them.
+            write: True in one process; the others only take part in sums over processes.
 
         Raises:
             LightPeftError: the folder cannot be written.
@@ -357,19 +362,19 @@ class Estimator:
         write_json(Path(folder) / _STEPS_FILE, state)
 
     def load_state(self, folder: str | Path) -> None:
-        """Go on from what `save_state` wrote; call it after `start`, in every process.
+        """Load a state that `save_state` wrote; call it after `start`, in every process.
 
         Raises:
-            LightPeftError: the folder holds no estimation state, or that of another model.
+            LightPeftError: the folder holds no estimation state, or the state of another model.
         """
         state = read_json(Path(folder) / _STEPS_FILE)
         tensors = read_tensors(Path(folder) / _STATE_FILE)
-        with understandable(folder):
-            self._take_state(state, tensors, folder)
+        with explain_content_errors(folder):
+            self._restore_state(state, tensors, folder)
 
-    def _take_state(self, state: dict[str, Any], tensors: dict[str, Tensor], folder: str | Path) -> None:
+    def _restore_state(self, state: dict[str, Any], tensors: dict[str, Tensor], folder: str | Path) -> None:
         same = tensors["values"].shape == self.masks.values.shape and tensors["modules"].shape[1] == len(self.sites)
-        require(same, f"{folder} holds the estimation state of another model")
+        require(same, f"{folder} holds the estimation state of another model; give a checkpoint of this one")
         with torch.no_grad():
             self.masks.values.copy_(tensors["values"])
         self._modules.sums.copy_(tensors["modules"] / _processes())
@@ -389,14 +394,14 @@ class Estimator:
 
 
 class _Window:
-    """Importance sums over the steps from `start` to `end`, on the host."""
+    """Importance sums over the steps from `start` to `end`, on the CPU."""
 
     def __init__(self, start: int, end: int, sums: dict[str, Tensor]) -> None:
         self.start, self.end, self.sums = start, end, sums
 
 
 def _matrices(site: Site) -> Facts:
-    """A and B of a PEFT module; of a kind that has none, ranks are all alike."""
+    """Return A and B of a PEFT module; for a kind without them, ones, so that all ranks score alike."""
     if site.down is None or site.up is None:
         return {"down": torch.ones(site.spec.rank, 1), "up": torch.ones(1, site.spec.rank)}
     return {"down": whole(site.down), "up": whole(site.up)}

@@ -1,4 +1,4 @@
-"""A hash of the base, by which a plan knows the model that it was made for."""
+"""Fingerprint of a base: a hash that connects plans and adapters to the base that they were made for."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ from lightpeft.plans.structure import BlockSpec
 
 
 def fingerprint(model: nn.Module, blocks: Sequence[BlockSpec], vocabulary: Vocabulary | None = None) -> str:
-    """A hash of the base: names, shapes and a sample of every prunable weight and of the input embeddings.
+    """Hash names, shapes and a sample of every prunable weight and of the input embeddings of a base.
 
-    With a vocabulary it is that of the base with these tokens alone, whether it has others still or not.
+    Values are sampled at fixed strides and rounded to bfloat16, so that a base in float32 and in bfloat16 agree, and a
+    large model takes milliseconds. Of quantised weights the integers are hashed, so a base in 4 bits differs.
 
-    Values are sampled at fixed strides and rounded to bfloat16, so a base loaded in float32 and in bfloat16 agree,
-    and a large model takes milliseconds. Of quantised weights the integers count, so a base in 4 bits is another one.
-    A model whose tensors have no storage has none: "".
+    Args:
+        vocabulary: hash the embeddings of these tokens only, whether the model still has others or not.
+
+    Returns:
+        The hash; "" for a model whose tensors have no storage.
     """
     if isinstance(_input_embeddings(transformers_model(model)), StandIn):
         return ""
@@ -37,17 +40,17 @@ def fingerprint(model: nn.Module, blocks: Sequence[BlockSpec], vocabulary: Vocab
 
 
 def check_stored(model: nn.Module) -> None:
-    """Refuse a model on the meta device, which has shapes and no weights.
+    """Check that all parameters of a model have storage.
 
     Raises:
-        LightPeftError: it is there, whole or in part.
+        LightPeftError: a parameter is on the meta device.
     """
     tensors = model.named_parameters()
     empty = next((name for name, tensor in tensors if tensor.is_meta and not isinstance(tensor, StandIn)), None)
     require(
         empty is None,
-        f"{empty} of this model is on the meta device, where nothing is stored; load the model with its weights "
-        "(from_pretrained, and no device_map that offloads)",
+        f"{empty} of this model is on the meta device, without values; load the model with its weights "
+        "(from_pretrained without a device_map that offloads)",
     )
 
 
@@ -60,19 +63,19 @@ def _weights(model: nn.Module, block: BlockSpec) -> Iterator[tuple[str, Tensor]]
 
 
 def weight_names(model: nn.Module, block: BlockSpec) -> list[str]:
-    """Names of the weights of a block that the fingerprint reads, in its order; the model may be without storage."""
+    """Return the names of the weights of a block that the fingerprint reads, in order; the model needs no storage."""
     return [name for name, _ in _weights(model, block)]
 
 
 def expert_weight(block: BlockSpec, name: str) -> str:
-    """The name that one of `ExpertLayer.weights` has in the model."""
+    """Return the name in the model of a weight of `ExpertLayer.weights`."""
     part, _, own = name.partition(".")
     return f"{block.expert_modules[part]}.{own}"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the fingerprint reads of a weight."""
+    """Shape and sampled values of a weight, for the fingerprint."""
 
     shape: torch.Size
     values: Tensor
@@ -80,13 +83,13 @@ class Sample:
 
 
 def sample(weight: Tensor) -> Sample:
-    """What the fingerprint reads of a weight, as a copy that does not hold on to it."""
+    """Copy the shape and sampled values of a weight for the fingerprint; the copy does not keep the weight alive."""
     values = weight.flatten()[:: max(1, weight.numel() // 1024)].to(torch.bfloat16).cpu()
     return Sample(weight.shape, values.clone())
 
 
 def digest_of(model: nn.Module, projections: Iterable[tuple[str, Sample]], vocabulary: Vocabulary | None = None) -> str:
-    """The fingerprint of a base whose prunable weights were sampled before; its input embeddings are sampled here."""
+    """Compute the fingerprint from samples of the prunable weights; the input embeddings are sampled here."""
     digest = hashlib.sha256()
     embeddings = _input_embeddings(transformers_model(model)).detach()
     if vocabulary is not None:
@@ -98,7 +101,7 @@ def digest_of(model: nn.Module, projections: Iterable[tuple[str, Sample]], vocab
 
 
 def _input_embeddings(model: PreTrainedModel) -> Tensor:
-    """Weights that the input meets first: embeddings of tokens, of image patches or of sound frames."""
+    """Return the weights that read the input: embeddings of tokens, of image patches or of sound frames."""
     try:
         return next(base_layer(model.get_input_embeddings()).parameters())
     except NotImplementedError:  # models that read raw sound

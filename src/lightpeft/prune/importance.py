@@ -1,5 +1,5 @@
-"""What importance is computed from: of PEFT modules and ranks read from what training computes anyway, by hooks and
-without a matrix product more; of heads and neurons the norms of their weights."""
+"""Inputs of importance scores: hooks on training for PEFT modules and ranks, without further matrix products, and norms
+of the weights of heads and neurons."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch.utils.hooks import RemovableHandle
 from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.linears.registry import dense_weight
 from lightpeft.models.unwrap import base_linear, transformers_model
-from lightpeft.peft_kinds.sites.base import Report, Site
+from lightpeft.peft_kinds.sites.base import ReportOutputs, Site
 from lightpeft.plans import scoring
 from lightpeft.plans.layout import squared_norms
 from lightpeft.plans.structure import KEY_VALUE_SLOTS, BlockSpec
 
 
 class RealTokens:
-    """Which tokens of the batch under way are no padding, for whoever hooks a layer inside the model.
+    """Mask of the current batch's tokens that are no padding, for hooks on layers inside the model.
 
-    Padding is known from the `attention_mask` that the model is called with, that of a decoder beside an encoder from
+    It comes from the `attention_mask` that the model is called with, and for the decoder of an encoder-decoder from
     `decoder_attention_mask` or, without one, from the labels.
     """
 
@@ -32,26 +32,26 @@ class RealTokens:
         self._handle = model.register_forward_pre_hook(self._begin, with_kwargs=True)
 
     def of(self, block: BlockSpec, slot: str | None) -> Tensor | None:
-        """1 for the real tokens that a projection sees, [batch, length]; None: all are real."""
+        """Return 1 for the real tokens in the input of a projection, [batch, length]; None: all are real."""
         return self._masks[_reads_decoder(block, slot)]
 
     def remove(self) -> None:
-        """Take the hook off the model."""
+        """Remove the hook from the model."""
         self._handle.remove()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if _reads_options(args, kwargs) and mask is not None:
-            mask = mask.flatten(0, 1)  # as the model flattens what its blocks see
+            mask = mask.flatten(0, 1)  # as the model flattens the inputs of its blocks
         self._masks = {False: _token_mask(mask), True: _decoder_mask(kwargs)}
 
 
 class ModuleObserver:
-    """Sums of `||delta_M(x)|| / ||base_M(x)||` over real tokens, per site, on the device, without host copies.
+    """Sums of `||delta_M(x)|| / ||base_M(x)||` over real tokens, per PEFT module, on the device, without host copies.
 
-    The norms come from the outputs that the forward pass makes. Only training-mode forward passes with gradients count,
-    and each once: what gradient checkpointing computes again in the backward pass is outside the model's forward.
-    Modules are watched in the passes that count and let alone in the others, where they compute as fast as they can.
+    The norms come from the outputs of the forward pass. Only training-mode forward passes with gradients count, each
+    once: recomputation by gradient checkpointing happens in the backward pass, outside the model's forward. Hooks are
+    on the modules only in passes that count, so that all other passes run at full speed.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ModuleObserver:
     ) -> None:
         """
         Args:
-            due: whether the training step under way counts.
+            due: returns whether the current training step counts.
         """
         self.sites = list(sites)
         self._blocks = [blocks[site.spec.block] for site in sites]  # type: ignore[index]
@@ -79,23 +79,23 @@ class ModuleObserver:
         ]
 
     def detach(self) -> None:
-        """Take all hooks off the model."""
+        """Remove all hooks from the model."""
         self._watch(False)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # asked here, because reentrant checkpointing switches gradients off inside
+        # checked here, because reentrant checkpointing switches gradients off inside
         self._counting = module.training and torch.is_grad_enabled() and self._due()
         self._watch(self._counting)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # the hooks stay until the next pass: checkpointing has to compute this one again in the same way
+        # the hooks stay until the next pass, because checkpointing has to recompute this one in the same way
         self._counting = False
 
     def _watch(self, wanted: bool) -> None:
-        """Put the hooks on the modules, or take them off."""
+        """Put the hooks on the modules, or remove them."""
         if wanted and not self._watching:
             for index, site in enumerate(self.sites):
                 self._watching.extend(site.observe(self._adder(index), lambda: self._counting))
@@ -104,7 +104,7 @@ class ModuleObserver:
                 handle.remove()
             self._watching.clear()
 
-    def _adder(self, index: int) -> Report:
+    def _adder(self, index: int) -> ReportOutputs:
         @torch.no_grad()
         def add(delta: Tensor, reference: Tensor, scaling: float) -> None:
             real = self._real.of(self._blocks[index], self.sites[index].spec.slot)
@@ -116,12 +116,12 @@ class ModuleObserver:
 
 
 def _reads_decoder(block: BlockSpec, slot: str | None) -> bool:
-    """Whether a projection sees the decoder's tokens in an encoder-decoder; cross-attention's k and v do not."""
+    """Return whether a projection of an encoder-decoder reads the decoder's tokens, unlike k, v of cross-attention."""
     return block.role == "decoder" or (block.role == "cross" and slot not in KEY_VALUE_SLOTS)
 
 
 def _reads_options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the model reads options of questions, [batch, options, length]."""
+    """Return whether the model is called with options of questions, [batch, options, length]."""
     ids = kwargs.get("input_ids", args[0] if args else None)
     return isinstance(ids, Tensor) and ids.dim() == 3
 
@@ -136,10 +136,10 @@ def _decoder_mask(kwargs: dict[str, Any]) -> Tensor | None:
 
 
 class RankObserver:
-    """Signed rank Taylor terms of the step under way, read from the gradients on their way to the parameters.
+    """Signed rank Taylor terms of the current step, computed in gradient hooks of the parameters.
 
-    They are linear in the gradient, so that those of a step are the sum of its micro-batches'. What is done to
-    gradients afterwards (clipping, and sharing among processes) is not seen.
+    The terms are linear in the gradient, so those of a step are the sum over its micro-batches. Later changes of the
+    gradients (clipping, reduction over processes) are not included.
     """
 
     def __init__(self, sites: Sequence[Site]) -> None:
@@ -163,7 +163,7 @@ class RankObserver:
         self._handles.append(parameter.register_hook(hook))
 
     def take_terms(self) -> Tensor:
-        """The step's terms, flat: those of A for the ranks of all sites, then those of B."""
+        """Return the terms of the step, flat, and reset them: those of A for the ranks of all modules, then of B."""
         device = self.sites[0].device
         ranks = 2 * [site.spec.rank for site in self.sites]
         terms = [
@@ -174,7 +174,7 @@ class RankObserver:
         return torch.cat(terms)
 
     def detach(self) -> None:
-        """Take all hooks off the parameters."""
+        """Remove all hooks from the parameters."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -182,11 +182,11 @@ class RankObserver:
 
 @torch.no_grad()
 def weight_squares(model: nn.Module, block: BlockSpec) -> tuple[Tensor, ...]:
-    """Sums of squares of the weights of a block's query heads (with their share of the KV group's rows), neurons,
-    experts and the neurons inside these.
+    """Sum up the squared weights of a block's query heads (with their KV group's rows), neurons, experts and neurons of
+    experts.
 
     Returns:
-        One [units] tensor a kind in the order of `MASKED`, float32, on the CPU.
+        One [units] tensor for each kind in the order of `MASKED`, float32, on the CPU.
     """
     heads, neurons = torch.zeros(block.heads), torch.zeros(block.neurons)
     for slot, name in block.projections.items():

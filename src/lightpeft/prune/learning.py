@@ -1,6 +1,6 @@
-"""What estimation has taught the model: its loss beside that of an answer by the frequencies of labels.
+"""Learning progress of estimation: the loss of the model compared with that of the label frequencies.
 
-Scores of a model that has learned nothing know nothing of the task, and a cut by them looks cheap whatever it takes.
+Scores of a model that has learned nothing say nothing about the task, and pruning by them looks cheap at any amount.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import EstimationRecord
 
 LEAST_LEARNED = 0.05
-"""Part of the loss of an answer by the frequencies of labels that estimation has to have taken away: a model that does
-no better has nothing to lose yet."""
+"""Minimum fraction by which estimation has to get below the loss of the label frequencies, without a warning."""
 FEWEST_TELLING = 100
-"""Rows that it takes at least to tell whether a model does better than the frequencies of labels."""
+"""Minimum number of rows for a comparison with the label frequencies."""
 
 
 class LossObserver:
-    """Sums of what a model that gives a row one of several classes loses and is to answer, without host copies.
+    """Sums of the loss and of the labels of a classifier in training, on the device, without host copies.
 
-    Read from what training calls the model with, and gets from it. Of other models, and where the loss is made outside
+    A hook reads labels and loss from the calls of the model. For other models, and where the loss is computed outside
     of the model, the sums stay zero.
     """
 
@@ -35,12 +34,12 @@ class LossObserver:
         self._handle = model.register_forward_hook(self._add, with_kwargs=True)
 
     def take(self) -> Tensor:
-        """The step's sums, [1 + classes]: the loss in nats over its rows, and the rows of each class."""
+        """Return the sums of the step and reset them, [1 + classes]: loss in nats over its rows, rows of each class."""
         taken, self._sums = self._sums, torch.zeros_like(self._sums)
         return taken
 
     def detach(self) -> None:
-        """Take the hook off the model."""
+        """Remove the hook from the model."""
         self._handle.remove()
 
     @torch.no_grad()
@@ -54,24 +53,24 @@ class LossObserver:
 
 
 def classes_of(model: nn.Module) -> int:
-    """How many classes a model knows; 0 where it gives a row none."""
+    """Return the number of classes of a classifier; 0 for other models."""
     classes = getattr(transformers_model(model).config, "num_labels", 0)
     return classes if classes > 1 else 0
 
 
 def one_of_several(labels: Tensor) -> bool:
-    """Whether labels give a row one of several classes."""
+    """Return whether labels are class numbers, one for each row."""
     return labels.dim() == 1 and not labels.is_floating_point()
 
 
 def learned_of(sums: Tensor) -> float | None:
-    """The part that is gone of the loss of an answer by the frequencies of labels.
+    """Compute the fraction by which the loss is below that of the label frequencies.
 
     Args:
-        sums: as `LossObserver.take` gives them, of any number of steps.
+        sums: sums of `LossObserver.take` over any number of steps.
 
     Returns:
-        None where too few losses were seen to tell, or all rows had one label.
+        None for too few rows, or if all rows have one label.
     """
     loss, of_classes = float(sums[0]), sums[1:].double()
     rows = float(of_classes.sum())
@@ -80,25 +79,25 @@ def learned_of(sums: Tensor) -> float | None:
 
 
 def loss_by_frequencies(of_classes: Tensor) -> float:
-    """The loss, in nats, of an answer that gives every class the part of the rows that it has.
+    """Compute the loss in nats of predicting the label frequencies (their entropy).
 
     Args:
-        of_classes: rows of each class, [classes].
+        of_classes: number of rows of each class, [classes].
     """
     return float(torch.special.entr(of_classes.double() / of_classes.sum()).sum())
 
 
 def unlearned_warning(record: EstimationRecord) -> str | None:
-    """What to say before a cut by the scores of a model that has learned next to nothing; None: it has, or who knows.
+    """Return a warning about scores of a model that has hardly learned its task; None: it has, or it is not known.
 
-    On CoLA, where that was so, a cut of 60% of the blocks cost MPNet-base nearly all of its Matthews' correlation
+    On CoLA, where the model had not, removing 60% of the blocks cost MPNet-base nearly all of its Matthews correlation
     (docs/explanation/results.md).
     """
     learned = record.meta.get("learned")
     if learned is None or learned >= LEAST_LEARNED:
         return None
-    beside = f"{abs(learned):.1%} {'below' if learned > 0 else 'above'} that of an answer by the frequencies of labels"
+    beside = f"{abs(learned):.1%} {'below' if learned > 0 else 'above'} that of the label frequencies"
     return (
-        f"the model had hardly learned the task when it was cut (a loss {beside}, after {record.meta['steps']} steps), "
-        "so its scores say little; estimate for longer (light.estimate.length), or cut less (light: 0.2)"
+        f"the model had hardly learned the task when it was cut (loss {beside} after {record.meta['steps']} steps), "
+        "so its scores are unreliable; estimate for longer (light.estimate.length), or remove less (light: 0.2)"
     )

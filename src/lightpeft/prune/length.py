@@ -1,4 +1,4 @@
-"""How long the estimation stage goes on, and what is too short to be trusted."""
+"""Length of the estimation stage, and its minimum for reliable scores."""
 
 from __future__ import annotations
 
@@ -8,104 +8,111 @@ from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.training.schedule import Pace, scored_steps
 
-PART, LEAST_STEPS = 0.075, 32
-"""`light.estimate.length: auto`: part of the run, and steps at least, so that a short run has something to score."""
+AUTO_PART, LEAST_STEPS = 0.075, 32
+"""`light.estimate.length: auto`: fraction of the run, and minimum number of steps, so that short runs are scored."""
 ENOUGH_LEARNED = 0.1
-"""Part of the loss of an answer by the frequencies of labels that a stage of that length takes away, where the model
-gives a row one of several classes; it goes on for it."""
+"""Fraction by which an `auto` stage of a classifier has to lower the loss of the label frequencies; it is extended
+until then."""
 MOST_PART = 0.3
-"""Part of the run at which it stops at the latest; only `LEAST_EXAMPLES` may take more."""
+"""Maximum length of an `auto` stage as a fraction of the run; only `LEAST_EXAMPLES` may exceed it."""
 LEAST_EXAMPLES = 256
-"""Examples, repeated ones included, that the stage's second half scores at least: a stage whose length is auto or a
-part of the run is longer for it, and from fewer no plan is made. A number of steps is taken at its word."""
+"""Minimum number of examples, repeated ones included, that the stage's second half scores. A stage whose length is auto
+or a fraction is extended for it, and fewer examples make no plan. A length in steps is not changed."""
 MOST_OF_SHORT = 0.5
-"""Part of a run that estimation may take to score these, over `MOST_PART`: a short run is better cut in its middle than
-not at all."""
+"""Maximum fraction of the run to score `LEAST_EXAMPLES`: a short run is better pruned in its middle than not at all."""
 
 
 @dataclass(frozen=True)
-class Stage:
-    """How long an estimation takes."""
+class StageLength:
+    """Length of an estimation stage."""
 
     steps: int
-    """Optimizer steps; 0 where all stays."""
+    """Optimizer steps; 0 if the settings remove nothing."""
     longest: int
-    """Steps that it may go on to where it has taught too little."""
+    """Maximum number of steps if the model has not learned enough."""
 
 
-def fitted(light: LightConfig, pace: Pace | None, steps: int, last: int = 0, longer: str = "training.epochs") -> Stage:
-    """The stage of a run of so many steps, long enough to be trusted.
+def fit_stage(
+    light: LightConfig, pace: Pace | None, steps: int, last: int = 0, longer: str = "training.epochs"
+) -> StageLength:
+    """Compute the stage of a run of `steps` steps, long enough for reliable scores.
 
     Args:
-        last: how many of these the light model leaves to the whole one.
-        longer: the setting that makes training longer, as the caller knows it.
+        pace: rows of a step and of an epoch; None: not known, so the number of examples is not checked.
+        last: number of steps at the end of the run that train at full width.
+        longer: name of the setting that makes training longer, for the error message.
 
     Raises:
-        LightPeftError: it would leave no steps to train with, or score too little to be trusted.
+        LightPeftError: estimation would leave no steps for training, or score too few examples.
     """
     if not light.chooses:
-        return Stage(0, 0)
+        return StageLength(0, 0)
     enough = 2 if pace is None else max(2, pace.enough_steps(LEAST_EXAMPLES, steps))
     stage = stage_of(light, steps, enough)
     besides = f" and {last} at full width leave" if last else " leaves"
     shorten = "shorten light.estimate.length" + (" or light.after.full_width_steps" if last else "")
-    none_left = f"estimation of {stage.steps} steps{besides} none of the run's {steps}; {shorten}"
+    none_left = f"estimation of {stage.steps} steps{besides} none of the run's {steps} steps; {shorten}"
     require(stage.steps + last < steps, none_left)
     if pace is not None:
         check_examples(light, pace.least_examples(scored_steps(stage.steps)), longer)
     return stage
 
 
-def able(
+def remove_nothing_if_short(
     light: LightConfig, pace: Pace | None, steps: int, longer: str = "training.epochs"
 ) -> tuple[LightConfig, str | None]:
-    """The settings of a run that is long enough to estimate with them; of one that is not, and whose amount is to be
-    found, settings that remove nothing, and why."""
+    """Replace an `auto` amount by settings that remove nothing if the run is too short for estimation.
+
+    Returns:
+        The settings, and the reason if they were replaced.
+    """
     if not light.is_auto:
         return light, None
     try:
-        fitted(light, pace, steps, longer=longer)
+        fit_stage(light, pace, steps, longer=longer)
     except LightPeftError as error:
         return light.removing_nothing(), str(error)
     return light, None
 
 
-def stage_of(light: LightConfig, total_steps: int | None, enough: int = 2) -> Stage:
-    """The stage by its settings.
+def stage_of(light: LightConfig, total_steps: int | None, enough: int = 2) -> StageLength:
+    """Compute the stage from its settings.
 
     Args:
-        total_steps: of the whole run, of which a length may be a part.
-        enough: steps that score `LEAST_EXAMPLES`.
+        total_steps: steps of the whole run, which a fractional length refers to; None: not known.
+        enough: number of steps that score `LEAST_EXAMPLES`.
 
     Raises:
         LightPeftError: the length needs `total_steps`, or the stage would be longer than the run.
     """
     length = light.estimate.length
     if not light.chooses:
-        return Stage(0, 0)
+        return StageLength(0, 0)
     if isinstance(length, int):
-        longer = f"estimation of {length} steps is longer than the run of {total_steps}; shorten it or train longer"
+        longer = f"estimation of {length} steps is longer than the run of {total_steps}; shorten it, or train longer"
         require(total_steps is None or length <= total_steps, longer)
-        return Stage(length, length)
+        return StageLength(length, length)
     if total_steps is None:
-        raise LightPeftError(f"light.estimate.length {length} needs the number of steps of the whole run")
+        raise LightPeftError(f"light.estimate.length {length} needs the steps of the whole run; give total_steps")
     auto = not isinstance(length, float)
-    part, least = (length, 2) if isinstance(length, float) else (PART, LEAST_STEPS)
-    most = _part(max(MOST_PART, enough / total_steps if enough <= MOST_OF_SHORT * total_steps else 0.0), total_steps)
-    steps = max(_part(part, total_steps), min(max(least, enough), most))
+    part, least = (length, 2) if isinstance(length, float) else (AUTO_PART, LEAST_STEPS)
+    most = _part_of_steps(
+        max(MOST_PART, enough / total_steps if enough <= MOST_OF_SHORT * total_steps else 0.0), total_steps
+    )
+    steps = max(_part_of_steps(part, total_steps), min(max(least, enough), most))
     require(steps <= total_steps, f"estimation of {steps} steps is longer than the run of {total_steps}; train longer")
     room = min(most, total_steps - light.last_steps(total_steps) - 1)
-    return Stage(steps, max(steps, room) if auto else steps)
+    return StageLength(steps, max(steps, room) if auto else steps)
 
 
 def check_examples(light: LightConfig, examples: int, longer: str = "training.epochs") -> None:
-    """Refuse scores of next to nothing, unless somebody asked for just so many steps.
+    """Check that estimation scores enough examples, unless its length was given in steps.
 
     Args:
-        longer: the setting that makes training longer, as the caller knows it.
+        longer: name of the setting that makes training longer, for the error message.
 
     Raises:
-        LightPeftError: fewer than `LEAST_EXAMPLES`.
+        LightPeftError: there are fewer than `LEAST_EXAMPLES`.
     """
     line = few_examples(light, examples)
     asked = isinstance(light.estimate.length, int)
@@ -113,14 +120,14 @@ def check_examples(light: LightConfig, examples: int, longer: str = "training.ep
 
 
 def few_examples(light: LightConfig, examples: int) -> str | None:
-    """What to say of a plan from so many examples, which is little better than chance if they are few; None: nothing.
+    """Return a warning about scores of too few examples, whose plans are little better than random; None: enough.
 
     On movie reviews plans from 128 or fewer cost 2 to 6 points (docs/explanation/results.md#short-runs-and-few-rows).
     """
     if examples >= LEAST_EXAMPLES or not light.chooses:
         return None
-    return f"estimation scores {examples} examples, and from fewer than {LEAST_EXAMPLES} no plan is to be trusted"
+    return f"estimation scores {examples} examples, too few for a reliable plan, which needs {LEAST_EXAMPLES}"
 
 
-def _part(fraction: float, total_steps: int) -> int:
+def _part_of_steps(fraction: float, total_steps: int) -> int:
     return max(2, int(fraction * total_steps + 0.5))

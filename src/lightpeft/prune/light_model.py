@@ -1,4 +1,4 @@
-"""The live light model: a pruned `PeftModel` that knows its plan and saves itself with it."""
+"""The live light model: a pruned `PeftModel` with its plan, which it saves with its weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import replacing_folder, understandable
+from lightpeft.files import explain_content_errors, replacing_folder
 from lightpeft.models.all_weights import trained_weights
 from lightpeft.models.repositories import Token
 from lightpeft.models.unwrap import transformers_model
@@ -19,39 +19,44 @@ from lightpeft.plans.records import PrunePlan
 
 
 class LightModel(PeftModel):
-    """A pruned `PeftModel`. It trains, generates and merges as one; `save_pretrained` writes a light adapter."""
+    """A pruned `PeftModel`, which trains, generates and merges like others; `save_pretrained` writes a light adapter.
+
+    Example:
+        model = load_light("adapter")
+        print(model.light_plan.summary())
+        model.save_pretrained("copy")
+    """
 
     light_plan: PrunePlan
-    """Which units of the dense base are here."""
+    """Units of the dense base that this model keeps."""
     light_metrics: dict[str, Any]
-    """What was measured of this model; saved with it."""
+    """Metrics of this model by name; saved with it."""
     light_intervals: dict[str, Any]
-    """95% intervals of some of that: name -> (low, high) or None."""
+    """95% confidence intervals of some metrics: name -> (low, high) or None."""
     light_task: dict[str, Any]
-    """How inputs are read (task kind, columns, length); saved with it, empty if unknown."""
+    """Format of the inputs (task kind, columns, length); saved with it, empty if unknown."""
 
     def save_pretrained(self, save_directory: str | Path, *, is_main_process: bool = True, **kwargs: Any) -> None:
-        """Write a light adapter: PEFT's own two files, `lightpeft.json` and a model card.
+        """Write a light adapter: PEFT's two files, `lightpeft.json` and a model card.
 
-        Where all weights trained (`light.train: all`), these too, in a file of their own.
-        Of a model with fewer tokens, also which these are; no embeddings. Where anything of the base is cut, PEFT's own
-        loader refuses the folder (`sites.hide_config`). The reference of one of TRL's trainers, beside the adapter, is
-        not written.
+        If all weights trained (`light.train: all`), a further file holds them. If the vocabulary was reduced, a further
+        file lists its tokens; embeddings are not written. PEFT's own loader refuses the folder if the base was cut
+        (`hide_config`). The reference adapter of TRL's trainers is not written.
 
         Raises:
-            LightPeftError: there are other adapters, or the folder cannot be written (for example: disk full); no file
-                is half-written.
+            LightPeftError: the model has other adapters, or the folder cannot be written (for example: disk full); no
+                file is half-written.
         """
-        require(kwargs.get("safe_serialization", True), "a light adapter is written as safetensors, never as pickle")
+        require(kwargs.get("safe_serialization", True), "light adapters need safetensors; leave safe_serialization on")
         name = own_adapter(self)
         selected = kwargs.pop("selected_adapters", None) or [name]
-        several = f"a light adapter has one adapter, {name}; it cannot be saved with {', '.join(selected)}"
+        several = f"a light adapter holds one adapter; select {name} instead of {', '.join(selected)}"
         require(list(selected) == [name], several)
         if not is_main_process:
             return
         vocabulary = vocabulary_of(transformers_model(self))
         if vocabulary is not None:
-            kwargs["save_embedding_layers"] = False  # PEFT takes them for trained, as there are fewer than in the base
+            kwargs["save_embedding_layers"] = False  # PEFT takes resized embeddings for trained ones
         from lightpeft.saving.adapter_files import DESCRIPTION, FILES, write_beside
         from lightpeft.saving.description import facts_of
         from lightpeft.saving.kept_weights import write_kept
@@ -65,12 +70,12 @@ class LightModel(PeftModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
-        """PEFT's way to load an adapter, which knows no plan.
+        """Refuse PEFT's way to load an adapter, which applies no plan; use `lightpeft.load_light`.
 
         Raises:
-            LightPeftError: always; it names the function that loads a light adapter.
+            LightPeftError: always.
         """
-        raise LightPeftError("LightModel.from_pretrained knows no plan; use lightpeft.load_light(folder, base)")
+        raise LightPeftError("LightModel.from_pretrained applies no plan; use lightpeft.load_light(folder, base)")
 
     def push_to_hub(
         self,
@@ -82,21 +87,24 @@ class LightModel(PeftModel):
         commit_message: str | None = None,
         **options: Any,
     ) -> str:
-        """Send the light adapter, as `save_pretrained` writes it, to the hub.
+        """Upload the light adapter to the hub, with the files of `save_pretrained`.
+
+        Example:
+            model.push_to_hub("owner/reviews-light", private=True)
 
         Args:
-            repo_id: owner/name of a repository, which is made if it is not there.
-            private: whether one that is made is to be read by its owner alone; None: as the owner's usual.
-            revision: branch, which is made if it is not there; None: the main branch.
-            token: of an account that may write there; None: the one that is logged in.
-            commit_message: says what is new.
-            options: of `save_pretrained`.
+            repo_id: owner/name of a repository, which is created if it does not exist.
+            private: visibility of a repository that is created; None: the default of the owner.
+            revision: branch, which is created if it does not exist; None: the main branch.
+            token: access token of an account with write access; None: the account that is logged in.
+            commit_message: message of the commit.
+            options: arguments of `save_pretrained`.
 
         Returns:
-            Where the commit is.
+            URL of the commit.
 
         Raises:
-            LightPeftError: it cannot be sent.
+            LightPeftError: the upload failed.
         """
         from lightpeft.saving.uploading import send
 
@@ -106,19 +114,19 @@ class LightModel(PeftModel):
         return send(write, repo_id, private=private, revision=revision, token=token, commit_message=commit_message)
 
     def load_adapter(self, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's `load_adapter`, of weights for the units that are here, as in a trainer's checkpoint of this model.
+        """Load weights for the kept units with PEFT's `load_adapter`, such as those of a trainer's checkpoint.
 
         Raises:
-            LightPeftError: they are a light adapter's with another plan.
+            LightPeftError: the folder holds a light adapter with another plan.
         """
         from lightpeft.saving.adapter_files import DESCRIPTION, read_description
         from lightpeft.saving.kept_weights import read_kept
 
         folder = Path(model_id)
         if (folder / DESCRIPTION).is_file():
-            with understandable(folder / DESCRIPTION):
+            with explain_content_errors(folder / DESCRIPTION):
                 plan = PrunePlan.from_dict(read_description(folder)["plan"])
-            other = f"{folder} is for other units of the base than are here; load_light(folder) gives its own"
+            other = f"{folder} is a light adapter with another plan; load it with lightpeft.load_light(folder)"
             require(plan == self.light_plan, other)
         loaded = super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
         if self.light_plan.train == "all":
@@ -126,17 +134,18 @@ class LightModel(PeftModel):
         return loaded
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
-        """PEFT's `merge_and_unload`: a plain transformers model, pruned, that saves itself so that it can be loaded.
+        """Merge the PEFT weights with PEFT's `merge_and_unload`, and return the pruned transformers model.
 
-        If its layers are all equally wide and its config can say so, by transformers; else by `load_merged`.
+        Its `save_pretrained` writes a folder for transformers' `from_pretrained` if the config of the family can
+        describe the pruned layers, else one for `lightpeft.load_merged`.
         """
-        return self._settled(self.base_model.merge_and_unload(*args, **kwargs))
+        return self._make_savable(self.base_model.merge_and_unload(*args, **kwargs))
 
     def unload(self) -> PreTrainedModel:
-        """PEFT's `unload`: the same without the adapter, the pruned base alone."""
-        return self._settled(self.base_model.unload())
+        """Remove the PEFT modules with PEFT's `unload`, and return the pruned base."""
+        return self._make_savable(self.base_model.unload())
 
-    def _settled(self, whole: PreTrainedModel) -> PreTrainedModel:
+    def _make_savable(self, whole: PreTrainedModel) -> PreTrainedModel:
         from lightpeft.saving.description import facts_of, unmeasured
         from lightpeft.saving.whole import settle
 
@@ -145,7 +154,7 @@ class LightModel(PeftModel):
 
 
 def _move_up(folder: Path) -> None:
-    """Move the files of an adapter that is not called "default" to where PEFT writes those of one that is."""
+    """Move the files of an adapter with a name other than "default" from its subfolder to the parent folder."""
     if folder.is_dir():
         for file in folder.iterdir():
             file.replace(folder.parent / file.name)
@@ -159,7 +168,7 @@ def as_light(
     task: dict[str, Any] | None = None,
     intervals: dict[str, Any] | None = None,
 ) -> LightModel:
-    """Make a pruned `PeftModel` one that saves itself as a light adapter; same object, same weights."""
+    """Turn a pruned `PeftModel` into a `LightModel` in place, without changing its weights."""
     kind = type(model)
     if not issubclass(kind, LightModel):
         # the model keeps its own class (for sequence classification, causal LM, ...) with `save_pretrained` before it,

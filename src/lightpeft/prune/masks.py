@@ -1,4 +1,4 @@
-"""Masks on heads, neurons and experts as hooks: no forked model code, the attention backend stays as chosen."""
+"""Masks on heads, neurons and experts as hooks, without forked model code and with any attention backend."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ from lightpeft.plans.structure import MASKED, BlockSpec, MaskedUnit
 from lightpeft.prune.routing import ClosedRouter, Masked, MaskedExperts
 
 _KEPT_ANYWAY = ("relu", "linear")
-"""Activations of which autograd saves the output, or whose output is their input: nothing is gained by another pass."""
+"""Activations whose output autograd saves, or whose output is their input, so that recomputation saves nothing."""
 
 
 class UnitMasks:
     """One trainable scalar per query head, FFN neuron, routed expert and neuron inside these, all 1 at the start.
 
     As in Light-PEFT, section 3.2, they multiply the inputs of the attention-output and the FFN-output projections:
-    `attn(x) = sum_i m_A[i] * head_i(x) W_O[i]`, `ffn(x) = (m_F * act(x W_in)) W_out`; those of experts what `routing`
-    says. They are not parameters of the model, so checkpoints, weight decay and the user's optimizer never see them.
-    All of them live in one flat float32 tensor, `values` [heads of all blocks, then neurons, experts and neurons inside
-    experts of all blocks]; what is done to them at a step is a handful of vector operations, however many blocks there
-    are.
+    `attn(x) = sum_i m_A[i] * head_i(x) W_O[i]`, `ffn(x) = (m_F * act(x W_in)) W_out`; `routing` has the masks of
+    experts. Masks are no parameters of the model, so checkpoints, weight decay and the user's optimizer do not see
+    them. One flat float32 tensor, `values`, holds them all [heads of all blocks, then neurons, experts and neurons of
+    experts of all blocks], so that a step takes a few vector operations for any number of blocks.
     """
 
     def __init__(self, blocks: Sequence[BlockSpec], device: torch.device | str = "cpu") -> None:
@@ -44,8 +43,8 @@ class UnitMasks:
         self._closed: list[Tensor | None] = [None for _ in blocks]
         self._batch = _Batch()
         self.examples = 0
-        """Examples of the step whose gradients were taken last."""
-        # leaves that share the storage of `values`: each block's gradient arrives apart, updates reach all at once
+        """Number of examples of the step whose gradients were taken last."""
+        # leaves that share the storage of `values`: gradients arrive block by block, one update changes all
         self._leaves = [part.detach().requires_grad_() for part in self.values.split(self.sizes)]
         self._handles: list[Any] = []
 
@@ -60,7 +59,7 @@ class UnitMasks:
         return self._of_kinds(self._leaves)["neurons"]
 
     def split(self, flat: Tensor) -> dict[MaskedUnit, list[Tensor]]:
-        """Views of a flat tensor like `values`: kind of unit -> one [units] tensor a block."""
+        """Split a flat tensor like `values` into views: kind of unit -> one [units] tensor for each block."""
         return self._of_kinds(list(flat.split(self.sizes)))
 
     def _of_kinds(self, parts: list[Tensor]) -> dict[MaskedUnit, list[Tensor]]:
@@ -68,7 +67,7 @@ class UnitMasks:
         return {kind: parts[place * count : (place + 1) * count] for place, kind in enumerate(MASKED)}
 
     def attach(self, model: nn.Module) -> None:
-        """Let the projections of a transformers model, or of a PeftModel around it, read the masks."""
+        """Hook the masks onto the projections of a transformers model, or of a PeftModel around it."""
         inner = transformers_model(model)
         self._batch.masked = adapter_in_use(model)
         self._handles.append(inner.register_forward_pre_hook(self._batch, with_kwargs=True))
@@ -100,25 +99,24 @@ class UnitMasks:
         self._handles += [experts, ClosedRouter(layer.router, lambda: self._closed[place])]
 
     def detach(self) -> None:
-        """Take the hooks off the model; it is as it was before `attach`."""
+        """Remove all hooks from the model."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def take_gradients(self) -> MaskGradients:
-        """The gradients since the last call, flat like `values`; zero where none arrived."""
+        """Return the gradients since the last call and reset them, flat like `values`; zero where none arrived."""
         parts = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves]
         for leaf in self._leaves:
             leaf.grad = None
-        # each example's gradient has arrived as a part of the mean: divided by the examples of the step
+        # the gradient of each example is its share of the mean, so it is divided by the examples of the step
         self.examples = self._batch.taken()
         taken = MaskGradients(torch.cat(parts), self._tally[0].clone(), self._tally[1] * self.examples)
         self._tally.zero_()
         return taken
 
     def set_plan(self, plan: PrunePlan) -> None:
-        """Set the masks to 1 for units that stay and 0 for units that go, and let routers leave out experts that go:
-        the pruned model before any cut."""
+        """Simulate a plan: masks are 1 for units to keep and 0 for all others, and routers exclude removed experts."""
         kept = [getattr(block, kind) for kind in MASKED for block in plan.blocks]
         with torch.no_grad():
             for leaf, units in zip(self._leaves, kept, strict=True):
@@ -127,14 +125,14 @@ class UnitMasks:
 
 
 class _Batch:
-    """Forward pre-hook of the model: how many examples the batch under way has, and how many the step has so far."""
+    """Forward pre-hook of the model that counts the examples of the current batch and of the current step."""
 
     def __init__(self) -> None:
         self.examples, self._of_step = 1, 0
         self.masked: Callable[[], bool] = lambda: True
-        """Whether a pass is masked: not where it gives the reference that the model is trained against."""
+        """Function that returns whether the current pass is masked; passes of a frozen reference are not."""
         self.checkpointed = False
-        """Whether gradient checkpointing drops what the backward pass needs, and computes it again."""
+        """True if gradient checkpointing drops activations, and recomputes them in the backward pass."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
@@ -144,31 +142,31 @@ class _Batch:
             self._of_step += self.examples
 
     def taken(self) -> int:
-        """Examples of the step that ends here."""
+        """Return the number of examples of the step, and start counting the next step."""
         count, self._of_step = self._of_step, 0
         return count
 
     def split(self, products: Tensor) -> Tensor:
-        """[..., units] -> [examples, what belongs to an example, units].
+        """Split rows by example: [..., units] -> [examples, rows of one example, units].
 
-        Models may have made one dimension of examples and tokens (OPT), or of examples and options (multiple choice);
-        what belongs to an example is one piece of it. Where it cannot be told apart, all are one example.
+        Models may flatten examples and tokens (OPT), or examples and options (multiple choice), into one dimension, in
+        which the rows of an example are consecutive. If the rows cannot be divided evenly, they count as one example.
         """
         rows = products.flatten(0, -2)
         return rows.unflatten(0, (self.of_tokens(len(rows)), -1))
 
     def of_tokens(self, rows: int) -> int:
-        """How many examples so many rows are of."""
+        """Return the number of examples that `rows` rows belong to."""
         return self.examples if rows % self.examples == 0 else 1
 
 
 class _Scaler:
-    """Scales the `channels` of each unit in the input of an output projection, [..., units * channels].
+    """Scale the `channels` of each unit in the input of an output projection, [..., units * channels].
 
-    The backward pass needs that input twice: unscaled for the gradient of the mask, and scaled for that of a LoRA
-    module. Neither is kept: they are computed again from what other operations save anyway. Of attention that is its
-    output; of the FFN what its activation function takes, provided that the first call of each mode (training,
-    evaluation) has shown that this gives the same bits. benchmarks/README.md says what that saves.
+    The backward pass needs this input twice: unscaled for the gradient of the mask, and scaled for that of a LoRA
+    module. Neither is saved: both are recomputed from tensors that other operations save anyway. For attention that is
+    its output; for the FFN it is the input of the activation function, provided that the first call of each mode
+    (training, evaluation) gave the same bits. benchmarks/README.md has the memory that this saves.
     """
 
     def __init__(
@@ -185,14 +183,14 @@ class _Scaler:
         self._hooks: saved_tensors_hooks | None = None
 
     def attach(self, projection: nn.Module) -> list[RemovableHandle]:
-        """Scale what a projection takes."""
+        """Hook the scaling onto a projection; return the handles of the hooks."""
         return [
             projection.register_forward_pre_hook(self._begin),
             projection.register_forward_hook(self._end, always_call=True),
         ]
 
     def store_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Forward hook of the projections into the FFN (gate first, where there is one)."""
+        """Store the output of a projection into the FFN, as a forward hook (the gate comes first, if there is one)."""
         if self._reproducible.get(module.training, True):
             self._sources.append(output.detach())
 
@@ -202,14 +200,14 @@ class _Scaler:
         if not self.batch.masked():
             return args
         if module.training not in self._reproducible:
-            self._reproducible[module.training] = _activated(self.activation, sources, x.shape[-1]).equal(x)
+            self._reproducible[module.training] = _apply_activation(self.activation, sources, x.shape[-1]).equal(x)
         again = self._reproducible[module.training]
-        unscaled = _Unscaled(self.activation if again else None, x.shape[-1])
+        unscaled = _UnscaledInput(self.activation if again else None, x.shape[-1])
         sources = sources if again else [x.detach()]
-        scaled = _Scaled.apply(x, self.mask, self, unscaled, *sources)
+        scaled = _ScaleInput.apply(x, self.mask, self, unscaled, *sources)
         if torch.is_grad_enabled() and not self.batch.checkpointed:
-            # not the tensor itself, which every saved tensor would keep by its hooks
-            pack = partial(self._pack, _memory(scaled), unscaled, sources)
+            # not the tensor itself, which the hooks of every saved tensor would keep alive
+            pack = partial(self._pack, _memory_key(scaled), unscaled, sources)
             self._hooks = saved_tensors_hooks(pack, _unpack)
             self._hooks.__enter__()
         return scaled, *args[1:]
@@ -220,21 +218,21 @@ class _Scaler:
             self._hooks = None
 
     def _pack(
-        self, memory: object, unscaled: _Unscaled, sources: Sequence[Tensor], saved: Tensor
+        self, memory: object, unscaled: _UnscaledInput, sources: Sequence[Tensor], saved: Tensor
     ) -> Tensor | Callable[[], Tensor]:
-        """What is kept of a tensor that the projection saves: itself or, of its input, how to get it again."""
-        if memory is None or _memory(saved) != memory:
+        """Pack a tensor that autograd saves: return a function that recomputes it if it is the scaled input."""
+        if memory is None or _memory_key(saved) != memory:
             return saved
         shape = saved.shape
         return lambda: self.scaled(unscaled.of(sources)).view(shape)
 
     def scaled(self, x: Tensor) -> Tensor:
-        """`x` with every unit multiplied by its mask."""
+        """Multiply every unit of `x` by its mask."""
         mask = self.mask.to(x)
         return x * (mask.repeat_interleave(self.channels) if self.channels > 1 else mask)
 
     def gradient_of_mask(self, products: Tensor) -> Tensor:
-        """Sum over tokens and channels of input times gradient, [units]; every example's own goes into the tally."""
+        """Sum input times gradient over tokens and channels, [units]; add the sums of single examples to the tally."""
         of_channels = _sum_of_tokens(self.batch.split(products))
         of_examples = of_channels.unflatten(-1, (-1, self.channels)).sum(-1) if self.channels > 1 else of_channels
         self.tally[0] += of_examples.abs().sum(0)
@@ -242,37 +240,39 @@ class _Scaler:
         return of_examples.sum(0)
 
 
-class _Unscaled:
-    """The input of one call of a projection as it was before scaling, computed again once for all that need it."""
+class _UnscaledInput:
+    """Unscaled input of one call of a projection, recomputed once for all users in the backward pass."""
 
     def __init__(self, activation: Callable[[Tensor], Tensor] | None, width: int) -> None:
         """
         Args:
-            activation: the FFN's; None: the source is the input itself.
-            width: channels of the input.
+            activation: activation function of the FFN; None: the source is the input itself.
+            width: number of channels of the input.
         """
         self.activation, self.width = activation, width
         self._x: Tensor | None = None
 
     def of(self, sources: Sequence[Tensor]) -> Tensor:
-        """The input, kept until it is taken."""
+        """Return the input, and keep it until `times` is called."""
         if self._x is None:
-            self._x = _activated(self.activation, sources, self.width) if self.activation else sources[0]
+            self._x = _apply_activation(self.activation, sources, self.width) if self.activation else sources[0]
         return self._x
 
     def times(self, gradient: Tensor, sources: Sequence[Tensor]) -> Tensor:
-        """Its product with a gradient, for the last that needs it; in the memory of what was computed again."""
+        """Multiply the input with a gradient, in place if it was recomputed, and forget the input."""
         x, self._x = self.of(sources), None
-        if x.dtype == torch.float16:  # where a scaled loss's gradients may be finite, and their products not
+        if x.dtype == torch.float16:  # finite gradients of a scaled loss may have infinite products
             return x.float() * gradient
         return x.mul_(gradient) if self.activation else gradient * x
 
 
-class _Scaled(torch.autograd.Function):
-    """`scaler.scaled(x)`; the last arguments are what x is computed from."""
+class _ScaleInput(torch.autograd.Function):
+    """Compute `scaler.scaled(x)`; the last arguments are the tensors that x is recomputed from."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor, scaler: _Scaler, unscaled: _Unscaled, *sources: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, mask: Tensor, scaler: _Scaler, unscaled: _UnscaledInput, *sources: Tensor
+    ) -> Tensor:
         ctx.scaler, ctx.unscaled = scaler, unscaled
         ctx.save_for_backward(*sources)
         return scaler.scaled(x)
@@ -285,13 +285,13 @@ class _Scaled(torch.autograd.Function):
 
 
 def _sum_of_tokens(products: Tensor) -> Tensor:
-    """[examples, tokens, channels] -> [examples, channels], float32."""
-    # CPUs copy what they are to sum in another type; bfloat16 has the range for the sum, and it is float32 inside
+    """Sum over tokens: [examples, tokens, channels] -> [examples, channels], float32."""
+    # CPUs copy a tensor to sum it in another type; bfloat16 has the range for the sum, and accumulates in float32
     return products.sum(1).float() if products.dtype == torch.bfloat16 else products.sum(1, dtype=torch.float32)
 
 
-def _memory(tensor: Tensor) -> object:
-    """Equal for tensors that are all of the same contiguous memory, as long as one of them is there; else None."""
+def _memory_key(tensor: Tensor) -> object:
+    """Return a key that is equal for tensors over the same contiguous memory, while one of them lives; else None."""
     where = storage_of(tensor), tensor.storage_offset(), tensor.numel(), tensor.dtype
     return where if tensor.is_contiguous() else None
 
@@ -300,8 +300,8 @@ def _unpack(saved: Tensor | Callable[[], Tensor]) -> Tensor:
     return saved if isinstance(saved, Tensor) else saved()
 
 
-def _activated(activation: Any, sources: Sequence[Tensor], width: int) -> Tensor:
-    """The FFN's hidden channels, so many: `act(in)`, or `act(gate) * in` from two tensors or one fused."""
+def _apply_activation(activation: Any, sources: Sequence[Tensor], width: int) -> Tensor:
+    """Compute the FFN's `width` hidden channels: `act(in)`, or `act(gate) * in` from two tensors or a fused one."""
     first, *rest = sources
     if not rest and first.shape[-1] == 2 * width:
         first, *rest = first.chunk(2, dim=-1)

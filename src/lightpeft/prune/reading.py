@@ -1,8 +1,8 @@
-"""How deep a task has to be read: what a linear classifier makes of each block's output, before anything is trained.
+"""Depth that a task needs: linear probes on each block's output, before any training.
 
-What the upper blocks of a decoder are there for is the next word; a label is often to be read below them. Each block's
-output at the place that a head reads goes into ridge regression on the labels, and every row is judged by the
-classifier of all others, which has a closed form.
+The upper blocks of a decoder serve next-token prediction; labels can often be predicted from lower blocks. Each block's
+output at the position that the head reads goes into ridge regression on the labels, with leave-one-out errors, which
+have a closed form.
 """
 
 from __future__ import annotations
@@ -22,53 +22,58 @@ from lightpeft.models.families.decoders import DECODERS
 from lightpeft.models.families.registry import block_lists
 from lightpeft.models.patching import in_mode
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.profiling.live import Batch, device_of, moved
+from lightpeft.profiling.live import Batch, device_of, move_batch
 from lightpeft.prune.learning import classes_of, one_of_several
 
 RIDGES = (1e1, 1e2, 1e3, 1e4, 1e5)
-"""Strengths of the penalty that are tried on standardised states; each block has its best."""
-ROWS = 512
-"""Training rows that are looked at."""
-ONLY_THESE = "only decoders that classify are known to bear it"
-"""Why nothing is left out of other models."""
+"""Ridge penalties that are tried on standardised states; each block uses its best one."""
+PROBE_ROWS = 512
+"""Number of training rows for the probes."""
+DECODERS_ONLY = "only decoders that classify are measured"
+"""Reason why no blocks of other models are dropped."""
 
 
 @dataclass(frozen=True)
 class FoundDepth:
-    """What the lowest blocks, one after another, say of the labels."""
+    """Results of linear probes on the output of each block, from the lowest block on.
+
+    Example:
+        found = find_depth(model, batches)
+        print(found.summary(), found.depth)
+    """
 
     accuracy: list[float]
-    """Of the classifier on each block's output."""
+    """Leave-one-out accuracy of the linear probe on each block's output."""
     error: list[float]
-    """Its mean squared error."""
+    """Mean leave-one-out squared error of the linear probe on each block's output."""
     enough: int
-    """Blocks from which on nothing is to be gained: the least of which the error is within a standard error of the best
-    one's, row by row."""
+    """Number of blocks that the task needs: the fewest with an error within one standard error of the best, paired by
+    row."""
     rows: int
-    """Rows that were looked at."""
+    """Number of rows."""
 
     @property
     def depth(self) -> float:
-        """Part of the blocks above these, as `light.remove.depth` has it."""
+        """Fraction of the blocks that the task does not need, for `light.remove.depth`."""
         return 1 - self.enough / len(self.error)
 
     def within(self, blocks: float | str | None) -> float:
-        """The same, or as much of it as takes no more than a budget's `blocks`, where that is a number."""
+        """Return `depth`, limited to whole blocks within `light.remove.blocks` if that is a number."""
         count = len(self.error)
         return self.depth if blocks is None or isinstance(blocks, str) else min(self.depth, int(blocks * count) / count)
 
     def summary(self) -> str:
-        """What was found, in one line."""
-        right = f"{self.accuracy[self.enough - 1]:.1%} of {self.rows} rows are classified right"
-        return f"from block {self.enough} of {len(self.error)} on there is nothing to be gained ({right} by its output)"
+        """Return the result as one line."""
+        probe = f"accuracy of a linear probe there: {self.accuracy[self.enough - 1]:.1%} of {self.rows} rows"
+        return f"the task needs {self.enough} of {len(self.error)} blocks ({probe})"
 
     def facts(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """Return the fields and `depth` as plain data."""
         return {**asdict(self), "depth": self.depth}
 
 
 def is_classifying_decoder(model: nn.Module) -> bool:
-    """Whether it is known what the upper blocks of a model do for its task: of a decoder that classifies."""
+    """Return whether a model is a decoder with a classification head, for which depth can be measured."""
     inner = transformers_model(model)
     classifiers = class_names("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "A depth that is measured").values()
     named = isinstance(inner, PreTrainedModel) and type(inner).__name__ in classifiers
@@ -80,19 +85,23 @@ def _is_decoder(model: PreTrainedModel) -> bool:
 
 
 def find_depth(model: nn.Module, batches: Iterable[Batch], autocast: torch.dtype | None = None) -> FoundDepth:
-    """How many of a model's blocks a task has to be read through; nothing is trained.
+    """Measure the number of blocks that a classification task needs, by linear probes; nothing is trained.
 
-    Of decoders that classify, the others may be left out (`light.remove.depth`). An encoder's blocks are read otherwise
-    by the same measure: leaving out what it calls superfluous cost MiniLM accuracy (docs/explanation/results.md).
+    Decoders that classify can drop the other blocks (`light.remove.depth`). For encoders the measure misleads: dropping
+    the blocks that it calls superfluous cost MiniLM accuracy (docs/explanation/results.md).
+
+    Example:
+        found = find_depth(model, batches)
+        light = LightConfig(remove={"blocks": "auto", "depth": found.depth})
 
     Args:
-        model: the untouched one, with one stack of blocks and whatever head.
-        batches: of training rows, `ROWS` or so, with the number of a class for each row as `labels` [rows]; without an
+        model: the unpruned model, with one stack of blocks and any head.
+        batches: batches of about `PROBE_ROWS` training rows, with class numbers as `labels` [rows]; without an
             `attention_mask`, all tokens are real.
-        autocast: type that matrix products are computed in; None: that of the weights.
+        autocast: half precision of the forward pass; None: no autocast.
 
     Raises:
-        LightPeftError: the labels are no classes, or all alike.
+        LightPeftError: the labels are no class numbers, or all equal.
     """
     states, labels = states_by_block(model, batches, autocast)
     found = [read_out(of_block, labels) for of_block in states]
@@ -108,10 +117,15 @@ def find_depth(model: nn.Module, batches: Iterable[Batch], autocast: torch.dtype
 def states_by_block(
     model: nn.Module, batches: Iterable[Batch], autocast: torch.dtype | None = None
 ) -> tuple[list[Tensor], Tensor]:
-    """What a head would read after each block, [rows, width] each, and the labels, [rows]; arguments as `find_depth`.
+    """Compute the state that a head would read after each block, [rows, width] each, and the labels, [rows].
+
+    Args:
+        model: the unpruned model, with one stack of blocks and any head.
+        batches: batches of training rows, with class numbers as `labels` [rows].
+        autocast: half precision of the forward pass; None: no autocast.
 
     Raises:
-        LightPeftError: as `find_depth`.
+        LightPeftError: the labels are no class numbers, or all equal.
     """
     inner = transformers_model(model)
     first = not _is_decoder(inner)
@@ -123,29 +137,31 @@ def states_by_block(
             real = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
             places = place_of_head(real, first)
             labels.append(batch["labels"])
-            handles = [block.register_forward_hook(_keep(at, places)) for block, at in zip(blocks, seen, strict=True)]
+            handles = [
+                block.register_forward_hook(_record_states(at, places)) for block, at in zip(blocks, seen, strict=True)
+            ]
             given = {name: values for name, values in batch.items() if name != "labels"}
             try:
-                model(**moved(given, device_of(model)))
+                model(**move_batch(given, device_of(model)))
             finally:
                 for handle in handles:
                     handle.remove()
     classes = all(map(one_of_several, labels))
-    require(classes, "depth is read off the number of a class for each row, and these labels are no such")
+    require(classes, "find_depth needs one class number for each row as labels; give light.remove.depth as a number")
     together = torch.cat(labels).cpu()
-    alike = f"all {len(together)} rows have one label, which can be read anywhere; give light.remove.depth as a number"
+    alike = f"all {len(together)} rows have the same label; give light.remove.depth as a number, or other rows"
     require(len(together.unique()) > 1, alike)
     return [torch.cat(parts) for parts in seen], together
 
 
 def place_of_head(mask: Tensor, first: bool) -> Tensor:
-    """The first or the last real token of every row: [rows]."""
+    """Return the position of the first or the last real token of every row: [rows]."""
     order = torch.arange(mask.shape[1], device=mask.device)
     return torch.where(mask.bool(), order, mask.shape[1]).amin(1) if first else (mask * order).amax(1)
 
 
-def _keep(seen: list[Tensor], places: Tensor) -> Any:
-    """Forward hook that keeps a block's output at one place a row; all of every block's would not fit into memory."""
+def _record_states(seen: list[Tensor], places: Tensor) -> Any:
+    """Return a forward hook that keeps a block's output at one position of each row, to save memory."""
 
     def hook(_: nn.Module, args: Any, output: Any) -> None:
         states = output[0] if isinstance(output, tuple) else output
@@ -157,18 +173,18 @@ def _keep(seen: list[Tensor], places: Tensor) -> Any:
 
 @dataclass(frozen=True)
 class ReadOut:
-    """What one block's output says of the labels."""
+    """Linear probe on one block's output."""
 
     accuracy: float
     errors: Tensor
-    """Squared error of each row, [rows], by the classifier of all others."""
+    """Leave-one-out squared error of each row, [rows]."""
 
 
 def read_out(states: Tensor, labels: Tensor) -> ReadOut:
-    """Accuracy and squared errors of rows by classifiers that have not seen them.
+    """Compute leave-one-out accuracy and squared errors of ridge regression, with the best of `RIDGES`.
 
     With K = X X^T of the standardised states, the fit is H Y, H = K (K + lambda I)^-1 + 1/n (a free intercept), and the
-    error of row i without itself in the data is (Y - H Y)_i / (1 - H_ii).
+    leave-one-out error of row i is (Y - H Y)_i / (1 - H_ii).
 
     Args:
         states: [rows, width].
@@ -188,7 +204,7 @@ def read_out(states: Tensor, labels: Tensor) -> ReadOut:
 
 
 def enough(errors: Sequence[Tensor]) -> int:
-    """The least number of blocks whose squared error is within a standard error of the best one's, row by row."""
+    """Return the fewest blocks with a squared error within one standard error of the best, paired by row."""
     best = min(range(len(errors)), key=lambda block: float(errors[block].mean()))
     for block, of_block in enumerate(errors[:best]):
         more = of_block - errors[best]

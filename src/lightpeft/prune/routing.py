@@ -1,12 +1,12 @@
-"""Masks on routed experts and on the neurons inside them, and routers that leave experts out.
+"""Masks on routed experts and on their neurons, and routers that exclude experts.
 
-Experts compute `sum_e w_e(x) * E_e(x)` over those that the router sends a token to. A mask m_e scales the weight of an
-expert, which is its weighted output; masks m_ej scale the neurons inside it. For them the experts run here, one after
-the other: what transformers makes of them is one fused call that has no place for masks.
+Experts compute `sum_e w_e(x) * E_e(x)` over the experts that the router chooses for a token. A mask m_e scales the
+weight of an expert, and so its output; masks m_ej scale its neurons. The experts run here one after the other, because
+transformers' fused call cannot apply masks.
 
-A mask of 0 is not yet a cut: tokens that the router sent to the expert lose it, where a router without the expert's row
-sends them to the next one, and takes its probabilities over those that stay. What a plan cuts is therefore shown to the
-router: its logits for them are -inf.
+A mask of 0 differs from a cut: tokens that the router sends to the expert lose its output, where a router without the
+expert's row would send them to another one, and normalise over the others. To simulate a cut, the router's logits of
+removed experts are set to -inf.
 """
 
 from __future__ import annotations
@@ -27,45 +27,51 @@ from lightpeft.models.experts import ExpertLayer
 
 @dataclass(frozen=True)
 class Masked:
-    """The masks of one kind of a block, and what is known of their gradients."""
+    """Masks of one kind of units of a block, with statistics of their gradients."""
 
     values: Tensor
-    """[units], which trains."""
+    """Trainable masks, [units]."""
     tally: Tensor
-    """Sums over single examples of the sizes and of the squares of their gradients, [2, units]."""
+    """Sums over examples of the absolute and of the squared gradients, [2, units]."""
 
 
 class MaskedExperts:
-    """In place of the forward pass of a module of experts: the same with masks."""
+    """Forward pass of a module of experts with masks, in place of its own."""
 
     def __init__(self, layer: ExpertLayer, experts: Masked, neurons: Masked) -> None:
         self._layer, self._experts, self._neurons = layer, experts, neurons
         self.masked: Callable[[], bool] = lambda: True
-        """Whether a pass is masked."""
+        """Function that returns whether the current pass is masked."""
         self.examples: Callable[[int], int] = lambda tokens: 1
-        """How many examples so many tokens are of."""
+        """Function from a number of tokens to the number of examples that they belong to."""
         self._forward = layer.experts.forward
 
     def attach(self) -> None:
-        """Take the place of the module's forward pass."""
+        """Replace the module's forward pass."""
         vars(self._layer.experts)["forward"] = self
 
     def remove(self) -> None:
-        """Give the place back."""
+        """Restore the module's forward pass."""
         vars(self._layer.experts).pop("forward", None)
 
     def __call__(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """[tokens, hidden], experts of each token and their weights [tokens, experts of each] -> [tokens, hidden]."""
+        """Compute the experts' output, [tokens, hidden].
+
+        Args:
+            states: [tokens, hidden].
+            index: experts of each token, [tokens, experts per token].
+            weights: weights of these experts, [tokens, experts per token].
+        """
         if not self.masked():
             return self._forward(states, index, weights)
-        # sorted as transformers does, not stably: on some CPUs a product rounds a row by its place among the others
+        # sorted as transformers does, not stably: on some CPUs the rounding of a row depends on its position
         experts, order = index.flatten().sort()
         rows = order // index.shape[1]
         tokens = len(states)
         examples = self.examples(tokens)
         owners = _Owners(experts, rows * examples // tokens, examples)
-        # how many rows each expert has is asked of the device once a layer, as transformers' own loop over experts does
-        routed = _Routed(experts, experts.bincount(minlength=self._layer.count).tolist())
+        # one copy of the counts to the host for each layer, as in transformers' own loop over experts
+        routed = _RoutedRows(experts, experts.bincount(minlength=self._layer.count).tolist())
         hidden = self._linear("gate_up_proj", states[rows], routed)
         hidden = _ScaledUnits.apply(gated(self._layer.experts, hidden), self._neurons, owners, self._neurons.values)
         output = self._linear("down_proj", hidden, routed)
@@ -73,8 +79,8 @@ class MaskedExperts:
         output = output * _ScaledUnits.apply(weight, self._experts, owners, self._experts.values)
         return output[order.argsort()].view(tokens, index.shape[1], -1).sum(1).to(states.dtype)  # as transformers adds
 
-    def _linear(self, name: str, states: Tensor, routed: _Routed) -> Tensor:
-        """What each row's expert makes of it; rows are sorted by expert."""
+    def _linear(self, name: str, states: Tensor, routed: _RoutedRows) -> Tensor:
+        """Apply a projection of each row's expert; rows are sorted by expert."""
         weight, bias = getattr(self._layer.experts, name), getattr(self._layer.experts, f"{name}_bias", None)
         transposed = getattr(self._layer.experts, "is_transposed", False)
         parts = states.to(weight.dtype).split(routed.counts)
@@ -84,8 +90,8 @@ class MaskedExperts:
 
 
 @dataclass(frozen=True)
-class _Routed:
-    """Rows sorted by expert: which it is, and how many rows each has."""
+class _RoutedRows:
+    """Expert of each row, and number of rows of each expert, for rows sorted by expert."""
 
     experts: Tensor
     counts: list[int]
@@ -93,22 +99,25 @@ class _Routed:
 
 @dataclass(frozen=True)
 class _Owners:
-    """Which expert and which example rows belong to."""
+    """Expert and example of each row."""
 
     experts: Tensor
     examples: Tensor
     count: int
-    """Examples."""
+    """Number of examples."""
 
 
 class _ScaledUnits(torch.autograd.Function):
-    """Rows [rows, units] times the masks of their experts [experts * units]; the last argument says what is trained."""
+    """Multiply rows [rows, units] by the masks of their experts [experts * units].
+
+    The last argument repeats the masks as a tensor, so that autograd computes their gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, masked: Masked, owners: _Owners, values: Tensor) -> Tensor:
         ctx.masked, ctx.owners = masked, owners
         ctx.save_for_backward(rows)
-        return rows * _of_rows(values, owners, rows)
+        return rows * _masks_of_rows(values, owners, rows)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -121,43 +130,43 @@ class _ScaledUnits(torch.autograd.Function):
         of_examples = sums.view(owners.count, -1)
         masked.tally[0] += of_examples.abs().sum(0)
         masked.tally[1] += of_examples.square().sum(0)
-        return gradient * _of_rows(masked.values, owners, gradient), None, None, of_examples.sum(0)
+        return gradient * _masks_of_rows(masked.values, owners, gradient), None, None, of_examples.sum(0)
 
 
-def _of_rows(values: Tensor, owners: _Owners, rows: Tensor) -> Tensor:
+def _masks_of_rows(values: Tensor, owners: _Owners, rows: Tensor) -> Tensor:
     return values.detach().view(-1, rows.shape[1]).to(rows.dtype)[owners.experts]
 
 
 _CASTS = (Tensor.type, Tensor.to, Tensor.float)
-"""By which routers compute in float32, whatever their weights are in."""
+"""Functions by which routers convert their weight to float32."""
 _SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-"""By which they add corrections to scores."""
+"""Functions by which routers add corrections to scores."""
 
 
 class ClosedRouter:
-    """Hooks on a router by which it leaves some experts out, as if it had no rows for them."""
+    """Hooks on a router that exclude experts, as if the router had no rows for them."""
 
     def __init__(self, router: Any, closed: Callable[[], Tensor | None]) -> None:
         """
         Args:
-            closed: what are left out now, a mask [experts]; None: none.
+            closed: returns the mask of the experts to exclude, [experts]; None: no expert.
         """
         self._router, self._closed = router, closed
-        self._mode: _Closing | None = None
+        self._mode: _CloseExperts | None = None
         self._handles = [
             router.register_forward_pre_hook(self._begin),
             router.register_forward_hook(self._end, always_call=True),
         ]
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         closed = self._closed()
         if closed is not None:
-            self._mode = _Closing(self._router.weight, list(self._router.buffers(recurse=False)), closed)
+            self._mode = _CloseExperts(self._router.weight, list(self._router.buffers(recurse=False)), closed)
             self._mode.__enter__()
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -165,12 +174,14 @@ class ClosedRouter:
         if mode is not None:
             mode.__exit__(None, None, None)
             name = type(module).__name__
-            require(mode.seen or output is None, f"{name} makes its logits in a way in which no expert can be left out")
+            require(mode.seen or output is None, f"experts of {name} cannot be cut: its logits have an unknown origin")
 
 
-class _Closing(TorchFunctionMode):
-    """Inside it, linear layers with a router's weight give -inf for some of its rows, and so does adding what corrects
-    the choice among experts: scores that are no softmax are 0 there, and with the correction perhaps the highest."""
+class _CloseExperts(TorchFunctionMode):
+    """Context in which a router's logits are -inf for excluded experts, also after corrections are added.
+
+    Scores other than a softmax turn -inf into 0, which a correction could make the highest score.
+    """
 
     def __init__(self, weight: Tensor, corrections: Sequence[Tensor], closed: Tensor) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Applying a plan to a live model: base and PEFT modules are cut together, in place, and the memory is freed."""
+"""Surgery: applying a plan to a live model, which cuts base and PEFT modules in place and frees the memory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import nn
 
 from lightpeft.config import LightConfig
 from lightpeft.errors import require
-from lightpeft.machine import random_apart
+from lightpeft.machine import preserve_random_state
 from lightpeft.models.all_weights import train_all
 from lightpeft.models.arguments import change_arguments
 from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.families.registry import block_specs, family_of
 from lightpeft.models.families.spec import Family
-from lightpeft.models.linears.kinds import sliced
+from lightpeft.models.linears.kinds import slice_parameter
 from lightpeft.models.linears.registry import slice_linear
 from lightpeft.models.on_disk import bring_weights_in
 from lightpeft.models.unwrap import base_linear, transformers_model
@@ -40,40 +40,45 @@ from lightpeft.prune.adapting import (
 )
 from lightpeft.prune.depth import leave_out
 
-_QUANTITIES = {
+_QUANTITY_VALUES = {
     "heads": lambda spec, kept: len(kept.heads),
     "kv_heads": lambda spec, kept: len(kept.kv_heads),
     "heads_per_kv": lambda spec, kept: len(kept.heads) // len(kept.kv_heads),
     "width": lambda spec, kept: len(kept.heads) * spec.head_dim,
 }
-"""What a family's `head_attributes` may name."""
+"""Quantity that a family's `head_attributes` may name -> its value after the cut."""
 
 
 def apply_plan(model: nn.Module, plan: PrunePlan, family: Family | None = None) -> None:
-    """Cut a transformers model, or a PeftModel around one, down to what the plan keeps.
+    """Cut a transformers model, or a PeftModel around one, in place to the units of a plan (Gu et al. 2024, pruning).
 
-    Kept weights, frozen or trained, are bit-equal to what they were, except where a quantised layer has to form new
-    blocks (`quantised`), or PEFT is merged so that all weights train (`plan.train`). Optimizers made before hold the
-    old parameters: make new ones.
+    Kept weights, frozen or trained, do not change by a bit, except where a quantised layer has to form new blocks, or
+    PEFT is merged so that all weights train (`plan.train`). Optimizers from before hold the old parameters: make new
+    ones.
+
+    Example:
+        plan = PrunePlan.load("runs/reviews/plan.json")
+        apply_plan(model, plan)
+        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
 
     Args:
-        model: dense, with the blocks that the plan was made for, or with those of them that its depth leaves.
-        plan: which units stay.
-        family: where the model's modules are; None: what is registered for its model type.
+        model: dense model with the blocks that the plan was made for, or already without those that its depth drops.
+        plan: the units to keep.
+        family: module names of the model; None: the registered family of its model type.
 
     Raises:
-        LightPeftError: the model does not have the dense structure that the plan was made for, or the plan keeps what
-            was not there; nothing was cut.
+        LightPeftError: the model does not have the dense structure that the plan was made for, or the plan is
+            inconsistent; nothing was cut.
     """
     inner = transformers_model(model)
     family = family or family_of(inner.config.model_type)
     check_fit(plan)
     there = [spec.structure() for spec in block_specs(inner, family)]
-    # a model whose depth was cut before, as for estimation, has the blocks that stay
+    # a model whose depth was cut before, as for estimation, has the remaining blocks only
     specs = plan.specs[: max(len(there), len(plan.blocks))]
     same = there == [spec.structure() for spec in specs]
-    require(same, "the plan is for another model: its blocks have other parts than those of this one")
-    sites = _checked_sites(model, plan) if isinstance(model, PeftModel) else []
+    require(same, "the plan is for another model, whose blocks have another structure; give the base that it is for")
+    sites = _check_sites(model, plan) if isinstance(model, PeftModel) else []
     if isinstance(model, PeftModel):
         drop_reference(model)
     if plan.left_out:
@@ -101,15 +106,15 @@ def apply_plan(model: nn.Module, plan: PrunePlan, family: Family | None = None) 
 
 
 def cut_copy(model: PeftModel, plan: PrunePlan | None) -> PeftModel:
-    """A copy that is cut down to a plan; None: nothing is cut. Random numbers stay as they are.
+    """Return a copy of a model that is cut to a plan, or uncut if the plan is None; the random state does not change.
 
-    Frozen parameters are the model's own where nothing of them goes: a cut makes new ones, and changes none.
+    The copy shares frozen parameters of which nothing is removed; a cut makes new parameters, and changes none.
 
     Raises:
-        LightPeftError: as `apply_plan` does.
+        LightPeftError: the plan does not fit the model.
     """
     frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
-    with random_apart(device_of(model)):
+    with preserve_random_state(device_of(model)):
         shadow = copy.deepcopy(model, frozen)
         if plan is not None:
             apply_plan(shadow, plan)
@@ -117,21 +122,21 @@ def cut_copy(model: PeftModel, plan: PrunePlan | None) -> PeftModel:
 
 
 def check_amount(model: nn.Module, light: LightConfig) -> None:
-    """Refuse an amount by which a layer may keep fewer experts than a token is routed to; call it before estimation.
+    """Check before estimation that the amount to remove leaves every layer the experts that its router needs.
 
     Raises:
-        LightPeftError: naming the ratio, with what to set instead.
+        LightPeftError: too few experts would remain; the message has the largest share.
     """
     for spec in block_specs(transformers_model(model)):
         check_experts(spec, light)
 
 
-def _checked_sites(model: PeftModel, plan: PrunePlan) -> list[Site]:
-    """The PEFT modules in blocks that stay; refuses those that do not fit, before anything is cut."""
+def _check_sites(model: PeftModel, plan: PrunePlan) -> list[Site]:
+    """Return the PEFT modules in the remaining blocks, and check that they are those of the plan."""
     sites = find_sites(model, [spec for spec, _ in plan.parts])
     dense = {site.spec.name: site.spec.rank for site in sites}
     planned = {site.name: site.rank for site in plan.dense_sites}
-    require(dense == planned, "the plan is for other PEFT modules than this model has")
+    require(dense == planned, "the plan is for other PEFT modules than this model has; use the same PEFT settings")
     return sites
 
 
@@ -141,7 +146,7 @@ def _block_of(site: Site, plan: PrunePlan) -> tuple[BlockSpec, BlockPlan]:
 
 
 def _cut_site(site: Site, plan: PrunePlan) -> None:
-    """Cut a PEFT module along its ranks and to what stays of the layer that it is on."""
+    """Cut a PEFT module to its kept ranks and to the kept channels of its layer."""
     ranks = plan.sites[site.spec.name]
     if len(ranks) < site.spec.rank:
         site.keep_ranks(torch.tensor(ranks))
@@ -171,7 +176,7 @@ def _cut_attention(inner: nn.Module, spec: BlockSpec, kept: BlockPlan) -> None:
         drop_attention(inner, spec, attention)
         return
     for attribute, quantity in spec.head_attributes.items():
-        set_head_attribute(attention, attribute, _QUANTITIES[quantity](spec, kept))
+        set_head_attribute(attention, attribute, _QUANTITY_VALUES[quantity](spec, kept))
     for name in spec.head_tensors:
         _keep_entries(attention, name, kept.heads)
     for slot, name in spec.wide_norms.items():
@@ -190,5 +195,5 @@ def _cut_base(inner: nn.Module, spec: BlockSpec, kept: BlockPlan, slot: str) -> 
 
 @torch.no_grad()
 def _keep_entries(module: nn.Module, name: str, kept: Sequence[int]) -> None:
-    """Keep some entries of a parameter [all]."""
-    setattr(module, name, sliced(module.get_parameter(name), torch.tensor(kept), 0))
+    """Keep some entries of a one-dimensional parameter."""
+    setattr(module, name, slice_parameter(module.get_parameter(name), torch.tensor(kept), 0))

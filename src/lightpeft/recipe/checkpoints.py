@@ -14,7 +14,7 @@ from transformers import set_seed
 
 from lightpeft.compat.transformers import TRAINER_STATE_NAME
 from lightpeft.errors import require
-from lightpeft.files import read_json, read_tensors, replacing_folder, understandable, write_json, write_tensors
+from lightpeft.files import explain_content_errors, read_json, read_tensors, replacing_folder, write_json, write_tensors
 from lightpeft.models.sharding import is_sharded
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.light_model import as_light
@@ -117,7 +117,7 @@ def read_cut(folder: Path) -> dict[str, Any] | None:
     if not (folder / _CUT).is_file():
         return None
     report = read_json(folder / _CUT)
-    with understandable(folder / _CUT):
+    with explain_content_errors(folder / _CUT):
         int(report["estimation_steps"])
     return report
 
@@ -125,7 +125,7 @@ def read_cut(folder: Path) -> dict[str, Any] | None:
 def _cut_as_saved(model: PeftModel, fingerprint: str, folder: Path) -> PrunePlan:
     """Cut a dense model with this fingerprint, in place, to the plan of a checkpoint, without loading its weights."""
     place = _adapter_folder(folder)
-    with understandable(place / DESCRIPTION):
+    with explain_content_errors(place / DESCRIPTION):
         plan = PrunePlan.from_dict(read_description(place)["plan"])
     require(plan.fingerprint == fingerprint, f"{folder} was made from another base; give the one that it was made from")
     apply_plan(model, plan)

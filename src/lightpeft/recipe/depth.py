@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.prune.light_model import LightModel
-from lightpeft.prune.reading import ONLY_THESE, ROWS, find_depth, is_classifying_decoder
+from lightpeft.prune.reading import DECODERS_ONLY, PROBE_ROWS, find_depth, is_classifying_decoder
 from lightpeft.recipe.parallel import broadcast_from_main
 from lightpeft.training.arguments import half_precision
 from lightpeft.training.rows import batches_of
@@ -37,7 +37,7 @@ def with_depth(light: LightConfig, model: Any, options: Mapping[str, Any]) -> Li
     if not isinstance(model, nn.Module):
         raise LightPeftError("light.remove.depth: auto asks the model itself; give it loaded, or depth as a number")
     if not is_classifying_decoder(model):
-        _log.info("light.remove.depth: auto leaves out none of the blocks: %s", ONLY_THESE)
+        _log.info("light.remove.depth: auto leaves out none of the blocks: %s", DECODERS_ONLY)
         return light.with_depth(0.0)
     with torch.random.fork_rng():  # what is made of random numbers afterwards does not depend on this
         found = broadcast_from_main(find_depth(model, *_fed(model, options)))
@@ -55,6 +55,6 @@ def _fed(model: nn.Module, options: Mapping[str, Any]) -> tuple[Any, torch.dtype
         known = "light.remove.depth: auto reads some of a known number of training rows; give depth as a number"
         raise LightPeftError(known) from None
     args = TrainingArguments() if args is None else copy.copy(args)
-    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))[:ROWS].tolist()
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))[:PROBE_ROWS].tolist()
     given = {name: options.get(name) for name in ("data_collator", "processing_class")}
     return batches_of(rows, Trainer(model, args, **given), drawn, args.eval_batch_size), half_precision(args)

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lightpeft.compat.accelerate import divide_no_loss
 from lightpeft.compat.fsdp import out_of_fsdp
-from lightpeft.config import Light, LightConfig, changed, cut_of_writer
+from lightpeft.config import Light, LightConfig, cut_of_writer, override_light
 from lightpeft.errors import require
 from lightpeft.models.families.registry import block_specs
 from lightpeft.models.linears.bitsandbytes import prepare_quantised
@@ -134,7 +134,7 @@ class EarlyPruner:
 
     def plan(self, light: Light = None) -> PrunePlan:
         """The plan by the pruner's settings, with others on top: a part of the blocks, or settings."""
-        return make_plan(self.record(), changed(self.config, light))
+        return make_plan(self.record(), override_light(self.config, light))
 
     def prune(self, plan: PrunePlan | None = None) -> LightModel:
         """Cut the model down to the plan, in place; it stays a `PeftModel` and its `save_pretrained` a light adapter.

@@ -8,7 +8,7 @@ from lightpeft.errors import require
 from lightpeft.models.on_disk import has_weights_on_disk
 from lightpeft.models.sharding import is_sharded
 from lightpeft.prune.fingerprint import check_stored
-from lightpeft.prune.length import fitted
+from lightpeft.prune.length import fit_stage
 from lightpeft.recipe.host import LightHost
 from lightpeft.training.schedule import pace_of, steps_of
 
@@ -53,7 +53,7 @@ def check_length(trainer: LightHost) -> None:
     """
     steps = steps_of(trainer)
     if trainer.light_plan is None and steps is not None:
-        fitted(trainer.light_config, pace_of(trainer), steps, longer=trainer.light_longer)
+        fit_stage(trainer.light_config, pace_of(trainer), steps, longer=trainer.light_longer)
 
 
 def refuse_parts(model: object) -> None:

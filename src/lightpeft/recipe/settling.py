@@ -13,13 +13,13 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from lightpeft.budget.found import fixed_budget
-from lightpeft.config import Light, LightConfig, derived, light_config
+from lightpeft.config import Light, LightConfig, fill_defaults, light_config
 from lightpeft.errors import require
 from lightpeft.models.on_disk import has_weights_on_disk
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.kinds import kind_of
 from lightpeft.peft_kinds.sites.registry import own_adapter
-from lightpeft.prune.length import able
+from lightpeft.prune.length import remove_nothing_if_short
 from lightpeft.prune.light_model import LightModel
 from lightpeft.recipe.depth import with_depth
 from lightpeft.training.schedule import pace_of, steps_of
@@ -34,7 +34,7 @@ def light_settings(light: Light, peft: PeftConfig, model: nn.Module) -> LightCon
         LightPeftError: an unknown form, setting or value, or all weights are to train of a model that cannot.
     """
     kind = kind_of(peft)
-    settings = derived(light_config(light), kind.name, can_write(model))
+    settings = fill_defaults(light_config(light), kind.name, can_write(model))
     if settings.train == "all":
         asked = "light.train: all trains the weights that are left"
         require(kind.merges, f"light.train: all merges PEFT at the cut, and {kind.title} cannot be merged; use LoRA")
@@ -65,7 +65,7 @@ def settings_of_trainer(light: Light, peft: PeftConfig, model: nn.Module, option
     steps = steps_of(planned)
     if steps is None:
         return settings
-    settings, unable = able(settings, pace_of(planned), steps, longer="num_train_epochs")
+    settings, unable = remove_nothing_if_short(settings, pace_of(planned), steps, longer="num_train_epochs")
     if unable is not None:
         _log.warning("nothing of the base goes: %s", unable)
     return settings

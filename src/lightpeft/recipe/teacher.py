@@ -20,14 +20,14 @@ from lightpeft.compat.transformers import used_columns
 from lightpeft.config import ModelConfig
 from lightpeft.console import bars
 from lightpeft.errors import LightPeftError, require
-from lightpeft.machine import autocasting, random_apart
+from lightpeft.machine import autocasting, preserve_random_state
 from lightpeft.models.batches import IGNORED, TEACHER_LOGITS, without_labels
 from lightpeft.models.loading import load_model
 from lightpeft.models.patching import in_mode
 from lightpeft.models.sharding import without_graph
 from lightpeft.models.task_heads import TaskHead
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.profiling.live import device_of, moved
+from lightpeft.profiling.live import device_of, move_batch
 from lightpeft.saving.adapter_files import DESCRIPTION
 from lightpeft.saving.peft_adapter import ADAPTER_CONFIG, load_adapter, read_adapter
 from lightpeft.saving.whole import MERGED
@@ -57,7 +57,7 @@ def taught_rows(trainer: Host, teacher: Teacher) -> Any:
     require(isinstance(rows, Dataset), "a teacher needs training rows that are a datasets.Dataset: it adds a column")
     manner = manner_of(trainer.model, rows)
     device = device_of(trainer.model)
-    with random_apart(device):
+    with preserve_random_state(device):
         model = teacher if isinstance(teacher, nn.Module) else _loaded(teacher, transformers_model(trainer.model))
         _check(model, transformers_model(trainer.model), manner)
         if model is not teacher:
@@ -85,7 +85,7 @@ class _Asked:
                 part = [rows[number] for number in order[start : start + size]]
                 batch = trainer.data_collator([dict(row) for row in part])
                 with without_graph(self._teacher), autocasting(device, autocast):
-                    output = self._teacher(**moved(without_labels(batch), device))
+                    output = self._teacher(**move_batch(without_labels(batch), device))
                 of_rows = zip(order[start : start + size], self._of_rows(output.logits, batch, part), strict=True)
                 found.update(of_rows)
         return [found[number] for number in numbers]

@@ -31,7 +31,7 @@ from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling.sizes import parameter_report
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.learning import unlearned_warning
-from lightpeft.prune.length import fitted
+from lightpeft.prune.length import fit_stage
 from lightpeft.prune.light_model import LightModel
 from lightpeft.recipe.arguments import trainer_kwargs, with_dense_reference
 from lightpeft.recipe.checkpoints import LightCheckpoints
@@ -183,7 +183,7 @@ class LightTraining(Training):
         assert self._light_pruner is not None
         if can_write(self._peft_model) and (line := cut_of_writer(self.light_config)) is not None:
             self._warn(line)
-        stage = fitted(self.light_config, pace_of(self), state.max_steps, longer=self.light_longer)
+        stage = fit_stage(self.light_config, pace_of(self), state.max_steps, longer=self.light_longer)
         self._light_pruner.estimator.start(state.max_steps, stage)
         if self._light_checkpoint is not None:
             self._light_pruner.estimator.load_state(self._light_checkpoint)

@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftConfig
 
 from lightpeft.errors import require
-from lightpeft.files import check_file, file_checksum, read_json, understandable, write_json
+from lightpeft.files import check_file, explain_content_errors, file_checksum, read_json, write_json
 from lightpeft.models import repositories
 from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.peft_kinds.sites.config_file import hide_config
@@ -24,7 +24,7 @@ from lightpeft.saving.tokens import VOCABULARY_FILE, read_vocabulary, write_voca
 DESCRIPTION = "lightpeft.json"
 FILES = ("adapter_config.json", "adapter_model.safetensors", KEPT_WEIGHTS, VOCABULARY_FILE)
 """What is in the folder besides the description, as far as it is there."""
-ON_HUB = repositories.Form("light adapter", DESCRIPTION, (DESCRIPTION, *FILES))
+ON_HUB = repositories.RepositoryForm("light adapter", DESCRIPTION, (DESCRIPTION, *FILES))
 """Its files in a repository."""
 
 
@@ -87,7 +87,7 @@ def read_saved(folder: Path) -> Saved:
         LightPeftError: as `read_description`, or PEFT's own file is not one that it takes.
     """
     description = read_description(folder)
-    with understandable(folder / DESCRIPTION):
+    with explain_content_errors(folder / DESCRIPTION):
         plan = PrunePlan.from_dict(description["plan"])
     base = base_facts(description, folder / DESCRIPTION)
     config = read_adapter(folder, explicit=True)
@@ -104,7 +104,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     require(folder.is_dir(), f"light adapter folder {folder} does not exist")
     require((folder / DESCRIPTION).is_file(), f"{folder} is not a light adapter: it has no {DESCRIPTION}")
     description = read_json(folder / DESCRIPTION)
-    with understandable(folder / DESCRIPTION):
+    with explain_content_errors(folder / DESCRIPTION):
         expected = dict(description["checksums"])
     base_facts(description, folder / DESCRIPTION)
     others = sorted(expected.keys() - set(FILES))

@@ -15,7 +15,7 @@ from lightpeft.config import TaskEntry
 from lightpeft.config.validation import from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import read_text
-from lightpeft.models.hub import is_name
+from lightpeft.models.hub import is_hub_name
 from lightpeft.plans.records import PrunePlan
 
 CARD = "README.md"
@@ -94,7 +94,7 @@ def model_card(facts: Mapping[str, Any], plan: PrunePlan, form: CardForm) -> str
 def _metadata(facts: Mapping[str, Any], plan: PrunePlan, form: CardForm, licence: str | None) -> ModelCardData:
     base, task, results = facts["base"], pipeline_tag(facts["base"]["architecture"]), list(_results(facts))
     known: dict[str, Any] = {"license": licence} if licence else {}
-    if is_name(base["id"]):  # a folder is of no use to a reader elsewhere, and not a valid id
+    if is_hub_name(base["id"]):  # a folder is of no use to a reader elsewhere, and not a valid id
         known |= {"base_model": base["id"], "base_model_relation": form.relation}
     if results:
         known |= {"model_name": f"{_name(base).rpartition('/')[2]}-light", "eval_results": results}
@@ -137,7 +137,7 @@ def _entry(facts: Mapping[str, Any]) -> TaskEntry | None:
 def _table(facts: Mapping[str, Any], plan: PrunePlan, licence: str | None) -> Iterator[str]:
     base, task = facts["base"], _entry(facts)
     revision = f", revision `{base['revision']}`" if base["revision"] else ""
-    place = "" if is_name(base["id"]) else ", a folder of its author"
+    place = "" if is_hub_name(base["id"]) else ", a folder of its author"
     ranks, dense = sum(map(len, plan.sites.values())), sum(site.rank for site in plan.dense_sites)
     yield "| | |"
     yield "|---|---|"
@@ -153,7 +153,7 @@ def _table(facts: Mapping[str, Any], plan: PrunePlan, licence: str | None) -> It
         tokens = f"{facts['tokens']['kept']:,} of the {facts['tokens']['of']:,} of its base"
         yield f"| tokens | {tokens}; it is asked with a tokenizer of these, not with the base's |"
     yield f"| PEFT | {len(plan.sites)} of {len(plan.dense_sites)} modules, {ranks} of {dense} ranks |"
-    said = f"`{licence}`" if licence else "see its page" if is_name(base["id"]) else "not stated"
+    said = f"`{licence}`" if licence else "see its page" if is_hub_name(base["id"]) else "not stated"
     yield f"| licence of the base | {said} |"
 
 
@@ -172,7 +172,7 @@ def _quality(facts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _its_base(facts: Mapping[str, Any]) -> Iterator[str]:
-    if not is_name(facts["base"]["id"]):
+    if not is_hub_name(facts["base"]["id"]):
         yield "Its base was in a folder of its author: give yours, `base=` in Python and `--base` in the shell."
 
 
@@ -188,7 +188,7 @@ def _shell(facts: Mapping[str, Any], form: CardForm) -> Iterator[str]:
 
 def _name(base: Mapping[str, Any]) -> str:
     """Of the base; of a folder its last part alone."""
-    return base["id"] if is_name(base["id"]) else Path(base["id"]).name or base["model_type"]
+    return base["id"] if is_hub_name(base["id"]) else Path(base["id"]).name or base["model_type"]
 
 
 def licence_of(name: str) -> str | None:

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from lightpeft.config import ModelConfig
 from lightpeft.config.validation import check_values, from_dict
 from lightpeft.errors import require
-from lightpeft.files import understandable
+from lightpeft.files import explain_content_errors
 from lightpeft.models.families.registry import family_of
 from lightpeft.models.families.spec import Stack
 from lightpeft.models.loading import CUTTABLE, quantisation_method
@@ -101,7 +101,7 @@ def base_facts(description: Mapping[str, Any], path: Path) -> BaseFacts:
     Raises:
         LightPeftError: a part is missing, unknown, or of another kind.
     """
-    with understandable(path):
+    with explain_content_errors(path):
         return from_dict(BaseFacts, description["base"], "base.")
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightpeft.config import ModelConfig
 from lightpeft.errors import require
-from lightpeft.files import read_tensors, understandable
+from lightpeft.files import explain_content_errors, read_tensors
 from lightpeft.models.loading import load_model_config, load_tokenizer
 from lightpeft.models.repositories import TOKENIZER
 from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token
@@ -61,7 +61,7 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
     file = folder / VOCABULARY_FILE
     if not file.is_file():
         return None
-    with understandable(file):
+    with explain_content_errors(file):
         tensors = read_tensors(file)
         (size,) = tensors["size"].tolist()
         return Vocabulary.from_bits(tensors["kept"], int(size))

@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightpeft.errors import require
-from lightpeft.files import check_file, file_checksum, read_json, replacing_folder, understandable, write_json
+from lightpeft.files import check_file, explain_content_errors, file_checksum, read_json, replacing_folder, write_json
 from lightpeft.models import repositories
 from lightpeft.plans.records import PrunePlan
 from lightpeft.saving.cards import CARD, CardForm, model_card, of_whole, read_by, read_by_transformers
@@ -27,7 +27,7 @@ from lightpeft.saving.whole_config import CONFIG, hide_config
 
 MERGED = "merged.json"
 """What says that the weights beside it belong into a model that a plan has cut."""
-ON_HUB = repositories.Form(
+ON_HUB = repositories.RepositoryForm(
     "merged light model",
     MERGED,
     (MERGED, CONFIG, "generation_config.json", "*.safetensors", "*.safetensors.index.json", *repositories.TOKENIZER),
@@ -46,7 +46,7 @@ def read_merged(folder: str | Path) -> dict[str, Any]:
     for name in (MERGED, CONFIG):  # transformers would go on without its config
         require((Path(folder) / name).is_file(), f"{folder} is no merged light model: it has no {name}")
     description = read_json(Path(folder) / MERGED)
-    with understandable(Path(folder) / MERGED):
+    with explain_content_errors(Path(folder) / MERGED):
         checksums = dict(description["checksums"])
     base_facts(description, Path(folder) / MERGED)
     for name, checksum in checksums.items():

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from lightpeft.compat.missing import needed_for
 from lightpeft.config import TrainingConfig
-from lightpeft.config.validation import Within, checked, unknown_key
+from lightpeft.config.validation import Within, convert, unknown_key
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.machine import accelerator, autocast_dtype, deepspeed_launched
 
@@ -148,4 +148,4 @@ def check_given(given: Mapping[str, Any]) -> None:
         if name not in known:
             raise LightPeftError(unknown_key(f"trainer.{name}", [f"trainer.{each}" for each in known]))
         if name in _NUMBERS:
-            _NUMBERS[name].check(checked(given[name], float, f"trainer.{name}"), f"trainer.{name}")
+            _NUMBERS[name].check(convert(given[name], float, f"trainer.{name}"), f"trainer.{name}")

@@ -14,9 +14,9 @@ from torch.nn.functional import pad
 
 from lightpeft.compat.torch import is_watched
 from lightpeft.compat.transformers import causal_loss, has_causal_loss, override_loss
-from lightpeft.machine import computed_in
+from lightpeft.machine import compute_dtype
 from lightpeft.models.batches import IGNORED
-from lightpeft.models.head import given_by, language_head, two_tokens
+from lightpeft.models.head import language_head, record_head, two_tokens
 from lightpeft.models.patching import override_forward
 from lightpeft.models.unwrap import transformers_model
 
@@ -73,7 +73,7 @@ def _way_to_loss(inner: Any, head: nn.Linear) -> str | None:
     inputs = two_tokens(inner)
     tokens = inputs["input_ids"]
     try:
-        with override_loss(inner, loss), given_by(head) as given:
+        with override_loss(inner, loss), record_head(head) as given:
             inner(**inputs, labels=tokens)
     except Exception:  # noqa: BLE001 - it wants other inputs, in one of many ways
         return None
@@ -129,7 +129,7 @@ class _Labelled:
         parts = [weight] if bias is None else [weight, bias]
         if not self._straight or is_watched(self._head) or any(part.requires_grad for part in parts):
             return None
-        dtype = computed_in(hidden, *parts)
+        dtype = compute_dtype(hidden, *parts)
         return None if dtype == torch.float16 else dtype
 
     def loss(

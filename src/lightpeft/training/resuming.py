@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerState
 
 from lightpeft.compat.transformers import SCALER_NAME, TRAINER_STATE_NAME, check_resuming, cpu_without_number
-from lightpeft.config.validation import shown
+from lightpeft.config.validation import short_repr
 from lightpeft.errors import require
 from lightpeft.files.foreign import parsing
 from lightpeft.models.sharding import is_sharded
@@ -86,7 +86,7 @@ def check_state(checkpoint: Path) -> None:
         state = TrainerState.load_from_json(str(file))
     step, steps = state.global_step, state.max_steps
     reached = type(step) is type(steps) is int and 0 <= step <= steps
-    require(reached, f"{file} is damaged: it is of step {shown(step)}, of {shown(steps)}; {_INSTEAD}")
+    require(reached, f"{file} is damaged: it is of step {short_repr(step)}, of {short_repr(steps)}; {_INSTEAD}")
     scaler = checkpoint / SCALER_NAME
     if scaler.is_file():
         with parsing(f"{checkpoint} is damaged: its state of the gradient scaler cannot be read", _INSTEAD):

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from lightpeft.errors import require
-from lightpeft.files import read_json, understandable, write_json
+from lightpeft.files import explain_content_errors, read_json, write_json
 
 _STEP = "lightpeft_step.json"
 """What says in a checkpoint how many rows a step takes, and by how many processes."""
@@ -48,5 +48,5 @@ def check_step(folder: Path, args: TrainingArguments) -> None:
 
 def _read_step(folder: Path) -> tuple[int, int]:
     step = read_json(folder / _STEP)
-    with understandable(folder / _STEP):
+    with explain_content_errors(folder / _STEP):
         return int(step["rows"]), int(step["processes"])

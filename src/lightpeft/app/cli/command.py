@@ -15,9 +15,9 @@ from lightpeft.app.cli.hints import unknown_verb
 from lightpeft.app.cli.options import Parser
 from lightpeft.app.cli.screen import screen
 from lightpeft.app.cli.verbs import VERBS
-from lightpeft.config.validation import shown
+from lightpeft.config.validation import short_repr
 from lightpeft.console import bars, streams
-from lightpeft.console.progress import tell
+from lightpeft.console.progress import print_line
 from lightpeft.errors import LightPeftError
 
 
@@ -25,8 +25,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point. Bad input prints one line and exits with 2; an interrupted run exits with 130."""
     if completing.asked():
         completing.answer(overview)
-    streams.prepare()
-    streams.hush_imports()
+    streams.use_utf8()
+    streams.silence_imports()
     try:
         with _stoppable():
             _dispatch(sys.argv[1:] if arguments is None else arguments)
@@ -38,8 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.exit(0)
     except OSError as error:
-        name = "" if error.filename is None else f"{shown(str(error.filename))}: "
-        _fail(f"{name}{error.strerror or shown(str(error))}", 2)
+        name = "" if error.filename is None else f"{short_repr(str(error.filename))}: "
+        _fail(f"{name}{error.strerror or short_repr(str(error))}", 2)
     except MemoryError:
         _fail("out of memory; give smaller batches, a smaller model, or fewer rows", 2)
 
@@ -98,7 +98,7 @@ def overview(in_full: Collection[str] = ()) -> Parser:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    tell(f"lightpeft: {message}")
+    print_line(f"lightpeft: {message}")
     sys.exit(code)
 
 

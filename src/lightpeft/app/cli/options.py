@@ -17,7 +17,7 @@ from lightpeft.app.cli.hints import meant_option, unknown_option
 from lightpeft.compat.argparse import options_of
 from lightpeft.config import LightConfig, light_mapping
 from lightpeft.config.peft import TYPE
-from lightpeft.config.validation import checked, load_yaml, parse_yaml
+from lightpeft.config.validation import convert, load_yaml, parse_yaml
 from lightpeft.errors import LightPeftError
 
 
@@ -81,7 +81,7 @@ class Option:
         Raises:
             LightPeftError: it is of another type.
         """
-        return given if self.type is str else checked(self.plain(given), self.type, self.name)
+        return given if self.type is str else convert(self.plain(given), self.type, self.name)
 
     def plain(self, given: Any, known: Iterable[str] = ()) -> Any:
         """What was given for it, as plain data.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from lightpeft.console.progress import tell
+from lightpeft.console.progress import print_line
 
 
 class _Screen(Console):
@@ -19,7 +19,7 @@ class _Screen(Console):
     def warn(self, lines: Sequence[str]) -> None:
         """What there is to worry about, on stderr."""
         for line in lines if not self.quiet else ():
-            tell(f"warning: {line}")
+            print_line(f"warning: {line}")
 
 
 screen = _Screen()

@@ -16,7 +16,7 @@ from typing import Any, cast
 import yaml
 
 from lightpeft.app.cli.options import Option
-from lightpeft.config import LightConfig, RunConfig, overlaid, run_config_from_dict
+from lightpeft.config import LightConfig, RunConfig, merge_settings, run_config_from_dict
 from lightpeft.config.validation import load_yaml
 from lightpeft.errors import require
 
@@ -55,7 +55,7 @@ def run_settings(given: dict[str, Any]) -> dict[str, Any]:
         below = {**stored_settings(Path(folder)), "output": str(folder)}
     elif file is not None:
         below = load_yaml(file)
-    return overlaid(below, above)
+    return merge_settings(below, above)
 
 
 def print_config(given: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.app.tasks.kinds.registry import task_class
 from lightpeft.app.tasks.loading import load_task, run_settings
 from lightpeft.app.tasks.tokens import check_max_length, check_tokens
-from lightpeft.config import RunConfig, overlaid, run_config_from_dict
+from lightpeft.config import RunConfig, merge_settings, run_config_from_dict
 from lightpeft.errors import require
 from lightpeft.files import write_json
 from lightpeft.machine import autocast_dtype
@@ -133,7 +133,7 @@ def _merge_settings(found: Found, given: dict[str, Any]) -> RunConfig:
     data, asked = said.get("data", {}), given.get("data")
     if isinstance(asked, dict) and asked.get("task", data.get("task")) != data.get("task"):
         said = {**said, "data": {**data, "columns": {}}}  # they belong to another task
-    return run_config_from_dict(overlaid(said, given))
+    return run_config_from_dict(merge_settings(said, given))
 
 
 def _load_rows(found: Found, config: RunConfig) -> Task:

@@ -20,7 +20,7 @@ from lightpeft.console import bars
 from lightpeft.errors import require
 from lightpeft.machine import autocasting
 from lightpeft.models.batches import IGNORED, without_labels
-from lightpeft.models.head import head_apart, lone_head
+from lightpeft.models.head import lone_head, skip_head
 from lightpeft.models.patching import in_mode
 from lightpeft.models.sharding import without_graph
 from lightpeft.models.unwrap import transformers_model
@@ -95,7 +95,7 @@ class BatchedModel:
         def compute(rows: Sequence[int]) -> tuple[dict[str, Tensor], Any]:
             batch = self.collator(take_rows(encoded, rows))
             inputs = {name: value.to(device) for name, value in inputs_of(batch).items() if name in accepted}
-            with without_graph(self.model), autocasting(device, self.autocast), head_apart(head):
+            with without_graph(self.model), autocasting(device, self.autocast), skip_head(head):
                 return batch, self.model(**inputs, **nothing_kept)
 
         with in_mode(self.model, training=False), fused_answers(self.model):

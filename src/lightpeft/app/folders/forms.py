@@ -24,7 +24,7 @@ from lightpeft.app.tasks.tokens import padding_within
 from lightpeft.config import ModelConfig, RunConfig
 from lightpeft.config.validation import from_dict
 from lightpeft.errors import LightPeftError, one_line, require
-from lightpeft.files import understandable
+from lightpeft.files import explain_content_errors
 from lightpeft.machine import accelerator, autocast_dtype
 from lightpeft.models.families.registry import max_positions
 from lightpeft.models.loading import load_model, load_model_config, load_tokenizer
@@ -306,7 +306,7 @@ class LightAdapter(_Adapter):
     @property
     def plan(self) -> PrunePlan:
         """Plan with the units of the base that it keeps."""
-        with understandable(self.folder / DESCRIPTION):
+        with explain_content_errors(self.folder / DESCRIPTION):
             return PrunePlan.from_dict(self.description["plan"])
 
     def load(self, wanted: Wanted | None = None, base: PreTrainedModel | None = None) -> LightModel:
@@ -384,7 +384,7 @@ def read_task_facts(description: Mapping[str, Any], path: Path) -> dict[str, Any
     Raises:
         LightPeftError: the facts are invalid.
     """
-    with understandable(path):
+    with explain_content_errors(path):
         facts: dict[str, Any] = description["task"]
         if facts:
             restore_task(facts)

@@ -26,7 +26,7 @@ from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import check_sealed, read_json
 from lightpeft.models.loading import LoadedModel, load_model
-from lightpeft.models.repositories import Form, Repository
+from lightpeft.models.repositories import Repository, RepositoryForm
 from lightpeft.models.tokenizers import ensure_pad_token
 from lightpeft.models.vocabulary.cutting import cut_model
 from lightpeft.models.vocabulary.kept import Vocabulary
@@ -90,7 +90,7 @@ def find_saved(name: str | Path, base: str | None = None, settings: Mapping[str,
     if repository is None:
         return None
     weights = (WEIGHTS, PICKLED) if settings.get("allow_pickle") else (WEIGHTS,)
-    plain = Form(PeftAdapter.form, ADAPTER_CONFIG, (ADAPTER_CONFIG, *weights))
+    plain = RepositoryForm(PeftAdapter.form, ADAPTER_CONFIG, (ADAPTER_CONFIG, *weights))
     downloaded = repository.folder(adapter_files.ON_HUB, whole.ON_HUB, plain)
     return None if downloaded is None else replace(find_folder(downloaded, base, settings), name=str(name))
 

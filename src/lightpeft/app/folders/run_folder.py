@@ -16,17 +16,17 @@ import yaml
 
 from lightpeft.config import READ_BY_PLANS, SWITCHES, RunConfig, run_config_from_dict
 from lightpeft.config.validation import from_dict, parse_yaml
-from lightpeft.console.progress import exact_duration, in_bytes, tell
+from lightpeft.console.progress import exact_duration, in_bytes, print_line
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import (
     append_line,
     check_free,
     clean,
-    holding,
+    explain_content_errors,
     is_own_file,
+    lock_folder,
     read_json,
     read_text,
-    understandable,
     write_text,
 )
 from lightpeft.machine import processes
@@ -107,7 +107,7 @@ class RunFolder:
                 written.
         """
         state = processes()
-        with holding(self.path) if state.is_main_process else nullcontext():
+        with lock_folder(self.path) if state.is_main_process else nullcontext():
             if state.is_main_process:
                 clean(self.path)
                 self._write_config()
@@ -160,7 +160,7 @@ class RunFolder:
         """
         state = processes()
         if state.is_main_process and self._changed_settings():
-            with holding(self.path):
+            with lock_folder(self.path):
                 if self._changed_settings():  # again: another process may have changed it
                     for name in _RESULTS:
                         _remove(self.path / name)
@@ -311,7 +311,7 @@ class RunFolder:
         if state.is_main_process:
             save()
             self._log_stage(stage, seconds, facts)
-            tell(f"{stage}: done in {', '.join(_describe_cost(seconds, facts))}")
+            print_line(f"{stage}: done in {', '.join(_describe_cost(seconds, facts))}")
         state.wait_for_everyone()
 
     def _log_stage(self, stage: str, seconds: float, facts: dict[str, Any]) -> None:
@@ -322,7 +322,7 @@ class RunFolder:
         """Print a line about a stage on stderr, and add it to the log."""
         if processes().is_main_process:
             append_line(self.log, {"stage": stage, "note": line})
-            tell(line)
+            print_line(line)
 
     def stage_seconds(self) -> dict[str, float]:
         """Return the seconds of each finished stage, from the log; for a resumed stage, those after the last resume."""
@@ -430,7 +430,7 @@ def read_report(path: Path) -> dict[str, Any]:
         LightPeftError: the file is missing, damaged, or has other content.
     """
     report = read_json(path)
-    with understandable(path):
+    with explain_content_errors(path):
         RunReport.of(report)
     return report
 

@@ -27,8 +27,8 @@ from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.workers import Worker
 from lightpeft.app.runs.workspace import Workspace, prepare
 from lightpeft.compat.transformers import LengthGroupedSampler
-from lightpeft.config import RunConfig, changed
-from lightpeft.console.progress import StepProgress, duration, tell
+from lightpeft.config import RunConfig, override_light
+from lightpeft.console.progress import StepProgress, duration, print_line
 from lightpeft.errors import require
 from lightpeft.files import write_json
 from lightpeft.machine import autocast_dtype
@@ -164,7 +164,7 @@ def _measured(config: RunConfig, rounds: int, steps: int) -> Iterator[tuple[dict
             fixed[name]["inference"] = measuring("serving", name)()
         seconds = rounds * sum(worker.measure("round_seconds") for worker in workers.values())
         of_batches = f"{rounds_in_words(rounds)} of {steps} batches take about {duration(seconds)}"
-        tell(f"{of_batches}; Ctrl-C keeps the rounds that are over")
+        print_line(f"{of_batches}; Ctrl-C keeps the rounds that are over")
         calls = {("training", name): measuring("training", name) for name in names}
         calls |= {("inference", name): measuring("inference", name) for name in _INFERRING}
         values: _Values = {"training": {}, "inference": {}}
@@ -359,7 +359,7 @@ def _estimation(work: Workspace) -> Made:
 
 def estimating(work: Workspace, model: PeftModel) -> OptimizerFactory:
     """Attach what estimates to a model; the factory of an optimizer whose steps train the masks as well."""
-    estimator = Estimator(model, changed(work.config.light, {"estimate": {"length": 10**9}}))
+    estimator = Estimator(model, override_light(work.config.light, {"estimate": {"length": 10**9}}))
     estimator.start(None)
 
     def made(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -9,7 +9,7 @@ from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs.workspace import Workspace, with_found_depth
 from lightpeft.files import read_json, write_json
 from lightpeft.machine import autocast_dtype
-from lightpeft.prune.reading import ONLY_THESE, ROWS, find_depth, is_classifying_decoder
+from lightpeft.prune.reading import DECODERS_ONLY, PROBE_ROWS, find_depth, is_classifying_decoder
 from lightpeft.recipe.parallel import broadcast_from_main
 
 
@@ -44,6 +44,6 @@ def _leave_depth(work: Workspace) -> None:
 def _found(work: Workspace) -> dict[str, Any]:
     model = work.dense_model(to_train=True).model
     if not is_classifying_decoder(model):
-        return {"depth": 0.0, "reason": ONLY_THESE}
-    found = broadcast_from_main(find_depth(model, work.drawn_batches(ROWS), autocast_dtype(work.config.training)))
+        return {"depth": 0.0, "reason": DECODERS_ONLY}
+    found = broadcast_from_main(find_depth(model, work.drawn_batches(PROBE_ROWS), autocast_dtype(work.config.training)))
     return {**found.facts(), "depth": found.within(work.config.light.remove.blocks), "reason": found.summary()}

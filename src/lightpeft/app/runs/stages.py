@@ -16,7 +16,7 @@ from lightpeft.app.tasks.loading import task_facts
 from lightpeft.budget.found import FoundBudget
 from lightpeft.config import READ_BY_PLANS, LightConfig
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import read_json, understandable, write_json
+from lightpeft.files import explain_content_errors, read_json, write_json
 from lightpeft.machine import processes
 from lightpeft.models.all_weights import too_few_digits
 from lightpeft.plans.planning import make_plan
@@ -82,7 +82,7 @@ def found_budget(run: RunFolder) -> dict[str, Any] | None:
     if not run.has("budget"):
         return None
     found = read_json(run.budget)
-    with understandable(run.budget):
+    with explain_content_errors(run.budget):
         return found if found["settings"] == _asked(run.config.light) else None
 
 
@@ -98,7 +98,7 @@ def light_of(run: RunFolder) -> LightConfig:
     found = found_budget(run)
     if found is None:
         raise LightPeftError(f"{run.path} has found no budget yet (light: auto); run lightpeft plan before this")
-    with understandable(run.budget):
+    with explain_content_errors(run.budget):
         return light.removing(float(found["blocks"]))
 
 

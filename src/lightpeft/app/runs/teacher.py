@@ -36,7 +36,7 @@ from lightpeft.files import (
     write_json,
     write_tensors,
 )
-from lightpeft.machine import accelerator, random_apart
+from lightpeft.machine import accelerator, preserve_random_state
 from lightpeft.models.families.registry import max_positions
 from lightpeft.models.task_heads import CLASSIFICATION, MULTIPLE_CHOICE, REGRESSION
 from lightpeft.models.tokenizers import check_vocabulary
@@ -107,7 +107,7 @@ class RunTeacher:
             return with_answers(rows, logits)
         started = time.perf_counter()
         try:
-            with random_apart(accelerator() or torch.device("cpu")):
+            with preserve_random_state(accelerator() or torch.device("cpu")):
                 logits = self._asked(batch_size)
             taught = with_answers(rows, logits)
         except LightPeftError as error:

@@ -103,7 +103,7 @@ def _serve(pipe: Connection) -> None:
     """Make the subject that comes first, then answer requests until there is none or the pipe is closed."""
     _handle(signal.SIGINT, signal.SIG_IGN)  # also where starting the process has let it through
     _handle(signal.SIGTERM, _leave)
-    streams.hush_imports()
+    streams.silence_imports()
     try:
         make, arguments = pipe.recv()  # which imports what they are of
         from lightpeft.models.loading import quiet_libraries

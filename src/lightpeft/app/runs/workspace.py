@@ -23,7 +23,7 @@ from lightpeft.app.tasks.vocabulary import task_tokens
 from lightpeft.app.tasks.worth import answers_are_classes
 from lightpeft.config import WRITTEN, RunConfig, Tolerance, TrainingConfig, cut_of_writer, tolerance_of
 from lightpeft.errors import require
-from lightpeft.files import read_json, understandable
+from lightpeft.files import explain_content_errors, read_json
 from lightpeft.machine import autocast_dtype, check_precision, has_bf16, processes, sharding_launched
 from lightpeft.models.families.registry import max_positions
 from lightpeft.models.loading import LoadedModel, load_model_config, load_tokenizer, supports_checkpointing
@@ -34,7 +34,7 @@ from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.models.vocabulary.tokenizer import cut_tokenizer
 from lightpeft.peft_kinds.kinds import check_peft_settings
 from lightpeft.plans.records import EstimationRecord
-from lightpeft.prune.length import Stage, able, few_examples, fitted
+from lightpeft.prune.length import StageLength, few_examples, fit_stage, remove_nothing_if_short
 from lightpeft.training.arguments import USUAL, check_given
 from lightpeft.training.prefix import PrefixCache
 from lightpeft.training.schedule import Pace, rows_held, scored_steps, settled
@@ -86,15 +86,15 @@ class Workspace:
         return self.pace.steps(float(self.config.training.epochs))
 
     @property
-    def stage(self) -> Stage:
+    def stage(self) -> StageLength:
         """How long estimation takes.
 
         Raises:
             LightPeftError: it would leave no steps to train with, or see too little.
         """
         if not self.config.way.prunes:
-            return Stage(0, 0)
-        return fitted(self.config.light, self.pace, self.steps, self.last_steps)
+            return StageLength(0, 0)
+        return fit_stage(self.config.light, self.pace, self.steps, self.last_steps)
 
     @property
     def tolerance(self) -> Tolerance:
@@ -235,7 +235,7 @@ def with_found_depth(config: RunConfig, run: RunFolder) -> RunConfig:
     if config.light.remove.depth != "auto":
         return config
     found = read_json(run.depth)
-    with understandable(run.depth):
+    with explain_content_errors(run.depth):
         return replace(config, light=config.light.with_depth(float(found["depth"])))
 
 
@@ -256,9 +256,9 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     task = load_task(config.data, model_config, config.tasks)
     check_teachable(config, task)
     if config.training.gradient_checkpointing:
-        able = supports_checkpointing(config.model, task.head, task.labels, to_prune=config.way.prunes)
+        supported = supports_checkpointing(config.model, task.head, task.labels, to_prune=config.way.prunes)
         cannot = f"{config.model.name} ({model_config.model_type}) has no gradient checkpointing in transformers"
-        require(able, f"training.gradient_checkpointing: {cannot}; leave it off")
+        require(supported, f"training.gradient_checkpointing: {cannot}; leave it off")
     tokenizer = load_tokenizer(config.model)
     positions = max_positions(model_config)
     check_max_length(config.data.max_length, positions, tokenizer)
@@ -325,7 +325,7 @@ def _able(config: RunConfig, rows: Dataset, width: int | None) -> tuple[RunConfi
         return config, None
     training = settled(config.training, len(rows), width)
     pace = Pace.of(len(rows), training)
-    light, unable = able(config.light, pace, pace.steps(float(training.epochs)))
+    light, unable = remove_nothing_if_short(config.light, pace, pace.steps(float(training.epochs)))
     return replace(config, light=light), unable
 
 

@@ -1,4 +1,4 @@
-"""Which model families can be pruned, and the block structure of a live model."""
+"""Model families that can be pruned, and the block structure of a live model."""
 
 from lightpeft.models.families.registry import register_family
 from lightpeft.models.families.spec import Experts, Family, Stack

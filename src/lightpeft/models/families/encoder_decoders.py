@@ -10,7 +10,7 @@ def _t5_attention(name: str) -> dict[str, str]:
 
 
 def _t5_ffn(name: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Without and with a gate; the activation is that of wi_0."""
+    """Return the projections of an FFN without and with a gate; the activation belongs to wi_0."""
     plain = {"ffn_in": f"{name}.wi", "ffn_out": f"{name}.wo"}
     gated = {"ffn_in": f"{name}.wi_1", "ffn_gate": f"{name}.wi_0", "ffn_out": f"{name}.wo"}
     return plain, gated

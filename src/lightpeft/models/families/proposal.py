@@ -1,8 +1,7 @@
-"""Structures that a family that is not listed may have, from one small random model of it.
+"""Proposals of structures for a family that is not listed, from one small random model of it.
 
-Queries, keys and values are known by their names, all other projections by the order in which a block defines them.
-What that leaves open (how fused rows lie, where head counts are read) is proposed every way: parity of masks and
-surgery decides, in `lightpeft.prune.discovery`.
+Queries, keys and values are recognised by their names, all other projections by their order in a block. Every variant
+of the rest (layout of fused rows, source of head counts) is proposed; `lightpeft.prune.discovery` checks the proposals.
 """
 
 from __future__ import annotations
@@ -47,22 +46,22 @@ _COUNT_NAMES = {
     "embed_dim": "width",
     "hidden_size": "width",
 }
-"""What attributes of these names hold in transformers, where their value agrees."""
+"""Attribute name in transformers -> the quantity that it holds, if its value agrees."""
 
 
 @dataclass
-class _Attention:
-    """One attention of the blocks of a list, with the FFN that follows it or without."""
+class _FoundAttention:
+    """One attention of the blocks of a list, with the FFN that follows it, if there is one."""
 
     path: str
-    """Of the list of blocks."""
+    """Path of the list of blocks."""
     module: str
     table: dict[str, str]
     """Slot -> linear layer, relative to the block."""
     heads_key: str
     head_dim_key: str
     counts: dict[str, str]
-    """Attribute of the attention module, or of its config -> what it holds."""
+    """Attribute of the attention module, or of its config -> the quantity that it holds."""
     outputs: int
     wide_norms: dict[str, str]
     neurons: int
@@ -70,25 +69,25 @@ class _Attention:
 
 
 def propose_families(small: PreTrainedModel) -> Iterator[Family]:
-    """Families that the model may be one of, the likeliest first.
+    """Yield families with possible structures of a model, the most likely first.
 
     Args:
-        small: a model of the architecture, as `skeleton` makes it.
+        small: a model of the architecture, made by `skeleton`.
 
     Raises:
-        LightPeftError: it has no blocks of attention and FFN whose parts are clear; the message says what was found.
+        LightPeftError: no blocks of attention and FFN can be recognised; the message names the part.
     """
     lists = block_lists(small.base_model)
     require(lists, f"{type(small).__name__} has no list of equal blocks with linear layers")
     attentions = [found for path, block in lists.items() for found in _attentions(small, path, block)]
     layouts = (False, True) if any("qkv" in found.table for found in attentions) else (False,)
     for of_config, interleaved in itertools.product((False, True), layouts):
-        stacks = [_stack(small.config, found, interleaved, of_config, len(attentions) > 1) for found in attentions]
+        stacks = [_make_stack(small.config, found, interleaved, of_config, len(attentions) > 1) for found in attentions]
         yield Family(small.config.model_type, tuple(stacks), positions_after_padding=_positions_after_padding(small))
 
 
 def block_lists(base: nn.Module) -> dict[str, nn.Module]:
-    """Path -> first entry of lists of modules of one class with at least three linear layers each; outermost only."""
+    """Find outermost lists of modules of one class with at least three linear layers each: path -> first module."""
     found: dict[str, nn.Module] = {}
     for path, module in base.named_modules():
         children = list(module.children()) if isinstance(module, nn.ModuleList) else []
@@ -99,33 +98,33 @@ def block_lists(base: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _attentions(small: PreTrainedModel, path: str, block: nn.Module) -> Iterator[_Attention]:
-    """The attentions of a block, the FFN with the first."""
+def _attentions(small: PreTrainedModel, path: str, block: nn.Module) -> Iterator[_FoundAttention]:
+    """Yield the attentions of a block; the first one includes the FFN."""
     where = f"{path}.0"
     whole = all(parameter.dim() < 3 for parameter in block.parameters())
-    require(whole, f"{where} has parameters of more than two dimensions, as experts and convolutions have")
+    require(whole, f"{where} has parameters of more than two dimensions, like experts and convolutions")
     tables, rest = _attention_tables(block)
-    require(tables, f"{where} has no attention whose queries, keys and values are known by their names")
+    require(tables, f"{where} has no attention with known names of queries, keys and values")
     ffn = _ffn_table(block, rest, where)
     for number, table in enumerate(tables):
         name = table["q" if "q" in table else "qkv"].rpartition(".")[0]
-        require(name, f"{where} runs attention itself, not in a module of its own")
+        require(name, f"{where} has no attention module: the block itself computes attention")
         module = block.get_submodule(name)
-        heads_key, head_dim_key, sizes = _sizes(small.config, block, table, path)
+        heads_key, head_dim_key, sizes = _find_sizes(small.config, block, table, path)
         counts = {key: held for key, held in _COUNT_NAMES.items() if getattr(module, key, None) == sizes[held]}
         if hasattr(module, "config"):
             shared = {key: _COUNT_NAMES[key] for key in ("num_attention_heads", "num_key_value_heads")}
             fitting = {key: held for key, held in shared.items() if getattr(small.config, key, None) == sizes[held]}
             counts |= {f"config.{key}": held for key, held in fitting.items()}
         slots = table | (ffn if number == 0 else {})
-        yield _Attention(
+        yield _FoundAttention(
             path=path,
             module=name,
             table={slot: slots[slot] for slot in SLOTS if slot in slots},
             heads_key=heads_key,
             head_dim_key=head_dim_key,
             counts=counts,
-            outputs=_outputs(small, module),
+            outputs=_count_outputs(small, module),
             wide_norms=_wide_norms(block, name, table),
             neurons=features(block.get_submodule(ffn["ffn_out"]))[1] if ffn and number == 0 else 0,
             cross=number > 0,
@@ -133,9 +132,9 @@ def _attentions(small: PreTrainedModel, path: str, block: nn.Module) -> Iterator
 
 
 def _attention_tables(block: nn.Module) -> tuple[list[dict[str, str]], list[str]]:
-    """Slot -> linear layer of every attention of a block, and all other linear layers.
+    """Return slot -> linear layer for every attention of a block, and all other linear layers.
 
-    The output projection is in the same module as queries, keys and values, or else the next one to be defined.
+    The output projection is in the same module as queries, keys and values, or else the next linear layer.
     """
     names = [name for name, module in block.named_modules() if is_linear(module)]
     tables: list[dict[str, str]] = [{}]
@@ -158,7 +157,7 @@ def _attention_tables(block: nn.Module) -> tuple[list[dict[str, str]], list[str]
 
 
 def _ffn_table(block: nn.Module, rest: list[str], where: str) -> dict[str, str]:
-    """Slot -> linear layer of a block's FFN, whose last layer is its output; empty without one."""
+    """Return slot -> linear layer of a block's FFN, whose last layer is its output; empty without an FFN."""
     if not rest:
         return {}
     *inside, output = rest
@@ -176,7 +175,7 @@ def _ffn_table(block: nn.Module, rest: list[str], where: str) -> dict[str, str]:
 
 
 def _wide_norms(block: nn.Module, attention: str, table: dict[str, str]) -> dict[str, str]:
-    """ "q" or "k" -> norm that runs over all its heads together."""
+    """Return "q" or "k" -> the norm over all its heads together."""
     found = {}
     for slot in {"q", "k"} & table.keys():
         norm = getattr(block.get_submodule(attention), f"{slot}_norm", None)
@@ -186,23 +185,23 @@ def _wide_norms(block: nn.Module, attention: str, table: dict[str, str]) -> dict
     return found
 
 
-def _outputs(small: PreTrainedModel, attention: nn.Module) -> int:
-    """Length of the tuple that attention returns."""
+def _count_outputs(small: PreTrainedModel, attention: nn.Module) -> int:
+    """Measure the length of the tuple that attention returns."""
     lengths = []
 
     def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         lengths.append(len(output) if isinstance(output, tuple | list) else 1)
 
     run(small, random_inputs(small), [attention.register_forward_hook(note)])
-    require(lengths, f"{type(attention).__name__} takes no part in a forward pass")
+    require(lengths, f"{type(attention).__name__} is not called in a forward pass")
     return lengths[0]
 
 
 # Config keys
 
 
-def _sizes(config: Any, block: nn.Module, table: dict[str, str], path: str) -> tuple[str, str, dict[str, int]]:
-    """Keys of the number of heads and of the head dimension that fit the widths, and the quantities they give."""
+def _find_sizes(config: Any, block: nn.Module, table: dict[str, str], path: str) -> tuple[str, str, dict[str, int]]:
+    """Find the config keys of the number of heads and of the head dimension that fit the widths, and the quantities."""
     inputs = features(block.get_submodule(table["o"]))[1]
     for heads_key in (f"{path.partition('.')[0]}_attention_heads", *_HEAD_KEYS):
         heads = getattr(config, heads_key, None)
@@ -219,7 +218,7 @@ def _sizes(config: Any, block: nn.Module, table: dict[str, str], path: str) -> t
     raise LightPeftError(f"no number of heads in {type(config).__name__} fits attention of {inputs} channels")
 
 
-def _width_key(config: Any, found: _Attention) -> str | None:
+def _width_key(config: Any, found: _FoundAttention) -> str | None:
     keys = (f"{found.path.partition('.')[0]}_ffn_dim", *_WIDTH_KEYS)
     return next((key for key in keys if found.neurons and getattr(config, key, None) == found.neurons), None)
 
@@ -231,13 +230,13 @@ def _activation_key(config: Any) -> str:
 
 
 def _positions_after_padding(small: PreTrainedModel) -> bool:
-    """Whether a table of positions has an entry for padding, as RoBERTa's."""
+    """Return whether a table of positions has an entry for padding, as in RoBERTa."""
     positions = getattr(small.config, "max_position_embeddings", None)
     tables = [module for module in small.modules() if isinstance(module, nn.Embedding)]
     return any(table.padding_idx is not None and table.num_embeddings == positions for table in tables)
 
 
-def _stack(config: Any, found: _Attention, interleaved: bool, of_config: bool, several: bool) -> Stack:
+def _make_stack(config: Any, found: _FoundAttention, interleaved: bool, of_config: bool, several: bool) -> Stack:
     top = found.path.partition(".")[0]
     role = ("cross" if found.cross else role_named(top)) if several else None
     return Stack(

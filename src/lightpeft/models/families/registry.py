@@ -1,4 +1,4 @@
-"""From a live transformers model to the `BlockSpec`s of its blocks."""
+"""Registry of families, and extraction of `BlockSpec`s from a live transformers model."""
 
 from __future__ import annotations
 
@@ -27,61 +27,71 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (*ENCODER
 """Supported families by `config.model_type`."""
 
 REFUSED: dict[str, str] = {
-    "albert": "its layers share one set of weights, so a unit pruned in one layer would go in all",
+    "albert": "its layers share one set of weights, so removing a unit from one layer would remove it from all",
     "bloom": "its attention adds the residual and reads ALiBi slopes of all heads",
 }
-"""Families that cannot be pruned, with the reason."""
+"""Model types that cannot be pruned -> the reason."""
 
-_PRUNED_BEFORE = "a model that was pruned before cannot be pruned again"
+_PRUNED_BEFORE = "a pruned model cannot be pruned again, so give the dense base"
 
 
 def register_family(family: Family) -> None:
-    """Make a family of your own known; it takes the place of one of the same model type."""
+    """Register a family of your own; it replaces one with the same model type.
+
+    Example:
+        stack = Stack(
+            layers="layers",
+            attention="self_attn",
+            projections={"q": "self_attn.q", "k": "self_attn.k", "v": "self_attn.v", "o": "self_attn.o"},
+        )
+        register_family(Family("my_model", (stack,)))
+    """
     FAMILIES[family.model_type] = family
 
 
 def check_not_refused(model_type: str) -> None:
-    """Refuse families that cannot be pruned; one that is not listed may yet be discovered.
+    """Refuse families that cannot be pruned; unlisted families pass, because they may be discovered.
 
     Raises:
-        LightPeftError: with the reason.
+        LightPeftError: the family cannot be pruned; the message has the reason.
     """
     if model_type in REFUSED:
         raise LightPeftError(f'model family "{model_type}" cannot be pruned: {REFUSED[model_type]}')
 
 
 def family_of(model_type: str) -> Family:
-    """The family of a model type.
+    """Return the registered family of a model type.
 
     Raises:
-        LightPeftError: the family is not supported; the message says why, or lists those that are.
+        LightPeftError: the family is not supported; the message has the reason, or lists the supported ones.
     """
     check_not_refused(model_type)
     if model_type not in FAMILIES:
         raise LightPeftError(
-            f'model family "{model_type}" is not supported; supported: {", ".join(sorted(FAMILIES))}. '
-            "lightpeft.ensure_family(model) finds others, or a declarative entry: see docs/reference/families.md"
+            f'model family "{model_type}" is not registered; call lightpeft.ensure_family(model) to discover it, or '
+            f"add an entry (docs/reference/families.md); registered families: {', '.join(sorted(FAMILIES))}"
         )
     family = FAMILIES[model_type]
     here, first = transformers.__version__, ".".join(map(str, family.since))
     newer = tuple(int(part) for part in here.split(".")[:2]) >= family.since
-    require(newer, f'model family "{model_type}" needs transformers {first} or newer; here is {here}')
+    require(newer, f'model family "{model_type}" needs transformers {first} or newer, not {here}; upgrade it')
     return family
 
 
 def block_specs(model: PreTrainedModel, family: Family | None = None) -> list[BlockSpec]:
-    """The prunable structure of every block of a transformers model (without PEFT, or with PEFT inside it).
+    """Return the prunable structure of every block of a transformers model, with or without PEFT inside.
 
     Args:
         model: the transformers model, with or without a task head.
-        family: where its modules are; None: what is registered for its model type.
+        family: module names of the model; None: the registered family of its model type.
 
     Raises:
-        LightPeftError: unsupported family, projections that the family does not name (as of cross-attention in BERT),
-            layers of an unknown kind, or widths that do not fit the config (as of a model that was pruned before).
+        LightPeftError: the family is not supported, the model has projections that the family does not list (such as
+            cross-attention in BERT), layers of an unknown kind, or widths that differ from the config (such as those of
+            a pruned model).
     """
     config = model.config
-    require(not getattr(model, "light_pruned", False), f"this {type(model).__name__} has been pruned; {_PRUNED_BEFORE}")
+    require(not getattr(model, "light_pruned", False), f"this {type(model).__name__} is pruned; {_PRUNED_BEFORE}")
     family = family or family_of(config.model_type)
     for key, value in family.needs.items():
         given = getattr(config, key, value)
@@ -91,27 +101,27 @@ def block_specs(model: PreTrainedModel, family: Family | None = None) -> list[Bl
     specs: list[BlockSpec] = []
     modules: list[nn.Module] = []
     for stack in family.stacks:
-        for layer, block in enumerate(_submodule(base, stack.layers) or ()):
+        for layer, block in enumerate(_find_submodule(base, stack.layers) or ()):
             specs.append(_block_spec(stack, len(specs), layer, block, f"{prefix}{stack.layers}", config))
             modules.append(block)
-    require(bool(specs), f"there is no {prefix}{family.stacks[0].layers} in this {type(model).__name__}")
-    _check_complete(model, specs, [f"{prefix}{stack.layers}" for stack in family.stacks], _whole(family))
+    require(bool(specs), f"this {type(model).__name__} has no {prefix}{family.stacks[0].layers}, as its family should")
+    _check_all_listed(model, specs, [f"{prefix}{stack.layers}" for stack in family.stacks], _uncut_endings(family))
     return _with_fixed(specs, modules)
 
 
 def block_lists(model: PreTrainedModel) -> list[nn.ModuleList]:
-    """The lists of transformer blocks of a model, pruned or not, one a stack.
+    """Return the lists of transformer blocks of a model, pruned or not, one for each stack.
 
     Raises:
-        LightPeftError: unsupported family.
+        LightPeftError: the family is not supported.
     """
     base = model.base_model
-    lists = [_submodule(base, stack.layers) for stack in family_of(model.config.model_type).stacks]
+    lists = [_find_submodule(base, stack.layers) for stack in family_of(model.config.model_type).stacks]
     return list({id(blocks): blocks for blocks in lists if blocks is not None}.values())
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
-    """Tokens that the position table of a supported model has room for; None where nothing limits them."""
+    """Return the maximum number of tokens by a model's position table; None: there is no limit."""
     positions: int | None = getattr(config, "max_position_embeddings", None)
     family = FAMILIES.get(config.model_type)
     if positions and family is not None and family.positions_after_padding:
@@ -122,7 +132,7 @@ def max_positions(config: PretrainedConfig) -> int | None:
 def _block_spec(stack: Stack, index: int, layer: int, block: nn.Module, path: str, config: Any) -> BlockSpec:
     where = f"{path}.{layer}"
     table = _fitting_table(stack, block, where)
-    linear = {slot: _linear(block, name, f"{where}.{name}") for slot, name in table.items()}
+    linear = {slot: _find_linear(block, name, f"{where}.{name}") for slot, name in table.items()}
     heads: int = getattr(config, stack.heads_key)
     head_dim: int = getattr(config, stack.head_dim_key, None) or config.hidden_size // heads
     sizes = {slot: sum(getattr(config, key) for key in keys) for slot, keys in stack.head_sizes.items()}
@@ -153,17 +163,17 @@ def _block_spec(stack: Stack, index: int, layer: int, block: nn.Module, path: st
     _check_widths(spec, linear, stack, config, where)
     rest = _rest_parameters(spec, block.get_submodule(stack.attention))
     spec = _with_counts(replace(spec, rest_parameters=rest), linear)
-    if stack.experts is None or _submodule(block, stack.experts.experts) is None:
+    if stack.experts is None or _find_submodule(block, stack.experts.experts) is None:
         return spec
     return _with_experts(spec, stack.experts, block, where, config)
 
 
 def _with_experts(spec: BlockSpec, found: Experts, block: nn.Module, where: str, config: Any) -> BlockSpec:
-    """The spec with the routed experts of the block."""
+    """Return the spec with the routed experts of the block."""
     names = {"router": found.router, "experts": found.experts}
     layer = ExpertLayer.of(block, names)
     fits = (layer.count, layer.width) == (getattr(config, found.count_key), getattr(config, found.width_key))
-    require(fits, f"{where}.{found.experts}: widths do not match the config; {_PRUNED_BEFORE}")
+    require(fits, f"{where}.{found.experts}: the number or width of experts differs from the config; {_PRUNED_BEFORE}")
     return replace(
         spec,
         experts=layer.count,
@@ -178,7 +188,7 @@ def _with_experts(spec: BlockSpec, found: Experts, block: nn.Module, where: str,
 
 
 def _with_counts(spec: BlockSpec, linear: dict[str, nn.Module]) -> BlockSpec:
-    """The spec with the parameters that each kind of unit takes with it, counted in the live layers."""
+    """Return the spec with the parameters of each kind of unit, counted in the live layers."""
     counts: dict[Kind, int] = {"heads": len(spec.head_tensors), "kv_heads": 0, "neurons": 0}
     for slot in spec.cut_slots():
         rows, columns = features(linear[slot])
@@ -196,7 +206,7 @@ def _with_counts(spec: BlockSpec, linear: dict[str, nn.Module]) -> BlockSpec:
 
 
 def _with_fixed(specs: list[BlockSpec], modules: list[nn.Module]) -> list[BlockSpec]:
-    """The specs with the parameters that pruning leaves; of two in one module (cross-attention), the first has them."""
+    """Return the specs with the parameters that pruning cannot remove; of two in one module, the first has them."""
     fixed = {module: _base_parameters(module) for module in modules}
     for spec, module in zip(specs, modules, strict=True):
         fixed[module] -= removable_parameters(spec)
@@ -204,8 +214,8 @@ def _with_fixed(specs: list[BlockSpec], modules: list[nn.Module]) -> list[BlockS
 
 
 def _base_parameters(module: nn.Module) -> int:
-    """Parameters of a module, quantised ones as many as they stand for; those of PEFT apart."""
-    layer = _unwrapped(module)
+    """Count the parameters of a module without PEFT; packed quantized ones count as the weights that they hold."""
+    layer = _unwrap(module)
     if is_linear(layer):
         return math.prod(features(layer)) + (features(layer)[0] if getattr(layer, "bias", None) is not None else 0)
     own = sum(p.numel() for p in layer.parameters(recurse=False))
@@ -213,11 +223,11 @@ def _base_parameters(module: nn.Module) -> int:
 
 
 def _rest_parameters(spec: BlockSpec, attention: nn.Module) -> int:
-    """Parameters of attention that are no unit's own; the shared table of position biases stays."""
+    """Count the parameters of attention that belong to no unit, without the shared table of position biases."""
     table = spec.position_bias.rpartition(".")[2] if spec.position_bias else None
     rest = sum(p.numel() for n, p in attention.named_parameters(recurse=False) if n not in spec.head_tensors)
     for name, child in attention.named_children():
-        layer = _unwrapped(child)
+        layer = _unwrap(child)
         if is_linear(layer):
             slots = [slot for slot, path in spec.projections.items() if path == f"{spec.attention}.{name}"]
             rest += sum(math.prod(features(layer)) for slot in slots if slot in spec.wide_norms)
@@ -244,62 +254,62 @@ def _check_widths(spec: BlockSpec, linear: dict[str, nn.Module], stack: Stack, c
     fits = fits and all(features(linear[slot])[cut_dim(slot)] == width(spec, slot) for slot in linear)
     key = stack.width_key_of(spec.projections)
     wanted = getattr(config, key, None) if key and spec.neurons else None
-    require(fits and wanted in (None, spec.neurons), f"{where}: widths do not match the config; {_PRUNED_BEFORE}")
+    require(fits and wanted in (None, spec.neurons), f"{where}: widths differ from the config; {_PRUNED_BEFORE}")
 
 
 def _fitting_table(stack: Stack, block: nn.Module, where: str) -> dict[str, str]:
-    """The first table of projections whose modules are all there."""
+    """Return the first table of projections whose modules all exist."""
     for table in stack.tables:
-        missing = [name for name in table.values() if _submodule(block, name) is None]
+        missing = [name for name in table.values() if _find_submodule(block, name) is None]
         if not missing:
             return table
-    raise LightPeftError(f"there is no {where}.{missing[0]}; {_PRUNED_BEFORE}")
+    raise LightPeftError(f"the model has no {where}.{missing[0]}; {_PRUNED_BEFORE}")
 
 
-def _linear(block: nn.Module, name: str, path: str) -> nn.Module:
-    """The frozen linear layer at `name`, with a PEFT module around it or without."""
-    layer = _unwrapped(block.get_submodule(name))
+def _find_linear(block: nn.Module, name: str, path: str) -> nn.Module:
+    """Return the frozen linear layer `name` of a block, also from inside a PEFT module."""
+    layer = _unwrap(block.get_submodule(name))
     if not is_linear(layer):
         raise LightPeftError(
-            f"{path} is a {describe(layer)}, which is no linear layer that lightpeft can cut; "
-            "load the base in float32, bfloat16 or float16, or quantised in a way that docs/how-to/low_memory.md lists"
+            f"{path} is a {describe(layer)}, which lightpeft cannot cut; load the base in float32, bfloat16 or "
+            "float16, or quantized in a way that docs/how-to/low_memory.md lists"
         )
     return layer
 
 
-def _whole(family: Family) -> tuple[str, ...]:
-    """What the names of linear layers that stay as they are end with."""
+def _uncut_endings(family: Family) -> tuple[str, ...]:
+    """Return the name endings of linear layers that pruning does not change."""
     return tuple(f".{name}" for stack in family.stacks for name in stack.whole)
 
 
-def _check_complete(model: nn.Module, specs: list[BlockSpec], stacks: list[str], whole: tuple[str, ...]) -> None:
-    """Refuse blocks with linear layers that no slot names: cutting around them would change what they compute."""
+def _check_all_listed(model: nn.Module, specs: list[BlockSpec], stacks: list[str], whole: tuple[str, ...]) -> None:
+    """Refuse blocks with linear layers that the family does not list, because cutting could change their input."""
     known = {name for spec in specs for name in spec.projections.values()}
     for path in dict.fromkeys(stacks):
-        for name in _linear_names(model.get_submodule(path), path) if _submodule(model, path) is not None else ():
+        for name in _linear_names(model.get_submodule(path), path) if _find_submodule(model, path) is not None else ():
             require(
                 name in known or name.endswith(whole),
-                f"{name} is a projection that the family's entry does not know; it cannot be pruned",
+                f"{name} cannot be pruned: the entry of the family does not list this projection",
             )
 
 
 def _linear_names(module: nn.Module, path: str) -> Iterator[str]:
-    """Names of the linear layers below a module; PEFT modules around them are looked through."""
+    """Yield the names of the linear layers below a module, also of those inside PEFT modules."""
     for child, inner in module.named_children():
         name = f"{path}.{child}"
-        layer = _unwrapped(inner)
+        layer = _unwrap(inner)
         if is_linear(layer):
             yield name
         elif layer is inner:
             yield from _linear_names(inner, name)
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def _unwrap(module: nn.Module) -> nn.Module:
     inner = getattr(module, "base_layer", None)
-    return _unwrapped(inner) if isinstance(inner, nn.Module) else module
+    return _unwrap(inner) if isinstance(inner, nn.Module) else module
 
 
-def _submodule(module: nn.Module, name: str) -> Any:
+def _find_submodule(module: nn.Module, name: str) -> Any:
     try:
         return module.get_submodule(name)
     except AttributeError:

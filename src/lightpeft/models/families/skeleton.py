@@ -1,4 +1,4 @@
-"""A small random model of the same architecture as a live one, and random inputs that it takes."""
+"""Small random models of the same architecture as a live one, and random inputs for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lightpeft.compat.transformers import attention_of, forget_attention
 from lightpeft.errors import LightPeftError, require
 
-_LAYERS = 2
+_SKELETON_LAYERS = 2
 _VOCABULARY = 256
 _DEPTH_KEYS = (
     "num_hidden_layers",
@@ -26,7 +26,7 @@ _DEPTH_KEYS = (
     "num_decoder_layers",
 )
 _NEURONS = 128
-_WIDTH_KEYS = (
+_SHRUNK_WIDTH_KEYS = (
     "intermediate_size",
     "ffn_dim",
     "encoder_ffn_dim",
@@ -41,20 +41,20 @@ _SPREAD = 1.5
 
 
 def skeleton(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """A model of the same class with two layers, few neurons and tokens, and random parameters; float32, on the CPU.
+    """Make a model of the same class with two layers, few neurons and tokens, and random float32 weights on the CPU.
 
     Its attention is as wide as that of `model`, whose weights are neither copied nor read.
 
     Raises:
-        LightPeftError: the config does not say how many layers there are, or no model can be made from it.
+        LightPeftError: the config has no known key of the number of layers, or no model can be made from it.
     """
     config = skeleton_config(model.config)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         try:
             small = type(model)(config).float()
-        except Exception as error:  # a model class of anyone's own may raise anything
-            raise LightPeftError(f"no small {type(model).__name__} can be made: {one_line(error)}") from error
+        except Exception as error:  # foreign model classes may raise any exception
+            raise LightPeftError(f"a small {type(model).__name__} cannot be made: {one_line(error)}") from error
         with torch.no_grad():
             for parameter in small.parameters():
                 _randomise(parameter, generator)
@@ -62,23 +62,23 @@ def skeleton(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 
 def skeleton_config(config: PretrainedConfig) -> Any:
-    """A copy of a config with fewer layers (lists with an entry a layer are cut), neurons and tokens.
+    """Copy a config with fewer layers (lists with one entry per layer are cut), neurons and tokens.
 
     Raises:
-        LightPeftError: the config does not say how many layers there are.
+        LightPeftError: the config has no known key of the number of layers.
     """
     small: Any = copy.deepcopy(config)
     depths = {key: value for key in _DEPTH_KEYS if type(value := getattr(config, key, None)) is int}
-    require(depths, f"{type(config).__name__} does not say how many layers the model has")
+    require(depths, f"{type(config).__name__} has no known key for the number of layers")
     for key, value in list(vars(small).items()):
         if isinstance(value, list | tuple) and "layer" in key and len(value) in depths.values():
-            setattr(small, key, value[:_LAYERS])
+            setattr(small, key, value[:_SKELETON_LAYERS])
     for key, value in depths.items():
         try:
-            setattr(small, key, min(value, _LAYERS))
-        except NotImplementedError as error:  # a sum of others that cannot be set itself
-            raise LightPeftError(f"{type(config).__name__} says {key}, and has no place to say fewer") from error
-    for key in _WIDTH_KEYS:
+            setattr(small, key, min(value, _SKELETON_LAYERS))
+        except NotImplementedError as error:  # a computed property that cannot be set
+            raise LightPeftError(f"{type(config).__name__}.{key} cannot be set to fewer layers") from error
+    for key in _SHRUNK_WIDTH_KEYS:
         if type(value := getattr(config, key, None)) is int:
             setattr(small, key, min(value, _NEURONS))
     if type(getattr(config, "vocab_size", None)) is int:
@@ -88,12 +88,12 @@ def skeleton_config(config: PretrainedConfig) -> Any:
     if hasattr(small, "quantization_config"):
         del small.quantization_config
     if attention_of(config) not in ("sdpa", "eager"):
-        forget_attention(small)  # what needs an accelerator: the class's own choice instead
+        forget_attention(small)  # backends that need an accelerator are replaced by the default of the class
     return small
 
 
 def _fit_token_ids(config: Any) -> None:
-    """Give special tokens beyond the vocabulary numbers of their own at its start."""
+    """Renumber special tokens beyond the vocabulary to distinct ids at its start."""
     for number, (key, value) in enumerate(sorted(vars(config).items())):
         if key.endswith("_token_id") and isinstance(value, int | list):
             ids = value if isinstance(value, list) else [value]
@@ -109,15 +109,15 @@ def _randomise(parameter: nn.Parameter, generator: torch.Generator) -> None:
 
 
 def random_inputs(model: PreTrainedModel, rows: int = 3, length: int = 9, padding: str = "right") -> dict[str, Tensor]:
-    """Random token ids (padded rows but the first), images or raw sound, the same at every call.
+    """Make random token ids (all rows but the first padded), images or raw sound, the same at every call.
 
     Raises:
-        LightPeftError: the model takes something else.
+        LightPeftError: the model needs other inputs.
     """
     config, name = model.config, model.main_input_name
     needed = {"input_ids": "vocab_size", "pixel_values": "image_size"}.get(name)
     says = needed is None or hasattr(config, needed)
-    require(says, f"{type(config).__name__} has no {needed}, so that there is no knowing what the model reads")
+    require(says, f"{type(config).__name__} has no {needed}, which is needed for random inputs")
     generator = torch.Generator().manual_seed(1)
     if name == "input_ids":
         inputs = _token_inputs(config, rows, length, padding, generator)
@@ -128,7 +128,7 @@ def random_inputs(model: PreTrainedModel, rows: int = 3, length: int = 9, paddin
     elif name == "input_values":
         inputs = {name: torch.randn(rows, 4000, generator=generator)}
     else:
-        raise LightPeftError(f"lightpeft knows no random input for {type(model).__name__} ({name})")
+        raise LightPeftError(f"{type(model).__name__} needs the input {name}, for which there are no random values")
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = _tokens(config, rows, length - 2, generator)
     accepted = inspect.signature(model.forward).parameters
@@ -144,27 +144,27 @@ def _token_inputs(config: Any, rows: int, length: int, padding: str, generator: 
 
 
 def _tokens(config: Any, rows: int, length: int, generator: torch.Generator) -> Tensor:
-    """Token ids of the upper half of the vocabulary, where no special tokens are."""
+    """Draw token ids from the upper half of the vocabulary, which has no special tokens."""
     return torch.randint(config.vocab_size // 2, config.vocab_size, (rows, length), generator=generator)
 
 
 def run(model: nn.Module, inputs: dict[str, Tensor], handles: Sequence[RemovableHandle] = ()) -> Tensor:
-    """The first output of a model, without gradients; the hooks are taken off afterwards.
+    """Compute the first output of a model without gradients, and remove the hooks afterwards.
 
     Raises:
-        LightPeftError: the model does not run on these inputs.
+        LightPeftError: the model fails on these inputs.
     """
     try:
         with torch.no_grad():
             return cast(Tensor, model(**inputs)[0])
-    except Exception as error:  # a model class of anyone's own may raise anything
-        raise LightPeftError(f"{type(model).__name__} does not run on random inputs: {one_line(error)}") from error
+    except Exception as error:  # foreign model classes may raise any exception
+        raise LightPeftError(f"{type(model).__name__} fails on random inputs: {one_line(error)}") from error
     finally:
         for handle in handles:
             handle.remove()
 
 
 def one_line(error: BaseException, limit: int = 160) -> str:
-    """An exception as part of a one-line message."""
+    """Format an exception as part of a one-line message."""
     text = f"{type(error).__name__}: {error}" if not isinstance(error, LightPeftError) else str(error)
     return " ".join(text.split())[:limit]

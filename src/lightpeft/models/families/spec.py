@@ -1,4 +1,4 @@
-"""A model family as a declarative record: where the prunable projections of its transformer blocks live."""
+"""Declarative description of a model family: the module names of its transformer blocks' prunable projections."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from lightpeft.plans.structure import FFN_SLOTS, SLOTS, Role
 
-_QUANTITIES = {"heads", "kv_heads", "heads_per_kv", "width"}
+_QUANTITY_NAMES = {"heads", "kv_heads", "heads_per_kv", "width"}
 _ATTENTION = ({"q", "k", "v", "o"}, {"q", "kv", "o"}, {"qkv", "o"})
 _FFN: tuple[set[str], ...] = (
     set(),
@@ -20,74 +20,90 @@ _FFN: tuple[set[str], ...] = (
 
 @dataclass(frozen=True)
 class Experts:
-    """Experts that tokens are routed to: a module with 3-D parameters, and one with a row for each."""
+    """Names of routed experts: a module with 3-D parameters, and a router with one row for each expert."""
 
     router: str = "mlp.gate"
-    """Relative to a block."""
+    """Name of the router, relative to a block."""
     experts: str = "mlp.experts"
-    """Relative to a block."""
+    """Name of the module of experts, relative to a block."""
     count_key: str = "num_experts"
-    """Config key of how many there are."""
+    """Config key of the number of experts."""
     width_key: str = "moe_intermediate_size"
-    """Config key of the intermediate size of each."""
+    """Config key of the intermediate size of each expert."""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """One list of equal blocks: attention and, except for cross-attention, the FFN that follows it."""
+    """One list of equal blocks: attention and, except for cross-attention, the FFN that follows it.
+
+    Example:
+        stack = Stack(
+            layers="encoder.layer",
+            attention="attention",
+            projections={
+                "q": "attention.q",
+                "k": "attention.k",
+                "v": "attention.v",
+                "o": "attention.out",
+                "ffn_in": "ffn.in",
+                "ffn_out": "ffn.out",
+            },
+            head_attributes={"num_heads": "heads"},
+        )
+    """
 
     layers: str
-    """The list of transformer blocks, relative to the model without its task head."""
+    """Name of the list of transformer blocks, relative to the model without its task head."""
     attention: str
-    """Relative to a block: the module whose forward runs attention and which holds the head counts."""
+    """Name, relative to a block, of the module whose forward computes attention and which holds the head counts."""
     projections: dict[str, str] | Sequence[dict[str, str]]
-    """Slot (see `SLOTS`) -> linear layer, relative to a block; or several such tables, of which the first that fits the
-    block counts (a family whose FFN may have a gate, or experts in its place)."""
+    """Slot (see `SLOTS`) -> linear layer, relative to a block; or several such tables, of which the first that fits a
+    block is used (for families whose FFN may have a gate, or experts in its place)."""
     head_attributes: dict[str, str] = field(default_factory=dict)
-    """Attribute of the attention module -> what it holds: "heads", "kv_heads", "heads_per_kv" or "width". What it
-    reads from the shared config, such as "config.num_attention_heads", it then reads from a view of its own."""
+    """Attribute of the attention module -> its quantity: "heads", "kv_heads", "heads_per_kv" or "width". An attribute
+    of the shared config, such as "config.num_attention_heads", is set in a view of the config for the module."""
     heads_key: str = "num_attention_heads"
     """Config key of the number of query heads."""
     head_dim_key: str = "head_dim"
-    """Config key of the head dimension; where the config has none, it is the hidden size by the heads."""
+    """Config key of the head dimension; if the config does not have it, it is the hidden size divided by the heads."""
     head_sizes: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Slot of attention -> config keys that add up to the rows of one head in it, where these are not the head
-    dimension, which then is that of the values."""
+    """Slot of attention -> config keys whose sum is the number of rows of one head, where it differs from the head
+    dimension, which is then that of the values."""
     width_key: str | tuple[str | None, ...] | None = "intermediate_size"
     """Config key of the FFN width, or one for each table of projections; None where the config does not hold it."""
     experts: Experts | None = None
-    """Routed experts, in those blocks that have them."""
+    """Names of the routed experts, in blocks that have them."""
     whole: tuple[str, ...] = ()
-    """Linear layers, relative to a block, that are no unit's and stay as they are."""
+    """Linear layers, relative to a block, that belong to no unit and are not cut."""
     activation_key: str = "hidden_act"
     """Config key of the FFN's activation."""
     role: Role | None = None
-    """What the stack is, where a model has several."""
+    """Role of the stack in a model with several stacks; None: the model has one stack."""
     label: str = ""
-    """The stack's name in tables, where it is not its role."""
+    """Name of the stack in tables; empty: its role."""
     interleaved: bool = False
-    """Whether fused qkv rows come KV group by KV group instead of all q, all k, all v."""
+    """True: fused qkv rows come KV group by KV group; False: all q, then all k, all v."""
     wide_norms: dict[str, str] = field(default_factory=dict)
-    """"q" or "k" -> norm, relative to a block, that runs over all its heads together."""
+    """"q" or "k" -> norm over all its heads together, relative to a block."""
     position_bias: str | None = None
-    """In the first block: the table of relative position biases, one column a head, that the whole stack shares."""
+    """Name in the first block of the table of relative position biases, one column per head, that the stack shares."""
     shared_arguments: tuple[str, ...] = ()
-    """Arguments of attention with one entry a head that each block hands to the next."""
+    """Arguments of attention with one entry per head that each block passes on to the next."""
     per_head_arguments: dict[str, int] = field(default_factory=dict)
-    """Argument of attention that something outside the blocks makes -> the dimension of it that has one entry a query
-    head, counted from the front or (negative) from the back."""
+    """Argument of attention from outside the blocks -> its dimension with one entry per query head, counted from the
+    front or (negative) from the back."""
     head_tensors: tuple[str, ...] = ()
-    """Parameters of the attention module with one entry a query head."""
+    """Parameters of the attention module with one entry per query head."""
     attention_outputs: int = 2
     """Length of the tuple that attention returns."""
 
     @property
     def tables(self) -> tuple[dict[str, str], ...]:
-        """The tables of projections, in the order they are tried."""
+        """Tables of projections in the order in which they are tried."""
         return (self.projections,) if isinstance(self.projections, dict) else tuple(self.projections)
 
     def width_key_of(self, projections: Mapping[str, str]) -> str | None:
-        """Config key of the FFN width of a block whose projections have these names, or names that end so."""
+        """Return the config key of the FFN width of a block with these projections, by the endings of their names."""
         if not isinstance(self.width_key, tuple):
             return self.width_key
         name = projections.get("ffn_out", "")
@@ -97,28 +113,30 @@ class Stack:
 
 @dataclass(frozen=True)
 class Family:
-    """Names of one family's modules, as transformers spells them."""
+    """Module names of one family in transformers.
+
+    Example:
+        register_family(Family("my_model", (stack,)))
+    """
 
     model_type: str
     """`config.model_type` of the family."""
     stacks: tuple[Stack, ...]
     """One stack for encoders and decoders; encoder, decoder and cross-attention for encoder-decoders."""
     positions_after_padding: bool = False
-    """Whether position numbers start after the padding index, so that the position table has unused entries."""
+    """True: position ids start after the padding index, so that the position table has unused entries."""
     own_bias: str | None = None
-    """Attribute of attention that makes it look up position biases itself; those of `Stack.position_bias` alone."""
+    """Attribute that makes attention look up position biases itself; needed with `Stack.position_bias` only."""
     head_settings: tuple[str, ...] = ()
-    """Generation settings that number cross-attention heads of the dense model."""
+    """Generation settings with indices of the dense model's cross-attention heads."""
     needs: dict[str, Any] = field(default_factory=dict)
-    """Config values without which models of this family cannot be pruned."""
+    """Config values that models of this family need to be pruned."""
     since: tuple[int, int] = (5, 5)
-    """The first transformers whose modules have these names."""
+    """First version of transformers with these module names."""
 
     def __post_init__(self) -> None:
         if self.own_bias is None and any(stack.position_bias for stack in self.stacks):
-            raise ValueError(
-                f"family {self.model_type}: blocks share position biases; own_bias says how one has its own"
-            )
+            raise ValueError(f"family {self.model_type}: blocks share position biases; set own_bias")
         for stack in self.stacks:
             for table in stack.tables:
                 attention = set(table) - set(FFN_SLOTS)
@@ -129,7 +147,7 @@ class Family:
                         f"slots: {SLOTS}"
                     )
                 if "kv" in table and "kv" not in stack.head_sizes:
-                    raise ValueError(f"family {self.model_type}: head_sizes has to say how many rows of kv a head has")
-            unknown = set(stack.head_attributes.values()) - _QUANTITIES
+                    raise ValueError(f"family {self.model_type}: kv rows of a head are unknown; set head_sizes")
+            unknown = set(stack.head_attributes.values()) - _QUANTITY_NAMES
             if unknown:
-                raise ValueError(f"family {self.model_type}: unknown head attribute quantities {sorted(unknown)}")
+                raise ValueError(f"family {self.model_type}: unknown quantities {sorted(unknown)} in head_attributes")

@@ -1,4 +1,4 @@
-"""Linear layers that bitsandbytes quantised, in 4 or 8 bits."""
+"""Linear layers quantized by bitsandbytes, in 4 or 8 bits."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from lightpeft.models.linears.kinds import QuantisedKind
 
 
 class FourBitLinear(QuantisedKind):
-    """`Linear4bit` (QLoRA, Dettmers et al. 2023): NF4 or FP4 codes with one scale a block of 64 weights.
+    """`Linear4bit` (QLoRA, Dettmers et al. 2023): NF4 or FP4 codes with one scale for each block of 64 weights.
 
-    Blocks run along the rows, one row after the other. Rows that are whole blocks keep their codes and scales when rows
-    go, and so do columns that go by whole blocks (heads, where the head dimension is a multiple of the block size).
-    Cutting single columns forms new blocks. Under double quantisation the scales are quantised anew in any case.
+    Blocks run along the rows, one row after the other. If rows are whole blocks, cutting rows keeps codes and scales,
+    and so does cutting columns by whole blocks (heads, if the head dimension is a multiple of the block size). Cutting
+    single columns forms new blocks. Under double quantization the scales are always quantized again.
     """
 
     def matches(self, layer: Any) -> bool:
         return has_type(layer, "Linear4bit") and quant_state(layer.weight) is not None
 
     def dense_weight(self, layer: Any) -> Tensor:
-        return _dense(layer.weight)
+        return _dequantise(layer.weight)
 
     def stored_weight(self, layer: Any) -> Tensor:
         shape = quant_state(layer.weight).shape
@@ -49,7 +49,7 @@ class FourBitLinear(QuantisedKind):
 
 
 class EightBitLinear(QuantisedKind):
-    """`Linear8bitLt` (LLM.int8(), Dettmers et al. 2022): one scale a row, so all cuts are exact."""
+    """`Linear8bitLt` (LLM.int8(), Dettmers et al. 2022): one scale for each row, so all cuts are exact."""
 
     def matches(self, layer: Any) -> bool:
         quantised = has_type(layer, "Linear8bitLt") and layer.weight.dtype == torch.int8
@@ -68,60 +68,60 @@ class EightBitLinear(QuantisedKind):
 
 
 def prepare_quantised(model: nn.Module) -> None:
-    """Make a model with bitsandbytes layers, freshly loaded, fit to train and to prune; others are left as they are.
+    """Prepare a newly loaded model with bitsandbytes layers for training and pruning; other models do not change.
 
-    Layers that the checkpoint has no weights for (a task head) are of bitsandbytes' types, too, but nothing quantised
-    them; they become ordinary ones. 4-bit layers become right on CPUs, too.
+    Layers without weights in the checkpoint (a task head) have bitsandbytes' types, but are not quantized; they become
+    ordinary layers. 4-bit layers are replaced where bitsandbytes' kernel for CPUs is wrong.
     """
     four_bits = FourBitLinear()
     for name, module in list(model.named_modules()):
-        if _never_quantised(module):
-            model.set_submodule(name, _ordinary(module))
+        if _is_unquantised(module):
+            model.set_submodule(name, _to_linear(module))
         elif four_bits.matches(module):
             _fit_for_cpu(module)
 
 
 def logical_numel(parameter: Tensor) -> int:
-    """Weights that a parameter stands for; packed 4-bit weights are several an element."""
+    """Return the number of weights of a parameter; one element of a packed 4-bit parameter holds several."""
     state = quant_state(parameter)
     return parameter.numel() if state is None else math.prod(state.shape)
 
 
-def _never_quantised(layer: Any) -> bool:
+def _is_unquantised(layer: Any) -> bool:
     of_theirs = has_type(layer, "Linear4bit") or has_type(layer, "Linear8bitLt")
     return of_theirs and type(layer.weight) is nn.Parameter and layer.weight.is_floating_point()
 
 
-def _ordinary(layer: Any) -> nn.Linear:
+def _to_linear(layer: Any) -> nn.Linear:
     linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     linear.weight, linear.bias = layer.weight, layer.bias
     return linear.train(layer.training)
 
 
 def _fit_for_cpu(layer: Any) -> None:
-    """Make a 4-bit layer compute with its weight on CPUs as well, whatever its width."""
+    """Make a 4-bit layer of any width compute correctly on CPUs."""
     keep_layout(layer)
     state = quant_state(layer.weight)
     if not cpu_kernel_is_right(state.shape[1], state.blocksize):
-        layer.__class__ = _block_wise()
+        layer.__class__ = _block_wise_class()
 
 
-def _dense(weight: Any) -> Tensor:
-    """A 4-bit weight, [out, in], in float32."""
+def _dequantise(weight: Any) -> Tensor:
+    """Dequantize a 4-bit weight to float32, [out, in]."""
     state = quant_state(weight)
     return dequantised(*codes(weight), state).view(state.shape)
 
 
 @functools.cache
-def _block_wise() -> type[Any]:
-    """bitsandbytes' `Linear4bit` for rows that its kernel for CPUs gets wrong."""
+def _block_wise_class() -> type[Any]:
+    """Make the subclass of bitsandbytes' `Linear4bit` for rows that its kernel for CPUs computes incorrectly."""
     linear: Any = class_of_layers("Linear4bit")
 
     class BlockWiseLinear4bit(linear):
-        """Dequantises block by block instead of row by row, in which shape the same kernel is right."""
+        """Layer that dequantizes block by block instead of row by row, for which the same kernel is correct."""
 
         def forward(self, x: Tensor) -> Tensor:
-            """[..., in] -> [..., out]."""
+            """Apply the layer: [..., in] -> [..., out]."""
             if x.device.type != "cpu":
                 return super().forward(x)
             result = _BlockWise.apply(x.to(self.compute_dtype or x.dtype), self.weight)
@@ -131,13 +131,13 @@ def _block_wise() -> type[Any]:
 
 
 class _BlockWise(torch.autograd.Function):
-    """`x @ weight.T`; the backward pass dequantises once more, so that no dense weight is kept."""
+    """Compute `x @ weight.T`; the backward pass dequantizes again, so that no dense weight is saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.weight = weight
-        return x @ _dense(weight).to(x.dtype).T
+        return x @ _dequantise(weight).to(x.dtype).T
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ _dense(ctx.weight).to(gradient.dtype), None
+        return gradient @ _dequantise(ctx.weight).to(gradient.dtype), None

@@ -1,4 +1,4 @@
-"""What a sort of linear layer has to say of its layers, whatever they keep their weight as."""
+"""Interface of the kinds of linear layers, for all formats of their weight."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from lightpeft.models.sharding import placed_like, whole
 
 
 class LinearKind(ABC):
-    """How one kind of linear layer is read and cut."""
+    """Access to one kind of linear layer: reading its weight, and cutting it."""
 
     @abstractmethod
     def matches(self, layer: Any) -> bool:
-        """Whether `layer` is of this kind."""
+        """Return whether `layer` is of this kind."""
 
     @abstractmethod
     def dense_weight(self, layer: Any) -> Tensor:
-        """The weight as a floating-point [out, in] tensor, a view where possible."""
+        """Return the weight as a floating-point [out, in] tensor, a view where possible."""
 
     @abstractmethod
     def stored_weight(self, layer: Any) -> Tensor:
-        """The numbers that the weight is kept as, [out, in]; they stay as they are while the model runs."""
+        """Return the stored numbers of the weight, [out, in], which do not change while the model runs."""
 
     @abstractmethod
     def features(self, layer: Any) -> tuple[int, int]:
-        """Output and input features, without dequantising anything."""
+        """Return the numbers of output and input features, without dequantizing the weight."""
 
     @abstractmethod
     def keep(self, layer: Any, index: Tensor, dim: int) -> None:
@@ -36,19 +36,18 @@ class LinearKind(ABC):
 
 
 class DenseKind(LinearKind):
-    """How a layer whose weight is kept in floating point is read and cut."""
+    """Access to a layer with a floating-point weight."""
 
     def stored_weight(self, layer: Any) -> Tensor:
-        """The weight itself."""
+        """Return the weight itself, [out, in]."""
         return self.dense_weight(layer)
 
 
 class QuantisedKind(LinearKind):
-    """How a layer whose weight is kept as integers and scales is read and cut.
+    """Access to a layer whose weight is stored as integers and scales.
 
-    Where a format keeps one scale a row, or a cut takes whole blocks with their scales, what stays is what was there,
-    to the bit. Elsewhere blocks with scales of their own are formed anew (dequantise, cut, quantise), which rounds once
-    more.
+    Cuts are bit-exact if the format has one scale for each row, or the cut removes whole blocks with their scales.
+    Other cuts form new blocks (dequantize, cut, quantize), which rounds again.
     """
 
     def features(self, layer: Any) -> tuple[int, int]:
@@ -58,10 +57,10 @@ class QuantisedKind(LinearKind):
         if len(index):
             self._cut_weight(layer, index, dim)
         else:
-            _empty(layer, dim)
+            _make_empty(layer, dim)
         if dim == 0:
             layer.out_features = len(index)
-            layer.bias = None if layer.bias is None else sliced(layer.bias, index, 0)
+            layer.bias = None if layer.bias is None else slice_parameter(layer.bias, index, 0)
         else:
             layer.in_features = len(index)
 
@@ -71,22 +70,22 @@ class QuantisedKind(LinearKind):
 
 
 class EmptyLinear(nn.Linear):
-    """What is left of a quantised layer without input or without output features: nothing to quantise, and the bias."""
+    """Quantized layer that lost all input or all output features: only the bias remains."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
+        """Apply the layer: [..., in] -> [..., out]."""
         result = x.new_zeros(*x.shape[:-1], self.out_features)
         return result if self.bias is None else result + self.bias.to(x.dtype)
 
 
-def _empty(layer: Any, dim: int) -> None:
+def _make_empty(layer: Any, dim: int) -> None:
     rows, columns = (0, layer.in_features) if dim == 0 else (layer.out_features, 0)
     weight = torch.empty(rows, columns, device=layer.weight.device)
     layer.__class__ = EmptyLinear
     layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def sliced(parameter: Tensor, index: Tensor, dim: int) -> nn.Parameter:
-    """A parameter of the entries `index` along `dim`, which trains if the whole one does, and is sharded if that is."""
+def slice_parameter(parameter: Tensor, index: Tensor, dim: int) -> nn.Parameter:
+    """Make a parameter of the entries `index` along `dim`, trainable and sharded like the given one."""
     kept = whole(parameter).index_select(dim, index.to(parameter.device))
     return nn.Parameter(placed_like(kept, parameter), requires_grad=parameter.requires_grad)

@@ -1,4 +1,4 @@
-"""Linear layers whose weight stays in its file: it is read where it is needed, and is gone again afterwards."""
+"""Linear layers whose weight stays in its file: each use reads it and frees it afterwards."""
 
 from __future__ import annotations
 
@@ -20,46 +20,45 @@ from lightpeft.models.tensors import StoredTensor
 
 
 class OverFile(nn.Parameter):
-    """A frozen parameter that lies over a file, and that nobody can write to, because what was written would be lost.
+    """Frozen parameter that is mapped from a file and cannot be written to, because changes would be lost.
 
-    It is an inference tensor, of which PyTorch allows no change in place; and `data`, by which PEFT merges, is a copy
-    that cannot be set.
+    It is an inference tensor, which PyTorch does not change in place; `data`, by which PEFT merges, is a copy that
+    cannot be set.
     """
 
     @property
     def data(self) -> Tensor:
-        """A copy."""
+        """Copy of the values."""
         return self.detach().clone()
 
     @data.setter
     def data(self, values: Tensor) -> None:
-        raise LightPeftError("weights on disk cannot be written to, nor PEFT merged into them; load them into memory")
+        raise LightPeftError("weights on disk cannot be changed, so PEFT cannot merge; load the model into memory")
 
 
 class WeightOnDisk(nn.Module):
-    """What a layer has whose weight stays on disk.
+    """Base class of layers whose weight stays on disk.
 
-    `weight` is there for whoever asks for its shape and data type, or reads a few values: it lies over the file, and
-    nothing of it is in memory before it is touched. What computes with it asks for `read`, and lets go of that again:
-    so does the backward pass, for which no weight is kept.
+    `weight` is mapped from the file, for access to its shape, data type or a few values; no page is in memory before it
+    is touched. Computations call `read` and drop the result; the backward pass reads the weight again.
     """
 
     stored: StoredTensor
-    """Where the weight is."""
+    """Place of the weight on disk."""
     place: Tensor
-    """Without elements: of the device and the data type in which the layer computes."""
+    """Tensor without elements, with the device and the data type of the layer's computation."""
 
     def read(self) -> Tensor:
-        """The weight, as the layer's class has it, to be let go of after use; on the CPU it is not even copied.
+        """Read the weight in the layout of the layer's class; on the CPU without a copy. Drop it after use.
 
         Raises:
-            LightPeftError: its file has been changed.
+            LightPeftError: the file has changed.
         """
         self.stored.check_unchanged()
         return self.stored.mapped().to(self.place)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
+        """Apply the layer: [..., in] -> [..., out]."""
         return _Product.apply(x, self.bias, self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightOnDisk:
@@ -69,7 +68,7 @@ class WeightOnDisk(nn.Module):
         return twin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightOnDisk:
-        """What `to` and its kin call: the weight stays where it is, and is read to where the layer goes."""
+        """Move the layer (for `to` and similar methods): the weight stays on disk, and `read` returns it as moved."""
         weight = self.weight
         set_unseen(self, "weight", None)
         try:
@@ -81,7 +80,7 @@ class WeightOnDisk(nn.Module):
 
 
 class LinearOnDisk(WeightOnDisk, nn.Linear):
-    """PyTorch's `Linear` with its weight on disk."""
+    """PyTorch's `Linear` with its weight, [out, in], on disk."""
 
 
 class Conv1DOnDisk(WeightOnDisk, Conv1D):
@@ -92,7 +91,7 @@ _CLASSES: dict[type, type[WeightOnDisk]] = {nn.Linear: LinearOnDisk, Conv1D: Con
 
 
 class _Product(torch.autograd.Function):
-    """A layer's output; the backward pass reads the weight once more."""
+    """Compute the output of a layer; the backward pass reads the weight again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: WeightOnDisk) -> Tensor:
@@ -123,7 +122,7 @@ class _Product(torch.autograd.Function):
 
 
 class OnDiskLinear(DenseKind):
-    """A layer of PyTorch's or transformers' with its weight on disk; once it is cut, it is an ordinary one."""
+    """Access to a layer with its weight on disk; a cut turns it into an ordinary layer."""
 
     def matches(self, layer: Any) -> bool:
         return isinstance(layer, WeightOnDisk)
@@ -133,47 +132,47 @@ class OnDiskLinear(DenseKind):
         return weight if isinstance(layer, nn.Linear) else weight.T
 
     def features(self, layer: Any) -> tuple[int, int]:
-        return _usual(layer).features(layer)
+        return _in_memory_kind(layer).features(layer)
 
     def keep(self, layer: Any, index: Tensor, dim: int) -> None:
-        bring_in(layer)
-        _usual(layer).keep(layer, index.to(layer.weight.device), dim)
+        load_weight(layer)
+        _in_memory_kind(layer).keep(layer, index.to(layer.weight.device), dim)
 
 
-def _usual(layer: nn.Module) -> DenseKind:
-    """How a layer of the same class is cut whose weight is in memory."""
+def _in_memory_kind(layer: nn.Module) -> DenseKind:
+    """Return the kind of the same layer with its weight in memory."""
     return PlainLinear() if isinstance(layer, nn.Linear) else TransposedLinear()
 
 
 def is_on_disk(layer: nn.Module) -> bool:
-    """Whether the layer's weight is on disk."""
+    """Return whether the layer's weight is on disk."""
     return isinstance(layer, WeightOnDisk)
 
 
 def can_be_left(layer: nn.Module) -> bool:
-    """Whether `leave_on_disk` takes the layer: one of a subclass may do more with its weight."""
+    """Return whether `leave_on_disk` accepts the layer; subclasses may use their weight in other ways."""
     return type(layer) in _CLASSES
 
 
 def leave_on_disk(layer: Any, stored: StoredTensor, dtype: torch.dtype) -> None:
-    """Let a linear layer whose weight lies over a file (`lying_over`), in place, read it where it is needed.
+    """Turn a linear layer whose weight is mapped from a file (`map_parameter`) into a layer on disk, in place.
 
     Args:
-        stored: where it lies, as the layer's class has it, in whatever data type.
-        dtype: that in which the layer computes.
+        stored: place of the weight on disk, in the layout of the layer's class and any data type.
+        dtype: data type of the layer's computation.
     """
     layer.stored, layer.place = stored, torch.empty(0, dtype=dtype)
     layer.__class__ = _CLASSES[type(layer)]
 
 
-def lying_over(stored: StoredTensor) -> nn.Parameter:
-    """A frozen parameter over a file, which nobody can write to."""
+def map_parameter(stored: StoredTensor) -> nn.Parameter:
+    """Map a frozen parameter from a file; it cannot be written to."""
     with torch.inference_mode():
         return OverFile(stored.mapped(), requires_grad=False)
 
 
-def bring_in(layer: Any) -> None:
-    """Turn a layer whose weight is on disk into an ordinary one, in place; others are left as they are."""
+def load_weight(layer: Any) -> None:
+    """Turn a layer whose weight is on disk into an ordinary one, in place; other layers do not change."""
     if isinstance(layer, WeightOnDisk):
         weight = nn.Parameter(layer.read(), requires_grad=False)
         layer.__class__ = next(usual for usual, own in _CLASSES.items() if type(layer) is own)

@@ -1,4 +1,4 @@
-"""Linear layers whose weight is kept in floating point: PyTorch's `Linear`, and transformers' `Conv1D`."""
+"""Linear layers with a floating-point weight: PyTorch's `Linear`, and transformers' `Conv1D`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch.distributed.tensor import DTensor
 from transformers import Conv1D
 
 from lightpeft.compat.stand_ins import StandIn
-from lightpeft.models.linears.kinds import DenseKind, sliced
+from lightpeft.models.linears.kinds import DenseKind, slice_parameter
 from lightpeft.models.sharding import whole
 
 
 class PlainLinear(DenseKind):
-    """`torch.nn.Linear` with an ordinary floating-point weight."""
+    """Access to `torch.nn.Linear` with an ordinary floating-point weight."""
 
     def matches(self, layer: nn.Module) -> bool:
         weight: Any = getattr(layer, "weight", None)
@@ -29,16 +29,16 @@ class PlainLinear(DenseKind):
         return rows, columns
 
     def keep(self, layer: Any, index: Tensor, dim: int) -> None:
-        layer.weight = sliced(layer.weight, index, dim)
+        layer.weight = slice_parameter(layer.weight, index, dim)
         if dim == 0:
             layer.out_features = len(index)
-            layer.bias = None if layer.bias is None else sliced(layer.bias, index, 0)
+            layer.bias = None if layer.bias is None else slice_parameter(layer.bias, index, 0)
         else:
             layer.in_features = len(index)
 
 
 class TransposedLinear(DenseKind):
-    """transformers' `Conv1D`: a linear layer whose weight is [in, out] (GPT-2)."""
+    """Access to transformers' `Conv1D`, a linear layer whose weight is [in, out] (GPT-2)."""
 
     def matches(self, layer: nn.Module) -> bool:
         return isinstance(layer, Conv1D)
@@ -51,9 +51,9 @@ class TransposedLinear(DenseKind):
         return rows, columns
 
     def keep(self, layer: Any, index: Tensor, dim: int) -> None:
-        layer.weight = sliced(layer.weight, index, 1 - dim)
+        layer.weight = slice_parameter(layer.weight, index, 1 - dim)
         if dim == 0:
-            layer.bias = sliced(layer.bias, index, 0)
+            layer.bias = slice_parameter(layer.bias, index, 0)
             layer.nf = len(index)
         else:
             layer.nx = len(index)
@@ -62,15 +62,14 @@ class TransposedLinear(DenseKind):
 
 
 class WithoutInputs(Conv1D):
-    """A `Conv1D` that lost all its inputs: its bias is left. (PyTorch's `Linear` does this by itself.)"""
+    """`Conv1D` that lost all inputs: only its bias remains. (PyTorch's `Linear` supports this itself.)"""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., 0] -> [..., out]."""
+        """Apply the layer: [..., 0] -> [..., out]."""
         return self.bias.expand(*x.shape[:-1], self.nf)
 
 
 def _is_ordinary(weight: Tensor) -> bool:
-    """Whether a weight is of PyTorch's own type, sharded or not, or a stand-in for one; and no float8, whose scales lie
-    elsewhere."""
+    """Return whether a weight is a plain, sharded or stand-in tensor of PyTorch, and no float8, which needs scales."""
     wide = weight.is_floating_point() and weight.dtype.itemsize > 1
     return wide and (type(weight) is StandIn or type(weight.data) in (Tensor, DTensor))

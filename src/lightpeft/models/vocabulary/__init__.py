@@ -1,1 +1,1 @@
-"""A smaller vocabulary: which tokens of a model stay, its tokenizer with these alone, and its rows of these alone."""
+"""Vocabulary reduction: the tokens to keep, and cutting of tokenizer and model to them."""

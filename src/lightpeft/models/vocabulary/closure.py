@@ -1,8 +1,8 @@
-"""Which tokens stay: those that are asked for, and with them what lets every text still be tokenised.
+"""Selection of the tokens to keep: required tokens, and the tokens without which some text could not be tokenized.
 
-Texts whose tokens all stay are tokenised as before, because nothing that stays ranks otherwise among what stays: the
-longest match (WordPiece), the first merge (BPE) and the best path (Unigram) are what they were. All others come in more
-pieces, down to single characters or bytes.
+A text whose tokens are all kept is tokenized as before, because kept tokens keep their ranks: the longest match
+(WordPiece), the first merge (BPE) and the best path (Unigram) do not change. Other texts get more pieces, down to
+single characters or bytes.
 """
 
 from __future__ import annotations
@@ -18,48 +18,48 @@ from transformers import PreTrainedTokenizerBase
 from lightpeft.errors import require
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-"""A piece that stands for one byte of a character without a piece of its own."""
+"""Pattern of a piece for one byte of a character that has no piece."""
 
 
 def kept_tokens(tokenizer: PreTrainedTokenizerBase, needed: Iterable[int]) -> tuple[int, ...]:
-    """Ids of the tokens that stay where these are needed, ascending.
+    """Return the ids of the tokens to keep if `needed` are required, ascending.
 
-    Besides them stay: special and added tokens; single characters and bytes; of BPE, the tokens on the way of merges
-    to one that stays; and what the model falls back on where a character is in no piece alone.
+    They include special and added tokens; single characters and bytes; for BPE, all intermediate merges of a kept
+    token; and fallbacks of the model for characters without a piece.
 
     Raises:
-        LightPeftError: the tokenizer is not a fast one, or of a kind whose words have no parts.
+        LightPeftError: the tokenizer is no fast one, or its kind does not split words.
     """
     description = describe(tokenizer)
     model, ids = description["model"], token_ids(description)
     known = {number: token for token, number in ids.items()}
-    fixed = {*_added(description), *tokenizer.all_special_ids} & known.keys()
-    of_parts = _KINDS[model["type"]](model, [known[number] for number in set(needed) & known.keys() - fixed])
+    fixed = {*_fixed_ids(description), *tokenizer.all_special_ids} & known.keys()
+    of_parts = _CLOSURES[model["type"]](model, [known[number] for number in set(needed) & known.keys() - fixed])
     return tuple(sorted(fixed | {ids[token] for token in of_parts} | (set(needed) & known.keys())))
 
 
 def describe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """A fast tokenizer as its tokenizer.json has it.
+    """Return the content of a fast tokenizer's tokenizer.json.
 
     Raises:
-        LightPeftError: it is not a fast one, or of a kind whose vocabulary cannot be cut.
+        LightPeftError: the tokenizer is no fast one, or of a kind whose vocabulary cannot be cut.
     """
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     instead = "leave light.remove.vocabulary at keep"
     name = type(tokenizer).__name__
-    require(backend is not None, f"{name} is no fast tokenizer, whose vocabulary could be cut; {instead}")
+    require(backend is not None, f"the vocabulary of {name} cannot be cut: it is no fast tokenizer; {instead}")
     description: dict[str, Any] = json.loads(backend.to_str())
     model = description["model"]
-    known = " and ".join([", ".join([*_KINDS][:-1]), [*_KINDS][-1]])
-    cuttable = f"the vocabulary of {name} cannot be cut: it is of kind {model['type']}, and those that can are {known}"
-    require(model["type"] in _KINDS, f"{cuttable}; {instead}")
+    known = " and ".join([", ".join([*_CLOSURES][:-1]), [*_CLOSURES][-1]])
+    cuttable = f"the vocabulary of {name} cannot be cut: its kind is {model['type']}, not one of {known}"
+    require(model["type"] in _CLOSURES, f"{cuttable}; {instead}")
     marked = model.get("end_of_word_suffix") or (model["type"] == "BPE" and model.get("continuing_subword_prefix"))
-    require(not marked, f"the vocabulary of {name} cannot be cut: its BPE marks parts of words ({marked}); {instead}")
+    require(not marked, f"the vocabulary of {name} cannot be cut: its BPE marks word parts ({marked}); {instead}")
     return description
 
 
 def token_ids(description: Mapping[str, Any]) -> dict[str, int]:
-    """Every token of a tokenizer.json, added ones included, with its id."""
+    """Return token -> id for all tokens of a tokenizer.json, added ones included."""
     vocabulary = description["model"]["vocab"]
     if isinstance(vocabulary, list):
         vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
@@ -67,10 +67,10 @@ def token_ids(description: Mapping[str, Any]) -> dict[str, int]:
 
 
 def renumber(description: Mapping[str, Any], number: Callable[[int], int]) -> None:
-    """Give every id of a tokenizer.json outside its model another number, in place.
+    """Renumber all ids of a tokenizer.json outside its model, in place.
 
     Raises:
-        LightPeftError: what is put around texts is of a kind that is not known here.
+        LightPeftError: the post-processor has an unknown type.
     """
     for token in description["added_tokens"]:
         token["id"] = number(token["id"])
@@ -78,7 +78,7 @@ def renumber(description: Mapping[str, Any], number: Callable[[int], int]) -> No
         description["padding"]["pad_id"] = number(description["padding"]["pad_id"])
     for step in _steps(description.get("post_processor")):
         kind = step["type"]
-        require(kind in _AROUND, f"the vocabulary cannot be cut: a tokenizer with {kind} is not known here")
+        require(kind in _AROUND, f"the vocabulary cannot be cut: the post-processor {kind} is unknown")
         _AROUND[kind](step, number)
 
 
@@ -90,28 +90,28 @@ def _steps(processor: Mapping[str, Any] | None) -> Iterator[Any]:
         yield processor
 
 
-def _of_template(step: Mapping[str, Any], number: Callable[[int], int]) -> None:
+def _renumber_template(step: Mapping[str, Any], number: Callable[[int], int]) -> None:
     for token in step["special_tokens"].values():
         token["ids"] = [number(each) for each in token["ids"]]
 
 
-def _of_pair(step: dict[str, Any], number: Callable[[int], int]) -> None:
+def _renumber_pair(step: dict[str, Any], number: Callable[[int], int]) -> None:
     for name in ("sep", "cls"):
         token, old = step[name]
         step[name] = [token, number(old)]
 
 
 _AROUND: dict[str, Callable[[Any, Callable[[int], int]], None]] = {
-    "TemplateProcessing": _of_template,
-    "BertProcessing": _of_pair,
-    "RobertaProcessing": _of_pair,
+    "TemplateProcessing": _renumber_template,
+    "BertProcessing": _renumber_pair,
+    "RobertaProcessing": _renumber_pair,
     "ByteLevel": lambda step, number: None,
 }
-"""What is put around texts -> how the ids in it are changed."""
+"""Type of a post-processor -> function that renumbers its ids."""
 
 
-def _added(description: Mapping[str, Any]) -> set[int]:
-    """Ids of added tokens, and of those that are put around texts or fill batches."""
+def _fixed_ids(description: Mapping[str, Any]) -> set[int]:
+    """Return the ids of added tokens, of padding, and of tokens that the post-processor inserts."""
     found: set[int] = set()
 
     def note(number: int) -> int:
@@ -123,7 +123,10 @@ def _added(description: Mapping[str, Any]) -> set[int]:
 
 
 def _wordpiece(model: Mapping[str, Any], needed: list[str]) -> Iterator[str]:
-    """Single characters, in both their forms. A word that has a character without one keeps its tokens whole."""
+    """Yield the tokens of WordPiece to keep: needed ones, and single characters in both forms.
+
+    Tokens with a character that has no token of its own are kept as well.
+    """
     prefix = model["continuing_subword_prefix"]
     yield from needed
     yield model["unk_token"]
@@ -136,17 +139,17 @@ def _wordpiece(model: Mapping[str, Any], needed: list[str]) -> Iterator[str]:
 
 
 def _bpe(model: Mapping[str, Any], needed: list[str]) -> Iterator[str]:
-    """Single characters and bytes, and for every token what merges make on the way to it."""
+    """Yield the tokens of BPE to keep: single characters and bytes, needed tokens, and their intermediate merges."""
     ranks = {tuple(merge): rank for rank, merge in reversed(list(enumerate(model["merges"])))}
-    yield from _unknown(model)
+    yield from _unknown_token(model)
     yield from (token for token in model["vocab"] if len(token) == 1 or _BYTE.fullmatch(token))
     for token in needed:
         yield token
-        yield from () if _BYTE.fullmatch(token) else _merged(token, ranks)
+        yield from () if _BYTE.fullmatch(token) else _merge_results(token, ranks)
 
 
-def _merged(token: str, ranks: Mapping[tuple[str, ...], int]) -> Iterator[str]:
-    """What merges make of the characters of a token, one after another, the first in rank first."""
+def _merge_results(token: str, ranks: Mapping[tuple[str, ...], int]) -> Iterator[str]:
+    """Yield the results of the merges of a token's characters, in the order of their ranks."""
     parts = list(token)
     while len(parts) > 1:
         rank, place = min((ranks.get(pair, len(ranks)), place) for place, pair in enumerate(pairwise(parts)))
@@ -157,9 +160,10 @@ def _merged(token: str, ranks: Mapping[tuple[str, ...], int]) -> Iterator[str]:
 
 
 def _unigram(model: Mapping[str, Any], needed: list[str]) -> Iterator[str]:
-    """Single characters and bytes, pieces with a character that has no piece alone, and the least probable piece.
+    """Yield the pieces of Unigram to keep: needed ones, single characters and bytes, and the least probable piece.
 
-    The score of what is unknown is counted from the last one's.
+    Pieces with a character that has no piece of its own are kept as well. The score of unknown characters is relative
+    to that of the least probable piece.
     """
     pieces = {piece for piece, _ in model["vocab"]}
     yield from needed
@@ -171,14 +175,14 @@ def _unigram(model: Mapping[str, Any], needed: list[str]) -> Iterator[str]:
             yield piece
 
 
-def _unknown(model: Mapping[str, Any]) -> Iterator[str]:
+def _unknown_token(model: Mapping[str, Any]) -> Iterator[str]:
     if model.get("unk_token") in model["vocab"]:
         yield model["unk_token"]
 
 
-_KINDS: dict[str, Callable[[Mapping[str, Any], list[str]], Iterator[str]]] = {
+_CLOSURES: dict[str, Callable[[Mapping[str, Any], list[str]], Iterator[str]]] = {
     "BPE": _bpe,
     "WordPiece": _wordpiece,
     "Unigram": _unigram,
 }
-"""Kind of tokenizer -> the tokens that stay where some are needed. Words of others have no parts to fall back on."""
+"""Kind of tokenizer -> function from required tokens to tokens to keep. Other kinds do not split words."""

@@ -1,4 +1,4 @@
-"""The tokens that stay, as plain data: ids of the base in ascending order, whose places there are their new ids."""
+"""The kept tokens as plain data: ids of the base in ascending order, whose positions are the new ids."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 from lightpeft.errors import require
 
-_WEIGHTS = 2 ** torch.arange(8)
-"""What each bit of a byte counts, the lowest first."""
+_BIT_VALUES = 2 ** torch.arange(8)
+"""Values of the bits of a byte, lowest first."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Which tokens of a base stay.
+    """The tokens of a base to keep.
 
     Raises:
-        LightPeftError: they are not ascending ids below `size`, or none.
+        LightPeftError: they are no ascending ids below `size`, or there are none.
     """
 
     kept: tuple[int, ...]
@@ -30,7 +30,7 @@ class Vocabulary:
     def __post_init__(self) -> None:
         ascending = all(before < after for before, after in zip(self.kept, self.kept[1:], strict=False))
         inside = bool(self.kept) and self.kept[0] >= 0 and self.kept[-1] < self.size
-        require(ascending and inside, f"the tokens that stay are not ascending ids below {self.size:,}")
+        require(ascending and inside, f"the tokens to keep are not ascending ids below {self.size:,}")
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -41,25 +41,25 @@ class Vocabulary:
         return {old: new for new, old in enumerate(self.kept)}
 
     def rows(self, table: Tensor, dim: int = 0) -> Tensor:
-        """[..., size, ...] -> [..., kept, ...]; a table that is cut already stays as it is."""
+        """Select the kept rows of a table: [..., size, ...] -> [..., kept, ...]; a cut table does not change."""
         if table.shape[dim] == len(self.kept):
             return table
         return table.index_select(dim, torch.tensor(self.kept, device=table.device))
 
     def to_bits(self) -> Tensor:
-        """One bit a token, [size / 8, rounded up], uint8: a few KiB, whatever stays."""
+        """Pack the kept tokens into one bit per token: [size / 8, rounded up], uint8."""
         mask = torch.zeros(-(-self.size // 8) * 8, dtype=torch.long)
         mask[list(self.kept)] = 1
-        return (mask.view(-1, 8) * _WEIGHTS).sum(-1).to(torch.uint8)
+        return (mask.view(-1, 8) * _BIT_VALUES).sum(-1).to(torch.uint8)
 
     @classmethod
     def from_bits(cls, bits: Tensor, size: int) -> Vocabulary:
-        """What `to_bits` wrote.
+        """Unpack bits of `to_bits`.
 
         Raises:
-            LightPeftError: it is of another size, or nothing stays.
+            LightPeftError: the bits have another size, or no token is kept.
         """
         fits = bits.dtype == torch.uint8 and bits.shape == (-(-size // 8),)
-        require(fits, f"these are not the tokens that stay of {size:,}")
-        mask = (bits.long().unsqueeze(-1) & _WEIGHTS) > 0
+        require(fits, f"the list of kept tokens does not fit {size:,} tokens")
+        mask = (bits.long().unsqueeze(-1) & _BIT_VALUES) > 0
         return cls(tuple(mask.flatten().nonzero().flatten().tolist()), size)

@@ -1,4 +1,4 @@
-"""A live model and its tokenizer, cut together."""
+"""Cutting of a live model and its tokenizer to the same tokens."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ from lightpeft.models.vocabulary.tokenizer import cut_tokenizer
 def cut_vocabulary(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Iterable[int]]
 ) -> PreTrainedTokenizerBase:
-    """Leave a model and its tokenizer the tokens that some texts take, and what lets every text still be tokenised.
+    """Cut the vocabulary of a model and its tokenizer to the tokens of some texts, and those that other texts need.
 
-    Call it before PEFT is on the model. What is trained on it and saved as a light adapter knows which tokens it has,
-    and `light_tokenizer` gives the same tokenizer again.
+    Call it before PEFT is on the model. A light adapter that is trained on the model stores the kept tokens, and
+    `light_tokenizer` makes the same tokenizer again.
+
+    Example:
+        tokenizer = cut_vocabulary(model, tokenizer, tokenizer(texts)["input_ids"])
 
     Args:
         model: a dense transformers model, which is cut in place.
-        tokenizer: its tokenizer, which stays as it is.
-        rows: input_ids of all texts that count, labels and prompts included.
+        tokenizer: its tokenizer, which does not change.
+        rows: input_ids of all texts of the task, labels and prompts included.
 
     Returns:
-        The tokenizer that the model takes from now on.
+        The tokenizer for the cut model.
 
     Raises:
-        LightPeftError: the tokenizer is not a fast one of a kind that can be cut, or the model cannot be (see
+        LightPeftError: the tokenizer is no fast one of a kind that can be cut, or the model cannot be cut (see
             `cut_model`).
     """
     needed = {token for row in rows for token in row} | config_tokens(model.config) | set(tokenizer.all_special_ids)

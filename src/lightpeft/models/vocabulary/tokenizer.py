@@ -1,4 +1,4 @@
-"""A tokenizer with some of its tokens alone, renumbered: in all else the one that it was."""
+"""Cutting of a tokenizer to some of its tokens, with new ids."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from lightpeft.models.vocabulary.kept import Vocabulary
 
 
 def cut_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> PreTrainedTokenizerBase:
-    """A copy that knows the tokens of a vocabulary alone.
+    """Copy a tokenizer, and cut it to the tokens of a vocabulary.
 
     Args:
-        tokenizer: of the base; stays as it is.
-        vocabulary: from `kept_tokens` of this tokenizer.
+        tokenizer: tokenizer of the base, which does not change.
+        vocabulary: tokens to keep, from `kept_tokens` of this tokenizer.
 
     Raises:
-        LightPeftError: it is not a fast tokenizer of a known kind, or not the one that the vocabulary is of.
+        LightPeftError: the tokenizer is no fast one of a known kind, or the vocabulary belongs to another one.
     """
     description = describe(tokenizer)
     new = vocabulary.new_ids
     tokens = {token: new[old] for token, old in token_ids(description).items() if old in new}
-    other = f"{type(tokenizer).__name__} is not the tokenizer whose tokens were chosen: give the one of the base"
+    other = f"this {type(tokenizer).__name__} is not the one whose tokens were selected; give the tokenizer of the base"
     require(len(set(tokens.values())) == len(vocabulary), other)
     _cut(description["model"], tokens)
     with parsing(other):
@@ -39,7 +39,7 @@ def cut_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) ->
 
 
 def _cut(model: dict[str, Any], tokens: dict[str, int]) -> None:
-    """Leave these tokens in a tokenizer.json's model, and the merges of these into these."""
+    """Cut the model of a tokenizer.json to these tokens, and to merges among them."""
     if model["type"] == "Unigram":
         if model["unk_id"] is not None:
             unknown = model["vocab"][model["unk_id"]][0]

@@ -1,7 +1,7 @@
-"""Bottleneck adapters as a PEFT method: importing this package makes PEFT know `peft_type` "BOTTLENECK".
+"""Bottleneck adapters as a PEFT method: importing this package registers `peft_type` "BOTTLENECK" with PEFT.
 
     from peft import get_peft_model
-    from lightpeft.bottleneck import BottleneckConfig
+    from lightpeft import BottleneckConfig
 
     model = get_peft_model(base, BottleneckConfig(placement="houlsby", size=64, task_type="SEQ_CLS"))
 

@@ -1,4 +1,4 @@
-"""The adapter branch, and the layer that adds it to what a frozen layer gives."""
+"""The adapter branch, and the layer that adds it to the output of a frozen layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightpeft.models.linears.registry import features
 from lightpeft.peft_kinds.bottleneck.config import LEARNED, BottleneckConfig
 
 NO_MERGE = (
-    "bottleneck adapters cannot be merged into the base weights: they have a non-linearity; "
+    "bottleneck adapters cannot be merged into the base weights, because they are not linear; "
     "keep them as an adapter, or call unload() for the base model without them"
 )
 
@@ -25,7 +25,7 @@ class Bottleneck(nn.Module):
     """The branch of one adapter (Houlsby et al. 2019): `scaling * up(non_linearity(down(dropout(x))))`.
 
     Args:
-        width: features of what the branch reads and gives.
+        width: features of the input and of the output.
         size: width of the bottleneck.
         config: non-linearity, dropout and scaling.
     """
@@ -36,7 +36,7 @@ class Bottleneck(nn.Module):
         self.down = nn.Linear(width, size)
         self.activation = ACT2FN[config.non_linearity]
         self.up = nn.Linear(size, width)
-        # one element, not zero-dimensional: fully sharded training takes no parameters without a dimension
+        # one element, not zero-dimensional: FSDP cannot shard parameters without a dimension
         learned = config.scaling == LEARNED
         self.scaling: float | nn.Parameter = nn.Parameter(torch.ones(1)) if learned else float(config.scaling)
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
@@ -45,7 +45,7 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the adapter adds, scaling included: [..., width] -> [..., width]."""
+        """Compute the adapter's addition, scaling included: [..., width] -> [..., width]."""
         delta: Tensor = self.up(self.activation(self.down(self.dropout(x))))
         return delta * (self.scaling.to(delta.dtype) if isinstance(self.scaling, Tensor) else self.scaling)
 
@@ -53,8 +53,7 @@ class Bottleneck(nn.Module):
 class BottleneckLayer(nn.Module, BaseTunerLayer):
     """A frozen layer with bottleneck adapters on its output.
 
-    `y = base_layer(x)`; each active adapter adds what its branch makes of `y`. All read the same `y`, so their
-    order does not matter.
+    `y = base_layer(x)`; each active adapter adds `branch(y)`. All read the same `y`, so their order does not matter.
 
     Attributes:
         bottleneck_adapters: adapter name -> `Bottleneck`.
@@ -96,16 +95,16 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         """Add an adapter.
 
         Args:
-            adapter_name: its name.
-            config: what the branch is like.
+            adapter_name: name of the adapter.
+            config: non-linearity, dropout and scaling of the branch.
             size: width of the bottleneck.
 
         Raises:
-            LightPeftError: the name would be mistaken for a part of an adapter, or the layer is not linear.
+            LightPeftError: the name equals that of a part of an adapter, or the layer is not linear.
         """
         branch = Bottleneck(self.out_features, size, config)
         parts = {name.partition(".")[0] for name, _ in branch.named_parameters()}
-        require(adapter_name not in parts, f'an adapter cannot be called "{adapter_name}": a part of adapters is')
+        require(adapter_name not in parts, f'adapter name "{adapter_name}" is reserved; choose another name')
         self.bottleneck_adapters[adapter_name] = branch
         self.size[adapter_name] = size
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -115,18 +114,18 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         raise LightPeftError(NO_MERGE)
 
     def unmerge(self) -> None:
-        """Nothing: no adapter is ever merged."""
+        """Do nothing, because no adapter can be merged."""
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """What PEFT puts back in the place of the layer."""
+        """Return the frozen layer, which PEFT puts back in the place of this one."""
         if merge:
             self.merge(safe_merge, adapter_names)
         return self.get_base_layer()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[..., in_features] -> [..., out_features], in the dtype that the frozen layer gives."""
+        """Apply the layer: [..., in_features] -> [..., out_features], in the data type of the frozen layer's output."""
         base = result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return base

@@ -1,4 +1,4 @@
-"""The tuner: puts bottleneck adapters into a model, in the way that PEFT asks for."""
+"""Tuner of PEFT that puts bottleneck adapters into a model."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class BottleneckModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _record_places(self, config: BottleneckConfig, adapter_name: str) -> None:
-        """Make the configuration say exactly which modules have the adapter, and how wide."""
+        """Set the configuration to the exact names of the modules with the adapter, and to its widths."""
         layers = {
             name: module
             for name, module in self.model.named_modules()
@@ -75,7 +75,7 @@ class BottleneckModel(BaseTuner):
 
 
 def placed_modules(model: nn.Module, placement: str) -> list[str]:
-    """Where the adapters of a placement go (see `BottleneckConfig.placement`), in the order of blocks.
+    """Find the modules that get an adapter in a placement (see `BottleneckConfig.placement`), in the order of blocks.
 
     Args:
         model: a transformers model.
@@ -85,14 +85,14 @@ def placed_modules(model: nn.Module, placement: str) -> list[str]:
         Names of the modules that get an adapter.
 
     Raises:
-        LightPeftError: not a transformers model of a supported family, or no block has such a place.
+        LightPeftError: the model is no transformers model of a supported family, or no block has such a projection.
     """
     if not isinstance(model, PreTrainedModel):
         raise LightPeftError(
-            f'placement="{placement}" needs a transformers model, got a {type(model).__name__}; give target_modules'
+            f'placement="{placement}" needs a transformers model, not a {type(model).__name__}; give target_modules'
         )
     blocks = [spec.projections for spec in block_specs(model)]
     slots = ("o", "ffn_out") if placement == "houlsby" else ("ffn_out",)
     targets = [block[slot] for block in blocks for slot in slots if slot in block]
-    require(bool(targets), f'placement="{placement}": no block of the {type(model).__name__} has such a projection')
+    require(bool(targets), f'placement="{placement}" fits no block of {type(model).__name__}; give target_modules')
     return targets

@@ -1,4 +1,4 @@
-"""Makes PEFT know the bottleneck method, by entries in its tables."""
+"""Registration of the bottleneck method in PEFT's tables."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lightpeft.errors import require
 
 
 class BottleneckType(str, Enum):  # noqa: UP042 (as PEFT's own)
-    """The type of PEFT beside those of `PeftType`, which takes no more; PEFT's tables are asked by its text."""
+    """PEFT type beside those of `PeftType`, which cannot be extended; PEFT's tables find it by its text."""
 
     BOTTLENECK = "BOTTLENECK"
 
 
 BOTTLENECK = BottleneckType.BOTTLENECK
 PREFIX = "bottleneck_"
-"""How names of its weights begin."""
+"""Prefix of the names of its weights."""
 
 
 def register(config_cls: type[Any], model_cls: type[Any]) -> None:
@@ -33,6 +33,6 @@ def register(config_cls: type[Any], model_cls: type[Any]) -> None:
     other = getattr(present, "__module__", present)
     require(
         present is model_cls,
-        f"PEFT already has a method {BOTTLENECK.value} ({other}); only one of them can be used",
+        f"PEFT already has a method {BOTTLENECK.value} ({other}); uninstall the package that registers it",
     )
     configs[BOTTLENECK] = config_cls

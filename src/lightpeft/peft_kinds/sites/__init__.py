@@ -1,5 +1,5 @@
-"""One view of the PEFT modules of a live model: where they are, what they add, how they are cut.
+"""Uniform access to the PEFT modules of a live model: places, outputs and cutting.
 
-All that lightpeft knows of PEFT's classes is here: one `Site` class a PEFT kind, and LoRA computed in one step. Modules
-are found by type, never by their names.
+All code that depends on PEFT's classes is here: one `Site` class for each PEFT kind, and fused LoRA layers. Modules are
+found by type, never by their names.
 """

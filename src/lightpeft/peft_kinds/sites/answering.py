@@ -1,7 +1,7 @@
-"""LoRA beside the weights of a model that only answers: as few and as large steps as there can be.
+"""Fast inference of LoRA on frozen layers, with few and large operations.
 
-One row, or one token, at a time is where these steps are most of the work: PEFT takes five operations for a layer
-beside its own checks, and a pruned model has LoRA on all kinds of projections.
+Operations dominate the time for single rows or tokens: PEFT needs five for each layer beside its own checks, and a
+pruned model has LoRA on all kinds of projections.
 """
 
 from __future__ import annotations
@@ -17,27 +17,31 @@ from torch import Tensor, nn
 
 from lightpeft.compat.peft import LoraLinear
 from lightpeft.compat.torch import changes_of
-from lightpeft.machine import computed_in
+from lightpeft.machine import compute_dtype
 from lightpeft.models.patching import override_forward
 from lightpeft.peft_kinds.sites.fused import plain_adapter
 
 _SEEN = "_lightpeft_inner"
-"""Attribute of an input: what A gives for it, of all layers that may read it. So it is the input's and its thread's."""
+"""Attribute of an input tensor that holds its products with A of all layers that may read it, local to a thread."""
 
 
 @contextmanager
 def fused_answers(model: nn.Module) -> Iterator[None]:
-    """Inside the block, a model that answers computes LoRA on frozen `nn.Linear` layers in two or three operations, and
-    what queries, keys and values (gate and input) multiply by A in one for all of them.
+    """Speed up inference inside the block: LoRA on frozen `nn.Linear` layers takes two or three operations per layer.
 
-    That holds in evaluation mode where no gradients are asked for; the model gives what PEFT gives but for the order of
-    rounding. Inside the block weights must stay as they are, and no hook may be put on a layer's parts. What has
-    something more to it is left to PEFT: DoRA and other variants, trained biases, quantised layers and those on disk,
-    several, merged or disabled adapters, hooks, and weights of another data type than the computation. Any thread may
-    ask the model.
+    Queries, keys and values (gate and input) share one product with A. This holds in evaluation mode without gradients;
+    results equal those of PEFT up to the order of rounding. Inside the block weights must not change, and no hook may
+    be added to a layer's parts. PEFT computes all other layers: DoRA and other variants, trained biases, quantized
+    layers and layers on disk, several, merged or disabled adapters, hooks, and weights of another data type than the
+    computation. The model may be called from any thread.
+
+    Example:
+        model = load_light("adapter").eval()
+        with torch.inference_mode(), fused_answers(model):
+            logits = model(**batch).logits
 
     Args:
-        model: a PeftModel, or a model that holds one.
+        model: a PeftModel, or a model that contains one.
     """
     with ExitStack() as stack:
         for parent in model.modules():
@@ -50,7 +54,7 @@ def fused_answers(model: nn.Module) -> Iterator[None]:
 
 
 def _groups(layers: Sequence[LoraLinear]) -> list[list[LoraLinear]]:
-    """Layers side by side that may read one input: with inputs of one size, and A of one type in one place."""
+    """Group layers of one parent that may read the same input: equal input size, and A of one type on one device."""
     alike: dict[Any, list[LoraLinear]] = defaultdict(list)
     for layer in layers:
         adapter = plain_adapter(layer)
@@ -61,7 +65,7 @@ def _groups(layers: Sequence[LoraLinear]) -> list[list[LoraLinear]]:
 
 
 class _Inner:
-    """`A x` of layers that may read one input, computed when the first of them does, and kept with that input."""
+    """Cache of `A x` of layers that may read one input; the first layer computes it, and the input tensor holds it."""
 
     def __init__(self, layers: Sequence[LoraLinear]) -> None:
         downs = [layer.lora_A[layer.active_adapters[0]].weight for layer in layers]
@@ -69,10 +73,11 @@ class _Inner:
         self.down = torch.cat([down.detach() for down in downs]).T  # [in, ranks of all]
 
     def of(self, x: Tensor, dtype: torch.dtype, place: int) -> tuple[Tensor, Tensor]:
-        """The input as rows in the data type of the computation, [rows, in], and `A x` of one layer, [rows, rank].
+        """Return the input as rows in the data type of the computation, [rows, in], and a layer's `A x`, [rows, rank].
 
         Args:
-            x: what the layer was given, which all of them may be.
+            x: input of the layer, which other layers of the group may share.
+            place: position of the layer in its group.
         """
         if len(self.places) == 1:
             rows = x.to(dtype).flatten(0, -2)
@@ -82,7 +87,7 @@ class _Inner:
         if known is None or known[0] != state:
             rows = x.to(dtype)
             inner = rows.flatten(0, -2) @ self.down.to(dtype)
-            known = state, None if rows is x else rows, inner  # an input that held itself would never go
+            known = state, None if rows is x else rows, inner  # an input that held itself would never be freed
             setattr(x, _SEEN, known)
         first, last = self.places[place]
         _, converted, inner = known
@@ -90,13 +95,13 @@ class _Inner:
 
 
 class _Answer:
-    """The forward of one LoRA layer."""
+    """Fast forward of one LoRA layer for inference."""
 
     def __init__(self, layer: LoraLinear, inner: _Inner, place: int) -> None:
         """
         Args:
-            inner: of all layers that may read its input.
-            place: of this one among them.
+            inner: cache of all layers that may read its input.
+            place: position of this layer in the cache.
         """
         self.layer, self.inner, self.place = layer, inner, place
         self.otherwise: Callable[..., Any] = layer.forward
@@ -106,8 +111,8 @@ class _Answer:
         self.scaling = layer.scaling[self.adapter]
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        left = args or kwargs or torch.is_grad_enabled() or self._changed()
-        dtype = None if left else computed_in(x, self.weight, self.inner.down, self.up)
+        left = args or kwargs or torch.is_grad_enabled() or self._has_changed()
+        dtype = None if left else compute_dtype(x, self.weight, self.inner.down, self.up)
         if dtype is None:
             return self.otherwise(x, *args, **kwargs)
         rows, inner = self.inner.of(x, dtype, self.place)
@@ -119,8 +124,8 @@ class _Answer:
             result.addmm_(inner, up, alpha=self.scaling)
         return result.view(*x.shape[:-1], -1)
 
-    def _changed(self) -> bool:
-        """Whether the layer trains, or computes with another adapter, or with none."""
+    def _has_changed(self) -> bool:
+        """Return whether the layer is in training mode, or its adapters differ from those at the start."""
         layer = self.layer
         other = layer.training or layer.disable_adapters or layer.merged_adapters
         return bool(other) or layer.active_adapters != [self.adapter]

@@ -1,4 +1,4 @@
-"""What every PEFT kind has to say of its modules, whatever they compute."""
+"""Interface of the PEFT kinds: access to one PEFT module."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from lightpeft.plans.layout import cut_dim, kept_channels, width
 from lightpeft.plans.records import BlockPlan
 from lightpeft.plans.structure import BlockSpec, SiteSpec
 
-Report = Callable[[Tensor, Tensor, float], None]
-"""Called at every forward pass with what a module adds (up to a factor, which comes third) and what that is measured
-against, both [..., width]."""
+ReportOutputs = Callable[[Tensor, Tensor, float], None]
+"""Function of a module's addition (up to a factor), the output that it is compared with, both [..., width], and the
+factor; called at every forward pass."""
 Tensors = dict[str, Tensor]
-"""A module's tensors as PEFT saves them, by what follows the layer's name."""
+"""Name -> tensor of a module as PEFT saves them; the names come after the name of the layer."""
 
 
 @dataclass(frozen=True)
 class Site(ABC):
-    """One live PEFT module on a linear layer of a prunable block. A PEFT kind is one subclass."""
+    """One live PEFT module on a linear layer of a prunable block. Each PEFT kind is a subclass."""
 
     spec: SiteSpec
     layer: Any
-    """PEFT's module, with the frozen layer inside."""
+    """PEFT's module, which contains the frozen layer."""
     adapter: str
+    """Name of the adapter."""
 
     peft_type: ClassVar[PeftType]
     layer_type: ClassVar[type]
@@ -40,7 +41,7 @@ class Site(ABC):
 
     @classmethod
     def matches(cls, config: PeftConfig) -> bool:
-        """Whether a PEFT configuration makes modules of this kind."""
+        """Return whether a PEFT configuration makes modules of this kind."""
         return config.peft_type == cls.peft_type
 
     @classmethod  # noqa: B027 (most kinds have nothing to refuse)
@@ -48,26 +49,26 @@ class Site(ABC):
         """Refuse variants of the kind that cannot be pruned correctly.
 
         Raises:
-            LightPeftError: naming the variant.
+            LightPeftError: the variant cannot be pruned.
         """
 
     @classmethod
     @abstractmethod
     def rank_of(cls, layer: Any, adapter: str) -> int:
-        """Ranks of a module's adapter; 0 if the module does not have it."""
+        """Return the number of ranks of a module's adapter; 0 if the module does not have it."""
 
     @classmethod
     @abstractmethod
     def refresh(cls, config: Any, layers: dict[str, Any], adapter: str) -> None:
-        """Make the PEFT configuration describe exactly these modules (name -> module) and their sizes."""
+        """Set the PEFT configuration to exactly these modules (name -> module) and their sizes."""
 
     @classmethod  # noqa: B027 (most kinds say as much in any form)
     def simplify(cls, config: Any) -> None:
-        """Say in one number, where that is possible, what `refresh` says module by module."""
+        """Replace sizes per module, which `refresh` sets, by a single number where that is possible."""
 
     @classmethod
     def needs_base(cls, config: Any) -> bool:
-        """Whether `unfitted` takes weights of the base."""
+        """Return whether `unfitted` needs weights of the base."""
         return False
 
     # -- one module ----------------------------------------------------------------------------------------------
@@ -75,26 +76,35 @@ class Site(ABC):
     @property
     @abstractmethod
     def down(self) -> nn.Parameter | None:
-        """Weights into the ranks, [rank, in]; None where there is nothing to rank."""
+        """Weights into the ranks, [rank, in]; None for kinds without ranks."""
 
     @property
     @abstractmethod
     def up(self) -> nn.Parameter | None:
-        """Weights out of the ranks, [out, rank]; None where there is nothing to rank."""
+        """Weights out of the ranks, [out, rank]; None for kinds without ranks."""
 
     @abstractmethod
-    def observe(self, report: Report, counting: Callable[[], bool]) -> list[RemovableHandle]:
-        """Call `report` at every forward pass for which `counting()` holds."""
+    def observe(self, report: ReportOutputs, counting: Callable[[], bool]) -> list[RemovableHandle]:
+        """Hook the module so that `report` is called at every forward pass for which `counting()` is true."""
 
     def fit(self, spec: BlockSpec, kept: BlockPlan) -> None:
-        """Cut the module to what stays of its block; what is frozen is still dense."""
+        """Cut the module to the kept units of its block, while its frozen layer is still dense."""
         slot: str = self.spec.slot  # type: ignore[assignment]
         index = kept_channels(spec, kept, slot)
         if index is not None:
             self.cut(index.to(self.device), cut_dim(slot))
 
     def unfitted(self, learned: Tensors, spec: BlockSpec, kept: BlockPlan) -> Tensors:
-        """The inverse of `fit`; arguments and errors as of `expanded_to_dense`."""
+        """Expand weights of a module that `fit` has cut to the dense layer of this module.
+
+        Args:
+            learned: tensors of the cut layer's module, on the CPU.
+            spec: structure of the dense block.
+            kept: units of the block that the cut model keeps.
+
+        Raises:
+            LightPeftError: the kind needs weights of the base, and this layer has none.
+        """
         slot: str = self.spec.slot  # type: ignore[assignment]
         index = kept_channels(spec, kept, slot)
         return self.expanded_to_dense(
@@ -103,25 +113,25 @@ class Site(ABC):
 
     @abstractmethod
     def cut(self, index: Tensor, dim: int) -> None:
-        """Keep these output features (`dim` 0) or input features (`dim` 1) of the frozen layer's PEFT weights."""
+        """Keep these output features (`dim` 0) or input features (`dim` 1) of the PEFT weights."""
 
     @abstractmethod
     def expanded_to_dense(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
-        """The inverse of `cut`: what a module of a cut model has learned, for this one, on the dense layer.
+        """Expand weights of a module that `cut` has cut to the dense layer of this module.
 
         Channels that the cut layer does not have compute as in the base.
 
         Args:
-            learned: of the cut layer's module, on the CPU.
-            index: output features (`dim` 0) or input features (`dim` 1) of the dense layer that the cut one has.
+            learned: tensors of the cut layer's module, on the CPU.
+            index: output features (`dim` 0) or input features (`dim` 1) of the dense layer that the cut one keeps.
 
         Raises:
-            LightPeftError: that takes weights of the base, and this layer has none.
+            LightPeftError: the kind needs weights of the base, and this layer has none.
         """
 
     @abstractmethod
     def keep_ranks(self, index: Tensor) -> None:
-        """Keep these ranks; the module computes as if the others were zero."""
+        """Keep these ranks; the module then computes as if the others were zero."""
 
     @property
     def base(self) -> nn.Module:
@@ -130,21 +140,21 @@ class Site(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the module computes."""
+        """Device of the module."""
         return next(self.layer.parameters()).device
 
 
 def peft_parts(model: nn.Module) -> set[nn.Module]:
-    """The modules that PEFT has put in, such as the dropout in front of LoRA's A."""
+    """Return the modules that PEFT has added, such as the dropout in front of LoRA's A."""
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     parts = [part for layer in layers for name, part in layer.named_children() if name != "base_layer"]
     return {module for part in parts for module in part.modules()}
 
 
 def observe_pair(
-    base: nn.Module, delta: nn.Module, scaling: float, report: Report, counting: Callable[[], bool]
+    base: nn.Module, delta: nn.Module, scaling: float, report: ReportOutputs, counting: Callable[[], bool]
 ) -> list[RemovableHandle]:
-    """Report the output of `delta`, which is added with the factor `scaling`, against that of `base` before it."""
+    """Hook two layers to report the output of `delta`, which is added with the factor `scaling`, and that of `base`."""
     outputs: list[Tensor] = []
 
     def store_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -159,6 +169,6 @@ def observe_pair(
 
 
 def spread(tensor: Tensor, index: Tensor, dim: int, size: int, fill: float = 0.0) -> Tensor:
-    """A tensor whose entries lie at `index` along `dim`, which is `size` long; elsewhere is `fill`."""
+    """Scatter a tensor to the positions `index` along `dim` of a tensor of length `size`, filled with `fill`."""
     shape = [*tensor.shape[:dim], size, *tensor.shape[dim + 1 :]]
     return tensor.new_full(shape, fill).index_copy_(dim, index, tensor)

@@ -13,13 +13,13 @@ from lightpeft.errors import require
 from lightpeft.models.linears.registry import slice_linear
 from lightpeft.peft_kinds.bottleneck import Bottleneck, BottleneckConfig, BottleneckLayer
 from lightpeft.peft_kinds.bottleneck.registration import BOTTLENECK
-from lightpeft.peft_kinds.sites.base import Report, Site, Tensors
+from lightpeft.peft_kinds.sites.base import ReportOutputs, Site, Tensors
 from lightpeft.plans.structure import OUTPUT_SLOTS
 
 
 @dataclass(frozen=True)
 class BottleneckSite(Site):
-    """`y + scaling * up(f(down(y)))` for the frozen layer's output y."""
+    """Access to `y + scaling * up(f(down(y)))` for the frozen layer's output y."""
 
     peft_type: ClassVar[Any] = BOTTLENECK
     layer_type = BottleneckLayer
@@ -28,7 +28,7 @@ class BottleneckSite(Site):
         name = self.spec.name
         require(
             self.spec.slot in OUTPUT_SLOTS,
-            f"the adapter on {name} mixes heads or neurons that pruning removes; "
+            f"the adapter on {name} would mix heads or neurons that pruning removes; "
             "put adapters on attention-output and FFN-output projections (placement houlsby or pfeiffer)",
         )
 
@@ -43,21 +43,21 @@ class BottleneckSite(Site):
 
     @property
     def branch(self) -> Bottleneck:
-        """The adapter's own layers."""
+        """Layers of the adapter."""
         return self.layer.bottleneck_adapters[self.adapter]
 
     @property
     def down(self) -> nn.Parameter:
-        """[size, width that the adapter reads]."""
+        """Weight of the down projection, [size, width of the adapter's input]."""
         return cast(nn.Parameter, self.branch.down.weight)
 
     @property
     def up(self) -> nn.Parameter:
-        """[width, size]."""
+        """Weight of the up projection, [width, size]."""
         return cast(nn.Parameter, self.branch.up.weight)
 
-    def observe(self, report: Report, counting: Callable[[], bool]) -> list[RemovableHandle]:
-        """The adapter's output against its input (Light-PEFT, module importance)."""
+    def observe(self, report: ReportOutputs, counting: Callable[[], bool]) -> list[RemovableHandle]:
+        """Hook the adapter to report its output and its input (Light-PEFT, module importance)."""
 
         def compare(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if counting():
@@ -66,7 +66,7 @@ class BottleneckSite(Site):
         return [self.branch.register_forward_hook(compare)]
 
     def cut(self, index: Tensor, dim: int) -> None:
-        """Nothing: the adapter sits behind the projection, on the hidden width, which is never pruned."""
+        """Do nothing: the adapter sits behind the projection, on the hidden width, which is never pruned."""
 
     def keep_ranks(self, index: Tensor) -> None:
         slice_linear(self.branch.down, index, dim=0)
@@ -74,5 +74,5 @@ class BottleneckSite(Site):
         self.layer.size[self.adapter] = len(index)
 
     def expanded_to_dense(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
-        """The same: the adapter sits on the hidden width."""
+        """Return the tensors unchanged, because the adapter sits on the hidden width, which is never pruned."""
         return learned

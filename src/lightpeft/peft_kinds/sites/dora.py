@@ -1,4 +1,4 @@
-"""LoRA with weight decomposition (DoRA, Liu et al. 2024): a trained length for every row of the adapted weight."""
+"""LoRA with weight decomposition (DoRA, Liu et al. 2024): a trained magnitude for every row of the adapted weight."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch.utils.hooks import RemovableHandle
 
 from lightpeft.compat.peft import forget_norms
 from lightpeft.errors import require
-from lightpeft.models.linears.kinds import sliced
+from lightpeft.models.linears.kinds import slice_parameter
 from lightpeft.models.linears.registry import dense_weight
-from lightpeft.peft_kinds.sites.base import Report, Tensors, observe_pair
+from lightpeft.peft_kinds.sites.base import ReportOutputs, Tensors, observe_pair
 from lightpeft.peft_kinds.sites.lora import DOWN, UP, LoraSite
 
 _MAGNITUDE = "lora_magnitude_vector"
-"""What PEFT's files call m."""
+"""Name of m in PEFT's files."""
 
 
 class DoraSite(LoraSite):
-    """`m * V x / ||V||` beside the bias, for V = W + scaling * B A, one length m and one norm a row (DoRA, eq. 5)."""
+    """Access to `m * V x / ||V||` with V = W + scaling * B A, and one magnitude m and norm per row (DoRA, eq. 5)."""
 
     @classmethod
     def matches(cls, config: LoraConfig) -> bool:
@@ -30,23 +30,23 @@ class DoraSite(LoraSite):
 
     @classmethod
     def needs_base(cls, config: LoraConfig) -> bool:
-        """For the lengths of its rows."""
+        """Return True: magnitudes of restored rows come from the base."""
         return True
 
     @property
     def magnitude(self) -> Any:
-        """PEFT's module with m, `weight` [out]."""
+        """PEFT's module that holds m as `weight`, [out]."""
         return self.layer.lora_magnitude_vector[self.adapter]
 
-    def observe(self, report: Report, counting: Callable[[], bool]) -> list[RemovableHandle]:
-        """All that changes in the frozen layer's output, against that output."""
+    def observe(self, report: ReportOutputs, counting: Callable[[], bool]) -> list[RemovableHandle]:
+        """Hook the module to report its change of the frozen layer's output, and that output."""
         return observe_pair(self.base, self.magnitude, 1.0, report, counting)
 
     @torch.no_grad()
     def cut(self, index: Tensor, dim: int) -> None:
-        """Rows keep their length; where columns go, it shrinks with the norm, so that `m / ||V||` stays."""
+        """Keep features: rows keep their magnitude; removed columns shrink it with the norm, to keep `m / ||V||`."""
         if dim == 0:
-            self.magnitude.weight = sliced(self.magnitude.weight, index, 0)
+            self.magnitude.weight = slice_parameter(self.magnitude.weight, index, 0)
         else:
             direction = dense_weight(self.base).float() + self.scaling * (self.up.float() @ self.down.float())
             self.magnitude.weight.mul_(direction[:, index].norm(dim=1) / direction.norm(dim=1))
@@ -58,9 +58,9 @@ class DoraSite(LoraSite):
         forget_norms(self.magnitude)
 
     def expanded_to_dense(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
-        """Further rows have the base's length; with further columns it grows with the norm: `m / ||V||` stays."""
+        """Expand to the dense layer: restored rows get the base's magnitude, restored columns keep `m / ||V||`."""
         wide, magnitude = super().expanded_to_dense(learned, index, dim), learned[_MAGNITUDE]
-        require(not self.base.weight.is_meta, f"{self.spec.name} needs weights of the base; give it: base=")
+        require(not self.base.weight.is_meta, f"DoRA on {self.spec.name} needs the weights of the base; give base=")
         weight = dense_weight(self.base).float().cpu()
         if dim == 0:
             magnitude = weight.norm(dim=1).to(magnitude.dtype).index_copy(0, index, magnitude)

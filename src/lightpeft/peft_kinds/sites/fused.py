@@ -1,7 +1,7 @@
-"""LoRA layers computed as one node of the autograd graph: the same result, with fewer passes over memory.
+"""LoRA layers as a single node of the autograd graph, with the same results and fewer passes over memory.
 
-PEFT computes a LoRA layer out of a frozen projection, two small ones, a scaling and a sum; autograd then keeps and
-adds what lies between them. With few ranks on small (pruned) projections that costs more than the products themselves.
+PEFT computes a LoRA layer as a frozen projection, two small ones, a scaling and a sum; autograd then saves and adds the
+intermediate tensors. With few ranks on small (pruned) projections this costs more than the products themselves.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ from torch.autograd.function import once_differentiable
 from lightpeft.compat.peft import LoraLinear
 from lightpeft.compat.stand_ins import StandIn
 from lightpeft.compat.torch import changes_of, is_watched
-from lightpeft.machine import computed_in
+from lightpeft.machine import compute_dtype
 from lightpeft.models.linears.on_disk import LinearOnDisk, is_on_disk
 from lightpeft.models.patching import override_forward
 
 
 @contextmanager
 def fused_lora(model: nn.Module) -> Iterator[None]:
-    """Inside the block, LoRA on frozen `nn.Linear` layers, in memory or on disk, computes `W x + b + s B A x` in one
-    step.
+    """Fuse LoRA on frozen `nn.Linear` layers, in memory or on disk, inside the block: `W x + b + s B A x` in one node.
 
-    Outputs and gradients are those of PEFT but for the order of rounding. What has something more to it is left to
-    PEFT, call by call: DoRA and other variants, trained biases, quantised layers, several, merged or disabled adapters,
-    hooks on the parts, and weights of another data type than the computation.
+    Outputs and gradients equal those of PEFT up to the order of rounding. PEFT computes all other layers, decided at
+    each call: DoRA and other variants, trained biases, quantized layers, several, merged or disabled adapters, hooks on
+    the parts, and weights of another data type than the computation.
 
     Args:
-        model: a PeftModel, or a model that holds one.
+        model: a PeftModel, or a model that contains one.
     """
     casts = _Casts()
     with ExitStack() as stack:
@@ -44,9 +43,9 @@ def fused_lora(model: nn.Module) -> Iterator[None]:
 
 
 class _Casts:
-    """The input of a LoRA layer in the data type of the computation; queries, keys and values read the same one.
+    """Cache of the last converted input, because queries, keys and values read the same one.
 
-    It is converted once, and kept once for their backward passes.
+    The input is converted once, and saved once for their backward passes.
     """
 
     def __init__(self) -> None:
@@ -55,7 +54,7 @@ class _Casts:
         self._state: tuple[Any, ...] = ()
 
     def of(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """`x.to(dtype)`."""
+        """Return `x.to(dtype)`, from the cache if `x` is the last input."""
         if x.dtype == dtype:
             return x
         state = (dtype, changes_of(x), torch.is_grad_enabled())
@@ -64,18 +63,18 @@ class _Casts:
         return self._cast
 
     def forget(self) -> None:
-        """Hold nothing any more."""
+        """Drop the cached tensors."""
         self._given = self._cast = None
 
 
 class _Fused:
-    """The forward of one LoRA layer."""
+    """Fused forward of one LoRA layer for training."""
 
     def __init__(self, layer: LoraLinear, otherwise: Callable[..., Any], casts: _Casts) -> None:
         """
         Args:
-            otherwise: the layer's own forward.
-            casts: of all layers.
+            otherwise: forward of the layer itself.
+            casts: cache of inputs, shared by all layers.
         """
         self.layer, self.otherwise, self.casts = layer, otherwise, casts
 
@@ -85,7 +84,7 @@ class _Fused:
         if adapter is None:
             return self.otherwise(x, *args, **kwargs)
         base, down, up = layer.base_layer, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        dtype = computed_in(x, base.weight, down, up)
+        dtype = compute_dtype(x, base.weight, down, up)
         if dtype is None:
             return self.otherwise(x)
         dropout = layer.lora_dropout[adapter]
@@ -95,25 +94,25 @@ class _Fused:
 
 
 def plain_adapter(layer: LoraLinear) -> str | None:
-    """The one adapter that is added to the frozen layer, and nothing else; None: there is more to it."""
+    """Return the adapter of a layer that computes plain LoRA with one adapter; None: it computes something else."""
     adapters = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(adapters) != 1 or layer.disable_adapters or layer.merged or adapters[0] in layer.lora_variant:
         return None
     base, down, up = layer.base_layer, layer.lora_A[adapters[0]], layer.lora_B[adapters[0]]
     frozen = not any(parameter.requires_grad for parameter in base.parameters())
     linear = type(base) in (nn.Linear, LinearOnDisk) and type(down) is type(up) is nn.Linear
-    plain = linear and all(_bare(part) for part in (base, down, up))
+    plain = linear and all(_is_plain(part) for part in (base, down, up))
     return adapters[0] if frozen and plain and down.bias is None and up.bias is None else None
 
 
-def _bare(linear: nn.Linear) -> bool:
-    """Whether nobody watches or changes what the layer computes, and its weight is an ordinary tensor."""
+def _is_plain(linear: nn.Linear) -> bool:
+    """Return whether a layer has no hooks, no replaced forward, and an ordinary weight, in memory or on disk."""
     changed = is_watched(linear) or "forward" in vars(linear)
     return not changed and (type(linear.weight) in (nn.Parameter, StandIn) or is_on_disk(linear))
 
 
 class _LoraLinear(torch.autograd.Function):
-    """`x W' + b + s (low A') B'` on rows; `low` is x, or x after dropout."""
+    """Compute `x W' + b + s (low A') B'` on rows; `low` is x, or x after dropout."""
 
     @staticmethod
     def forward(
@@ -128,17 +127,17 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         """
         Args:
-            x: [..., in], of the data type of the computation.
+            x: input, [..., in], in the data type of the computation.
             dropped: x after dropout, or None.
-            weight, bias: the frozen layer's, [out, in] and [out], of any data type. The weight itself is kept for the
-                backward pass and converted once more there, which takes no time to speak of; converted copies of all
-                layers' would take half of the model's memory again. One that is on disk is not even kept.
-            down, up: A [rank, in] and B [out, rank], of any.
-            scaling: s.
+            weight, bias: those of the frozen layer, [out, in] and [out], of any data type. The weight itself is saved
+                for the backward pass and converted again there, which takes little time; converted copies of all
+                layers would take half of the model's memory again. A weight on disk is not saved.
+            down, up: A [rank, in] and B [out, rank], of any data type.
+            scaling: factor s.
         """
         entering = x if dropped is None else dropped
         low = entering.flatten(0, -2)
-        converted = _in_memory(weight).to(x.dtype)
+        converted = _read_weight(weight).to(x.dtype)
         down, scaled_up = down.to(x.dtype), (up * scaling).to(x.dtype)
         inner = low @ down.T  # [rows, rank]
         rows = x.flatten(0, -2)
@@ -158,7 +157,7 @@ class _LoraLinear(torch.autograd.Function):
         of_down, of_up = of_inner.T @ low, (gradient.T @ inner) * ctx.scaling
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = gradient @ _in_memory(ctx.on_disk if weight is None else weight).to(gradient.dtype)
+            of_x = gradient @ _read_weight(ctx.on_disk if weight is None else weight).to(gradient.dtype)
         of_dropped = None
         if ctx.dropout:
             of_dropped = (of_inner @ down).view(ctx.shape) if ctx.needs_input_grad[1] else None
@@ -168,5 +167,5 @@ class _LoraLinear(torch.autograd.Function):
         return of_x, of_dropped, None, None, of_down, of_up, None
 
 
-def _in_memory(weight: Tensor | LinearOnDisk) -> Tensor:
+def _read_weight(weight: Tensor | LinearOnDisk) -> Tensor:
     return weight if isinstance(weight, Tensor) else weight.read()

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightpeft.compat.peft import IA3Layer
-from lightpeft.models.linears.kinds import sliced
-from lightpeft.peft_kinds.sites.base import Report, Site, Tensors, spread
+from lightpeft.models.linears.kinds import slice_parameter
+from lightpeft.peft_kinds.sites.base import ReportOutputs, Site, Tensors, spread
 
 
 class Ia3Site(Site):
-    """`l * base(x)`, or `base(l * x)` where PEFT was told that the module is a feed-forward one; there are no ranks."""
+    """Access to `l * base(x)`, or `base(l * x)` for modules that PEFT treats as feed-forward; there are no ranks."""
 
     peft_type = PeftType.IA3
     layer_type = IA3Layer
@@ -30,19 +30,19 @@ class Ia3Site(Site):
 
     @property
     def down(self) -> None:
-        """No ranks, so no weights into them."""
+        """None, because IA3 has no ranks."""
 
     @property
     def up(self) -> None:
-        """No ranks, so no weights out of them."""
+        """None, because IA3 has no ranks."""
 
     @property
     def factors(self) -> nn.Parameter:
-        """l, [out, 1], or [1, in] in a feed-forward module."""
+        """The factors l, [out, 1], or [1, in] in a feed-forward module."""
         return self.layer.ia3_l[self.adapter]
 
-    def observe(self, report: Report, counting: Callable[[], bool]) -> list[RemovableHandle]:
-        """What the factors change, against what they are applied to."""
+    def observe(self, report: ReportOutputs, counting: Callable[[], bool]) -> list[RemovableHandle]:
+        """Hook the module to report the change by the factors, and the states that they scale."""
 
         def compare(states: Tensor) -> None:
             if counting():
@@ -61,17 +61,17 @@ class Ia3Site(Site):
 
     def cut(self, index: Tensor, dim: int) -> None:
         if dim == int(self.layer.is_feedforward):
-            self.layer.ia3_l[self.adapter] = sliced(self.factors, index, dim)
+            self.layer.ia3_l[self.adapter] = slice_parameter(self.factors, index, dim)
         if dim == 0:
             self.layer.out_features = len(index)
         else:
             self.layer.in_features = len(index)
 
     def keep_ranks(self, index: Tensor) -> None:
-        """Nothing: there are no ranks."""
+        """Do nothing, because IA3 has no ranks."""
 
     def expanded_to_dense(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
-        """The factors of channels that the cut layer did not have are one."""
+        """Expand to the dense layer: factors of restored channels are one."""
         if dim != int(self.layer.is_feedforward):
             return learned
         return {"ia3_l": spread(learned["ia3_l"], index, dim, self.factors.shape[dim], fill=1.0)}

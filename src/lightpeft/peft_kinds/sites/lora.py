@@ -1,4 +1,4 @@
-"""LoRA modules (Hu et al. 2022), with rank-stabilised scaling if asked for (rsLoRA, Kalajdzievski 2023)."""
+"""LoRA modules (Hu et al. 2022), optionally with rank-stabilised scaling (rsLoRA, Kalajdzievski 2023)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch.utils.hooks import RemovableHandle
 from lightpeft.compat.peft import LoraLayer
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.linears.registry import slice_linear
-from lightpeft.peft_kinds.sites.base import Report, Site, Tensors, observe_pair, spread
+from lightpeft.peft_kinds.sites.base import ReportOutputs, Site, Tensors, observe_pair, spread
 
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
-"""LoRA initialisations that write to the base weights."""
+"""Prefixes of LoRA initialisations that change the base weights."""
 _UNSUPPORTED = (
     "use_bdlora",
     "use_qalora",
@@ -28,14 +28,14 @@ _UNSUPPORTED = (
     "monteclora_config",
     "layer_replication",
 )
-"""LoRA settings that change what a module computes or where it sits in a way the site view does not know."""
+"""LoRA settings that change the computation or the place of a module in a way that pruning does not support."""
 
 DOWN, UP, UP_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
-"""What PEFT's files call A, B, and the bias that `lora_bias=True` trains."""
+"""Names in PEFT's files of A, B, and the bias that `lora_bias=True` trains."""
 
 
 class LoraSite(Site):
-    """`base(x) + scaling * B A x`."""
+    """Access to `base(x) + scaling * B A x`."""
 
     peft_type = PeftType.LORA
     layer_type = LoraLayer
@@ -47,7 +47,7 @@ class LoraSite(Site):
             raise LightPeftError(f'init_lora_weights="{start}" changes the base weights; use True, "gaussian" or "eva"')
         require(
             config.bias == "none",
-            f'LoRA bias="{config.bias}" trains biases of the base, which tasks then no longer share; use bias="none"',
+            f'LoRA with bias="{config.bias}" changes biases of the base, which tasks share; use bias="none"',
         )
         for name in _UNSUPPORTED:
             require(not getattr(config, name, None), f"LoRA with {name} cannot be pruned; use LoRA, rsLoRA or DoRA")
@@ -55,7 +55,7 @@ class LoraSite(Site):
         require(
             not parameters,
             f"LoRA on the parameter {', '.join(parameters[:1])} cannot be pruned; leave target_parameters out, and "
-            "name linear layers in target_modules",
+            "give linear layers in target_modules",
         )
 
     @classmethod
@@ -66,7 +66,7 @@ class LoraSite(Site):
     def refresh(cls, config: LoraConfig, layers: dict[str, LoraLayer], adapter: str) -> None:
         config.target_modules, config.target_parameters = sorted(layers), None
         config.layers_to_transform = config.layers_pattern = None
-        if config.init_lora_weights == "orthogonal":  # asks for even ranks when the modules are made to be loaded
+        if config.init_lora_weights == "orthogonal":  # it would need even ranks when the adapter is loaded
             config.init_lora_weights = True
         config.rank_pattern = {name: layer.r[adapter] for name, layer in layers.items() if layer.r[adapter] != config.r}
         config.alpha_pattern = {
@@ -77,7 +77,7 @@ class LoraSite(Site):
 
     @classmethod
     def simplify(cls, config: LoraConfig) -> None:
-        """One rank for all modules if they have one scaling: servers of LoRA read no patterns."""
+        """Set one rank for all modules if their scaling is equal, because inference servers read no patterns."""
         ranks = {name: config.rank_pattern.get(name, config.r) for name in config.target_modules}
         alphas = {name: config.alpha_pattern.get(name, config.lora_alpha) for name in ranks}
         scalings = {alphas[name] / _divisor(rank, config.use_rslora) for name, rank in ranks.items()}
@@ -88,21 +88,21 @@ class LoraSite(Site):
 
     @property
     def down(self) -> nn.Parameter:
-        """A, [rank, in]."""
+        """Weight A, [rank, in]."""
         return self.layer.lora_A[self.adapter].weight
 
     @property
     def up(self) -> nn.Parameter:
-        """B, [out, rank]."""
+        """Weight B, [out, rank]."""
         return self.layer.lora_B[self.adapter].weight
 
     @property
     def scaling(self) -> float:
-        """alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        """Factor alpha / r, or alpha / sqrt(r) with rsLoRA."""
         return self.layer.scaling[self.adapter]
 
     def keep_ranks(self, index: Tensor) -> None:
-        """Keep these ranks; alpha shrinks with the rank, so that the scaling stays to the last bit."""
+        """Keep these ranks; alpha shrinks with the rank, so that the scaling is bit-equal."""
         slice_linear(self.layer.lora_A[self.adapter], index, dim=0)
         slice_linear(self.layer.lora_B[self.adapter], index, dim=1)
         rank = len(index)
@@ -110,8 +110,8 @@ class LoraSite(Site):
         divisor = _divisor(rank, self.layer.use_rslora[self.adapter])
         self.layer.lora_alpha[self.adapter] = _exact_alpha(self.scaling, divisor)
 
-    def observe(self, report: Report, counting: Callable[[], bool]) -> list[RemovableHandle]:
-        """The low-rank output against the frozen layer's output (Light-PEFT, module importance)."""
+    def observe(self, report: ReportOutputs, counting: Callable[[], bool]) -> list[RemovableHandle]:
+        """Hook the module to report its low-rank output and the frozen layer's (Light-PEFT, module importance)."""
         return observe_pair(self.base, self.layer.lora_B[self.adapter], self.scaling, report, counting)
 
     def cut(self, index: Tensor, dim: int) -> None:
@@ -122,7 +122,7 @@ class LoraSite(Site):
             self.layer.in_features = len(index)
 
     def expanded_to_dense(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
-        """Rows of B and of its bias, columns of A and further ranks are zero where the cut module had none."""
+        """Expand to the dense layer: restored rows of B and of its bias, columns of A, and ranks are zero."""
         wide, ranks = dict(learned), torch.arange(len(learned[DOWN]))
         wide[DOWN] = spread(wide[DOWN], ranks, 0, self.down.shape[0])
         wide[UP] = spread(wide[UP], ranks, 1, self.up.shape[1])
@@ -134,12 +134,12 @@ class LoraSite(Site):
 
 
 def _divisor(rank: int, rank_stabilised: bool) -> float:
-    """What alpha is divided by."""
+    """Return the divisor of alpha in the scaling."""
     return math.sqrt(rank) if rank_stabilised else rank
 
 
 def _exact_alpha(scaling: float, divisor: float) -> float:
-    """The float alpha with `alpha / divisor == scaling`, as PEFT will compute it; the nearest if there is none."""
+    """Return the float alpha with `alpha / divisor == scaling` in PEFT's arithmetic; the nearest if there is none."""
     near = scaling * divisor
     candidates = [near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf)]
     alpha: Any = min(candidates, key=lambda candidate: abs(candidate / divisor - scaling))

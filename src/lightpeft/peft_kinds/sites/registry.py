@@ -1,4 +1,4 @@
-"""Finding the PEFT modules of a model, whatever their kind, and changing where they are."""
+"""Search, removal and merging of the PEFT modules of a model, of any kind."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ from lightpeft.plans.structure import BlockSpec, SiteSpec
 _log = logging.getLogger(__name__)
 
 SITE_KINDS: tuple[type[Site], ...] = (DoraSite, LoraSite, Ia3Site, BottleneckSite)
-"""PEFT kinds that can be pruned; the first that matches a configuration is taken."""
+"""PEFT kinds that can be pruned; the first one that matches a configuration counts."""
 REFERENCE = "ref"
-"""What TRL's trainers call the frozen copy of an adapter that they add to a PeftModel, as their reference."""
+"""Name of the frozen copy of an adapter that TRL's trainers add to a PeftModel as their reference."""
 
 
 def check_peft(model: nn.Module) -> None:
-    """Refuse what cannot be pruned correctly; call it before training.
+    """Check before training that a model can be pruned correctly.
 
     Raises:
-        LightPeftError: not a PeftModel, an unsupported PEFT type or variant, several adapters, merged or disabled ones.
+        LightPeftError: the model is no PeftModel, has an unsupported PEFT type or variant, several adapters, or merged
+            or disabled ones.
     """
     if not isinstance(model, PeftModel):
-        raise LightPeftError(f"expected a PeftModel from peft.get_peft_model, got a {type(model).__name__}")
+        raise LightPeftError(f"{type(model).__name__} is no PeftModel; give a model from peft.get_peft_model")
     nested = isinstance(model.get_base_model(), PeftModel)
-    require(not nested, "there is a PeftModel inside the PeftModel; lightpeft prunes one adapter at a time")
+    require(not nested, "the PeftModel contains another PeftModel; merge or unload the inner adapter first")
     own_adapter(model)
     layers = _tuner_layers(model)
     check_config(_config(model))
@@ -49,40 +50,41 @@ def check_peft(model: nn.Module) -> None:
 
 
 def own_adapter(model: PeftModel) -> str:
-    """The name of a model's one adapter; beside it there may be the reference of one of TRL's trainers.
+    """Return the name of a model's only adapter; the reference of TRL's trainers does not count.
 
     Raises:
-        LightPeftError: there are several.
+        LightPeftError: the model has several adapters.
     """
     in_layers = (name for layer in _tuner_layers(model) for name in adapters_in(layer))
     names = list(dict.fromkeys([*model.peft_config, *in_layers]))
     own = [name for name in names if name != REFERENCE] or names
-    several = f"the model has adapters {', '.join(names)}; lightpeft prunes, and saves, one adapter at a time"
-    require(len(own) == 1, f"{several}: delete_adapter() the others")
+    several = f"the model has several adapters ({', '.join(names)}), and lightpeft prunes and saves one"
+    require(len(own) == 1, f"{several}; remove the others with delete_adapter()")
     return own[0]
 
 
 def drop_reference(model: PeftModel) -> None:
-    """Take the reference of one of TRL's trainers out of a model; the next makes one of the model that it is given."""
+    """Remove the reference adapter of TRL's trainers from a model; the next trainer makes its own."""
     if REFERENCE in model.peft_config and own_adapter(model) != REFERENCE:
         model.delete_adapter(REFERENCE)
 
 
 def adapter_in_use(model: nn.Module) -> Callable[[], bool]:
-    """What tells whether a forward pass computes with the adapter as it is now; without one, it always does.
+    """Return a function that tells whether the model computes with the adapter that is active now.
 
-    TRL's trainers compute their reference on the same model, with its adapter off or a frozen copy in its place.
+    TRL's trainers compute their reference on the same model, with its adapter disabled or a frozen copy in its place.
+    For a model without PEFT the function always returns True.
     """
     layer = next(iter(_tuner_layers(model)), None)
-    return partial(_computes_with, layer, _setting(layer))
+    return partial(_has_setting, layer, _adapter_setting(layer))
 
 
-def _computes_with(layer: BaseTunerLayer | None, setting: tuple[list[str], bool]) -> bool:
-    return _setting(layer) == setting
+def _has_setting(layer: BaseTunerLayer | None, setting: tuple[list[str], bool]) -> bool:
+    return _adapter_setting(layer) == setting
 
 
-def _setting(layer: BaseTunerLayer | None) -> tuple[list[str], bool]:
-    """The adapters that are active in a module, and whether all are off."""
+def _adapter_setting(layer: BaseTunerLayer | None) -> tuple[list[str], bool]:
+    """Return the active adapters of a module, and whether all are disabled."""
     return ([], False) if layer is None else (list(layer.active_adapters), layer.disable_adapters)
 
 
@@ -91,32 +93,31 @@ def _tuner_layers(model: nn.Module) -> list[BaseTunerLayer]:
 
 
 def find_sites(model: PeftModel, blocks: Sequence[BlockSpec]) -> list[Site]:
-    """The PEFT modules on projections of the blocks, in the order of blocks and slots.
+    """Find the PEFT modules on projections of the blocks, in the order of blocks and slots.
 
-    PEFT modules elsewhere (on embeddings, a language-model head) are left alone and are not listed.
+    PEFT modules elsewhere (on embeddings, a language-model head) are not listed, and never changed.
 
     Raises:
-        LightPeftError: no PEFT module sits on a prunable projection.
+        LightPeftError: no PEFT module is on a prunable projection.
     """
     kind, adapter = _kind(model), model.active_adapter
     modules = dict(transformers_model(model).named_modules())
     sites: list[Site] = []
     for block in blocks:
         for slot, name in block.projections.items():
-            layer = modules.get(name)  # None where attention was dropped
+            layer = modules.get(name)  # None if attention was dropped
             rank = kind.rank_of(layer, adapter) if isinstance(layer, kind.layer_type) else 0
             if rank:
                 sites.append(kind(SiteSpec(name, rank, block.index, slot), layer, adapter))
     known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in blocks[0].projections.values()))
-    require(bool(sites), f"no PEFT module sits on a prunable projection; target_modules may name: {known}")
+    require(bool(sites), f"no PEFT module is on a prunable projection; give target_modules among {known}")
     return sites
 
 
 def leave_experts(model: PeftModel, blocks: Sequence[BlockSpec]) -> None:
-    """Take LoRA off routed experts and their routers where PEFT has put it by itself, as its "all-linear" does, and say
-    so.
+    """Remove LoRA from routed experts and their routers if PEFT added it by itself ("all-linear"), with a warning.
 
-    Where somebody named their parameters, or LoRA there has been trained, it stays, for `check_peft` to refuse.
+    LoRA on parameters that the user listed, or that has been trained, stays, and `check_peft` refuses it.
     """
     inner, named = transformers_model(model), {*(getattr(_config(model), "target_parameters", None) or ())}
     wrapped: dict[str, list[ParamWrapper]] = {}
@@ -135,22 +136,22 @@ def leave_experts(model: PeftModel, blocks: Sequence[BlockSpec]) -> None:
     for name, of_one in wrapped.items():
         inner.set_submodule(name, of_one[-1].base_layer)
     refresh_config(model)
-    what = "no LoRA on %d routed experts and routers (%s): lightpeft cuts them, and has none there"
+    what = "LoRA was removed from %d modules of routed experts and routers (%s), because lightpeft cuts these"
     _log.warning(what, len(wrapped), next(iter(wrapped)))
 
 
 def _is_trained(up: torch.Tensor) -> bool:
-    """Whether a B is not zero, as all begin; one without storage is of a rehearsal."""
+    """Return whether B is not zero, as it is at the start; without storage (in a rehearsal) it counts as untrained."""
     return not up.is_meta and bool(up.any())
 
 
 def remove_site(model: PeftModel, site: Site) -> None:
-    """Put what is inside the PEFT module, the frozen layer, back where the module was."""
+    """Replace a PEFT module by its frozen layer."""
     transformers_model(model).set_submodule(site.spec.name, site.layer.base_layer)
 
 
 def merge_site(model: PeftModel, site: Site) -> None:
-    """Make the PEFT module part of its layer, which gets a new weight: the old one may be that of other models, too."""
+    """Merge a PEFT module into its layer, which gets a new weight, because other models may share the old one."""
     layer = site.layer.base_layer
     layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     site.layer.merge(adapter_names=[site.adapter])
@@ -158,7 +159,7 @@ def merge_site(model: PeftModel, site: Site) -> None:
 
 
 def refresh_config(model: PeftModel) -> None:
-    """Make the PEFT configuration say exactly which modules there are, with their sizes."""
+    """Set the PEFT configuration to the exact names and sizes of the model's PEFT modules."""
     kind, adapter, config = _kind(model), model.active_adapter, _config(model)
     layers = {
         name: module
@@ -174,25 +175,25 @@ def refresh_config(model: PeftModel) -> None:
 
 
 def simplify_config(config: PeftConfig) -> None:
-    """Say as plainly as possible which modules an adapter has: some of its readers do not know PEFT's patterns."""
+    """Simplify the configuration of an adapter for programs that do not know PEFT's patterns."""
     _site_class(config).simplify(config)
 
 
 def widens_alone(config: PeftConfig) -> bool:
-    """Whether an adapter of a cut model goes onto the dense one without a look at the base's weights."""
+    """Return whether an adapter of a cut model can be expanded to the dense base without the base's weights."""
     return not _site_class(config).needs_base(config)
 
 
 def _config(model: PeftModel) -> Any:
-    """The configuration of the active adapter."""
+    """Return the configuration of the active adapter."""
     return model.peft_config[model.active_adapter]
 
 
 def check_config(config: PeftConfig) -> None:
-    """Refuse a PEFT configuration whose modules cannot be pruned correctly.
+    """Check that modules of a PEFT configuration can be pruned correctly.
 
     Raises:
-        LightPeftError: naming what of it cannot.
+        LightPeftError: the type or a setting is not supported.
     """
     _site_class(config).check(config)
 

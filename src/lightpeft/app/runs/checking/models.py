@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from lightpeft.app.runs.workspace import Workspace
-from lightpeft.config import LightConfig, RunConfig, changed
+from lightpeft.config import LightConfig, RunConfig, override_light
 from lightpeft.errors import require
 from lightpeft.machine import accelerator, autocast_dtype, autocasting
 from lightpeft.models.families.registry import block_specs
@@ -26,7 +26,7 @@ from lightpeft.peft_kinds.sites.registry import find_sites
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.plans.structure import MASKED, BlockSpec
-from lightpeft.profiling.rehearsal import Shapes
+from lightpeft.profiling.rehearsal import BatchShapes
 from lightpeft.profiling.sizes import count_parameters
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.discovery import ensure_family
@@ -104,7 +104,7 @@ def even(light: LightConfig, blocks: Sequence[BlockSpec]) -> LightConfig:
     As many experts stay as routers need.
     """
     named = {"criterion": "random", "module_criterion": "random", "rank_criterion": "random"}
-    light = changed(light, {"estimate": named})
+    light = override_light(light, {"estimate": named})
     part = 0.0 if light.is_auto else light.known_blocks
     if part is None:
         return light
@@ -113,7 +113,7 @@ def even(light: LightConfig, blocks: Sequence[BlockSpec]) -> LightConfig:
     return replace(light, remove=replace(shares, experts=min([part, *spare]), scope=None))
 
 
-def stored_states(work: Workspace, prefix: FrozenPrefix, shapes: Shapes) -> Tensor | None:
+def stored_states(work: Workspace, prefix: FrozenPrefix, shapes: BatchShapes) -> Tensor | None:
     """What frozen blocks give for a batch; None: there are none, or a run would not keep it."""
     settings = work.prefix_cache
     steps = work.steps - work.stage.steps - work.last_steps
@@ -131,7 +131,7 @@ def store_bytes_of(work: Workspace, states: Tensor) -> int:
     return store_bytes(work.train_rows["length"][:], states.shape[-1], states.dtype)
 
 
-def shapes_of(batch: Mapping[str, Any]) -> Shapes:
+def shapes_of(batch: Mapping[str, Any]) -> BatchShapes:
     """Of the tensors in a batch."""
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     return {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}

@@ -23,8 +23,8 @@ from lightpeft.app.runs.workspace import Workspace
 from lightpeft.app.tasks.tokens import PADDED_TO
 from lightpeft.compat.stand_ins import StorageWatch
 from lightpeft.machine import autocast_dtype
-from lightpeft.models.head import head_apart, lone_head
-from lightpeft.profiling.rehearsal import Holding, Shapes, rehearse_inference, rehearse_training, rehearsing
+from lightpeft.models.head import lone_head, skip_head
+from lightpeft.profiling.rehearsal import BatchShapes, Holding, rehearse_inference, rehearse_training, rehearsing
 from lightpeft.profiling.speed import OptimizerFactory
 from lightpeft.training.prefix import STATES, FrozenPrefix
 
@@ -74,7 +74,7 @@ class Rehearsal:
             given = {name: ((rows, *shape[1:]), dtype) for name, (shape, dtype) in self.shapes.items()}
             autocast = autocast_dtype(work.config.training)
             head = lone_head(model)
-            with head_apart(head):
+            with skip_head(head):
                 evaluation = rehearse_inference(model, watch, given, autocast)
             if head is not None:
                 logits = 4 * math.prod(given["input_ids"][0]) * head.out_features
@@ -87,7 +87,7 @@ def lengths_of(work: Workspace) -> int:
     return len({-(-length // PADDED_TO) for length in work.train_rows["length"][:]})
 
 
-def longest_batch(work: Workspace) -> tuple[Shapes, float]:
+def longest_batch(work: Workspace) -> tuple[BatchShapes, float]:
     """Shapes of a batch of the longest training rows, and the part of its tokens that have a label."""
     lengths = work.train_rows["length"][:]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)

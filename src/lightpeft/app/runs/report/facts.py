@@ -14,7 +14,7 @@ from lightpeft.budget.found import FoundBudget
 from lightpeft.config import RunConfig
 from lightpeft.config.validation import from_dict
 from lightpeft.errors import require
-from lightpeft.files import read_json, understandable
+from lightpeft.files import explain_content_errors, read_json
 from lightpeft.plans.records import PrunePlan, block_parameters
 
 STAGES = {
@@ -206,7 +206,7 @@ def _budget(report: Mapping[str, Any], path: Path) -> FoundBudget | None:
     told = report.get("budget")
     if not isinstance(told, dict):
         return None
-    with understandable(path):
+    with explain_content_errors(path):
         names = {each.name for each in dataclasses.fields(FoundBudget)} - {"before"}
         found = from_dict(FoundBudget, {"before": {}} | {name: told[name] for name in names if name in told}, "budget.")
         return dataclasses.replace(found, before={point["blocks"]: point["rise"] for point in told.get("before", [])})

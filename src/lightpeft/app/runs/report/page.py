@@ -18,7 +18,7 @@ from lightpeft.config import RunConfig
 from lightpeft.console.progress import exact_duration as duration
 from lightpeft.console.progress import in_bytes as size
 from lightpeft.errors import require
-from lightpeft.files import read_text, understandable, write_text
+from lightpeft.files import explain_content_errors, read_text, write_text
 from lightpeft.profiling.surroundings import versions
 
 WIDE = 960.0
@@ -62,7 +62,7 @@ def page(runs: Sequence[RunFacts]) -> str:
     template = _environment().get_template("page.html.jinja")
     views = []
     for number, run in enumerate(runs, start=1):
-        with understandable(run.folder):  # what is typed and finite may still be beyond what can be drawn
+        with explain_content_errors(run.folder):  # what is typed and finite may still be beyond what can be drawn
             views.append(_view(run, number))
     return template.render(
         runs=views,

@@ -13,8 +13,8 @@ from typing import Any
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs.reproduce.arms import ARMS, Arm, Settings
 from lightpeft.app.tasks.entries.registry import find_entry
-from lightpeft.config import RunConfig, overlaid, run_config_from_dict
-from lightpeft.config.validation import load_yaml, shown, unknown_key
+from lightpeft.config import RunConfig, merge_settings, run_config_from_dict
+from lightpeft.config.validation import load_yaml, short_repr, unknown_key
 from lightpeft.errors import LightPeftError, require
 from lightpeft.peft_kinds.kinds import check_peft_settings
 
@@ -95,7 +95,7 @@ class Grid:
     def _config(self, out: Path, model: str, task: str, method: str, seed: int) -> RunConfig:
         data: dict[str, Any] = {}
         for settings in (self.run, self.models[model], self.tasks[task], self.arms[method].settings):
-            data = overlaid(data, dict(settings))
+            data = merge_settings(data, dict(settings))
         folder = out.joinpath("cells", *(slug(str(part)) for part in (model, task, method, seed)))
         try:
             config = run_config_from_dict({**data, "seed": seed, "output": str(folder)})
@@ -125,7 +125,7 @@ def load_grid(path: str | Path) -> Grid:
     models, tasks, methods = (_named(path, key, data.get(key)) for key in _ROWS_OF_A_FILE)
     baseline = data.get("baseline", next(iter(methods)))
     among = isinstance(baseline, str) and baseline in methods
-    require(among, f"{path}: baseline {shown(baseline)} is none of its methods: {', '.join(methods)}")
+    require(among, f"{path}: baseline {short_repr(baseline)} is none of its methods: {', '.join(methods)}")
     return Grid(
         name=str(path),
         # a bare name is that of a model on the hub or in a folder, and of a known task
@@ -154,7 +154,8 @@ def _named(path: Path, axis: str, given: Any) -> dict[str, dict[str, Any]]:
 
 def _settings(path: Path, where: str, given: Any) -> dict[str, Any]:
     require(
-        given is None or isinstance(given, dict), f"{path}: {where} must be a mapping of settings, not {shown(given)}"
+        given is None or isinstance(given, dict),
+        f"{path}: {where} must be a mapping of settings, not {short_repr(given)}",
     )
     settings = {key: value for key, value in (given or {}).items() if value is not None}
     taken = [key for key in _OF_THE_GRID if key in settings]
@@ -164,7 +165,7 @@ def _settings(path: Path, where: str, given: Any) -> dict[str, Any]:
 
 def _seeds(path: Path, given: Any) -> list[int]:
     whole = isinstance(given, list) and given and all(type(seed) is int for seed in given)
-    require(whole, f"{path}: seeds must be a list of whole numbers, not {shown(given)}")
+    require(whole, f"{path}: seeds must be a list of whole numbers, not {short_repr(given)}")
     require(len(set(given)) == len(given), f"{path}: seeds names {max(given, key=given.count)} twice")
     return list(given)
 
@@ -175,9 +176,9 @@ def _arm(path: Path, name: str, settings: dict[str, Any]) -> Arm:
         raise LightPeftError(f"{path}: {unknown_key(name, list(ARMS)).replace('key', 'method', 1)}")
     start = settings.pop(FROM, name if name in ARMS else START)
     known = isinstance(start, str) and start in ARMS
-    require(known, f"{path}: methods.{name} is from {shown(start)}, which is no known method; give one's name")
+    require(known, f"{path}: methods.{name} is from {short_repr(start)}, which is no known method; give one's name")
     base = ARMS[start]
-    return replace(base, settings=overlaid(dict(base.settings), settings))
+    return replace(base, settings=merge_settings(dict(base.settings), settings))
 
 
 def selected(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:

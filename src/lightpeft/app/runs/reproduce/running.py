@@ -20,7 +20,7 @@ from lightpeft.app.runs.reproduce.saving import write_results
 from lightpeft.app.runs.reuse import copy_estimation, estimation_settings
 from lightpeft.console.progress import StepProgress
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import holding
+from lightpeft.files import lock_folder
 from lightpeft.machine import accelerator
 
 Launch = Callable[[Cell, int, Path], str | None]
@@ -63,7 +63,7 @@ def reproduce(
         write_results(out, results)
         return results
 
-    with holding(out):
+    with lock_folder(out):
         for cell in cells:
             RunFolder.open(cell.config)
         todo = [cell for cell in chosen if not cell.run.has("evaluate")]

@@ -21,7 +21,7 @@ from lightpeft.app.tasks.kinds.texts import TextTask
 from lightpeft.app.tasks.respondent import Respondent, finite_logits
 from lightpeft.app.tasks.rows.columns import HIDDEN_ANSWER_REMEDY, place, source_column
 from lightpeft.config import TaskEntry
-from lightpeft.config.validation import shown
+from lightpeft.config.validation import short_repr
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.task_heads import CLASSIFICATION, TaskHead
 
@@ -153,7 +153,7 @@ def _label_name(value: Any, names: list[str] | None, numbered: bool, where: str)
         value = int(value)  # integers become floats where a table had gaps
     require(
         isinstance(value, (bool, int, str)),
-        f"{where}: {shown(value)} is not a label; use an integer, string or boolean",
+        f"{where}: {short_repr(value)} is not a label; use an integer, string or boolean",
     )
     if names is None or (str(value) in names and not numbered):
         return str(value)
@@ -165,6 +165,6 @@ def _label_by_number(value: Any, names: list[str], where: str) -> str | None:
     known = isinstance(value, int) or INTEGER.fullmatch(value)
     require(
         known and -1 <= int(value) < len(names),
-        f"{where}: {shown(value)} is not a label; use {quote_labels(names)} (0, 1, ...)",
+        f"{where}: {short_repr(value)} is not a label; use {quote_labels(names)} (0, 1, ...)",
     )
     return names[int(value)] if int(value) >= 0 else None

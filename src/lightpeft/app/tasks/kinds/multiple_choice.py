@@ -19,7 +19,7 @@ from lightpeft.app.tasks.respondent import Respondent, row_logits
 from lightpeft.app.tasks.rows.columns import HIDDEN_ANSWER_REMEDY, check_strings, check_text, values
 from lightpeft.app.tasks.tokens import Collator, in_chunks
 from lightpeft.config import TaskEntry
-from lightpeft.config.validation import shown
+from lightpeft.config.validation import short_repr
 from lightpeft.errors import require
 from lightpeft.models.task_heads import MULTIPLE_CHOICE, TaskHead
 
@@ -51,7 +51,7 @@ class MultipleChoiceTask(OptionsTask):
             require(value is not None, f"{where}: the right option is missing; {HIDDEN_ANSWER_REMEDY}")
             index = _parse_index(value)
             known = index is not None and 0 <= index < count
-            require(known, f"{where}: {shown(value)} is not the index of an option; use 0 to {count - 1}")
+            require(known, f"{where}: {short_repr(value)} is not the index of an option; use 0 to {count - 1}")
 
     @classmethod
     def check_inputs(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
@@ -59,7 +59,7 @@ class MultipleChoiceTask(OptionsTask):
         check_strings(rows, "context", entry, what)
         for where, options in values(rows, "options", entry, what):
             several = isinstance(options, list) and len(options) > 1
-            require(several, f"{where}: {shown(options)} is not a list of two or more options")
+            require(several, f"{where}: {short_repr(options)} is not a list of two or more options")
             for option in options:
                 check_text(option, where)
 

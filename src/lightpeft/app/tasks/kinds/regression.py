@@ -15,7 +15,7 @@ from lightpeft.app.tasks.kinds.texts import TextTask
 from lightpeft.app.tasks.respondent import Respondent, finite_logits
 from lightpeft.app.tasks.rows.columns import values
 from lightpeft.config import TaskEntry
-from lightpeft.config.validation import shown
+from lightpeft.config.validation import short_repr
 from lightpeft.errors import require
 from lightpeft.models.task_heads import REGRESSION, TaskHead
 
@@ -31,7 +31,9 @@ class RegressionTask(TextTask):
         """Raise `LightPeftError` unless texts are not blank and labels are numbers in the accepted range."""
         cls.check_inputs(rows, entry, what)
         for where, value in values(rows, "label", entry, what):
-            require(_parse_number(value) is not None, f"{where}: {shown(value)} is not a valid number; {_LABEL_RANGE}")
+            require(
+                _parse_number(value) is not None, f"{where}: {short_repr(value)} is not a valid number; {_LABEL_RANGE}"
+            )
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """Return the columns of `encode_inputs` and `labels`, the number of each row as a float."""

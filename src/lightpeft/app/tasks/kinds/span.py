@@ -29,7 +29,7 @@ from lightpeft.app.tasks.respondent import Respondent
 from lightpeft.app.tasks.rows.columns import values
 from lightpeft.app.tasks.tokens import Collator, in_chunks, take_rows
 from lightpeft.config import TaskEntry
-from lightpeft.config.validation import shown
+from lightpeft.config.validation import short_repr
 from lightpeft.errors import require
 from lightpeft.models.batches import SPAN_LABELS
 from lightpeft.models.task_heads import SPAN, TaskHead
@@ -194,9 +194,11 @@ def answer_places(value: Any, context: str, where: str) -> list[AnswerSpan]:
     if isinstance(value, Mapping):
         texts, starts = (_list_of(value.get(name)) for name in ("text", "answer_start"))
         fits = len(texts) == len(starts) and all(map(_is_place, texts, starts))
-        require(fits, f"{where}: {shown(value)} is not {_ANSWERS_FORMAT}")
+        require(fits, f"{where}: {short_repr(value)} is not {_ANSWERS_FORMAT}")
         return [AnswerSpan(text, start) for text, start in zip(texts, starts, strict=True) if text.strip()]
-    require(all(isinstance(text, str) for text in _list_of(value)), f"{where}: {shown(value)} is not {_ANSWERS_FORMAT}")
+    require(
+        all(isinstance(text, str) for text in _list_of(value)), f"{where}: {short_repr(value)} is not {_ANSWERS_FORMAT}"
+    )
     places = [AnswerSpan(text, context.find(text)) for text in _texts(value)]
     for answer in places:
         require(

@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from lightpeft.config import TaskEntry
-from lightpeft.config.validation import shown
+from lightpeft.config.validation import short_repr
 from lightpeft.errors import require
 
 
@@ -48,5 +48,5 @@ def check_strings(rows: Dataset, column: str, entry: TaskEntry, what: str, blank
 def check_text(value: Any, where: str, blank: bool = False) -> None:
     """Raise `LightPeftError` unless a value is a string, not blank unless allowed."""
     require(value is not None, f"{where}: the value is missing; fill it in or drop the row")
-    require(isinstance(value, str), f"{where}: {shown(value)} is not a string; use a column of strings")
+    require(isinstance(value, str), f"{where}: {short_repr(value)} is not a string; use a column of strings")
     require(blank or value.strip(), f"{where}: the text is blank; fill it in or drop the row")

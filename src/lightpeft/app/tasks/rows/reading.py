@@ -206,7 +206,7 @@ def read_hub(source: str, what: str) -> Dataset:
     require(match, f'{what}: "{source}" is neither a file nor a hub name; hub names are owner/name[/config][:split]')
     assert match is not None
     split = match["split"] or ("test" if what == "data.test" else "train")
-    hub.look_for(source)
+    hub.go_offline_if_unreachable(source)
     try:
         with _hide_progress_bars():
             rows = datasets.load_dataset(match["name"], match["config"], split=split)
