@@ -193,7 +193,7 @@ def test_settings_come_from_run_model_task_and_method_in_that_order(tmp_path: Pa
         ({"models": {"tiny": {"output": "x"}}}, "models.tiny sets output, which the grid sets for each cell"),
         ({"run": {"seed": 1}}, "run sets seed"),
         ({"run": {"lite": {}}}, "cell tiny/words/lora/0: unknown key lite; did you mean light?"),
-        ({"tasks": ["rtee"]}, 'cell tiny/rtee/lora/0: data.task is "rtee", which is neither a kind'),
+        ({"tasks": ["rtee"]}, 'cell tiny/rtee/lora/0: data.task "rtee" is neither a kind'),
         ({"seeds": [0, 0]}, "seeds has 0 twice"),
         ({"methods": {"mine": {"from": ["lora"]}}}, "methods.mine.from is ['lora'], not a known method"),
         ({"methods": {"mine": {"from": {"lora": 1}}}}, "not a known method; give one of full, lora"),

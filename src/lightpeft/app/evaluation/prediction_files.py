@@ -1,4 +1,4 @@
-"""Files of rows to predict on, and of what was predicted."""
+"""Files with rows to predict on, and files with predictions."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from lightpeft.files import replacing
 
 
 def read_inputs(source: Path | TextIO, column: str | None, what: str = "input") -> Dataset:
-    """Rows to predict on, as they are.
+    """Read rows to predict on.
 
     Args:
-        source: a .txt file with one text a line, a table (.csv, .tsv, .json, .jsonl, .parquet), or an open text stream:
-            of texts where one column is enough, else of JSON objects.
-        column: what texts are called; None: a row needs several columns, so lines of text will not do.
-        what: names the source in error lines.
+        source: a .txt file with one text per line, a table (.csv, .tsv, .json, .jsonl, .parquet), or an open text
+            stream of texts (if `column` is given) or JSON objects.
+        column: name of the column for lines of text; None: a row needs several columns, so a table is required.
+        what: names the source in error messages.
 
     Raises:
-        LightPeftError: missing, empty or malformed, or texts where a table is needed.
+        LightPeftError: the source is missing, empty or malformed, or has lines of text where a table is required.
     """
     if isinstance(source, Path) and source.suffix.lower() != ".txt":
         return read_file(source, what)
     if column is None:
         require(
             not isinstance(source, Path),
-            "a row of this task has several columns, which text lines have not; "
+            f"{what} {source} has lines of text, but rows of this task have several columns; "
             "give a table, or JSON lines on standard input",
         )
-        return read_json_text(_content(source, what), what)
-    lines = [line.rstrip("\r") for line in _content(source, what).split("\n")]
-    lines = [line for line in lines if line.strip()]  # blank ones are nothing to predict on
-    require(lines, f"{what} has no text: every line is blank")
+        return read_json_text(_read_content(source, what), what)
+    lines = [line.rstrip("\r") for line in _read_content(source, what).split("\n")]
+    lines = [line for line in lines if line.strip()]  # a blank line has nothing to predict
+    require(lines, f"{what} has no text, only blank lines; give one text per line")
     return Dataset.from_dict({column: lines})
 
 
-def _content(source: Path | TextIO, what: str) -> str:
+def _read_content(source: Path | TextIO, what: str) -> str:
     where = f"{what} {source}" if isinstance(source, Path) else what
     try:
         return source.read_text(encoding="utf-8-sig") if isinstance(source, Path) else source.read()
@@ -54,15 +54,15 @@ def _content(source: Path | TextIO, what: str) -> str:
 
 
 def write_predictions(path: Path | None, rows: Dataset, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Write rows with what was found about them; the file appears only when it is complete.
+    """Write rows with their predictions; the file appears only when it is complete.
 
     Args:
-        path: .csv or .jsonl file, replaced if it is there; None: CSV on standard output.
-        rows: come first; a column that is named like a new one becomes `input_<name>`.
-        columns: the new ones, one value a row.
+        path: .csv or .jsonl file, which is replaced if it exists; None: CSV on standard output.
+        rows: the input rows, whose columns come first; one with the name of a new column becomes `input_<name>`.
+        columns: the new columns, one value per row.
 
     Raises:
-        LightPeftError: another suffix, or the file cannot be written.
+        LightPeftError: the suffix is another one, or the file cannot be written.
     """
     given = {f"input_{name}" if name in columns else name: rows[name][:] for name in rows.column_names}
     table = pd.DataFrame({**given, **columns}, dtype=object)
@@ -79,10 +79,10 @@ def write_predictions(path: Path | None, rows: Dataset, columns: Mapping[str, Se
 
 
 def check_predictions_path(path: Path) -> None:
-    """Refuse a file of predictions that cannot be; to be called before work is spent on them."""
+    """Raise `LightPeftError` unless predictions can be written to `path`; call it before the work."""
     fits = path.suffix.lower() in (".csv", ".jsonl")
-    require(fits, f'predictions go to a .csv or .jsonl file, not "{path}"')
-    require(not path.is_dir(), f"predictions go to a file, and {path} is a folder; give another name")
+    require(fits, f'predictions file "{path}" has an unknown suffix; use .csv or .jsonl')
+    require(not path.is_dir(), f"predictions file {path} is a folder; give another name")
 
 
 def _write_csv(table: pd.DataFrame, file: TextIO) -> None:
@@ -90,5 +90,5 @@ def _write_csv(table: pd.DataFrame, file: TextIO) -> None:
 
 
 def _cell(value: Any) -> Any:
-    """Lists and objects as JSON, which can be read again."""
+    """Return lists and objects as JSON, which can be parsed again; other values unchanged."""
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else value

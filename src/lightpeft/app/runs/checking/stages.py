@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from lightpeft.app.evaluation.respondent import AT_ONCE
+from lightpeft.app.evaluation.respondent import MOST_LOGIT_BYTES
 from lightpeft.app.runs.bench import accelerating, adamw, estimating
 from lightpeft.app.runs.checking.models import (
     cut_evenly,
@@ -78,7 +78,7 @@ class Rehearsal:
                 evaluation = rehearse_inference(model, watch, given, autocast)
             if head is not None:
                 logits = 4 * math.prod(given["input_ids"][0]) * head.out_features
-                evaluation = replace(evaluation, activations=evaluation.activations + min(logits, AT_ONCE))
+                evaluation = replace(evaluation, activations=evaluation.activations + min(logits, MOST_LOGIT_BYTES))
             return training, evaluation, size
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightpeft.app.folders.run_folder import Report, RunFolder, is_run, read_report
+from lightpeft.app.folders.run_folder import RunFolder, RunReport, is_run, read_report
 from lightpeft.budget.found import FoundBudget
 from lightpeft.config import RunConfig
 from lightpeft.config.validation import from_dict
@@ -78,7 +78,7 @@ class RunFacts:
     broken_losses: int
     """Lines of the log whose loss is NaN or infinite."""
     plan: PrunePlan | None
-    report: Report | None
+    report: RunReport | None
     """Content of metrics.json; None: the run was not evaluated yet."""
     sizes: list[Size]
     curve: dict[str, Any] | None
@@ -118,7 +118,7 @@ def read_run(folder: Path) -> RunFacts:
     require(is_run(folder), f"{folder} is not the folder of a run: it has no config.yaml; give the --output of a run")
     run = RunFolder.at(folder)
     raw = read_report(run.metrics) if run.has("evaluate") else None
-    report = None if raw is None else Report.of(raw)
+    report = None if raw is None else RunReport.of(raw)
     plan = PrunePlan.load(run.plan) if run.config.way.prunes and run.has("plan") else None
     stages = list(_read_stages(run, report))
     losses, broken = _read_losses(run.log_entries(), stages)
@@ -137,7 +137,7 @@ def read_run(folder: Path) -> RunFacts:
     )
 
 
-def _read_stages(run: RunFolder, report: Report | None) -> Iterable[StageFacts]:
+def _read_stages(run: RunFolder, report: RunReport | None) -> Iterable[StageFacts]:
     way, logged = run.config.way, run.finished_stages()
     light = run.config.light
     before, after = ["depth"] if light.remove.depth == "auto" else [], ["budget"] if light.is_auto else []
@@ -189,7 +189,7 @@ def _average(points: Sequence[tuple[float, float]], each: int) -> list[tuple[flo
     return [(sum(x for x, _ in chunk) / len(chunk), sum(y for _, y in chunk) / len(chunk)) for chunk in chunks]
 
 
-def _count_parameters(plan: PrunePlan | None, report: Report | None) -> Iterable[Size]:
+def _count_parameters(plan: PrunePlan | None, report: RunReport | None) -> Iterable[Size]:
     """Yield the parameters before the cut, by the plan, and after it, measured on the result if there is one."""
     measured = report.parameters if report is not None else {}
     if plan is not None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lightpeft.app.folders.run_folder import Report, differences
+from lightpeft.app.folders.run_folder import differences
 from lightpeft.app.runs.reproduce.grid import Cell, Grid, load_grid
 from lightpeft.app.runs.reproduce.results import MEASURES, CellReport, Results, results_of
 from lightpeft.app.runs.reproduce.tables import markdown_table
@@ -149,7 +149,7 @@ def _check_same(report: CellReport, cell: Cell, where: str) -> None:
         LightPeftError: the run of the report had other settings.
     """
     try:
-        Report.of(dict(report))
+        RunReport.of(dict(report))
         config = run_config_from_dict(report.get("config", {}))
     except LightPeftError as error:
         raise LightPeftError(f"{where}: this version of lightpeft cannot read cell {cell.name}: {error}") from error
