@@ -10,23 +10,29 @@ WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all coverage test-faults test-vllm test-deepspeed test-gpu test-lowest test-axolotl test-newest fetch docs lint format clean
+.PHONY: help demo test test-all coverage test-faults test-vllm test-deepspeed test-gpu test-core test-lowest test-axolotl test-newest \
+	fetch docs lint format clean dist test-release check-repository release
 
 help:
 	@echo "make demo         set up .venv and run lightpeft demo: a real model and real rows, lightpeft beside plain LoRA"
-	@echo "make test         set up .venv with the dev extra, fetch the same model and data, run lint, types and tests"
+	@echo "make test         set up .venv for development, fetch the same model and data, run lint, types and tests"
 	@echo "make test-all     lint, types and all tests: every family, every fault, and what takes long"
 	@echo "make coverage     the same tests with every line counted, which takes longer; fails where they reach less than 95%"
 	@echo "make test-faults  the part of test-all that is hundreds of kills and thousands of damaged files, of which make test tries a sample"
 	@echo "make test-vllm    set up .venv-vllm with vLLM for CPUs and the plug-in, and compare what it writes with transformers"
 	@echo "make test-deepspeed  set up .venv-deepspeed with DeepSpeed, and fine-tune light models in it"
 	@echo "make test-gpu     what a CUDA device may do otherwise than a CPU, then a small benchmark; says so where there is none"
+	@echo "make test-core    the core's tests with the Python that PYTHON names, in .venv-core"
 	@echo "make test-lowest  the core's tests with the lowest versions that pyproject.toml allows, in .venv-lowest"
 	@echo "make test-axolotl the same tests with the versions that axolotl pins, in .venv-axolotl"
 	@echo "make test-newest  the same tests with the newest versions there are, pre-releases included, in .venv-newest"
 	@echo "make docs         the documentation as a site, in build/site"
 	@echo "make lint         ruff (lint and format), mypy, import-linter, and the style of the documentation"
 	@echo "make format       rewrite the sources in ruff's format"
+	@echo "make dist         sdist and wheel of lightpeft and of its plug-in for vLLM, in dist, checked by twine"
+	@echo "make test-release the same, each installed into an empty environment, where README's first steps are run"
+	@echo "make check-repository  what sp-repo-review and zizmor say of the repository and its workflows"
+	@echo "make release VERSION=0.2.0  write the version and its date, build, check, and say what is left to do"
 	@echo "make clean        remove caches and build outputs (not .venv, not demo/cache)"
 
 demo: $(VENV)/.installed-demo
@@ -63,7 +69,7 @@ test-gpu: fetch
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks/gpu.py --shapes roberta-large --rounds 2 \
 		--steps 5 --quality configs/movie_reviews/minilm_default.yaml
 
-# Three lanes of versions. Their tests need none of the extras.
+# Lanes of Pythons and of versions. Their tests need none of the extras.
 TOOLS := hypothesis pytest pytest-xdist
 CORE := missing_names acceleration bottleneck budgets chat checkpoint cli compat config depth distributed estimation evaluating
 CORE += evaluation files float16 full_width generating importance labelled layout learning light_trainer likelihood masks metrics
@@ -71,6 +77,9 @@ CORE += on_disk parity peft_kinds pipeline planning predicting prefix pruner rea
 CORE += scoring selection sharded step_loss streaming surgery switching tasks text_qa tokens windows
 RUN_CORE = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	$(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(CORE:%=tests/test_%.py)
+
+test-core: .venv-core/.installed
+	$(call RUN_CORE,.venv-core)
 
 test-lowest: .venv-lowest/.installed
 	$(call RUN_CORE,.venv-lowest)
@@ -83,6 +92,11 @@ test-newest:
 	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --pre --upgrade --upgrade-strategy eager -e . $(TOOLS)
 	$(call RUN_CORE,.venv-newest)
+
+.venv-core/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-core
+	.venv-core/bin/python -m pip install -e . $(TOOLS)
+	touch $@
 
 .venv-lowest/.installed: pyproject.toml .ci/lowest.py
 	$(PYTHON) -m venv --clear .venv-lowest
@@ -116,9 +130,38 @@ clean:
 	rm -rf build dist .cache htmlcov .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* src/*.egg-info
 	find src tests demo -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One stamp for each extra, renewed when pyproject.toml changes.
+# One stamp for each dependency group, renewed when pyproject.toml changes. pip reads groups since 25.1.
+ALL_EXTRAS := [gguf,harness,onnx,openvino,quantized]
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -e '.[$*]'
+	$(BIN)/python -m pip install 'pip>=25.1'
+	$(BIN)/python -m pip install -e '.$(if $(filter dev,$*),$(ALL_EXTRAS))' --group $*
+	touch $@
+
+# A release needs its tools alone, and an index for the environments that test-release makes.
+RELEASE := .venv-release/bin
+dist: .venv-release/.installed
+	rm -rf dist
+	$(RELEASE)/python -m build --outdir dist .
+	$(RELEASE)/python -m build --outdir dist plugins/vllm
+	$(RELEASE)/twine check --strict dist/*
+
+test-release: dist
+	$(RELEASE)/python demo/fetch.py
+	$(RELEASE)/python .ci/try_packages.py dist build/release
+
+check-repository: .venv-release/.installed
+	$(RELEASE)/sp-repo-review .
+	$(RELEASE)/zizmor --offline .
+
+release:
+	$(PYTHON) .ci/release.py "$(VERSION)"
+	$(MAKE) check-repository test-release
+	$(PYTHON) .ci/release.py --steps "$(VERSION)"
+
+.venv-release/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-release
+	.venv-release/bin/python -m pip install 'pip>=25.1'
+	.venv-release/bin/python -m pip install --group release
 	touch $@
 
 # vLLM holds transformers back further than lightpeft can go, so it has an environment of its own. It takes torchaudio

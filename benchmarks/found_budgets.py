@@ -25,7 +25,7 @@ from rich.console import Console
 
 from lightpeft.app.runs.reproduce import Results, Row, read_results
 from lightpeft.app.runs.reproduce.grid import cell_name
-from lightpeft.app.runs.reproduce.results import Report
+from lightpeft.app.runs.reproduce.results import CellReport
 from lightpeft.budget.search import BudgetSearch, Probed
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json
@@ -137,14 +137,14 @@ def _pair(results: Results, rows: Mapping[str, Row], budgets: Sequence[str]) -> 
     )
 
 
-def _reports(results: Results, row: Row) -> dict[int, Report]:
+def _reports(results: Results, row: Row) -> dict[int, CellReport]:
     return {seed: results.reports[cell_name(row.model, row.task, row.method, seed)] for seed in row.seeds}
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------
 
 
-def again(budget: Report) -> float:
+def again(budget: CellReport) -> float:
     """The budget that today's search finds by the probes that one has recorded."""
     search = BudgetSearch({each["blocks"]: each["rise"] for each in budget["before"]}, budget["tolerance"])
     search.probed = [Probed(**each) for each in budget["probed"]]

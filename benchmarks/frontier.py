@@ -38,7 +38,7 @@ from lightpeft.adapters.merging import merged_copy
 from lightpeft.app.exports.graphs import sessions
 from lightpeft.app.exports.graphs.exporting import write_graph
 from lightpeft.app.exports.graphs.runtimes import RUNTIMES
-from lightpeft.app.exports.graphs.tracing import traceable
+from lightpeft.app.exports.graphs.tracing import make_traceable
 from lightpeft.app.folders.opening import open_result
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
@@ -109,7 +109,7 @@ def opened(folder: Path) -> tuple[Any, Any, Any, Any, str]:
 def exported(model: Any, tokenizer: Any, dtype: str, folder: Path) -> sessions.Session:
     """The model in ONNX Runtime."""
     folder.mkdir()
-    write_graph(traceable(model), tokenizer, RUNTIMES["onnx"], folder, dtype)
+    write_graph(make_traceable(model), tokenizer, RUNTIMES["onnx"], folder, dtype)
     return sessions.load("onnx", folder)
 
 
@@ -122,7 +122,7 @@ def answered(folder: Path, in_int8: bool) -> dict[str, Any]:
         shapes = str([tuple(p.shape) for p in model.parameters()])
         found |= {"metric": metric, "shape": hashlib.sha256(shapes.encode()).hexdigest()[:16]}
         with TemporaryDirectory() as place:
-            ways = {"f32": partial(serving.in_pytorch, traceable(model))}
+            ways = {"f32": partial(serving.in_pytorch, make_traceable(model))}
             if in_int8:
                 ways["int8"] = partial(serving.in_runtime, exported(model, tokenizer, "int8", Path(place) / "graph"))
             for dtype, answer in ways.items():

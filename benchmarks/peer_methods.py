@@ -25,7 +25,7 @@ from torch import nn
 from lightpeft.app.runs.bench import Build, Made, adamw
 from lightpeft.app.runs.pipeline import Workspace
 from lightpeft.app.runs.reproduce import Arm
-from lightpeft.app.runs.reproduce.arms import Settings
+from lightpeft.app.runs.reproduce.arms import NestedSettings
 from lightpeft.app.tasks.loading import task_facts
 from lightpeft.config import merge_settings
 from lightpeft.config.validation import load_yaml
@@ -54,14 +54,14 @@ class Peer:
 
     label: str
     kind: Kind
-    settings: Settings = field(default_factory=dict)
+    settings: NestedSettings = field(default_factory=dict)
     """What differs from the given config."""
     make: Maker | None = None
     """Makes the model that trains; None: it is what `lightpeft run` makes of the settings."""
     accelerated: bool = False
     """Whether a model of its own trains with the faster steps of light runs, and without dropout in the base."""
 
-    def arm(self, settings: Settings) -> Arm:
+    def arm(self, settings: NestedSettings) -> Arm:
         """The peer in a grid.
 
         Args:

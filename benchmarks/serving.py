@@ -28,7 +28,7 @@ from lightpeft.adapters.merging import merged_copy
 from lightpeft.app.exports.graphs import sessions
 from lightpeft.app.exports.graphs.exporting import write_graph
 from lightpeft.app.exports.graphs.runtimes import RUNTIMES, Runtime
-from lightpeft.app.exports.graphs.tracing import reads, traceable
+from lightpeft.app.exports.graphs.tracing import make_traceable, reads
 from lightpeft.app.folders.opening import open_result
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
@@ -61,7 +61,7 @@ def measure(folder: Path, rounds: int, batches: int) -> dict[str, Any]:
     work = pipeline.prepare(run.config)
     light = open_result(run, work.task)
     require(isinstance(light, LightModel), f"{folder} has no light model")
-    models = {"light": traceable(merged_copy(light)), "dense": traceable(work.dense_model().model)}
+    models = {"light": make_traceable(merged_copy(light)), "dense": make_traceable(work.dense_model().model)}
     torch.set_num_threads(1)
     with TemporaryDirectory() as place:
         files, answers = served(models, work, Path(place))

@@ -167,7 +167,7 @@ class Synthetic:
     def fixed(self) -> dict[str, Any]:
         """Parameters, FLOPs of a batch, and the peak of training memory, weights included."""
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        with self._as_trained(), PeakMemory(self.model) as memory:
+        with self._training_as_a_run(), PeakMemory(self.model) as memory:
             measure_training(
                 self.model, self.batches[:1], self.optimizer, steps=2, warmup=1, autocast=self.case.autocast
             )
@@ -184,7 +184,7 @@ class Synthetic:
 
     def training(self) -> float:
         """Seconds a training step."""
-        with self._as_trained():
+        with self._training_as_a_run():
             return statistics.mean(
                 measure_training(self.model, self.batches, self.optimizer, autocast=self.case.autocast)
             )
@@ -193,13 +193,13 @@ class Synthetic:
         """Seconds of a training step on the CPU that are spent in what FLOPs count, products of matrices and attention
         as a whole, and in all other operators."""
         steps, batch, autocast = 2, self.batches[:1], self.case.autocast
-        with self._as_trained(), profile(activities=[ProfilerActivity.CPU]) as profiled:
+        with self._training_as_a_run(), profile(activities=[ProfilerActivity.CPU]) as profiled:
             measure_training(self.model, batch, self.optimizer, steps=steps, warmup=0, autocast=autocast)
         seconds = {event.key: event.self_cpu_time_total / 1e6 / steps for event in profiled.key_averages()}
         products = sum(time for key, time in seconds.items() if key in PRODUCTS or key.startswith(ATTENTION))
         return {"products": products, "else": sum(seconds.values()) - products}
 
-    def _as_trained(self) -> AbstractContextManager[None]:
+    def _training_as_a_run(self) -> AbstractContextManager[None]:
         """Light models train as in light runs, the others as by habit."""
         if self.subject != "light":
             return nullcontext()

@@ -120,7 +120,7 @@ COMMANDS: dict[str, str] = {
     "run --config {settings} --estimation {circle}": "is not a run folder",
     "export {adapter} {circle}": "nothing was changed",
     "predict {adapter} {test} --output {circle}/below.csv": "File exists; nothing was changed",
-    "predict {adapter} /dev/zero": "is no regular file",
+    "predict {adapter} /dev/zero": "is not a regular file",
     "predict {adapter} {test} --output {long}.csv": "File name too long",
     "predict {adapter} {test} --output {table}": "is a folder; give another name",
     "predict {adapter} {test} --answer_tokens 1180591620717411303424": "answer_tokens is",
@@ -257,7 +257,7 @@ def test_settings_of_a_tokenizer_that_are_none(bench: Workbench, refused: Refuse
 
 def test_output_that_is_not_a_run(bench: Workbench, refused: Refused) -> None:
     assert "is a file" in run_with(bench, refused, output=str(bench.train))
-    assert "not empty and not a run" in run_with(bench, refused, output=str(bench.base))
+    assert "contains files but no run" in run_with(bench, refused, output=str(bench.base))
     other = bench.folder / "other_tool"
     other.mkdir()
     (other / "config.yaml").write_text("optimizer: adam\n", encoding="utf-8")
@@ -323,7 +323,7 @@ def copied(bench: Workbench, adapter: Path) -> Path:
 def test_bad_predictions(bench: Workbench, adapter: Path, refused: Refused) -> None:
     assert 'not "out.xlsx"' in refused("predict", adapter, bench.test, "--output", "out.xlsx")
     assert "does not exist" in refused("predict", bench.folder / "none", bench.test)
-    assert "that does not say what task it was trained for" in refused("predict", bench.base, bench.test)
+    assert "that does not name its task" in refused("predict", bench.base, bench.test)
     assert "does not exist" in refused("predict", adapter, bench.folder / "none.csv")
     assert "cannot be read" in refused("predict", adapter, bench.folder / "none.txt")
     assert 'data.columns.text is "words"' in refused("predict", adapter, bench.test, "--text", "words")
@@ -331,7 +331,7 @@ def test_bad_predictions(bench: Workbench, adapter: Path, refused: Refused) -> N
     assert "the example is not UTF-8 text" in refused("predict", adapter, "--example", "\udcff")
     blank = bench.folder / "blank.txt"
     blank.write_text("\n \n", encoding="utf-8")
-    assert "every line is blank" in refused("predict", adapter, blank)
+    assert "only blank lines" in refused("predict", adapter, blank)
     odd = bench.folder / "binary.txt"
     odd.write_bytes(b"\xff\xfe\x00")
     assert "is not UTF-8" in refused("predict", adapter, odd)
@@ -340,7 +340,7 @@ def test_bad_predictions(bench: Workbench, adapter: Path, refused: Refused) -> N
 def test_inspection_of_something_else(bench: Workbench, adapter: Path, copied: Path, refused: Refused) -> None:
     assert "does not exist" in refused("inspect", bench.folder / "none")
     assert "is a model, which has no plan to show; give a light adapter" in refused("inspect", bench.base)
-    assert "is none of a run, a light adapter" in refused("inspect", bench.folder)
+    assert "give a folder with a run, a light adapter" in refused("inspect", bench.folder)
     assert "cannot be read" in refused("inspect", bench.train)
     assert "does not have the expected content" in refused("inspect", adapter.parent / "metrics.json")
 

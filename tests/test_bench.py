@@ -108,7 +108,7 @@ def test_memory_of_inference_is_that_of_merged_weights_and_a_batch(bench: Workbe
     ratio = served["light"]["peak_memory_bytes"] / served["plain"]["peak_memory_bytes"]
     assert report["ratios"]["inference_memory"] == pytest.approx(ratio)
     told = {row["name"]: row for row in speed_rows(report)}
-    assert told["weights served"]["ratio"] == pytest.approx(bytes_of(small) / bytes_of(dense))
+    assert told["weights at inference"]["ratio"] == pytest.approx(bytes_of(small) / bytes_of(dense))
     assert told["inference memory"]["ratio"] == pytest.approx(ratio)
 
 
@@ -250,12 +250,12 @@ def test_measurements_that_are_stopped(
     written = capsys.readouterr()
     *shown, last = written.err.splitlines()
     kept = f"{place} has 1 of 3 rounds" if over else "no round was over"
-    assert last == f"lightpeft: stopped; {kept}; the same command measures anew"
+    assert last == f"lightpeft: stopped; {kept}; the same command starts from the first round"
     what = [f"{name}, memory and FLOPs" for name in benching.SUBJECTS]
     what += ["plain, inference memory", "light, inference memory"]
     starts = [f"[{number}/20] {name}: " for number, name in enumerate(what, 1)]
     assert all(line.startswith(start) for line, start in zip(shown, starts, strict=False))
-    assert re.fullmatch(r"3 rounds of 1 batches take about \d+ s; Ctrl-C keeps the rounds that are over", shown[5])
+    assert re.fullmatch(r"3 rounds of 1 batches take about \d+ s; Ctrl-C stops and keeps the finished rounds", shown[5])
     assert len(shown) == 6 + 5 * over
     assert stamps(bench.folder) == before
     assert place.exists() == bool(over)
@@ -264,7 +264,7 @@ def test_measurements_that_are_stopped(
         assert (found["rounds"], found["of_rounds"]) == (1, 3)
         assert found["subjects"]["light"]["inference_samples_per_second"]["n"] == 1
         assert found.keys() == report.keys()
-        assert "medians over 1 of 3 rounds" in written.out
+        assert "medians of 1 of 3 rounds" in written.out
     else:
         assert written.out == ""
 
@@ -284,7 +284,7 @@ def test_light_trains_on_the_states_of_its_prefix(bench: Workbench, report: dict
     subject = Subject("light", bench.config("run", **UPPER), 2)
     without_dropout(subject.model)  # the stored states have none
     whole, loss = count_flops(subject.model, subject.batches[0]), float(subject.model(**subject.batches[1]).loss)
-    with subject._as_trained():
+    with subject._training_as_a_run():
         skipping = count_flops(subject.model, subject.batches[0])
         assert float(subject.model(**subject.batches[1]).loss) == pytest.approx(loss, rel=1e-4)
     assert skipping.training < whole.training

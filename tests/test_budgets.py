@@ -687,7 +687,7 @@ def test_a_run_too_short_for_any_estimation_trains_all_the_same(
     file.write_text(yaml.safe_dump({**settings, "light": "auto"}), encoding="utf-8")
     assert lightpeft("run", "--config", file, "--output", tmp_path / "usual") == 0
     said = capsys.readouterr().err
-    assert "nothing of the base goes: estimation scores" in said
+    assert "nothing of the base is removed: estimation scores" in said
     assert PrunePlan.load(tmp_path / "usual/plan.json").removed_parameters == 0
     again = tmp_path / "again"
     assert lightpeft("run", "--config", tmp_path / "usual/config.yaml", "--output", again) == 0

@@ -76,9 +76,9 @@ def test_the_prompt_is_what_comes_before_the_last_answer() -> None:
 @pytest.mark.parametrize(
     ("template", "chat", "message"),
     [
-        (FORGETFUL, CHAT, "row 1: the chat template writes message 2 differently .* {% generation %}"),
-        (STRICT, [{"role": "system", "content": "now"}, *CHAT], "row 1: .* refuses the messages: begin with the user"),
-        (PLAIN, CHAT[1:], "row 1: the assistant speaks first"),
+        (FORGETFUL, CHAT, "row 1: the chat template changes message 2 when later ones follow.* {% generation %}"),
+        (STRICT, [{"role": "system", "content": "now"}, *CHAT], "row 1: .* rejects the messages: begin with the user"),
+        (PLAIN, CHAT[1:], "row 1: the first message is the assistant's"),
     ],
 )
 def test_templates_that_cannot_do_it(template: str, chat: list[dict[str, str]], message: str) -> None:
@@ -90,11 +90,11 @@ def test_templates_that_cannot_do_it(template: str, chat: list[dict[str, str]], 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "refuses the messages"),
-        ("{{" + "(" * 5000 + "1" + ")" * 5000 + "}}", "refuses the messages"),
-        ("{{ 1 / 0 }}", "refuses the messages"),
-        ("{{ messages.nothing.at_all }}", "refuses the messages"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses the messages"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "rejects the messages"),
+        ("{{" + "(" * 5000 + "1" + ")" * 5000 + "}}", "rejects the messages"),
+        ("{{ 1 / 0 }}", "rejects the messages"),
+        ("{{ messages.nothing.at_all }}", "rejects the messages"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "rejects the messages"),
     ],
 )
 def test_templates_that_fail(template: str, message: str, marked: str) -> None:
@@ -110,7 +110,7 @@ def test_fields_that_tables_leave_open() -> None:
 
 
 def test_no_template() -> None:
-    with pytest.raises(LightPeftError, match="has no chat template; take a model that was made for chats"):
+    with pytest.raises(LightPeftError, match="has no chat template; use a chat model"):
         check_template(tokenizer(None))
     check_template(tokenizer(PLAIN))
 
@@ -118,14 +118,14 @@ def test_no_template() -> None:
 @pytest.mark.parametrize(
     ("chat", "message"),
     [
-        (None, "row 3: there are no messages"),
-        ([], "row 3: there are no messages"),
-        ("hello", "row 3: there are no messages"),
+        (None, "row 3: the list of messages is empty or missing"),
+        ([], "row 3: the list of messages is empty or missing"),
+        ("hello", "row 3: the list of messages is empty or missing"),
         (["hello"], 'row 3: message 1 has no role; a message is an object with "role" and "content"'),
         ([CHAT[0], {"role": "assistant", "content": None}], "row 3: message 2 has no content"),
         ([{"role": " ", "content": "hello"}], "row 3: message 1 has no role"),
-        ([CHAT[0]], "row 3: no message of the assistant says anything"),
-        ([CHAT[0], {"role": "assistant", "content": " "}], "row 3: no message of the assistant says anything"),
+        ([CHAT[0]], "row 3: no assistant message has text"),
+        ([CHAT[0], {"role": "assistant", "content": " "}], "row 3: no assistant message has text"),
     ],
 )
 def test_chats_that_are_none(chat: Any, message: str) -> None:

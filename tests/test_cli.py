@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 import re
 import runpy
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from workbench import Workbench, lightpeft
 
 from lightpeft import __version__
-from lightpeft.app import cli
-from lightpeft.app.cli.settings import USUAL
+from lightpeft.app.cli.settings import COMMON_SETTINGS
 from lightpeft.app.cli.verbs import VERBS
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
@@ -86,10 +88,10 @@ def test_help_of_a_verb_documents_options(capsys: pytest.CaptureFixture[str], ve
 def test_help_of_a_run_has_the_options_that_people_need(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, "run", "--help")
     options = re.findall(r"^  (--[\w.-]+)", text, re.MULTILINE)
-    assert options == [*USUAL, "--config", "--run", "--help-all"]
+    assert options == [*COMMON_SETTINGS, "--config", "--run", "--help-all"]
     assert len(text.splitlines()) < 60
     of_bench = shown(capsys, "bench", "--help")
-    assert {"--rounds", *USUAL} <= set(re.findall(r"^  (--[\w.-]+)", of_bench, re.MULTILINE))
+    assert {"--rounds", *COMMON_SETTINGS} <= set(re.findall(r"^  (--[\w.-]+)", of_bench, re.MULTILINE))
 
 
 def test_command_alone_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,17 +115,17 @@ MISNAMED = {
     ("run", "--batch_size", "8"): "did you mean --training.batch_size?",
     ("run", "--text", "review"): "did you mean --data.columns.text?",
     ("run", "--data.label", "stars"): "did you mean --data.columns.label?",
-    ("run", "--model", "bert"): "--model takes a YAML file, and bert is none; did you mean --model.name?",
+    ("run", "--model", "bert"): "--model takes YAML or a YAML file, and bert is neither; did you mean --model.name?",
     ("run", "--training=5"): "did you mean --training.epochs?",
     ("run", "--train", "rows.csv"): "unknown option --train; did you mean --data.train or --light.train?",
     ("run", "--outptu", "here"): "unknown option --outptu; did you mean --output?",
     ("train", "--heads", "0.5"): "did you mean --light.remove.heads?",
-    ("run", "--frobnicate"): "unknown option --frobnicate; --help shows all that there are",
-    ("inspect", "run", "--lr", "3"): "unknown option --lr; --help shows all that there are",
+    ("run", "--frobnicate"): "unknown option --frobnicate; --help lists all options",
+    ("inspect", "run", "--lr", "3"): "unknown option --lr; --help lists all options",
     ("eval", "run"): "unknown verb eval; did you mean evaluate?",
     ("rnu", "--help"): "unknown verb rnu; did you mean run?",
-    ("frobnicate",): "unknown verb frobnicate; lightpeft --help shows all that there are",
-    ("--config", "run.yaml"): "unknown verb --config; lightpeft --help shows all that there are",
+    ("frobnicate",): "unknown verb frobnicate; lightpeft --help lists all verbs",
+    ("--config", "run.yaml"): "unknown verb --config; lightpeft --help lists all verbs",
     ("run", "bert"): "unrecognized arguments: bert; --help",
 }
 
@@ -137,10 +139,25 @@ def test_misnamed_options(capsys: pytest.CaptureFixture[str], arguments: tuple[s
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["--version"])
-    assert stop.value.code == 0
+    assert lightpeft("--version") == 0
     assert capsys.readouterr().out.strip() == f"lightpeft {__version__}"
+
+
+def test_version_for_a_bug_report(capsys: pytest.CaptureFixture[str]) -> None:
+    """Plain lines to paste: what computes, and what pip would say of everything that lightpeft may use."""
+    assert lightpeft("--version", "--verbose") == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"lightpeft {__version__}"
+    told = dict(line.split(": ", 1) for line in lines)
+    assert told["torch"] == torch.__version__ and told["peft"] == version("peft")
+    assert told["python"] == platform.python_version() and told["os"] and told["cpu"] and told["memory"].endswith("iB")
+    assert all(told[name] == version(name) for name in ("accelerate", "datasets", "numpy", "tokenizers", "trl"))
+    assert "vllm" not in told  # which cannot be installed beside lightpeft
+
+
+def test_verbose_goes_with_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert lightpeft("--verbose") == 2
+    assert capsys.readouterr().err == "lightpeft: --verbose goes with --version alone\n"
 
 
 def test_help_does_not_wait_for_torch() -> None:
@@ -328,7 +345,7 @@ def test_inspect_shows_the_plan_of_an_unfinished_run(bench: Workbench, capsys: p
     assert lightpeft("estimate", "--config", file) == 0
     estimated = shown(capsys, "inspect", folder)
     assert "scored_examples" in estimated
-    assert "the plan that the run's budget makes of it" in estimated
+    assert "plan by the budget of the run" in estimated
     assert shown(capsys, "inspect", folder / "estimation") == estimated
     assert lightpeft("plan", "--config", file) == 0
     planned = shown(capsys, "inspect", folder)

@@ -101,7 +101,7 @@ def test_curve_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert lightpeft("estimate", "--config", config) == 0
     assert lightpeft("plan", "--config", config, "--curve", "--rows", "40") == 0
     shown = capsys.readouterr().out
-    assert "40 training rows" in shown and "lightpeft report draws it" in " ".join(shown.split())
+    assert "40 training rows" in shown and "lightpeft report shows them" in " ".join(shown.split())
     found = read(tmp_path / "run" / "curve.json")
     assert found["rows"] == 40
     assert not (tmp_path / "run" / "plan.json").exists(), "nothing is decided"
@@ -113,9 +113,9 @@ def test_curve_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (tmp_path / "run" / "config.yaml").read_bytes() == settings, "nor is the run another one"
     pipeline.run(bench.config("run", **fisher))  # it goes on
     assert lightpeft("plan", "--run", tmp_path / "run", "--curve", "--rows", "3") == 2
-    assert "--rows is 3" in capsys.readouterr().err
+    assert "--rows: 3 rows are too few" in capsys.readouterr().err
     assert lightpeft("plan", "--run", tmp_path / "run", "--rows", "30") == 2
-    assert "--rows are those of --curve" in capsys.readouterr().err
+    assert "--rows needs --curve" in capsys.readouterr().err
     assert lightpeft("plan", "--config", bench.yaml("masks"), "--curve") == 2
 
 

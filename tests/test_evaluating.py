@@ -353,7 +353,7 @@ def test_refusals(bench: Workbench, llama: Path, tmp_path: Path) -> None:
     light, base = bench.folder / "light" / "adapter", bench.base
     language = {"data": {"task": "causal-lm", "test": str(bench.test)}}
     cases: list[tuple[Path, dict[str, Any], dict[str, Any], str]] = [
-        (light, {}, {}, "give a file as --data.test"),
+        (light, {}, {}, "set --data.test to a file"),
         (
             light,
             rows_of(bench, test=str(other)),
@@ -364,15 +364,20 @@ def test_refusals(bench: Workbench, llama: Path, tmp_path: Path) -> None:
         (light, choice(tmp_path), {}, "was trained for classification and cannot answer multiple-choice"),
         (bench.folder / "plain" / "adapter", choice(tmp_path), {}, "PEFT's task type SEQ_CLS"),
         (base, rows_of(bench), {}, "no weights for classifier, so its answers to classification would be random"),
-        (tmp_path / "nothing", rows_of(bench), {}, "there is no folder"),
-        (Path("runs/nothing"), rows_of(bench), {}, "there is no folder runs/nothing here, and as a model's name"),
+        (tmp_path / "nothing", rows_of(bench), {}, "does not exist, and a model of that name"),
+        (
+            Path("runs/nothing"),
+            rows_of(bench),
+            {},
+            "folder runs/nothing does not exist, and a model of that name cannot be loaded",
+        ),
         (bench.folder, rows_of(bench), {}, "none of a run, a light adapter"),
         (bench.test, rows_of(bench), {}, "is a file"),
-        (bench.folder / "full" / "model", rows_of(bench), {"base": str(base)}, "has no base; leave --base out"),
+        (bench.folder / "full" / "model", rows_of(bench), {"base": str(base)}, "has no base; leave out --base"),
         (light, rows_of(bench), {"base": str(llama)}, "belongs to another base"),
         (light, rows_of(bench), {"batch_size": 0}, "batch_size is 0"),
         (light, rows_of(bench), {"predictions": tmp_path / "p.xlsx"}, ".csv or .jsonl"),
-        (llama, {**language, "data": {**language["data"]}}, {"per_class": True}, "per_class needs classes"),
+        (llama, {**language, "data": {**language["data"]}}, {"per_class": True}, "has no classes; leave it out"),
         (light, rows_of(bench), {"other": str(llama)}, "would be random"),
     ]
     for model, settings, options, expected in cases:
@@ -393,7 +398,7 @@ def test_a_pruned_model_that_was_merged(bench: Workbench, tmp_path: Path) -> Non
     config = tmp_path / "merged" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text())[OWN]))
     text = refusal(lambda: evaluate_model(tmp_path / "merged", rows_of(bench)))
-    assert "merged by other means than lightpeft export" in text
+    assert "not merged by lightpeft export" in text
 
 
 @pytest.mark.parametrize("source", ["light", "light/adapter"])
@@ -455,7 +460,7 @@ def test_options_that_do_not_go_together(bench: Workbench, capsys: pytest.Captur
     for options, expected in [
         ((run, "--run", run), "not both"),
         ((run, "--tasks", "piqa"), "--harness lm-eval"),
-        ((run, "--harness", "lm-eval", "--per_class"), "leave them out with --harness"),
+        ((run, "--harness", "lm-eval", "--per_class"), "do not work with --harness; leave them out"),
         ((run, "--harness", "lm-eval", "--tasks", "piqa"), "cannot answer the harness's tasks"),
         ((run, "--harness", "other"), "harness"),
     ]:

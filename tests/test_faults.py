@@ -313,7 +313,12 @@ def test_a_description_that_its_author_made_odd(
 
 
 ONCE_TRACEBACKS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str, str]] = {
-    "fewer labels": ("adapter/lightpeft.json", lambda d: d["task"]["labels"].pop(), "predict", "tells 2 classes apart"),
+    "fewer labels": (
+        "adapter/lightpeft.json",
+        lambda d: d["task"]["labels"].pop(),
+        "predict",
+        "the model has 2 classes",
+    ),
     "metrics as text": ("adapter/lightpeft.json", lambda d: d.update(metrics="x"), "inspect", "metrics is 'x'"),
     "no metrics": ("metrics.json", lambda d: d.pop("metrics"), "run", "metrics is missing"),
     "half an interval": ("metrics.json", lambda d: d["intervals"].update(accuracy=[0.5]), "run", "must be a list"),

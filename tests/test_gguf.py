@@ -26,7 +26,7 @@ from lightpeft.adapters.merging import merged_copy
 from lightpeft.app.exports.exporting import EXPORTS
 from lightpeft.app.exports.gguf import architectures
 from lightpeft.app.exports.gguf.exporting import GgufFile
-from lightpeft.app.exports.gguf.vocabulary import splitting
+from lightpeft.app.exports.gguf.vocabulary import pre_tokenizer_name
 from lightpeft.app.exports.gguf.writing import GgufType
 from lightpeft.app.runs import pipeline
 from lightpeft.plans.records import PrunePlan
@@ -54,7 +54,7 @@ SPLITS: dict[str, Callable[[], Any]] = {
     "llama-bpe": lambda: split_by(WORDS.replace("DIGITS", "{1,3}")),
     "qwen2": lambda: split_by(WORDS.replace("DIGITS", "")),
 }
-"""What llama.cpp calls a way to split texts -> how it is made."""
+"""Name of llama.cpp's pre-tokenizer -> how it is made."""
 
 
 def tokenizer_of(split: Any, **options: Any) -> PreTrainedTokenizerFast:
@@ -109,7 +109,7 @@ def difference(written: GgufFile, model: LightModel, tokenizer: PreTrainedTokeni
     loaded = LlamaCpp(str(written.path))
     tokens = [tokenizer(text)["input_ids"] for text in TEXTS]
     assert [loaded.tokenize(text) for text in TEXTS] == tokens
-    read = tokens[0][: architectures.reach(model.config)]
+    read = tokens[0][: architectures.context_length(model.config)]
     with torch.no_grad():
         own = merged_copy(model).eval()(input_ids=torch.tensor([read])).logits[0, -1].float()
     theirs = torch.tensor(loaded.logits(read))[: len(own)]
@@ -226,11 +226,14 @@ def test_what_a_file_says_of_its_tokens(tokenizer: PreTrainedTokenizerFast, tmp_
         ({"model": {"type": "WordLevel"}}, "another kind"),
         ({"model": {"type": "BPE"}, "pre_tokenizer": None}, "another kind"),
         ({"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Metaspace"}}, "another kind"),
-        ({"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel", "use_regex": False}}, "no name known here"),
+        (
+            {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel", "use_regex": False}},
+            "not known to be supported by llama.cpp",
+        ),
     ],
 )
 def test_other_tokenizers_are_refused(tokenizer: dict[str, Any], reason: str) -> None:
-    assert reason in refusal(lambda: splitting(tokenizer))
+    assert reason in refusal(lambda: pre_tokenizer_name(tokenizer))
 
 
 # -- what llama.cpp cannot hold ----------------------------------------------------------------------------------------
@@ -239,18 +242,18 @@ def test_other_tokenizers_are_refused(tokenizer: dict[str, Any], reason: str) ->
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (lambda: light("gemma"), "of llama, mistral, qwen2 and qwen3; this one is of gemma"),
-        (lambda: light("qwen3"), "the head is none of the embeddings"),
+        (lambda: light("gemma"), "family gemma has no GGUF export; use llama, mistral, qwen2 and qwen3"),
+        (lambda: light("qwen3"), "the head is not tied to the embeddings"),
         (lambda: light("qwen3", attention_bias=True, tie_word_embeddings=True), "is a bias, for which openelm"),
         (lambda: light_by(without(1, **WITHOUT_ATTENTION), "qwen3"), "block 1 has no attention, for which openelm"),
         (lambda: light("llama-classifier"), "has another head"),
-        (lambda: light(hidden_act="gelu"), "with silu; those of this model have gelu"),
+        (lambda: light(hidden_act="gelu"), "only silu in FFNs; this model has gelu"),
         (lambda: light(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "type dynamic"),
         (
             lambda: light_by(without(0, **WITHOUT_ATTENTION)),
-            "which llama.cpp needs there",
+            "which llama.cpp requires",
         ),
-        (lambda: light_by(without(1, **WITHOUT_ATTENTION), "llama-bias"), "block 1 is a bias alone"),
+        (lambda: light_by(without(1, **WITHOUT_ATTENTION), "llama-bias"), "block 1 is only a bias"),
     ],
 )
 def test_other_models_are_refused(
@@ -290,4 +293,4 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out.replace("\n", " ")
     assert "for llama.cpp (matrices: 16 in f16)" in said
     assert lightpeft("export", run.output, tmp_path / "other", "--dtype", "f16") == 2
-    assert "weights are written in f16 in the form gguf or openvino, not in merged" in capsys.readouterr().err
+    assert "dtype f16 is not supported by form merged; leave it out" in capsys.readouterr().err

@@ -195,7 +195,7 @@ def test_export(family: str, task: str, form: str, tmp_path: Path, capsys: pytes
     assert lightpeft("export", run.output, out, "--form", form) == 2
     assert "--overwrite" in capsys.readouterr().err and checksums(out) == before
     assert lightpeft("export", run.output, tmp_path / "no", "--form", form, "--dtype", "q8_0") == 2
-    assert "weights are written in q8_0 in the form gguf, not in" in capsys.readouterr().err
+    assert "dtype q8_0 is not supported by form " in capsys.readouterr().err
     if form == "onnx":
         assert lightpeft("export", run.output, out, "--form", form, "--overwrite", "--dtype", "int8") == 0
         assert checksums(out) != before and "(int8)" in capsys.readouterr().out.replace("\n", " ")
@@ -216,7 +216,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
 def test_int8_is_measured(
     form: str, finished: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measuring, "TIMED", 16)
+    monkeypatch.setattr(measuring, "TIMED_ROWS", 16)
     run, out, threads = finished.folder / "run", tmp_path / "out", torch.get_num_threads()
     assert lightpeft("export", run, out, "--form", form, "--dtype", "int8") == 0
     said = capsys.readouterr()
@@ -227,8 +227,8 @@ def test_int8_is_measured(
     assert found["timed"] == 16 and all(each["n"] == 5 for each in found["milliseconds"].values())
     medians = {name: each["median"] for name, each in found["milliseconds"].items()}
     assert medians["graph"] > 0 and medians["dense"] > 0
-    lines = [f"accuracy {found['metrics']['accuracy']:.4f} on 40 test rows; the run itself: {own['accuracy']:.4f}"]
-    lines += [f"{medians['graph']:.2f} ms (", f"beside {medians['dense']:.2f} ms (", "times as fast"]
+    lines = [f"accuracy {found['metrics']['accuracy']:.4f} on 40 test rows (run: {own['accuracy']:.4f})"]
+    lines += [f"{medians['graph']:.2f} ms (", f"float32 {medians['dense']:.2f} ms (", "speedup "]
     assert all(line in said.out for line in lines), said.out
     assert torch.get_num_threads() == threads
 
@@ -248,7 +248,7 @@ def test_what_int8_costs_is_said(
     finished: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a graph that always answers the other class, and not of one that is always right."""
-    monkeypatch.setattr(measuring, "TIMED", 2)
+    monkeypatch.setattr(measuring, "TIMED_ROWS", 2)
     run, right = finished.folder / "run", [row["label"] == "positive" for row in labelled(40, seed=2)]
     own = read_json(run / "metrics.json")["metrics"]["accuracy"]
 
@@ -283,7 +283,7 @@ def test_an_export_whose_data_are_gone_is_there_all_the_same(
 ) -> None:
     with rows_of_test(finished, None):
         assert lightpeft("export", finished.folder / "run", tmp_path, "--form", "onnx", "--dtype", "int8") == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "nothing was measured of it: " in line]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "the export was not measured: " in line]
     assert "does not exist" in line
     assert (tmp_path / "model.onnx").is_file() and not (tmp_path / "measured.json").exists()
 
@@ -296,11 +296,11 @@ def test_what_is_not_measured(finished: Workbench, tmp_path: Path) -> None:
         found = find_light(model, None, settings)
         return refusal(lambda: measuring.measure_graph(found, RUNTIMES["onnx"], tmp_path, "int8"))
 
-    assert "adapter is no folder of a run" in reason(run / "adapter")
-    assert "causal-lm is answered token by token" in reason(writer.folder / "run")
-    assert "model.low_memory is on" in reason(run, low_memory=True)
+    assert "adapter is not the folder of a run" in reason(run / "adapter")
+    assert "causal-lm uses the language-modelling head" in reason(writer.folder / "run")
+    assert "set model.low_memory to false" in reason(run, low_memory=True)
     with rows_of_test(finished, labelled(30, seed=2)):
-        assert "the run was measured on 40 test rows, and now there are 30" in reason(run)
+        assert "the run was measured on 40 test rows, but its data now have 30" in reason(run)
     assert "does not run in ONNX Runtime" in reason(run), "there is no graph"
     assert not (tmp_path / "measured.json").exists()
 
@@ -336,14 +336,22 @@ def quantised() -> Any:
 @pytest.mark.parametrize(
     ("model", "settings", "reason"),
     [
-        (lambda: light_over(make("t5")), {}, "encoders or decoders, and t5 has both; use merged"),
-        (lambda: light_over(make("vit")), {}, "models that read text; this one is of vit"),
+        (lambda: light_over(make("t5")), {}, "does not support encoder-decoders such as t5; use form merged"),
+        (lambda: light_over(make("vit")), {}, "a model that reads text, and vit does not"),
         (by_length, {}, "cannot be traced for ONNX Runtime; export it as merged"),
         (with_adapters, {}, "cannot be merged"),
         (quantised, {}, "the base is quantized"),
-        (lambda: light_over(make("bert")), {"dtype": "q8_0"}, "in q8_0 in the form gguf, not in onnx"),
-        (lambda: light_over(make("bert")), {"dtype": "int3"}, "in int3 in the form of nobody, not in onnx"),
-        (lambda: light_over(make("bert")), {"form": "onxx"}, 'there is no form "onxx"; choose one of merged'),
+        (
+            lambda: light_over(make("bert")),
+            {"dtype": "q8_0"},
+            "dtype q8_0 is not supported by form onnx; choose f32 or int8",
+        ),
+        (
+            lambda: light_over(make("bert")),
+            {"dtype": "int3"},
+            "dtype int3 is not supported by form onnx; choose f32 or int8",
+        ),
+        (lambda: light_over(make("bert")), {"form": "onxx"}, 'export form "onxx" does not exist; choose one of merged'),
         (lambda: light_over(make("bert")), {"form": "peft"}, "use full_width(light)"),
     ],
 )
@@ -367,5 +375,5 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert package in line and f'pip install "lightpeft[{form}]"' in line
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "transformers.exporters", None)
-        assert "came with 5.24" in refusal(lambda: export_model(light, tmp_path / "out", "onnx"))
+        assert "needs transformers 5.24 or newer" in refusal(lambda: export_model(light, tmp_path / "out", "onnx"))
     assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ from peft import PeftModel
 from tiny import make, masked, plan_for, refusal, with_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from lightpeft.app.evaluation.harness import MEANS, HarnessScores, run_harness
+from lightpeft.app.evaluation.harness import DOCUMENT_MEANS, HarnessScores, run_harness
 from lightpeft.prune.surgery import apply_plan
 
 OPTIONS = [["good0 good1", "bad0", "bad3 bad4 bad5"], ["word1", "good4 bad2 word3 good1"], ["bad1", "good5", "word9"]]
@@ -131,7 +131,7 @@ def right(row: dict[str, Any], values: list[float]) -> float:
 
 
 def of_documents(scores: HarnessScores, name: str) -> list[float]:
-    return MEANS.scores(scores.answers)[name].tolist()
+    return DOCUMENT_MEANS.scores(scores.answers)[name].tolist()
 
 
 def test_likelihoods_are_the_model_s(

@@ -105,7 +105,7 @@ def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert found["model"] == "bert"
     assert found["tokens"] > 0
     assert "couldn't find them in the cached files" in found["other"]
-    assert "the hub was not reached for a data set of that name" in found["data"]
+    assert "the hub cannot be reached for a data set of that name" in found["data"]
     assert all("\n" not in found[name] for name in ("other", "data"))
     assert found["seconds"] < 5  # the libraries' own retries take 23
 

@@ -459,7 +459,7 @@ def test_training_that_ends_before_the_cut_says_so(builds: Builds, caplog: pytes
 def test_a_callback_ends_the_training_of_a_run(bench: Workbench) -> None:
     """Before the cut there is nothing to go on with, and the run says so; behind it, what trained is the result."""
     inside, behind = bench.config("ended-inside"), bench.config("ended-behind")
-    assert "a callback ended training at step 2, inside estimation" in refusal(
+    assert "a callback stopped training at step 2, during estimation" in refusal(
         lambda: pipeline.run(inside, callbacks=[StopAt(2)])
     )
     pipeline.run(inside)

@@ -73,9 +73,9 @@ def test_a_probe_that_wins_is_said(bench: Workbench, by_hand: float, capsys: pyt
     assert list(probe["metrics"]) == list(report["metrics"]) and probe["intervals"].keys() == report["intervals"].keys()
     accuracy, (low, high) = probe["metrics"]["accuracy"], probe["intervals"]["accuracy"]
     assert accuracy == pytest.approx(by_hand) and low <= accuracy <= high and accuracy > own + 0.2
-    values = f"accuracy {accuracy:.4f} beside the run's {own:.4f}, from 64 training rows in "
+    values = f"accuracy {accuracy:.4f}, the run {own:.4f}, from 64 rows in "
     (line,) = [line for line in report["warnings"] if "linear probe" in line]
-    assert line.startswith(f"a linear probe of the untouched base is as good: {values}")
+    assert line.startswith(f"a linear probe of the base model is as good: {values}")
     assert f"warning: {line}" in said.err.splitlines()
     (row,) = [line for line in said.out.splitlines() if "linear probe, accuracy" in line]
     assert f"{accuracy:.4f}" in row and f"{low:.4f} to {high:.4f}" in row
@@ -118,7 +118,7 @@ def test_texts_are_means_over_their_own_tokens(bench: Workbench) -> None:
     work = pipeline.prepare(bench.config("states"))
     base = work.dense_model().model.train()
     asked = replace(work.asking(base), model=base.base_model)
-    rows = linear_probe._embedded(asked, work.test_rows)
+    rows = linear_probe._embed(asked, work.test_rows)
     assert np.allclose(rows, embedded(bench, [row["text"] for row in labelled(40, seed=2)]), atol=0.02)
     assert base.base_model.training
 
@@ -127,7 +127,7 @@ def test_texts_are_means_over_their_own_tokens(bench: Workbench) -> None:
 
 
 def test_from_a_thousand_rows_on_there_is_none(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_probe, "FEW", 64)
+    monkeypatch.setattr(linear_probe, "FEW_ROWS", 64)
     result = pipeline.run(bench.config("enough", **UNTAUGHT))
     assert "linear_probe" not in result and not any("probe" in line for line in result["warnings"])
     assert "linear probe" not in page([read_run(bench.folder / "enough")])
@@ -154,19 +154,19 @@ def test_which_runs_have_one(kind: type[Task], rows: int, config: Any, probed: b
 
 def test_what_keeps_it_from_that_ends_no_run(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*given: Any) -> Any:
-        raise LightPeftError("states of the base are NaN or infinite")
+        raise LightPeftError("hidden states are NaN or infinite")
 
     monkeypatch.setattr(pipeline, "linear_probe", fails)
     result = pipeline.run(bench.config("failed", **UNTAUGHT))
     assert "linear_probe" not in result and "accuracy" in result["metrics"]
-    assert "linear probe: states of the base are NaN or infinite" in result["warnings"]
+    assert "linear probe: hidden states are NaN or infinite" in result["warnings"]
 
 
 def test_states_that_are_no_numbers_are_refused(bench: Workbench) -> None:
     work = pipeline.prepare(bench.config("broken"))
     base = work.dense_model().model
     base.base_model.encoder.layer[0].output.dense.weight.data.fill_(float("nan"))
-    with pytest.raises(LightPeftError, match="states of the base are NaN or infinite"):
+    with pytest.raises(LightPeftError, match="hidden states of the base model are NaN or infinite"):
         linear_probe.linear_probe(work.asking(base), base, work.task, work.train_rows, work.test_rows)
 
 
@@ -186,7 +186,7 @@ def test_classes_may_be_rare(counts: Sequence[int]) -> None:
     labels = [number for number, count in enumerate(counts) for _ in range(count)]
     places = 50 * np.eye(len(counts), dtype=np.float32)[labels]
     noise = np.random.default_rng(0).normal(size=places.shape).astype(np.float32)
-    fitted = linear_probe._fitted(places + noise, labels)
+    fitted = linear_probe._fit_regression(places + noise, labels)
     assert fitted.predict(50 * np.eye(len(counts))).tolist() == list(range(len(counts)))
 
 

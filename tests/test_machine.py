@@ -54,7 +54,7 @@ def test_a_run_says_where_bfloat16_is_slow(cpu: Any, tmp_path: Path, native: boo
     )
     pipeline.train(work)
     notes = [entry["note"] for entry in work.run.log_entries() if "note" in entry]
-    slow = "training.precision: bf16 is slow here, without bfloat16 arithmetic; auto takes float32 instead"
+    slow = "training.precision: bf16 is slow on this CPU, which has no bfloat16 arithmetic; set auto or float32"
     assert [note for note in notes if "bf16" in note] == ([] if native else [slow])
 
 

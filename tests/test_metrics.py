@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lightpeft.app.tasks.answers import Answers, MeanMetric
-from lightpeft.app.tasks.metrics import METRICS, renamed
+from lightpeft.app.tasks.metrics import METRICS, rename_values
 
 BINARY = Answers([1, 1, 0, 0, 1, 0], [1, 0, 0, 1, 1, 0])
 """Two true and one false positive, two true and one false negative."""
@@ -71,8 +71,8 @@ def test_f1_knows_the_classes_that_nobody_names() -> None:
 
 
 def test_renamed_values_stay_means() -> None:
-    accuracy = renamed(METRICS["accuracy"].compute, {"accuracy": "accuracy_norm"})
+    accuracy = rename_values(METRICS["accuracy"].compute, {"accuracy": "accuracy_norm"})
     assert isinstance(accuracy, MeanMetric)
     assert accuracy(BINARY) == {"accuracy_norm": pytest.approx(4 / 6)}
     assert accuracy.scores(BINARY)["accuracy_norm"].tolist() == [1, 0, 1, 0, 1, 1]
-    assert renamed(METRICS["matthews"].compute, {"accuracy": "x"})(BINARY) == METRICS["matthews"](BINARY)
+    assert rename_values(METRICS["matthews"].compute, {"accuracy": "x"})(BINARY) == METRICS["matthews"](BINARY)

@@ -270,18 +270,18 @@ def spoilt(task: str, column: str, value: Any) -> list[dict[str, Any]]:
             "rte",
             "label",
             -1,
-            "there is no label; fill it in, drop the row, or give a split whose answers are not hidden",
+            "the label is missing; fill it in, drop the row, or give a split whose answers are not hidden",
         ),
-        ("rte", "label", 2, '2 is no label of "entailment", "not_entailment" (0, 1, ...)'),
+        ("rte", "label", 2, '2 is not a label; use "entailment", "not_entailment" (0, 1, ...)'),
         ("stsb", "label", None, "None is no number"),
-        ("copa", "question", "why", "the row does not have the task's form (KeyError: 'why')"),
+        ("copa", "question", "why", "the row does not have the format of the task (KeyError: 'why')"),
         ("record", "query", "no gap", "no @placeholder in it"),
         ("wic", "end2", 400, "characters"),
         ("arc_easy", "choices", {"text": ["a"], "label": ["A"]}, "is none of A"),
-        ("hellaswag", "label", "", "there is no right option"),
-        ("piqa", "label", 2, "2 is no right option's number; it lies from 0 to 1"),
+        ("hellaswag", "label", "", "the right option is missing"),
+        ("piqa", "label", 2, "2 is not the index of an option; use 0 to 1"),
         ("winogrande", "sentence", "no gap", "no _ in it"),
-        ("race", "options", ["only one"], "is no list of two or more options"),
+        ("race", "options", ["only one"], "is not a list of two or more options"),
     ],
 )
 def test_a_malformed_row_names_file_row_and_column(
@@ -370,9 +370,9 @@ class TestOwnTasks:
                 'tasks.mine.columns names "lable", which does not exist; rows of kind classification have text, label',
             ),
             ({"columns": {"text": "{a", "label": "n"}}, '"{a" is no template'),
-            ({"columns": {"text": "{a:>99999999999}", "label": "n"}}, "braces hold the name of a column and nothing"),
-            ({"prompt": "{text!r:>{text}}"}, "braces hold the name of a column and nothing"),
-            ({"prompt": "{text.__class__}"}, "braces hold the name of a column and nothing"),
+            ({"columns": {"text": "{a:>99999999999}", "label": "n"}}, "write only the name of a column in braces"),
+            ({"prompt": "{text!r:>{text}}"}, "write only the name of a column in braces"),
+            ({"prompt": "{text.__class__}"}, "write only the name of a column in braces"),
             ({"kind": "regresion"}, 'tasks.mine.kind has "regresion", which does not exist; did you mean regression?'),
             ({"metrics": ["acuracy"]}, "did you mean accuracy?"),
             ({"columns": {}, "convert": "arc"}, 'tasks.mine.convert has "arc", which does not exist'),
@@ -395,7 +395,7 @@ class TestOwnTasks:
         write_rows(tmp_path / "train.jsonl", spoilt_rows)
         entry = self.entry(path=str(tmp_path), test=None)
         line = error_of(load_task, DataConfig(task="mine"), None, {"mine": entry})
-        assert 'row 3 (the header not counted), column "b": there is no value' in line
+        assert 'row 3 (the header not counted), column "b": the value is missing' in line
 
     def test_numbers_that_are_names_are_no_places(self, tmp_path: Path) -> None:
         write_rows(tmp_path / "train.jsonl", [{"text": f"t{i}", "label": 1 + i % 3} for i in range(12)])

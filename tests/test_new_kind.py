@@ -174,7 +174,7 @@ def test_its_rows_are_checked_and_its_columns_named(bench: Workbench) -> None:
     line = refusal(lambda: load_task(replace(config, columns={"words": "w"})))
     assert 'row 1 (the header not counted), column "place": there is no word 3 among 1' in line
     line = refusal(lambda: load_task(DataConfig(task="rte", columns={"tag": "label"})))
-    assert "data.columns is for kinds; task rte has its own columns" in line
+    assert "data.columns is only for kinds, and task rte has its own columns" in line
 
 
 def test_its_facts_name_it_again(bench: Workbench) -> None:

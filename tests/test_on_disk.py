@@ -286,7 +286,7 @@ def test_what_needs_weights_in_memory(bench: Workbench) -> None:
     text = refusal(lambda: run(bench.config("full", method="full", **{"model.low_memory": True})))
     assert "method full trains every weight, which model.low_memory leaves on disk" in text
     text = refusal(lambda: benching.bench(bench.config("bench", **{"model.low_memory": True})))
-    assert "bench compares models in memory; switch model.low_memory off" in text
+    assert "bench supports models in memory only; set model.low_memory to false" in text
 
 
 def test_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

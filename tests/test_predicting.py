@@ -173,7 +173,7 @@ def test_a_run_that_says_nothing_of_its_task(halves: Workbench, tmp_path: Path) 
     for silent in (run / "adapter", run):
         (run / "task.json").unlink(missing_ok=True)
         text = refusal(lambda at=silent: predict(at, halves.test, output=tmp_path / "out.csv"))
-        assert "does not say what task it was trained for" in text
+        assert "does not name its task" in text
     (run / "task.json").write_text("{}", encoding="utf-8")
     assert "task.json" in refusal(lambda: predict(run, halves.test, output=tmp_path / "out.csv"))
     assert not (tmp_path / "out.csv").exists()

@@ -45,8 +45,8 @@ class TestInputs:
             (tmp_path / "no.csv", "t", "does not exist"),
             (tmp_path / "no", "t", "does not exist"),
             (latin, "t", "not UTF-8"),
-            (io.StringIO("\n \n"), "t", "every line is blank"),
-            (text, None, "has several columns, which text lines have not; give a table"),
+            (io.StringIO("\n \n"), "t", "only blank lines"),
+            (text, None, "have several columns; give a table"),
             (io.StringIO("x\n"), None, "input line 1 is not JSON"),
             (io.StringIO(" \n"), None, "input has no rows"),
         ]

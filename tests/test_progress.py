@@ -138,6 +138,6 @@ def test_every_stage_says_in_the_end_what_it_took(
     assert [line.partition(":")[0] for line in lines] == ["estimate", "prune", "train", "widen", "evaluate"]
     assert all(NOTICE.match(line) and len(line) <= 80 for line in lines)
     for line, steps in zip((lines[0], *lines[2:4]), (6, 12, 6), strict=True):
-        assert re.fullmatch(rf"\w+: done in [\d.]+ s, {steps} steps, [\d,]+ rows/s, [\d.,]+ [KMG]iB at the peak", line)
+        assert re.fullmatch(rf"\w+: done in [\d.]+ s, {steps} steps, [\d,]+ rows/s, peak memory [\d.,]+ [KMG]iB", line)
     pipeline.run(bench.config("light", **{"light.after.keep": "both", "light.after.full_width_steps": 0.25}))
     assert capsys.readouterr().err == ""

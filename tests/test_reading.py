@@ -180,7 +180,7 @@ def test_what_comes_after_knows_the_depth(bench: Workbench, half: list[int]) -> 
         assert lightpeft("bench", "--config", config, "--rounds", "1", "--steps", "1") == 0
         assert lightpeft("plan", "--run", folder, "--curve") == 0
     assert lightpeft("report", folder) == 0 and half == [64]
-    assert "The depth" in (folder / "report.html").read_text(encoding="utf-8")
+    assert "Search for the depth" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_it_goes_as_far_as_the_budget_allows(bench: Workbench, half: list[int]) -> None:

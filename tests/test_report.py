@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -102,9 +103,9 @@ class TestFacts:
         assert run.peak_memory_bytes == max(stage["peak_memory_bytes"] for stage in report["training"].values())
         plan = PrunePlan.load(bench.folder / "light" / "plan.json")
         sizes = {name: (before, after) for name, before, after in run.sizes}
-        assert sizes["the base"] == (report["parameters"]["base_dense"], report["parameters"]["base"])
-        assert sizes["its blocks"][0] - sizes["its blocks"][1] == plan.removed_parameters
-        assert sizes["trained"][1] == report["parameters"]["trained"]
+        assert sizes["base model"] == (report["parameters"]["base_dense"], report["parameters"]["base"])
+        assert sizes["blocks of the base"][0] - sizes["blocks of the base"][1] == plan.removed_parameters
+        assert sizes["trained parameters"][1] == report["parameters"]["trained"]
 
     def test_losses_are_those_of_the_log(self, bench: Workbench) -> None:
         run = read_run(bench.folder / "light")
@@ -126,7 +127,7 @@ class TestFacts:
             log.write(f'{{"stage": "train", "step": 10, "loss": {loss}}}\n{{"stage": "train", "ste')
         run = read_run(light)
         assert run.broken_losses == 1 and all(step != 10 for line in run.losses for step, _ in line.points)
-        assert "1 lines say NaN or infinity" in Reader(page([run])).text
+        assert "1 lines of the log have a loss of NaN or infinity" in Reader(page([run])).text
 
     def test_long_logs_are_thinned_by_means(self, light: Path) -> None:
         lines = "".join(
@@ -146,7 +147,7 @@ class TestFacts:
         RunFolder.open(bench.config("begun")).begin()
         run = read_run(bench.folder / "begun")
         assert run.losses == []
-        assert "still to come are estimation, the cut, fine-tuning, evaluation" in Reader(page([run])).text
+        assert "Stages left: estimation, cut, fine-tuning, evaluation" in Reader(page([run])).text
 
 
 # -- words ---------------------------------------------------------------------------------------------------------
@@ -179,22 +180,29 @@ def test_contents_of_a_light_run(bench: Workbench) -> None:
     found, run = Reader(text), read_run(bench.folder / "light")
     assert run.plan and run.report and run.curve
     titles = [
-        "What stays",
-        "Losses",
-        "Quality",
+        "Units kept in each layer",
+        "Training loss",
+        "Quality on the test rows",
         "Parameters",
         "Time and memory",
-        "What budgets cost",
+        "Loss at each budget",
     ]
     places = [found.text.index(title) for title in titles]
     assert places == sorted(places)
     for spec, kept in run.plan.parts:
         assert f"{len(kept.heads)}/{spec.heads}" in found.text and f"{len(kept.neurons)}/{spec.neurons}" in found.text
-    assert "Estimation ends" in found.text and "At full width" in found.text
+    assert "Estimation ends" in found.text and "Training at full width" in found.text
     for point in run.curve["points"]:
         assert f"{100 * point['removed_of_blocks']:.1f}% {point['rise']:+.3f}" in found.text
     assert f"lightpeft run --config {bench.folder}/light/config.yaml --output {bench.folder}/light_again" in found.text
     assert "criterion: fisher" in found.text and "torch" in found.text
+
+
+def test_every_column_has_a_heading(bench: Workbench) -> None:
+    light, plain = (bench.folder / name for name in ("light", "plain"))
+    for text in (html(light), html(plain), html(light, plain)):
+        headings = re.findall(r'<th scope="col"[^>]*>(.*?)</th>', text)
+        assert headings and all(headings)
 
 
 def test_warnings_stand_above_all_else(light: Path) -> None:
@@ -202,13 +210,13 @@ def test_warnings_stand_above_all_else(light: Path) -> None:
         light / "metrics.json", lambda report: report.update(warnings=["all 40 test rows are answered <b>positive</b>"])
     )
     text = html(light)
-    assert text.index("<strong>Warning:</strong> all 40 test rows are answered &lt;b&gt;") < text.index("What stays")
+    assert text.index("<strong>Warning:</strong> all 40 test rows are answered &lt;b&gt;") < text.index("Units kept")
 
 
 def test_missing_stages_and_how_to_go_on(bench: Workbench) -> None:
     found = Reader(html(bench.folder / "half"))
     assert f"lightpeft run --run {bench.folder}/half" in found.text
-    assert "Not finished: still to come are the cut, fine-tuning, evaluation" in found.text
+    assert "This run is not finished. Stages left: cut, fine-tuning, evaluation" in found.text
 
 
 HOSTILE = "<script>alert(1)</script>"
@@ -234,8 +242,8 @@ def test_a_page_is_made_of_what_is_there(light: Path) -> None:
     for name in ("log.jsonl", "curve.json"):
         (light / name).unlink()
     found = Reader(html(light))
-    assert "Losses" not in found.text and "What stays" in found.text and "Quality" in found.text
-    assert "What budgets cost" not in found.text
+    assert "Training loss" not in found.text and "Units kept" in found.text and "Quality" in found.text
+    assert "Loss at each budget" not in found.text
 
 
 # -- several runs --------------------------------------------------------------------------------------------------
@@ -245,7 +253,7 @@ class TestBeside:
     def test_the_page(self, bench: Workbench) -> None:
         folders = [bench.folder / name for name in ("light", "plain", "full", "half")]
         found = Reader(html(*folders))
-        assert "4 runs beside one another" in found.text
+        assert "Comparison of 4 runs" in found.text
         for run in (read_run(folder) for folder in folders[:2]):
             assert run.report and f"{run.report.parameters['trained']:,}" in found.text
             low, high = run.report.intervals["accuracy"] or (0, 0)
@@ -291,7 +299,7 @@ class TestAutoBudget:
         text = Reader(html(light)).text
         assert "tolerance when cut after a probe expected" in text
         assert "cuts 50% of the blocks: that is expected to cost 2 points, at most 4 points with" in text
-        assert "the tolerance is 5 points (0.1 nats)" in text and "against nothing cut, points" in text
+        assert "the tolerance is 5 points (0.1 nats)" in text and "compared with no cut, in points" in text
         assert "measured on 256 rows in 3 s" in text
 
     def test_of_a_real_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +314,7 @@ class TestAutoBudget:
         assert found.budget is not None and seconds["budget"] == pytest.approx(found.budget.seconds, abs=1e-3)
         assert found.training_seconds == pytest.approx(sum(seconds.values()) - seconds["evaluate"])
         text = Reader(html(tmp_path / "run")).text
-        assert "The budget" in text and "of the computation of plain PEFT's run" in text
+        assert "Search for the budget" in text and "of the computation of plain PEFT's run" in text
 
     def test_nothing_within_the_tolerance(self, light: Path) -> None:
         budget = {**AUTO, "blocks": 0.0, "expected": None, "points_a_nat": None}
@@ -314,7 +322,7 @@ class TestAutoBudget:
         text = Reader(html(light)).text
         assert (
             "cuts nothing of the blocks: 40% would cost 0.05 nats after 9 steps, and the tolerance is 0.1 nats" in text
-            and "cut, nats" in text
+            and "no cut, in nats" in text
             and "after a probe expected" not in text
         )
 
@@ -377,7 +385,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, s
 
 
 def test_where_the_page_goes(light: Path, bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert said(capsys, light) == (0, f"the report is in {light}/report.html\n")
+    assert said(capsys, light) == (0, f"wrote the report to {light}/report.html\n")
     first = (light / "report.html").read_text()
     assert first == html(light)
     assert said(capsys, light)[0] == 0  # over the page of earlier
@@ -424,7 +432,7 @@ def test_what_is_no_run_and_no_place(light: Path, tmp_path: Path, capsys: pytest
         assert code == 2 and f"{folder} is not the folder of a run" in line and line.count("\n") == 1
     assert not (tmp_path / "missing").exists() and not any((tmp_path / "empty").iterdir())
     before = checksums(light)
-    for place, why in ((light, "is a folder"), (light / "metrics.json", "is there, and no report")):
+    for place, why in ((light, "is a folder"), (light / "metrics.json", "exists and is not a report")):
         code, line = said(capsys, light, "--output", place)
         assert code == 2 and why in line and line.count("\n") == 1
     assert checksums(light) == before

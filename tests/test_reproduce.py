@@ -185,27 +185,27 @@ def test_settings_come_from_run_model_task_and_method_in_that_order(tmp_path: Pa
     [
         ({"method": ["lora"]}, "unknown key method; did you mean methods?"),
         ({"methods": ["light-lorra"]}, "unknown method light-lorra; did you mean light-lora?"),
-        ({"methods": {"mine": {"from": "nothing"}}}, "methods.mine is from 'nothing', which is no known method"),
-        ({"methods": []}, "methods must name at least one"),
-        ({"methods": ["lora", "lora"]}, "methods names something twice"),
+        ({"methods": {"mine": {"from": "nothing"}}}, "methods.mine.from is 'nothing', not a known method"),
+        ({"methods": []}, "methods is empty or missing"),
+        ({"methods": ["lora", "lora"]}, "methods has a name twice"),
         ({"methods": {"a b": {"light": {}}, "a_b": {"light": {}}}}, "folder would be a_b; rename one"),
         ({"tasks": {"words": 3}}, "tasks.words must be a mapping of settings, not 3"),
-        ({"models": {"tiny": {"output": "x"}}}, "models.tiny sets output, which every cell has of its own"),
+        ({"models": {"tiny": {"output": "x"}}}, "models.tiny sets output, which the grid sets for each cell"),
         ({"run": {"seed": 1}}, "run sets seed"),
         ({"run": {"lite": {}}}, "cell tiny/words/lora/0: unknown key lite; did you mean light?"),
-        ({"tasks": ["rtee"]}, 'cell tiny/rtee/lora/0: data.task is "rtee", which is neither a kind'),
-        ({"seeds": [0, 0]}, "seeds names 0 twice"),
-        ({"methods": {"mine": {"from": ["lora"]}}}, "methods.mine is from ['lora'], which is no known method"),
-        ({"methods": {"mine": {"from": {"lora": 1}}}}, "which is no known method; give one's name"),
-        ({"baseline": ["lora"]}, "baseline ['lora'] is none of its methods: lora, light-lora"),
-        ({"baseline": {"lora": 1}}, "is none of its methods: lora, light-lora"),
+        ({"tasks": ["rtee"]}, 'cell tiny/rtee/lora/0: data.task "rtee" is neither a kind'),
+        ({"seeds": [0, 0]}, "seeds has 0 twice"),
+        ({"methods": {"mine": {"from": ["lora"]}}}, "methods.mine.from is ['lora'], not a known method"),
+        ({"methods": {"mine": {"from": {"lora": 1}}}}, "not a known method; give one of full, lora"),
+        ({"baseline": ["lora"]}, "baseline ['lora'] is not a method of the grid; give one of lora, light-lora"),
+        ({"baseline": {"lora": 1}}, "is not a method of the grid; give one of lora, light-lora"),
         ({"run": [1]}, "run must be a mapping of settings, not [1]"),
         ({"run": {"tasks": 5}}, "tasks is 5; it must be a mapping"),
         ({"seeds": [2**64]}, "seed is 18446744073709551616"),
         ({"seeds": 3}, "seeds must be a list of whole numbers, not 3"),
         ({"seeds": [True]}, "seeds must be a list of whole numbers"),
         ({"seeds": [-1]}, "seed is -1"),
-        ({"baseline": "full"}, "baseline 'full' is none of its methods: lora, light-lora"),
+        ({"baseline": "full"}, "baseline 'full' is not a method of the grid; give one of lora, light-lora"),
     ],
 )
 def test_faults_of_a_grid_are_one_line(
@@ -278,10 +278,10 @@ def test_more_devices_than_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_step_sees_as_many_rows_on_any_number_of_devices(tmp_path: Path) -> None:
     (cell,) = load_grid(grid_file(tmp_path / "grid.yaml", methods=["lora"])).cells(tmp_path)
-    assert running.spread(cell, 4).config.training.batch_size == 8
-    assert running.spread(cell, 1) == cell
+    assert running.spread_over_devices(cell, 4).config.training.batch_size == 8
+    assert running.spread_over_devices(cell, 1) == cell
     with pytest.raises(LightPeftError, match="batch_size 32 cannot be divided among 5 devices"):
-        running.spread(cell, 5)
+        running.spread_over_devices(cell, 5)
 
 
 @pytest.fixture
@@ -297,7 +297,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
-        ("pass", "it ended without a result"),
+        ("pass", "the process ended without a result"),
         ("import sys; sys.exit('lightpeft: the disk is full')", "the disk is full"),
         ("import os; os.kill(os.getpid(), 9)", "killed by SIGKILL"),
         ("raise ValueError('deep\\n inside')", "inside"),
@@ -533,9 +533,10 @@ FIXED = Results(
     failures={"minilm/rte/light/2": "out of memory"},
 )  # fmt: skip
 CAPTION = (
-    "model minilm, 6 of 9 cells; mean ± standard deviation over seeds, quality in percent but for losses and "
-    "perplexity; difference to lora, p of a paired t-test over seeds; removed: part of the base that is gone; training "
-    "MiB: of fine-tuning; peak MiB and seconds: estimation included."
+    "model minilm, 6 of 9 cells are done; mean ± standard deviation over seeds; quality in percent, except losses "
+    "and perplexity; difference: to lora; p: of a paired t-test over seeds; parameters: of the base after the cut; "
+    "removed: part of the base's parameters; trained: trainable parameters; samples/s and training MiB: of "
+    "fine-tuning; peak MiB and seconds: of the run, with estimation."
 )
 MARKDOWN = f"""\
 | task | method | metric | seeds | quality | difference | p | parameters | removed, % | trained | adapter KiB | samples/s | training MiB | peak MiB | seconds |
@@ -560,7 +561,7 @@ def test_quality_at_full_width_has_a_column_where_a_run_keeps_both() -> None:
     kept = replace(FIXED.rows[1], measures={**FIXED.rows[1].measures, "full_width": SeedSpread(0.836, 0.001)})
     table = markdown_table(replace(FIXED, rows=[FIXED.rows[0], kept]))
     assert "| full width |" in table and "| 83.6 ± 0.1 |" in table
-    assert "full width: quality there, of runs that keep both" in table
+    assert "full width: quality of the full-width model, where a run keeps both" in table
 
 
 def test_a_narrow_screen_has_whole_cells_of_fewer_columns() -> None:
@@ -568,7 +569,7 @@ def test_a_narrow_screen_has_whole_cells_of_fewer_columns() -> None:
     with console.capture() as capture:
         console.print(rich_table(FIXED, console.width))
     headers = re.split(r"\s{2,}", capture.get().splitlines()[0].strip())
-    for name, cells in tables.shown(FIXED)[0].items():
+    for name, cells in tables.display_table(FIXED)[0].items():
         assert (name in headers) != (name in tables.LEFT_OUT)
         assert name in tables.LEFT_OUT or all(cell in capture.get() for cell in cells)
 
@@ -670,7 +671,7 @@ def test_parts_of_a_grid_are_one_table(tmp_path: Path) -> None:
 def test_parts_that_were_spread_over_devices(tmp_path: Path) -> None:
     file = grid_file(tmp_path / "grid.yaml")
     grid, out = load_grid(file), tmp_path / "on_four"
-    cells = [running.spread(cell, 4) for cell in grid.cells(out)]
+    cells = [running.spread_over_devices(cell, 4) for cell in grid.cells(out)]
     for cell in cells:
         fake_report(cell.config, 0.5)
     write_results(out, summarize(grid, cells))
@@ -696,11 +697,11 @@ def test_a_part_of_another_grid_is_refused(tmp_path: Path, capsys: pytest.Captur
     altered = read_json(one)
     altered["reports"]["tiny/words/lora/0"].setdefault("config", {})["later"] = 1
     write_json(tmp_path / "altered.json", altered)
-    with pytest.raises(LightPeftError, match=r"lora/0 is not to be read by this version.*later"):
+    with pytest.raises(LightPeftError, match=r"cannot read cell .*lora/0.*later"):
         joined(file, [tmp_path / "altered.json"], tmp_path / "whole")
     with pytest.raises(SystemExit) as stopped:
         cli.main(["reproduce", str(file), "--join", str(one), "--only", "seed=0"])
-    assert stopped.value.code == 2 and "--join runs nothing" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "--join runs no cell" in capsys.readouterr().err
     assert not (tmp_path / "whole").exists()
 
 

@@ -142,7 +142,7 @@ def test_overwriting_the_run_of_another_config(bench: Workbench, refused: Refuse
     shutil.copytree(bench.folder / "donor", folder)
     (folder / "notes.txt").write_text("mine", encoding="utf-8")
     file = bench.yaml("again", **OTHER)
-    assert "or run --overwrite to begin anew" in refused("run", "--config", file)
+    assert "or --overwrite to start again" in refused("run", "--config", file)
     assert lightpeft("run", "--config", file, "--overwrite") == 0
     check_same(folder, bench.folder / "alone")
     assert (folder / "notes.txt").read_text(encoding="utf-8") == "mine"
@@ -158,7 +158,7 @@ def test_what_is_not_overwritten(bench: Workbench, refused: Refused) -> None:
     file = bench.yaml("kept", **OTHER)
     foreign = bench.yaml("base", **OTHER)
     assert settings["output"] == str(bench.folder / "kept")
-    assert "is not empty and not a run" in refused("run", "--config", foreign, "--overwrite")
+    assert "contains files but no run" in refused("run", "--config", foreign, "--overwrite")
     assert "does not exist" in refused("run", "--config", file, "--overwrite", "--data.train", "none.csv")
     line = refused("run", "--config", file, "--overwrite", "--estimation", bench.base)
     assert "is not a run folder" in line

@@ -169,7 +169,7 @@ def sums_of_windows(of_steps: Sequence[int], steps: int) -> list[int]:
 def test_a_run_says_what_auto_stands_for(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
     config = bench.config("auto", method="plain", **AUTO, **{"training.batch_size": 32})
     report = pipeline.run(config)
-    line = "training takes 80 steps (epochs: 40) at a learning rate of 0.001"
+    line = "training takes 80 steps (training.epochs: 40) at learning rate 0.001"
     assert line in " ".join(capsys.readouterr().err.split())
     assert line in (bench.folder / "auto" / "log.jsonl").read_text()
     assert report["config"]["training"]["epochs"] == 40 and report["config"]["training"]["learning_rate"] == 1e-3

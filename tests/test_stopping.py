@@ -49,8 +49,8 @@ def test_a_run_stops_early_and_keeps_the_best(
     assert told["rows_aside"] == 40 and len(work.train_rows) == 200 and told["of"] == work.steps == 208
     assert told["kept"] == told["step"] - PATIENCE * work.pace.steps_an_epoch < told["of"]
     said = " ".join(capsys.readouterr().err.split())
-    assert "40 of the training rows are set aside: training stops early where the loss on them turns" in said
-    assert f"training stopped at step {told['step']} of 208" in said and f"at step {told['kept']}" in said
+    assert "40 training rows are held out: training stops early where the loss on them rises" in said
+    assert f"training stopped early at step {told['step']} of 208" in said and f"at step {told['kept']}" in said
     kept = open_result(work.run, work.task)
     assert loss_aside(work, kept, None) == pytest.approx(told["loss"], rel=1e-5)
     assert not (bench.folder / method / "checkpoints").exists()
@@ -82,4 +82,4 @@ def test_check_says_so(bench: Workbench) -> None:
         "removes 40% of the blocks, or nothing if estimation teaches nothing: a budget search needs 512 training "
         "rows, and there are 200"
     )
-    assert lines[1] == "stops before its 208 steps are over if the loss on 40 rows aside turns"
+    assert lines[1] == "stops before its 208 steps are over if the loss on 40 held-out rows rises"

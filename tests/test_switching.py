@@ -313,8 +313,8 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     save_light(type(other).from_pretrained(tmp_path / "other/base"), tmp_path / "other/light")
     both = {"a": places["first"], "b": tmp_path / "other/light"}
     text = refusal(lambda: LightSwitch(both))
-    assert "other/light is over the base" in text and "if they are the same, say where it is: base=" in text
-    assert "belongs to another base than" in refusal(lambda: LightSwitch(both, base=tmp_path / "one/base"))
+    assert "other/light has the base" in text and "if they are the same, give its name or folder: base=" in text
+    assert "has another base than" in refusal(lambda: LightSwitch(both, base=tmp_path / "one/base"))
     wrong = LightSwitch({"b": both["b"]}, base=tmp_path / "one/base")
     assert "belongs to another base: its fingerprint" in refusal(lambda: wrong["b"])
     switch = LightSwitch({"a": both["a"]})
@@ -344,8 +344,8 @@ def test_a_base_that_changes_is_refused(tmp_path: Path) -> None:
 
 def test_settings_that_make_no_sense(tmp_path: Path) -> None:
     places = over_one_base(tmp_path, count=2)
-    assert "most is 0; a switch keeps at least 1 model" in refusal(lambda: LightSwitch(places, most=0))
+    assert "most is 0; set the cache size to at least 1 model" in refusal(lambda: LightSwitch(places, most=0))
     switch = LightSwitch(places)
     assert "has no task frist; did you mean first?" in refusal(lambda: switch["frist"])
     assert "has no task frist" in refusal(lambda: switch.remove("frist"))
-    assert "has a task first already" in refusal(lambda: switch.add("first", places["second"]))
+    assert "already has a task first" in refusal(lambda: switch.add("first", places["second"]))

@@ -10,7 +10,9 @@ from rich.table import Table
 from tiny import make, plan_for, with_lora
 
 from lightpeft.app.cli.tables import (
+    curve_table,
     metrics_table,
+    milestones_table,
     paired_table,
     per_class_table,
     plan_table,
@@ -72,7 +74,7 @@ def test_metrics_with_intervals() -> None:
     table = metrics_table({"accuracy": 0.8125, "tokens": 1234.0}, {"accuracy": (0.75, 0.875), "tokens": None}, "run[a]")
     assert text(table).startswith("run[a]")
     assert cells(table) == [
-        ["", "value", "95% interval"],
+        ["metric", "value", "95% interval"],
         ["accuracy", "0.8125", "0.7500 to 0.8750"],
         ["tokens", "1,234", ""],
     ]
@@ -85,18 +87,31 @@ def test_two_models_side_by_side() -> None:
     table = paired_table(comparison, "runs/[a]", "runs/b")
     assert "A: runs/[a]" in text(table) and "B: runs/b" in text(table)
     assert {column.header: list(column.cells) for column in table.columns} == {
-        "": ["accuracy", "f1"],
+        "metric": ["accuracy", "f1"],
         "A": ["0.5000", "0.5000"],
         "B": ["0.6250", "0.2500"],
         "B - A": ["+0.1250", "-0.2500"],
         "95% interval": ["0.0312 to 0.2500", ""],
-        "p": ["0.0125", ""],
+        "p value": ["0.0125", ""],
         "test": ["McNemar", "paired bootstrap"],
     }
     assert max(map(len, text(table).splitlines())) <= 80
 
 
+def test_every_column_has_a_heading() -> None:
+    point = {"blocks": 0.1, "removed_of_base": 0.05, "loss": 0.7, "rise": 0.1, "interval": (0.0, 0.2)}
+    tables = [
+        curve_table({"rows": 40, "loss": 0.6, "points": [point]}),
+        milestones_table({"examples": 40, "metrics": {"final": {"accuracy": 0.5, "loss": 0.6}}}),
+        metrics_table({"accuracy": 0.5}, {}, "run", {"accuracy": 0.4}),
+        plan_table(plan_for(with_lora(make("bert")))),
+    ]
+    for table in tables:
+        assert all(str(column.header).strip() for column in table.columns)
+        assert max(map(len, text(table, width=80).splitlines())) <= 80
+
+
 def test_classes() -> None:
     classes = {"[no]": {"precision": 0.5, "recall": 1.0, "f1-score": 2 / 3, "support": 1200.0}}
     expected = ["[no]", "0.5000", "1.0000", "0.6667", "1,200"]
-    assert cells(per_class_table(classes)) == [["", "precision", "recall", "F1", "examples"], expected]
+    assert cells(per_class_table(classes)) == [["class", "precision", "recall", "F1", "test rows"], expected]

@@ -164,7 +164,7 @@ def test_a_light_run_and_what_its_adapter_says(
         report["main_metric"],
     )
     notes = [entry.get("note", "") for entry in work.run.log_entries()]
-    assert not any("cut to data.max_length" in note for note in notes)
+    assert not any("truncated to data.max_length" in note for note in notes)
     again = evaluate(model, work.test_rows, restored, restored.collator(work.tokenizer), 5)
     assert again == pytest.approx(report["metrics"], rel=1e-4, abs=1e-6)
 
@@ -174,5 +174,5 @@ def test_a_run_says_so_where_its_rows_are_cut(bases: dict[str, Path], tmp_path: 
     config = config_for(bases["bert"], tmp_path / "run", data)
     work = pipeline.prepare(config)
     pipeline.train(work)
-    note = "100% of the training rows are cut to data.max_length: 8 tokens"
+    note = "100% of the training rows are truncated to data.max_length: 8 tokens"
     assert [entry["note"] for entry in work.run.log_entries() if "note" in entry] == [note]

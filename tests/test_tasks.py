@@ -98,7 +98,7 @@ class TestReading:
             ("wide.tsv", "text\tlabel\na\n", "line 2 has 1 fields, its header 2"),
             ("bad.jsonl", '{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
             ("bad.json", '[{"text": "a"},\n{"text": }]', "line 2 is not JSON"),
-            ("scalar.jsonl", '{"text": "a"}\n3\n', "line 2 is not an object"),
+            ("scalar.jsonl", '{"text": "a"}\n3\n', "line 2 is not a JSON object"),
             ("mixed.jsonl", '{"text": "a"}\n{"text": 3}\n', 'column "text" mixes types'),
             ("bad.parquet", "not parquet at all", "is not a readable Parquet file"),
             ("rows.xlsx", "x", 'ends in ".xlsx"; it must be a .csv, .tsv, .json, .jsonl or .parquet file'),
@@ -216,18 +216,20 @@ class TestClassification:
         assert 'data.columns.text is "txet"' in wrong and "text, label" in wrong and 'did you mean "text"?' in wrong
         assert 'data.columns.label is "class"' in line([0, 1, 0], columns={"label": "class"})
         assert 'data.columns.text_pair is "other"' in line([0, 1, 0], columns={"text_pair": "other"})
-        assert 'row 2 (the header not counted), column "label": there is no label' in line([0, None, 1])
-        assert 'row 3 (the header not counted), column "text": there is no value' in line([0, 1, 1], ["a", "b", None])
+        assert 'row 2 (the header not counted), column "label": the label is missing' in line([0, None, 1])
+        assert 'row 3 (the header not counted), column "text": the value is missing' in line(
+            [0, 1, 1], ["a", "b", None]
+        )
         assert 'row 1 (the header not counted), column "text": the text is blank' in line([0, 1, 1], [" ", "b", "c"])
-        assert "0.5 is no label" in line([0, 0.5, 1])
-        assert "5 is no text" in line([0, 1], [5, 6])
-        assert 'all 3 training rows have the one label "7"' in line([7, 7, 7, 7], test_fraction=0.25)
+        assert "0.5 is not a label" in line([0, 0.5, 1])
+        assert "5 is not a string" in line([0, 1], [5, 6])
+        assert 'all 3 training rows have the same label "7"' in line([7, 7, 7, 7], test_fraction=0.25)
         assert "too few to hold out" in line([1])
 
     def test_unseen_test_labels(self, tmp_path: Path) -> None:
         train, test = labelled(tmp_path, [0, 1, 0]), labelled(tmp_path, [0, 3, 2], "test.jsonl")
         line = error_of(load_task, DataConfig(train=train, test=test))
-        assert 'labels that no training row has: "2", "3"' in line and 'training has "0", "1"' in line
+        assert 'labels that training lacks: "2", "3"' in line and 'training has "0", "1"' in line
 
     def test_encode_and_collate_for_bert(self, tmp_path: Path, minilm: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(str(minilm))

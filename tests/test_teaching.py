@@ -369,7 +369,7 @@ def test_a_killed_run_goes_on_without_asking_again(bench: Workbench, step: int) 
     file.write_text(to_yaml(taught(bench, f"killed{step}")), encoding="utf-8")
     assert in_child(at_step(step, signalling(signal.SIGKILL)), "run", "--config", file)[0] == -signal.SIGKILL
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunTeacher, "_asked", lambda *_: pytest.fail("the teacher was asked again"))
+        patch.setattr(RunTeacher, "_compute_logits", lambda *_: pytest.fail("the teacher was asked again"))
         assert lightpeft("run", "--config", file) == 0
     again = read(bench.folder / f"killed{step}/metrics.json")
     assert again["metrics"] == whole["metrics"]
@@ -379,14 +379,14 @@ def test_a_killed_run_goes_on_without_asking_again(bench: Workbench, step: int) 
 
 def test_two_processes_ask_it_for_half_of_the_rows_each(bench: Workbench) -> None:
     def counting(rank: int) -> None:
-        original = RunTeacher._asked
+        original = RunTeacher._compute_logits
 
         def asked(self: RunTeacher, size: int) -> Any:
             logits = original(self, size)
             (bench.folder / f"rank{rank}.json").write_text(json.dumps([row.tolist() for row in logits]))
             return logits
 
-        RunTeacher._asked = asked  # type: ignore[method-assign]
+        RunTeacher._compute_logits = asked  # type: ignore[method-assign]
 
     file = bench.folder / "two.yaml"
     file.write_text(to_yaml(taught(bench, "two", **{"training.batch_size": 4})), encoding="utf-8")
@@ -410,8 +410,8 @@ def test_it_is_asked_again_where_teacher_rows_or_file_are_others(bench: Workbenc
         return len(calls)
 
     with pytest.MonkeyPatch.context() as patch:
-        original = RunTeacher._asked
-        patch.setattr(RunTeacher, "_asked", lambda self, size: calls.append(1) or original(self, size))
+        original = RunTeacher._compute_logits
+        patch.setattr(RunTeacher, "_compute_logits", lambda self, size: calls.append(1) or original(self, size))
         assert (asked(), asked()) == (1, 0)
         write_rows(data, [*rows[:-1], {**rows[-1], "text": "good1 good2"}])
         assert (asked(), asked()) == (1, 0)
@@ -493,7 +493,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "more tokens": (
         "classes",
         lambda _: make("bert", 7, vocab_size=VOCABULARY + 1),
-        f"reads {VOCABULARY + 1} tokens, and the model {VOCABULARY}: another tokenizer",
+        f"has another tokenizer: {VOCABULARY + 1} tokens, and the model {VOCABULARY}",
     ),
     "a base": ("classes", lambda folder: saved(make("bert", 7).bert, folder), "has no weights for classifier"),
     "no folder": ("classes", lambda folder: folder / "nowhere", "nowhere"),
@@ -559,8 +559,8 @@ def test_a_run_refuses(bench: Workbench, capsys: pytest.CaptureFixture[str], tmp
     model = bench.folder / "teacher/model"
     config = json.loads((model / "config.json").read_text())
     for name, labels, part in (
-        ("turned", ["positive", "negative"], "labels positive, negative apart, and the data have negative, positive"),
-        ("renamed", ["bad", "good"], "labels bad, good apart, and the data have negative, positive"),
+        ("turned", ["positive", "negative"], "has the labels positive, negative, and the data have negative, positive"),
+        ("renamed", ["bad", "good"], "has the labels bad, good, and the data have negative, positive"),
     ):
         other = shutil.copytree(model, tmp_path / name)
         numbered = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
@@ -595,4 +595,4 @@ def test_a_run_refuses_kinds_without_logits(task: str, tmp_path: Path, capsys: p
     line = refused(
         bench, capsys, **{"data.task": task, "data.columns": columns, "data.train": str(rows), "data.test": None}
     )
-    assert f"training.teacher: task {task}" in line and "gives no logits to learn; only classification" in line
+    assert f"training.teacher: task {task}" in line and "gives no logits to learn; leave it out; classification" in line

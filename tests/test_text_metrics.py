@@ -6,7 +6,7 @@ import pytest
 
 from lightpeft.app.evaluation.statistics import bootstrap_intervals
 from lightpeft.app.tasks.answers import Answers
-from lightpeft.app.tasks.text_metrics import best, by_answerability, exact, normalised, text_match, token_f1
+from lightpeft.app.tasks.text_metrics import best, by_answerability, exact, normalize_answer, text_match, token_f1
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from lightpeft.app.tasks.text_metrics import best, by_answerability, exact, norm
     ],
 )
 def test_normalisation(text: str, expected: str) -> None:
-    assert normalised(text) == expected
+    assert normalize_answer(text) == expected
 
 
 @pytest.mark.parametrize(

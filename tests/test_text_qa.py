@@ -240,7 +240,7 @@ def test_generation_reads_its_own_prompt_and_learns_the_first_answer(tmp_path: P
     (train,) = cut_to(task, 20).encode(task.train, tokenizer).to_list()
     assert train["labels"][-1] == tokenizer.eos_token_id
     task.config.answer_tokens = 19
-    with pytest.raises(LightPeftError, match="data.answer_tokens is 19, which leaves no room for the question"):
+    with pytest.raises(LightPeftError, match="data.answer_tokens 19 leaves no room for the question"):
         cut_to(task, 20).encode(task.train, tokenizer)
 
 
@@ -258,15 +258,15 @@ GOOD_ROWS: dict[str, dict[str, Any]] = {
         (
             "span",
             {"answers": {"text": ["good0"], "answer_start": [5]}},
-            'answers".* does not begin "good0" but " good"',
+            'answers".* of "good0" is wrong; " good" is there',
         ),
         ("span", {"answers": {"text": ["good0"], "answer_start": [-6]}}, 'answers".* is not a list of texts, or'),
         ("span", {"answers": {"text": ["good0"], "answer_start": []}}, 'answers".* is not a list of texts, or'),
         ("span", {"question": ""}, 'column "question": the text is blank'),
-        ("span", {"context": None}, 'column "context": there is no value'),
-        ("generation", {"answers": []}, 'column "answers": there is no answer; fill it in'),
+        ("span", {"context": None}, 'column "context": the value is missing'),
+        ("generation", {"answers": []}, 'column "answers": the answer is missing; fill it in'),
         ("generation", {"answers": [" "]}, 'column "answers": the text is blank'),
-        ("chat", {"messages": [{"role": "user", "content": "word0"}]}, "no message of the assistant says anything"),
+        ("chat", {"messages": [{"role": "user", "content": "word0"}]}, "no assistant message has text"),
     ],
 )
 def test_malformed_rows_are_named(tmp_path: Path, task: str, change: dict[str, Any], message: str) -> None:

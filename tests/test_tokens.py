@@ -70,13 +70,13 @@ class TestTokens:
             check_tokens(encoded(*rows), config, "rows", tokenizer)
         for rows in ([known, unknown, unknown], [[unknown, unknown]]):
             text = refusal(lambda rows=rows: check_tokens(encoded(*rows), config, "the test rows", tokenizer))
-            assert text.startswith("the test rows: ") and "mostly tokens that the tokenizer does not know" in text
+            assert text.startswith("the test rows: ") and "mostly unknown tokens" in text
 
     def test_tokens_beyond_the_embeddings(self) -> None:
         check_tokens(encoded([2, 29, 3]), BertConfig(vocab_size=30), "rows")
         for rows in ([[5], [2, 30, 3]], [[[5], [2, 30]]]):
             text = refusal(lambda rows=rows: check_tokens(encoded(*rows), BertConfig(vocab_size=30), "rows"))
-            assert "gives token 30, and the model has embeddings of tokens 0 to 29" in text
+            assert "gives token id 30, but the model has embeddings for ids 0 to 29" in text
 
 
 def test_a_base_without_tokenizer_files_is_not_trained(

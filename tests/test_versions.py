@@ -15,7 +15,8 @@ from packaging.version import Version
 from lightpeft.compat.missing import TESTED_RELEASES
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 lowest = runpy.run_path(str(ROOT / ".ci" / "lowest.py"))["lowest"]
 
@@ -27,9 +28,9 @@ def of_makefile(name: str) -> list[str]:
 
 def test_the_lowest_versions_are_the_bounds() -> None:
     tools = of_makefile("TOOLS")
-    pins = [Requirement(text) for text in lowest(PROJECT, tools)]
-    of_dev = [each for each in map(Requirement, PROJECT["optional-dependencies"]["dev"]) if each.name in tools]
-    asked = {each.name: each for each in (*map(Requirement, PROJECT["dependencies"]), *of_dev)}
+    pins = [Requirement(text) for text in lowest(PYPROJECT, tools)]
+    of_tests = [each for each in map(Requirement, PYPROJECT["dependency-groups"]["test"]) if each.name in tools]
+    asked = {each.name: each for each in (*map(Requirement, PROJECT["dependencies"]), *of_tests)}
     assert sorted(pin.name for pin in pins) == sorted(asked)
     assert {"torch", "transformers", "pytest"} <= asked.keys()
     for pin in pins:
@@ -48,14 +49,14 @@ def test_the_versions_that_were_tried_begin_at_the_bounds() -> None:
 
 @pytest.mark.parametrize("requirement", ["torch", "torch>2", "torch<3,>=2", "torch~=2.9", "torch>=2.9; extra == 'x'"])
 def test_a_requirement_without_a_lowest_version(requirement: str) -> None:
-    project: dict[str, Any] = {"dependencies": [requirement], "optional-dependencies": {"dev": []}}
+    project: dict[str, Any] = {"project": {"dependencies": [requirement]}, "dependency-groups": {"test": []}}
     with pytest.raises(ValueError, match="no lowest version is to be seen in it"):
         lowest(project, [])
 
 
 def test_tools_that_nobody_asks_for() -> None:
-    with pytest.raises(ValueError, match="not in the extra dev: pytest-none"):
-        lowest(PROJECT, ["pytest", "pytest-none"])
+    with pytest.raises(ValueError, match="in no dependency group: pytest-none"):
+        lowest(PYPROJECT, ["pytest", "pytest-none"])
 
 
 def test_the_tests_of_the_lanes_are_there() -> None:

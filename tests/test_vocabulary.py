@@ -554,7 +554,7 @@ def test_a_whole_run(bench: Workbench) -> None:
     assert result["parameters"]["base_dense"] == light.light_plan.base_parameters + lost
     assert result["parameters"]["base"] == count_parameters(light).base
     notes = [json.loads(line).get("note", "") for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert any("tokens stay (light.remove.vocabulary: task)" in note for note in notes)
+    assert any("tokens are kept (light.remove.vocabulary: task)" in note for note in notes)
     for saved in folder.rglob("adapter_model.safetensors"):
         assert not [key for key in load_file(saved) if "embed" in key], saved
 

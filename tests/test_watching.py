@@ -16,8 +16,8 @@ from torch import nn
 from workbench import Workbench, lightpeft, read
 
 from lightpeft.app.evaluation.milestones import (
-    MOST_ROWS,
-    MOST_WRITTEN,
+    MOST_GENERATED_ROWS,
+    MOST_SAMPLED_ROWS,
     Watcher,
     course,
     doubts,
@@ -90,7 +90,11 @@ class TestConstantAnswers:
 class TestSample:
     @pytest.mark.parametrize(
         ("kind", "rows", "chosen"),
-        [(ClassificationTask, 1000, MOST_ROWS), (GenerationTask, 1000, MOST_WRITTEN), (ClassificationTask, 7, 7)],
+        [
+            (ClassificationTask, 1000, MOST_SAMPLED_ROWS),
+            (GenerationTask, 1000, MOST_GENERATED_ROWS),
+            (ClassificationTask, 7, 7),
+        ],
     )
     def test_so_many_rows_and_always_the_same(self, kind: type[Task], rows: int, chosen: int) -> None:
         state = torch.get_rng_state()
@@ -121,11 +125,14 @@ class TestDoubts:
     def test_no_better_than_a_constant_answer(self) -> None:
         (line,) = told(classes(55, 45), CLASSES)
         assert line.startswith("accuracy 0.5500 (95% interval 0.4")
-        assert ' cannot be told from the 0.5000 of always answering "no"; train longer' in line
+        assert ' is no better than the majority baseline 0.5000 (always "no"); train longer' in line
 
     def test_worse_than_a_constant_answer(self) -> None:
         (line,) = told(classes(20, 80), CLASSES)
-        assert line.startswith("accuracy 0.2000 ") and ' is worse than the 0.5000 of always answering "no"; ' in line
+        assert (
+            line.startswith("accuracy 0.2000 ")
+            and ' is worse than the majority baseline 0.5000 (always "no"); ' in line
+        )
 
     def test_one_class_alone(self) -> None:
         (line,) = told(Answers([1] * 40, [0, 1] * 20), CLASSES)
@@ -144,7 +151,7 @@ class TestDoubts:
         right = [float(number) for number in range(40)]
         assert told(Answers([value + 1 for value in right], right), task) == []
         (line,) = told(Answers([value + 50 for value in right], right), task)
-        assert " is worse than the 133.2500 of always answering the mean, 19.5; " in line
+        assert " is worse than the majority baseline 133.2500 (always the mean, 19.5); " in line
 
     def test_language_modelling_and_single_rows_tell_nothing(self) -> None:
         assert told(Answers([(1.0, 2.0, 3.0)] * 3, [None] * 3), task_of(CausalLMTask)) == []
@@ -160,7 +167,7 @@ class TestDoubtsOfRun:
     def test_worse_than_the_untouched_base(self) -> None:
         before, after = classes(80, 20), classes(60, 40)
         (line,) = doubts_of_run(watcher(base_model=before, final=after), {})
-        assert line.startswith("accuracy 0.6000 on 100 test rows is worse than the untouched base's 0.8000 (p = ")
+        assert line.startswith("accuracy 0.6000 on 100 test rows is worse than the base model's 0.8000 (p = ")
         assert line.endswith("; train at a lower learning rate, or cut less (light.remove.blocks)")
         assert list(doubts_of_run(watcher(base_model=after, final=before), {})) == []
         assert list(doubts_of_run(watcher(base_model=before, final=classes(78, 22)), {})) == []  # by chance
@@ -287,13 +294,16 @@ def test_a_cut_by_scores_that_know_nothing_says_so_at_once(
     assert line.removeprefix("warning: ") in read(bench.folder / "blind" / "metrics.json")["warnings"]
     assert lightpeft("run", "--config", bench.yaml("uncut", **FEW, **slow, **{"light.remove.blocks": 0.0})) == 0
     told = capsys.readouterr().err
-    assert "hardly learned" not in told and "to learn more" not in told
+    assert "hardly learned" not in told and "had learned too little" not in told
     monkeypatch.setattr("lightpeft.prune.estimation.ENOUGH_LEARNED", 0.9)
     monkeypatch.setattr("lightpeft.prune.length.LEAST_STEPS", 6)
     monkeypatch.setattr("lightpeft.prune.length.MOST_PART", 0.5)
     longer = {"light.estimate.length": "auto"}
     assert lightpeft("run", "--config", bench.yaml("longer", **FEW, **longer)) == 0
-    assert "estimation took 12 steps instead of 6, to learn more of the task\n" in capsys.readouterr().err
+    assert (
+        "estimation took 12 steps instead of 6, because the model had learned too little by then\n"
+        in capsys.readouterr().err
+    )
     told = read(bench.folder / "longer" / "metrics.json")["estimation"]
     assert (told["steps"], told["planned_steps"]) == (12, 6)
     meta = EstimationRecord.load(bench.folder / "longer" / "estimation").meta
@@ -327,7 +337,7 @@ def test_a_collapsed_run_says_so_whenever_it_is_shown(
         written = capsys.readouterr()
         lines = [line for line in written.err.splitlines() if line.startswith("warning: ")]
         assert 'warning: all 40 test rows are answered "negative"; train longer' in lines[0]
-        for shown in ("the course of the run, on 40 test rows", "majority baseline", "after pruning", "final"):
+        for shown in ("quality over the run, on 40 test rows", "majority baseline", "after pruning", "final"):
             assert shown in written.out
         monkeypatch.undo()
     warnings = read(bench.folder / "collapsed" / "metrics.json")["warnings"]
@@ -348,6 +358,6 @@ def test_evaluate_holds_any_model_against_a_constant_answer(
     entry = read(report)
     assert entry["majority_baseline"] == {"accuracy": 0.5}
     (line,) = entry["model"]["warnings"]
-    assert "test rows are answered" in line or "of always answering" in line
+    assert "test rows are answered" in line or "the majority baseline" in line
     assert written.err == f"warning: {bench.folder / 'unlearned_warning'}: {line}\n"
     assert "majority baseline" in written.out and "0.5000" in written.out

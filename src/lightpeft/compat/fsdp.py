@@ -74,7 +74,7 @@ class _Unit:
         for part, name in places:
             parameter = part._parameters[name]
             if isinstance(parameter, DTensor):
-                values = parameter.detach().full_tensor() if parameter not in whole else whole[parameter]
+                values = parameter.detach().full_tensor() if parameter not in whole else whole[parameter]  # type: ignore[unreachable]
                 set_without_hooks(
                     part, name, whole.setdefault(parameter, nn.Parameter(values, parameter.requires_grad))
                 )

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +14,12 @@ import psutil
 import torch
 
 from lightpeft.machine import has_bf16
+
+UNKNOWN = "0+unknown"
+"""The version of a package that is not installed."""
+WORKS_WITH = ("deepspeed", "flash-attn", "numpy", "sentence-transformers", "tokenizers", "trl")
+"""Packages that no requirement of lightpeft names, and on which its results may depend."""
+NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 def hardware() -> dict[str, str | int | None]:
@@ -44,10 +51,20 @@ def versions() -> dict[str, str]:
     return {name: version_of(name) for name in ("torch", "transformers", "peft", "lightpeft")}
 
 
+def installed() -> dict[str, str]:
+    """Versions of all installed packages that lightpeft asks for, extras included, and of those that it works with."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        asked = [NAME.match(each) for each in importlib.metadata.requires("lightpeft") or ()]
+        names = {found.group().lower() for found in asked if found} | set(WORKS_WITH)
+        found = {name: version_of(name) for name in sorted(names)}
+        return {name: version for name, version in found.items() if version != UNKNOWN}
+    return {}
+
+
 @cache
 def version_of(package: str) -> str:
     """Return the version of an installed package; "0+unknown" if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "0+unknown"
+        return UNKNOWN

@@ -1,4 +1,4 @@
-"""What a shell offers behind a half-written command."""
+"""Shell completion of a half-written command."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Collection
 
 
-def asked() -> bool:
-    """Whether a shell wants to know how a command goes on, and nothing is to be done (argcomplete's script asks so)."""
+def is_completion() -> bool:
+    """Return True if a shell asks for completions (as argcomplete's script does), so that no verb must run."""
     return "_ARGCOMPLETE" in os.environ
 
 
-def answer(parser: Callable[[Collection[str]], ArgumentParser]) -> None:
-    """Tell the shell, and end the process.
+def complete(parser: Callable[[Collection[str]], ArgumentParser]) -> None:
+    """Print the completions for the shell, and end the process.
 
     Args:
-        parser: makes what knows all verbs, and of some of them the options.
+        parser: makes a parser of all verbs, with the options of the verbs it is called with.
     """
     import argcomplete
 

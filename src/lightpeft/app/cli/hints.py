@@ -1,4 +1,4 @@
-"""What is meant by a verb or an option that is not there: one line about it."""
+"""Error lines for unknown verbs and options, with the likely one."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ from lightpeft.errors import nearest
 
 
 def unknown_verb(word: str, known: Iterable[str]) -> str:
-    """One line about a verb that there is not, with the one that is likely meant."""
+    """Return the error line for an unknown verb, with the verb that is likely meant."""
     meant = nearest(word, known)
     if meant is None:
-        return f"unknown verb {word}; lightpeft --help shows all that there are"
+        return f"unknown verb {word}; lightpeft --help lists all verbs"
     return f"unknown verb {word}; did you mean {meant}?"
 
 
 def unknown_option(words: Sequence[str], known: Collection[str]) -> str:
-    """One line about words that no option takes, with the option that is likely meant.
+    """Return the error line for words that no option takes, with the option that is likely meant.
 
     Args:
-        words: what is left of a command line.
-        known: the options that there are.
+        words: words of a command line that the parser did not take.
     """
     unknown = next((word.partition("=")[0] for word in words if re.match("--?[a-zA-Z]", word)), None)
     if unknown is None:
-        return f"unrecognized arguments: {' '.join(words)}; --help shows what there is"
+        return f"unrecognized arguments: {' '.join(words)}; --help lists all options"
     meant = meant_option(unknown, known)
-    return f"unknown option {unknown}; " + (f"did you mean {meant}?" if meant else "--help shows all that there are")
+    return f"unknown option {unknown}; " + (f"did you mean {meant}?" if meant else "--help lists all options")
 
 
 def meant_option(word: str, known: Collection[str]) -> str | None:
-    """Return the option, or the two, that somebody meant: called so in a section, or nearly so."""
+    """Return the option (or two, as "A or B") that a wrong one likely means, by section or by spelling."""
     name = word.lstrip("-").replace("-", "_").lower()
     if f"--{name}" in known and f"--{name}" != f"--{word}":
         return f"--{name}"
@@ -48,4 +47,4 @@ def meant_option(word: str, known: Collection[str]) -> str | None:
 
 
 _COLUMNS = ("text", "text_pair", "label", "prompt", "completion")
-"""Columns that people give as options."""
+"""Column names that users often give as options: `--text` for `--data.columns.text`."""

@@ -1,4 +1,4 @@
-"""What is in a plan, an estimation, a light model or a run, however far it has come: tables for people."""
+"""Tables of a plan, an estimation, a light model, or a run at any stage."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 
 _RECORD = "estimation.json"
-_OF_META = ("steps", "scored_steps", "scored_examples")
-"""What is shown of how an estimation was made."""
+_META_SHOWN = ("steps", "scored_steps", "scored_examples")
+"""Entries of an estimation's `meta` that its table shows."""
 
 
 def inspect(name: str | Path) -> list[Table]:
-    """Tables of what is in a file or folder.
+    """Return the tables that describe a file or folder.
 
     Args:
         name: a plan.json; the folder of a light adapter, a merged light model, an estimation or a run; or the name of
             such an adapter or model on the hub.
 
     Raises:
-        LightPeftError: it is none of that, or is damaged, or there is nothing to show yet.
+        LightPeftError: the file or folder is of another kind, is damaged, or has nothing to show yet.
     """
     path = Path(name)
     if not path.exists():
         found = find_saved(name)
         if found is None:
-            raise LightPeftError(f"{name} does not exist; give a plan.json, or a folder that lightpeft wrote")
+            raise LightPeftError(
+                f"{name} does not exist; give a plan.json, a folder that lightpeft wrote, or a name on the hub"
+            )
         return _model(found)
     if path.is_file():
         return [plan_table(PrunePlan.load(path))]
@@ -46,7 +48,7 @@ def inspect(name: str | Path) -> list[Table]:
 
 
 def _run(run: RunFolder) -> list[Table]:
-    """What the last stage left that there is something to show of."""
+    """Return the tables for the result of the last finished stage of a run."""
     light = run.config.way.prunes
     if light and run.has("train"):
         return _model(find_folder(run.adapter))
@@ -57,32 +59,34 @@ def _run(run: RunFolder) -> list[Table]:
     if run.has("evaluate"):
         report, title = read_report(run.metrics), f"run {run.path}: method {run.config.method}"
         return [metrics_table(report["metrics"], report.get("intervals", {}), title)]
-    begun = f"{run.path} is a run without a result to show yet"
-    raise LightPeftError(f"{begun}; go on with it: lightpeft run --run {run.path}")
+    raise LightPeftError(f"{run.path}: the run has no result yet; continue it with lightpeft run --run {run.path}")
 
 
 def _model(found: Found) -> list[Table]:
-    """Of a light model: the base, what was measured, and the plan; the base itself need not be there."""
+    """Return the tables of a light model: its base and metrics, and its plan; the base need not be available."""
     description = found.description
     instead = "give a light adapter, a merged light model, a plan.json or a run"
     require(description, f"{found.name} is a {found.kind}, which has no plan to show; {instead}")
     base = {name: description["base"][name] for name in ("id", "revision", "architecture", "dtype")}
     metrics = description["metrics"]
-    require(isinstance(metrics, dict), f"{found.name} is damaged: metrics is {metrics!r}, and must be a mapping")
+    require(
+        isinstance(metrics, dict),
+        f"{found.name} is damaged: metrics is {metrics!r}, not a mapping; copy or train it again",
+    )
     facts = facts_table({**base, **_tokens(found), **metrics}, f"{found.kind} {found.name}")
     return [facts, plan_table(PrunePlan.from_dict(description["plan"]))]
 
 
 def _tokens(found: Found) -> dict[str, str]:
-    """How many tokens it has, where these are not all of its base."""
+    """Return the number of tokens of a light adapter with a reduced vocabulary; nothing of others."""
     vocabulary = found.vocabulary if isinstance(found, LightAdapter) else None
     return {} if vocabulary is None else {"tokens": f"{len(vocabulary):,} of {vocabulary.size:,}"}
 
 
 def _estimation(folder: Path) -> list[Table]:
-    """How the scores were obtained, and the plan that its run would make of them."""
+    """Return the tables of an estimation: steps, sizes and, inside a run folder, the plan of the run's budget."""
     record = EstimationRecord.load(folder)
-    found: dict[str, Any] = {name: record.meta[name] for name in _OF_META if name in record.meta}
+    found: dict[str, Any] = {name: record.meta[name] for name in _META_SHOWN if name in record.meta}
     found |= {
         "blocks": len(record.blocks),
         "PEFT modules": len(record.sites),
@@ -92,5 +96,5 @@ def _estimation(folder: Path) -> list[Table]:
     if not is_run(folder.parent):
         return [facts]
     plan = plan_table(make_plan(record, RunFolder.at(folder.parent).config.light))
-    plan.title, plan.title_justify = "the plan that the run's budget makes of it", "left"
+    plan.title, plan.title_justify = "plan by the budget of the run", "left"
     return [facts, plan]

@@ -1,4 +1,4 @@
-"""Options: how they are declared and shown, and how words of the command line become plain values."""
+"""Options of the command line: declaration, help, and conversion of words to plain values."""
 
 from __future__ import annotations
 
@@ -23,91 +23,91 @@ from lightpeft.errors import LightPeftError
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a verb, or one argument that is told by its place."""
+    """One option of a verb, or one positional argument."""
 
     names: str
-    """As they are written, with spaces between them: "--text --data.columns.text", or "model" for a place."""
+    """Names as written, separated by spaces: "--text --data.columns.text"; "model" for a positional argument."""
     help: str
-    """What it is; empty: it is not shown."""
+    """Help text; empty: help does not show the option."""
     type: Any = str
-    """What its value may be, as the type of a setting."""
+    """Type of the value, as the type of a setting."""
     default: Any = None
-    """What holds without it, as help shows it; None: nothing is shown."""
+    """Default value that help shows; None: help shows none."""
     flag: bool = False
-    """It takes no value: it is there or not."""
+    """True: the option takes no value."""
     count: Literal["?", "+"] | None = None
-    """Values that it takes: none or one, one or more; None: one."""
+    """Number of values: "?" for at most one, "+" for one or more, None for exactly one."""
     rare: bool = False
-    """Of a verb that takes the settings of a run: `--help-all` shows it, `--help` does not."""
+    """True: `--help-all` shows the option and `--help` does not, in a verb that takes the settings of a run."""
 
     @property
     def name(self) -> str:
-        """Its first name, by which it is told from all others."""
+        """The first name, which identifies the option."""
         return self.names.split()[0]
 
     @property
     def target(self) -> str:
-        """Dotted name of what it sets."""
+        """The dotted name of the setting, without dashes."""
         return self.name.lstrip("-")
 
     @property
     def has_keys(self) -> bool:
-        """Whether its value may be a mapping with keys of the user's."""
-        return any(typing.get_origin(part) is dict for part in _options(self.type))
+        """True if the value may be a mapping with keys of the user's choice."""
+        return any(typing.get_origin(part) is dict for part in _union_parts(self.type))
 
     @property
     def type_of_keys(self) -> Any:
-        """What these may be, where it is text; Any: whatever YAML reads."""
-        mappings = [part for part in _options(self.type) if typing.get_origin(part) is dict]
+        """The type of the values of such a mapping: str, or Any for whatever YAML reads."""
+        mappings = [part for part in _union_parts(self.type) if typing.get_origin(part) is dict]
         return str if all(typing.get_args(part)[1] is str for part in mappings) else Any
 
     @property
     def is_place(self) -> bool:
-        """Whether it is told by its place."""
+        """True for a positional argument."""
         return not self.names.startswith("-")
 
     def add_to(self, parser: Any) -> None:
-        """Declare it to a parser or a group of one; its value stays text there."""
+        """Add the option to a parser or an argument group, which keeps its value as text."""
         shape: dict[str, Any] = {} if self.is_place else {"dest": self.name}
         shape |= {"action": "store_true"} if self.flag else {"nargs": self.count, "metavar": _metavar(self)}
-        described = _described(self).replace("%", "%%") if self.help else SUPPRESS
+        described = _help_text(self).replace("%", "%%") if self.help else SUPPRESS
         action = parser.add_argument(*self.names.split(), default=SUPPRESS, help=described, **shape)
         if choices := _choices(self.type):
             action.completer = lambda **_: choices  # what argcomplete asks
 
     def value(self, given: Any) -> Any:
-        """What was given for an option of a verb's own, checked: text is good as it is, such as a file's name.
+        """Convert and check the value of an option of a verb; text, such as a file name, stays unchanged.
 
         Raises:
-            LightPeftError: it is of another type.
+            LightPeftError: the value has another type.
         """
         return given if self.type is str else convert(self.plain(given), self.type, self.name)
 
     def plain(self, given: Any, known: Iterable[str] = ()) -> Any:
-        """What was given for it, as plain data.
+        """Convert the words of the option to plain data.
 
         Args:
             given: a word, a list of words, or True for a flag.
-            known: all options that there are.
+            known: all options of the parser, for a hint in the error.
 
         Raises:
-            LightPeftError: it takes the settings of a section, and these are none.
+            LightPeftError: the option takes the settings of a section, and the word is no such.
         """
         if not isinstance(given, str):
             return given
         if self.type is LightConfig:
-            return light_of(given)
+            return read_light(given)
         is_section = dataclasses.is_dataclass(self.type)
-        return section_of(given, self.target, known) if is_section else value_of(given, self.type)
+        return read_section(given, self.target, known) if is_section else value_of(given, self.type)
 
 
 def one_of(values: Iterable[str]) -> Any:
-    """The type of what is one of some words."""
+    """Make the type of a value that must be one of some words."""
     return Literal.__getitem__(tuple(values))
 
 
 class Help(Action):
-    """An option that shows the help of a parser and ends the command."""
+    """An option that prints the help of a parser and ends the command."""
 
     def __init__(
         self, option_strings: Sequence[str], dest: str, *, of: Callable[[], ArgumentParser], help: str
@@ -121,20 +121,20 @@ class Help(Action):
 
 
 class Parser(ArgumentParser):
-    """argparse's parser, with what is wrong as an exception."""
+    """argparse's parser, with errors as exceptions instead of usage and exit."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print below the usage."""
+        """Raise `LightPeftError` with the line that argparse would print below the usage."""
         raise LightPeftError(message)
 
     def words(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """What was given on a command line, by the options' names: text, lists of text, or True for flags.
+        """Parse a command line into option name -> text, list of texts, or True for flags.
 
         Raises:
-            LightPeftError: an option that does not exist, or lacks its value.
+            LightPeftError: an option does not exist, or its value is missing.
         """
         given, unknown = self.parse_known_intermixed_args(list(arguments))
         if unknown:
@@ -143,39 +143,43 @@ class Parser(ArgumentParser):
 
     @property
     def known(self) -> list[str]:
-        """All options that there are."""
+        """The names of all options of the parser."""
         return options_of(self)
 
 
 def value_of(word: str, wanted: Any) -> Any:
-    """A word as plain data: as it is where text is wanted, and else what YAML reads in it."""
-    parts = _options(wanted)
+    """Convert a word to plain data: unchanged where the type is text, else as YAML reads it."""
+    parts = _union_parts(wanted)
     if all(part in (str, NoneType) or typing.get_origin(part) is Literal for part in parts):
         return None if word == "null" and NoneType in parts else word
     try:
         return parse_yaml(word, word)
     except LightPeftError:
-        return word  # which is refused where the value is checked
+        return word  # the check of the value refuses it with a better message
 
 
-def section_of(word: str, name: str, known: Iterable[str]) -> dict[str, Any]:
-    """The settings of a whole section, as YAML or in a file of it."""
+def read_section(word: str, name: str, known: Iterable[str]) -> dict[str, Any]:
+    """Read the settings of a whole section from a word: YAML, or the name of a YAML file.
+
+    Args:
+        known: all options of the parser, for a hint in the error.
+    """
     value = value_of(word, dict)
     if isinstance(value, dict):
         return value
     if not Path(word).is_file():
         meant = meant_option(name, list(known))
-        raise LightPeftError(f"--{name} takes a YAML file, and {word} is none; did you mean {meant}?")
+        raise LightPeftError(f"--{name} takes YAML or a YAML file, and {word} is neither; did you mean {meant}?")
     return load_yaml(word)
 
 
-def light_of(word: str) -> dict[str, Any]:
-    """The settings of `light` from one word: a short form of them, YAML, or a file of it."""
+def read_light(word: str) -> dict[str, Any]:
+    """Read the settings of `light` from a word: an amount, a preset, YAML, or the name of a YAML file."""
     return load_yaml(word) if Path(word).is_file() else light_mapping(value_of(word, dict))
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by dotted names as a tree; what a name stands for comes before what is in it."""
+    """Turn values by dotted names into a tree; a section must come before the names inside it."""
     tree: dict[str, Any] = {}
     for name, value in values.items():
         *sections, key = name.split(".")
@@ -188,11 +192,11 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-# -- how they are shown ------------------------------------------------------------------------------------------
+# -- help text --------- ------------------------------------------------------------------------------------------
 
 
-def _options(wanted: Any) -> tuple[Any, ...]:
-    """The parts of a union; of any other type, itself."""
+def _union_parts(wanted: Any) -> tuple[Any, ...]:
+    """Return the parts of a union; a tuple of the type itself for any other type."""
     origin = typing.get_origin(wanted)
     return (wanted,) if origin in (None, list, tuple, dict, Literal) else typing.get_args(wanted)
 
@@ -205,36 +209,36 @@ def _metavar(option: Option) -> str | None:
 
 
 def _choices(wanted: Any) -> list[str]:
-    """All values that a type has; empty: there is no end of them."""
-    parts = [_CHOICES.get(part, typing.get_args(part)) for part in _options(wanted)]
-    named = all(part in _CHOICES or typing.get_origin(part) is Literal for part in _options(wanted))
+    """List all values of a type as text; empty for a type with any number of values."""
+    parts = [_CHOICES.get(part, typing.get_args(part)) for part in _union_parts(wanted)]
+    named = all(part in _CHOICES or typing.get_origin(part) is Literal for part in _union_parts(wanted))
     return [str(choice) for part in parts for choice in part] if named else []
 
 
 _CHOICES: dict[Any, tuple[str, ...]] = {bool: ("true", "false"), NoneType: ("null",)}
 
 
-def _described(option: Option) -> str:
-    """The help with the type, where it is not plain from the choices, and the default."""
+def _help_text(option: Option) -> str:
+    """Return the help text with the type, where choices do not show it, and the default."""
     if option.flag or dataclasses.is_dataclass(option.type):
         return option.help
     facts = [] if option.type is str or _choices(option.type) else [f"type: {type_name(option.type)}"]
-    if option.default not in (None, "") or NoneType in _options(option.type):
+    if option.default not in (None, "") or NoneType in _union_parts(option.type):
         facts.append(f"default: {shown_default(option)}")
     return f"{option.help} ({', '.join(facts)})" if facts else option.help
 
 
 def shown_default(option: Option) -> str:
-    """What holds without an option, as YAML has it."""
+    """Return the default of an option as YAML."""
     return str(yaml.safe_dump(option.default, default_flow_style=True, allow_unicode=True).splitlines()[0])
 
 
 def type_name(wanted: Any) -> str:
-    """A type as help shows it: int, list[str] | null, float | auto."""
-    return " | ".join(_name(part) for part in _options(wanted))
+    """Return a type as help shows it: int, list[str] | null, float | auto."""
+    return " | ".join(_part_name(part) for part in _union_parts(wanted))
 
 
-def _name(part: Any) -> str:
+def _part_name(part: Any) -> str:
     if typing.get_origin(part) is dict:
         return "mapping"
     return " | ".join(_choices(part)) or (str(part) if typing.get_origin(part) else part.__name__)

@@ -1,4 +1,4 @@
-"""What the command line shows: tables and lines on standard output, warnings on stderr."""
+"""Output of the command line: tables and lines on standard output, warnings on stderr."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class _Screen(Console):
     """Standard output for tables and lines."""
 
     def say(self, text: str) -> None:
-        """A line as it is, however long."""
+        """Print a line unchanged, without wrapping it or reading markup."""
         self.print(text, markup=False, soft_wrap=True)
 
     def warn(self, lines: Sequence[str]) -> None:
-        """What there is to worry about, on stderr."""
+        """Print each line on stderr as a warning, unless the screen is quiet."""
         for line in lines if not self.quiet else ():
             print_line(f"warning: {line}")
 

@@ -22,11 +22,11 @@ from lightpeft.errors import require
 
 SOURCES = (
     Option("--config", "YAML file with settings."),
-    Option("--run", "Folder of a run to go on with; its own config.yaml holds."),
-    Option("--print_config", "Show all settings as YAML, as they would be, and exit.", flag=True, rare=True),
+    Option("--run", "Folder of a run to continue, with the settings of its config.yaml."),
+    Option("--print_config", "Print the resulting settings as YAML and exit.", flag=True, rare=True),
 )
-"""Where settings come from before options go on top, and how they are shown."""
-USUAL = (
+"""Options that name where settings come from, which other options override, and the one that prints them."""
+COMMON_SETTINGS = (
     "--model.name",
     "--data.train",
     "--data.columns",
@@ -34,24 +34,30 @@ USUAL = (
     "--light",
     "--training.epochs",
 )
-"""The settings that people need, in the order of `--help`; `--help-all` shows the others."""
+"""The common settings, in the order of `--help`; `--help-all` shows the others."""
 
 
 def run_config(given: dict[str, Any]) -> RunConfig:
-    """The run that is asked for: the settings of `--run` or of `--config`, with the options on top."""
+    """Return the settings of a run with defaults: those of `--run` or `--config`, overridden by the options."""
     return run_config_from_dict(run_settings(given))
 
 
 def run_settings(given: dict[str, Any]) -> dict[str, Any]:
-    """The same as far as they are given, nested, before defaults."""
+    """Return the settings of `--run` or `--config`, overridden by the options: nested, without defaults."""
     from lightpeft.app.folders.run_folder import stored_settings
 
     above = dict(given)
     file, folder = above.pop("config", None), above.pop("run", None)
-    require(not (file and folder), "give --config or --run, not both: a run folder has its own config.yaml")
+    require(
+        not (file and folder),
+        "--config and --run exclude each other: a run folder has its own config.yaml; give one of them",
+    )
     below: dict[str, Any] = {}
     if folder is not None:
-        require((Path(folder) / "config.yaml").is_file(), f"{folder} is not a run folder: it has no config.yaml")
+        require(
+            (Path(folder) / "config.yaml").is_file(),
+            f"{folder} is not a run folder: it has no config.yaml; give the --output of a run",
+        )
         below = {**stored_settings(Path(folder)), "output": str(folder)}
     elif file is not None:
         below = load_yaml(file)
@@ -59,7 +65,7 @@ def run_settings(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_config(given: dict[str, Any]) -> None:
-    """Show all settings as YAML, as they would be."""
+    """Print the resulting settings of a run as YAML."""
     print(yaml.safe_dump(dataclasses.asdict(run_config(given)), sort_keys=False, allow_unicode=True), end="")  # noqa: T201
 
 
@@ -68,14 +74,14 @@ def print_config(given: dict[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Options that belong together."""
+    """A group of options under one heading of `--help-all`."""
 
     title: str
     options: Sequence[Option]
 
 
 def sections(arguments: Sequence[str] = (), without: Collection[str] = ()) -> list[Section]:
-    """Options for all settings of a run.
+    """List the options for all settings of a run, by section.
 
     Args:
         arguments: a command line, which may name keys of settings that are mappings, such as --peft.use_dora.
@@ -85,8 +91,8 @@ def sections(arguments: Sequence[str] = (), without: Collection[str] = ()) -> li
     return [first, *inner]
 
 
-def _keys(options: Sequence[Option], arguments: Sequence[str]) -> list[Option]:
-    """Options for keys of mappings, as far as a command line names them."""
+def _key_options(options: Sequence[Option], arguments: Sequence[str]) -> list[Option]:
+    """Make an option for each key of a mapping that a command line names, such as --peft.r."""
     written = dict.fromkeys(word.partition("=")[0] for word in arguments)
     mappings = [option for option in options if option.has_keys]
     return [
@@ -100,24 +106,24 @@ def _keys(options: Sequence[Option], arguments: Sequence[str]) -> list[Option]:
 def sections_of(
     name: str, usual: Any, arguments: Sequence[str] = (), without: Collection[str] = ()
 ) -> Iterator[Section]:
-    """The options of a section, and of those that are in it: first one for the whole, then one a field.
+    """Yield a section and those inside it, each with an option for the whole section and one for each field.
 
     Args:
-        name: dotted; empty: the run itself, which has none for the whole.
-        usual: the section where nobody says anything.
+        name: dotted name of the section; empty: the run itself, which has no option for the whole.
+        usual: the section with its default values.
     """
     cls = type(usual)
     fields = [each for each in dataclasses.fields(cls) if each.name not in without]
     inner = [each.name for each in fields if dataclasses.is_dataclass(_hint(cls, each.name))]
     prefix = f"{name}." if name else ""
     own = [_option(usual, each.name, prefix) for each in fields if each.name not in inner]
-    whole = [Option(f"--{name}", _whole(cls), type=cls)] if name else []
-    yield Section(_title(cls), [*whole, *own, *_keys(own, arguments)])
+    whole = [Option(f"--{name}", _section_help(cls), type=cls)] if name else []
+    yield Section(_title(cls), [*whole, *own, *_key_options(own, arguments)])
     for each in inner:
         yield from sections_of(f"{prefix}{each}", getattr(usual, each), arguments)
 
 
-def _whole(cls: Any) -> str:
+def _section_help(cls: Any) -> str:
     section = "all of this section, as YAML or in a YAML file."
     amount = "Part of the blocks to remove such as 0.4, auto, a preset's name, or"
     return f"{amount} {section}" if cls is LightConfig else f"A{section[1:]}"
@@ -125,7 +131,7 @@ def _whole(cls: Any) -> str:
 
 def _option(usual: Any, field: str, prefix: str) -> Option:
     name, cls = f"{prefix}{field}", cast(Any, type(usual))
-    return Option(f"--{name}", _documented(cls)[field], _hint(cls, field), getattr(usual, field))
+    return Option(f"--{name}", _field_docs(cls)[field], _hint(cls, field), getattr(usual, field))
 
 
 def _title(cls: Any) -> str:
@@ -142,11 +148,11 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 
 @cache
-def _documented(cls: type) -> dict[str, str]:
-    """Field -> the string below it in the class, on one line; fields of base classes included."""
+def _field_docs(cls: type) -> dict[str, str]:
+    """Map each field of a class, inherited ones included, to the docstring below it, on one line."""
     if cls is object:
         return {}
-    found = {name: text for base in reversed(cls.__bases__) for name, text in _documented(base).items()}
+    found = {name: text for base in reversed(cls.__bases__) for name, text in _field_docs(base).items()}
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     body = node.body if isinstance(node, ast.ClassDef) else []
     for field, below in pairwise(body):

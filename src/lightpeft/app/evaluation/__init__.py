@@ -1,1 +1,1 @@
-"""What a model answers, how good that is, and how sure one can be."""
+"""Evaluation: a model's answers, metrics with confidence intervals, and comparisons."""

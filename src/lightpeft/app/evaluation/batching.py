@@ -1,4 +1,4 @@
-"""How many rows go through a model at once, and fewer if that was too many."""
+"""The number of rows in a forward pass, halved when memory runs out."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from lightpeft.compat.accelerate import clear_device_cache, should_reduce_batch_
 
 T = TypeVar("T")
 
-_ROWS, _TOKENS = 32, 2**14
-"""At once on a CPU, at most: a few cores are busy with that many rows, and more no longer fit their caches."""
-_ROWS_ON_ACCELERATORS, _TOKENS_ON_ACCELERATORS = 256, 2**18
+_CPU_ROWS, _CPU_TOKENS = 32, 2**14
+"""Most rows and tokens of a batch on a CPU: they keep a few cores busy, and more do not fit into the caches."""
+_ACCELERATOR_ROWS, _ACCELERATOR_TOKENS = 256, 2**18
 
 
 def usual_batch_size(device: torch.device, longest: int) -> int:
-    """Rows of a batch, if nobody says how many.
+    """Return the default batch size, in rows.
 
     Args:
         longest: tokens of the longest row.
     """
     on_cpu = device.type == "cpu"
-    rows, tokens = (_ROWS, _TOKENS) if on_cpu else (_ROWS_ON_ACCELERATORS, _TOKENS_ON_ACCELERATORS)
+    rows, tokens = (_CPU_ROWS, _CPU_TOKENS) if on_cpu else (_ACCELERATOR_ROWS, _ACCELERATOR_TOKENS)
     return max(1, min(rows, tokens // max(1, longest)))
 
 
 def in_batches(
     rows: Sequence[int], compute: Callable[[Sequence[int]], T], batch_size: int
 ) -> Iterator[tuple[Sequence[int], T]]:
-    """What `compute` gives for all rows in turn, `batch_size` at once.
+    """Apply `compute` to all rows in batches of `batch_size`.
 
-    A batch that doesn't fit into memory is halved, and so are all that follow.
+    A batch that does not fit into memory is halved, and so are all later ones.
 
     Yields:
-        The rows of a batch, and what was computed for them.
+        The rows of a batch, and the result of `compute` for them.
 
     Raises:
-        RuntimeError, MemoryError: a single row doesn't fit, or `compute` failed for another reason.
+        RuntimeError, MemoryError: a single row does not fit, or `compute` failed for another reason.
     """
     start = 0
     while start < len(rows):
@@ -53,7 +53,7 @@ def in_batches(
             yield batch, result
             start += len(batch)
             continue
-        clear_device_cache(garbage_collection=True)  # here, where the error no longer holds on to tensors
+        clear_device_cache(garbage_collection=True)  # only here: inside `except` the error still holds tensors
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -1,4 +1,4 @@
-"""Texts that a causal language model writes behind prompts."""
+"""Text generation with a causal language model, by greedy search."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ def generate_texts(
     batch_size: int | None = None,
     autocast: torch.dtype | None = None,
 ) -> list[str]:
-    """What the model says is most probable at every token (greedy search), up to its end token.
+    """Generate one text per prompt by greedy search, up to the end token.
 
     Args:
-        model: in evaluation mode.
-        prompts: tokens of each prompt, at least one.
-        tokenizer: with a padding token.
-        max_new_tokens: tokens of a text at most.
-        one_line: end a text where its first line ends, too.
-        batch_size: prompts at once; None: as many as are usual on the device.
-        autocast: half precision to compute in; None: that of the weights.
+        model: a model in evaluation mode.
+        prompts: token ids of each prompt, at least one id.
+        tokenizer: a tokenizer with a padding token.
+        max_new_tokens: most tokens of a text.
+        one_line: True to end a text at its first line end.
+        batch_size: prompts per batch; None: the default of the device.
+        autocast: half precision to compute in; None: the dtype of the weights.
 
     Returns:
-        One text a prompt, without special tokens and surrounding space.
+        One text per prompt, without special tokens and surrounding space.
 
     Raises:
-        LightPeftError: a token was picked of logits that are NaN or infinite.
+        LightPeftError: the logits of a chosen token are NaN or infinite.
     """
-    config = _greedy(model, tokenizer, max_new_tokens, one_line)
+    config = _greedy_config(model, tokenizer, max_new_tokens, one_line)
     device = next(model.parameters()).device
 
     def compute(rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         ids = {"input_ids": [list(prompts[row]) for row in rows]}
-        # whatever side the tokenizer pads on, a prompt must end where the text begins
+        # left, whatever side the tokenizer pads: the text must follow its prompt directly
         batch = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(device)
-        seen = _Finite()
+        seen = _FiniteCheck()
         with without_graph(model), autocasting(device, autocast):
             written = model.generate(**batch, generation_config=config, logits_processor=[seen])
         return written[:, batch["input_ids"].shape[1] :].cpu(), seen.finite.cpu()
@@ -65,27 +65,27 @@ def generate_texts(
     texts, finite = [""] * len(prompts), [True] * len(prompts)
     for rows, (written, numbers) in bars.progress(batches, math.ceil(len(prompts) / size), "Generating"):
         for row, ids, number in zip(rows, written, numbers, strict=True):
-            texts[row], finite[row] = _text(ids, tokenizer, one_line), bool(number)
+            texts[row], finite[row] = _decode(ids, tokenizer, one_line), bool(number)
     require_finite(finite)
     return texts
 
 
-class _Finite(LogitsProcessor):
-    """Sees whether tokens are picked of numbers; the largest logit tells, and others may be minus infinity."""
+class _FiniteCheck(LogitsProcessor):
+    """Record if the logits are finite. The largest logit decides, since others may be minus infinity."""
 
     def __init__(self) -> None:
         self.finite = torch.tensor(True)
-        """Bool [rows]."""
+        """Bool [rows]: False if a chosen token had logits that are NaN or infinite."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.finite = self.finite.to(scores.device) & scores.amax(-1).isfinite()
         return scores
 
 
-def _greedy(
+def _greedy_config(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, one_line: bool
 ) -> GenerationConfig:
-    """Greedy search, whatever the checkpoint's own settings are; they add their end tokens only."""
+    """Return the settings of greedy search, with the checkpoint's end tokens and none of its other settings."""
     ends = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     if one_line:
@@ -105,11 +105,11 @@ def _greedy(
 
 
 def line_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens with a line end in them; in every tokenizer a line end is in a single token."""
+    """Return the ids of tokens that contain a line end."""
     tokens = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     return {token for token, text in enumerate(tokens) if LINE_END in text}
 
 
-def _text(ids: Tensor, tokenizer: PreTrainedTokenizerBase, one_line: bool) -> str:
+def _decode(ids: Tensor, tokenizer: PreTrainedTokenizerBase, one_line: bool) -> str:
     text: str = tokenizer.decode(ids, skip_special_tokens=True)
     return (text.partition(LINE_END)[0] if one_line else text).strip()

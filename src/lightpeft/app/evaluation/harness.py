@@ -1,7 +1,7 @@
-"""lm-evaluation-harness on a live model: nothing is exported, and the harness's own task files say what is asked.
+"""Evaluate a live model with lm-evaluation-harness, by the harness's own task files; nothing is exported.
 
-The harness gives one number a document and metric. They become `Answers`, so that its tasks get the same intervals and
-paired tests as lightpeft's own.
+The harness returns one number per document and metric. They become `Answers`, so that its tasks get the same intervals
+and paired tests as lightpeft's own.
 """
 
 from __future__ import annotations
@@ -27,41 +27,41 @@ from lightpeft.models.unwrap import transformers_model
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-MISSING = "the evaluation harness is not installed; pip install 'lightpeft[harness]'"
+NOT_INSTALLED = "lm-evaluation-harness is not installed; pip install 'lightpeft[harness]'"
 CPU_BATCH_SIZE = 8
-"""Requests a forward pass on a CPU, which larger batches keep no busier."""
+"""Requests per forward pass on a CPU; larger batches are no faster there."""
 
 
 @dataclass(frozen=True)
 class HarnessScores:
-    """What a model got in one task (or group of tasks) of the harness."""
+    """Scores of a model in one task, or group of tasks, of the harness."""
 
     metrics: dict[str, float]
-    """By the harness's name; of a filtered answer `name,filter`."""
+    """Metric by the harness's name; `name,filter` for filtered answers."""
     intervals: dict[str, Interval | None]
-    """95%: bootstrap where the metric is the mean of one number a document; else normal, from the harness's standard
-    error; None where it gives none."""
+    """95% intervals: bootstrap if the metric is a mean over documents; else normal, from the harness's standard error;
+    None without one."""
     examples: int
-    """Documents."""
+    """Number of documents."""
     num_fewshot: int | None
-    """Solved examples in the prompt; None for a group."""
+    """Number of solved examples in the prompt; None for a group."""
     answers: Answers
-    """One mapping of such numbers a document, with the document's hash as reference; empty for a group."""
+    """Per document, a prediction (metric -> number) and its hash as the reference; empty for a group."""
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the answers, as a report has it."""
+        """Return all fields but the answers, for a report."""
         names = ("metrics", "intervals", "examples", "num_fewshot")
         return {name: getattr(self, name) for name in names}
 
 
-def by_document(answers: Answers) -> dict[str, np.ndarray]:
-    """Scores of a `HarnessScores.answers` for `MEANS`."""
+def document_scores(answers: Answers) -> dict[str, np.ndarray]:
+    """Return metric -> float [documents], from `HarnessScores.answers`."""
     names = answers.predictions[0] if len(answers) else {}
     return {name: np.array([scores[name] for scores in answers.predictions], dtype=float) for name in names}
 
 
-MEANS = MeanMetric(by_document)
-"""The metrics of a harness task that are means over documents."""
+DOCUMENT_MEANS = MeanMetric(document_scores)
+"""Metrics of a harness task that are means over documents."""
 
 
 def run_harness(
@@ -83,34 +83,34 @@ def run_harness(
         tasks: names of tasks, groups or tags of the harness or of `include_path`, or paths of task files.
         include_path: folder with task files (YAML) of your own. They may name Python functions, which are then run.
         num_fewshot: solved examples in the prompt; None: what each task says.
-        limit: so many documents a task or, below 1, that part of them; None: all.
-        batch_size: requests a forward pass; None: on an accelerator as many as the harness finds to fit, else 8.
-        seed: of the choice of solved examples.
+        limit: most documents per task or, below 1, their share; None: all.
+        batch_size: requests per forward pass; None: on an accelerator the most that fit, else 8.
+        seed: seed of the choice of solved examples.
 
     Returns:
-        Name of every task, and of every group that has metrics of its own -> its scores.
+        Name of a task, or of a group with metrics of its own -> its scores.
 
     Raises:
-        LightPeftError: the harness is not installed, the model generates no text, or a task is unknown or its data set
-            not at hand.
+        LightPeftError: the harness is not installed, the model cannot generate text, a task is unknown, or a data set
+            cannot be read.
     """
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise LightPeftError(MISSING) from error
+        raise LightPeftError(NOT_INSTALLED) from error
     inner = transformers_model(model)
     require(
         inner.can_generate(),
-        f"lm-evaluation-harness needs a language model, and {type(inner).__name__} is none; "
+        f"lm-evaluation-harness needs a language model, and {type(inner).__name__} is not one; "
         "evaluate it on its own task, without --harness",
     )
-    require(tasks, "the harness has nothing to do; name its tasks: --tasks arc_easy,piqa")
-    require(num_fewshot is None or num_fewshot >= 0, f"num_fewshot is {num_fewshot}; it cannot be negative")
-    require(limit is None or limit > 0, f"limit is {limit}; it is a number of documents, or a part of them below 1")
+    require(tasks, "no tasks of lm-evaluation-harness are given; name some: --tasks arc_easy,piqa")
+    require(num_fewshot is None or num_fewshot >= 0, f"num_fewshot is {num_fewshot}; set it to 0 or more")
+    require(limit is None or limit > 0, f"limit is {limit}; set it to a number of documents, or to a share below 1")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _task_manager(tasks, include_path)
-    specs = _load(manager, tasks)
+    specs = _load_tasks(manager, tasks)
     report = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or _batch_size(inner)),
         tasks=specs,
@@ -129,7 +129,7 @@ def run_harness(
 
 
 def _batch_size(model: PreTrainedModel) -> int | str:
-    """Trying out what fits takes an accelerator, which says so where it does not."""
+    """Return "auto" on an accelerator, whose out-of-memory errors the harness tries out; a constant on a CPU."""
     return CPU_BATCH_SIZE if model.device.type == "cpu" else "auto"
 
 
@@ -137,36 +137,36 @@ def _batch_size(model: PreTrainedModel) -> int | str:
 
 
 def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> TaskManager:
-    """The index of task files; the harness's own thousands are read only if a task is not among the user's."""
+    """Return the index of task files; the harness's own thousands are read only if the user's lack a task."""
     from lm_eval.tasks import TaskManager
 
     folder = Path(include_path) if include_path is not None else None
-    require(folder is None or folder.is_dir(), f"include_path {folder} is not a folder of task files")
+    require(folder is None or folder.is_dir(), f"include_path {folder} is not a folder; give a folder of task files")
     own = TaskManager(include_path=folder, include_defaults=False)
     if all(name in own.all_tasks or Path(name).is_file() for name in tasks):
         return own
     manager = TaskManager(include_path=folder)
     for name in tasks:
         if name not in manager.all_tasks and not Path(name).is_file():
-            raise LightPeftError(_unknown(name, manager.all_tasks))
+            raise LightPeftError(_unknown_task(name, manager.all_tasks))
     return manager
 
 
-def _unknown(name: str, known: Sequence[str]) -> str:
+def _unknown_task(name: str, known: Sequence[str]) -> str:
     meant = nearest(name, known)
     hint = f"did you mean {meant}?" if meant else "give the folder of your own tasks: --include_path"
     return f'lm-evaluation-harness has no task "{name}"; {hint}'
 
 
-def _load(manager: TaskManager, names: Sequence[str]) -> list[Any]:
-    """The groups and tasks with their data sets, which is where reading data may fail."""
+def _load_tasks(manager: TaskManager, names: Sequence[str]) -> list[Any]:
+    """Load groups and tasks with their data sets; a data set that cannot be read raises `LightPeftError`."""
     try:
         loaded = manager.load(list(names))
     except (DatasetsError, OSError, ValueError) as error:
         reason = one_line(error, 200)
         raise LightPeftError(
-            f"a data set of {', '.join(names)} cannot be read ({reason}); without a network its files must be in the "
-            "cache of datasets (HF_HOME), or a task file of your own must name local files"
+            f"a data set of {', '.join(names)} cannot be read ({reason}); offline, put its files into the "
+            "cache of datasets (HF_HOME), or name local files in a task file of your own"
         ) from error
     inside = {child for children in loaded.get("group_map", {}).values() for child in children}
     return [item for kind in ("groups", "tasks") for name, item in loaded.get(kind, {}).items() if name not in inside]
@@ -176,12 +176,12 @@ def _load(manager: TaskManager, names: Sequence[str]) -> list[Any]:
 
 
 def _task_scores(report: Mapping[str, Any], task: str) -> HarnessScores:
-    metrics, errors = _values(report["results"][task])
+    metrics, errors = _split_metrics(report["results"][task])
     answers = _answers(report["samples"][task], metrics)
-    intervals = {name: _normal(metrics[name], errors.get(name)) for name in metrics}
+    intervals = {name: _normal_interval(metrics[name], errors.get(name)) for name in metrics}
     return HarnessScores(
         metrics,
-        intervals | bootstrap_intervals(answers, MEANS),
+        intervals | bootstrap_intervals(answers, DOCUMENT_MEANS),
         len(answers),
         report["n-shot"].get(task),
         answers,
@@ -189,33 +189,33 @@ def _task_scores(report: Mapping[str, Any], task: str) -> HarnessScores:
 
 
 def _group_scores(values: Mapping[str, Any]) -> HarnessScores:
-    metrics, errors = _values(values)
-    intervals = {name: _normal(metrics[name], errors.get(name)) for name in metrics}
+    metrics, errors = _split_metrics(values)
+    intervals = {name: _normal_interval(metrics[name], errors.get(name)) for name in metrics}
     return HarnessScores(metrics, intervals, int(values.get("sample_len", 0)), None, Answers([], []))
 
 
-def _values(results: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
-    """Metrics and their standard errors out of keys such as `acc,none` and `acc_stderr,none`."""
+def _split_metrics(results: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return metrics and their standard errors from keys such as `acc,none` and `acc_stderr,none`."""
     metrics: dict[str, float] = {}
     errors: dict[str, float] = {}
     for key, value in results.items():
         name, comma, kind = key.partition(",")
         if comma and isinstance(value, Real):
             target = errors if name.endswith("_stderr") else metrics
-            target[_name(name.removesuffix("_stderr"), kind)] = float(value)
+            target[_metric_name(name.removesuffix("_stderr"), kind)] = float(value)
     return metrics, errors
 
 
-def _name(metric: str, kind: str) -> str:
+def _metric_name(metric: str, kind: str) -> str:
     return metric if kind == "none" else f"{metric},{kind}"
 
 
 def _answers(samples: Sequence[Mapping[str, Any]], metrics: Mapping[str, float]) -> Answers:
-    """Numbers of every document, in order, of the metrics that are their means."""
+    """Return the numbers of every document, in order, for metrics that are means over documents."""
     documents: dict[int, dict[str, Any]] = {}
     hashes: dict[int, str] = {}
     for sample in samples:
-        scores = {_name(name, sample["filter"]): sample[name] for name in sample["metrics"]}
+        scores = {_metric_name(name, sample["filter"]): sample[name] for name in sample["metrics"]}
         documents.setdefault(sample["doc_id"], {}).update(scores)
         hashes[sample["doc_id"]] = sample["doc_hash"]
     order = sorted(documents)
@@ -227,7 +227,7 @@ def _is_mean(values: Sequence[Any], reported: float) -> bool:
     return all(isinstance(value, Real) for value in values) and bool(np.isclose(np.mean(values), reported))
 
 
-def _normal(value: float, error: float | None) -> Interval | None:
+def _normal_interval(value: float, error: float | None) -> Interval | None:
     if error is None or not np.isfinite(error):
         return None
     width = float(norm.ppf((1 + LEVEL) / 2)) * error

@@ -1,4 +1,4 @@
-"""A linear probe: what a logistic regression on the untouched base's states gets, where training rows are few."""
+"""A linear probe: logistic regression on the base model's hidden states, a baseline for runs with few rows."""
 
 from __future__ import annotations
 
@@ -28,97 +28,100 @@ from lightpeft.console.progress import exact_duration
 from lightpeft.errors import require
 from lightpeft.models.task_heads import CLASSIFICATION, is_decoder
 
-FEW = 1000
-"""Training rows from which on a run does without."""
-_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Of LogisticRegression's C, of which cross-validation picks one."""
+FEW_ROWS = 1000
+"""Runs with this many training rows or more have no linear probe."""
+_C_VALUES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Candidates for C of LogisticRegression; cross-validation chooses one."""
 _FOLDS = 5
-_SURE = 1e-12
-"""The least probability: a class that no training row has still has a finite loss."""
+_LEAST_PROBABILITY = 1e-12
+"""Lower bound of probabilities, so that a class without training rows has a finite loss."""
 
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """What was measured of one."""
+    """Scores of a linear probe."""
 
     scores: Scores
     seconds: float
     rows: int
-    """It was trained on."""
+    """Number of its training rows."""
 
     def facts(self) -> dict[str, Any]:
-        """What metrics.json says of it."""
+        """Return the entry `linear_probe` of metrics.json."""
         return {"metrics": self.scores.metrics, "intervals": self.scores.intervals, "seconds": round(self.seconds, 3)}
 
     def doubts(self, run: Scores, task: Task) -> Iterator[str]:
-        """A line, where the run is no better."""
+        """Yield a warning if the run's main metric is no better than the probe's."""
         name = task.main_metric
         own, trained = self.scores.metrics[name], run.metrics[name]
         if own <= trained if name in LOWER_IS_BETTER else own >= trained:
-            what = f"a linear probe of the untouched base is as good: {name} {own:.4f} beside the run's {trained:.4f}"
-            yield f"{what}, from {self.rows} training rows in {exact_duration(self.seconds)}; use that, or more rows"
+            what = f"a linear probe of the base model is as good: {name} {own:.4f}, the run {trained:.4f}"
+            yield f"{what}, from {self.rows} rows in {exact_duration(self.seconds)}; use it, or label more rows"
 
 
 def is_probed(task: Task, config: PretrainedConfig) -> bool:
-    """Whether a run has a probe beside it: an encoder with a head tells texts apart that it learned from few rows."""
+    """Return True if a run gets a linear probe: an encoder that classifies, with fewer than `FEW_ROWS` rows."""
     encoder = not is_decoder(config) and not config.is_encoder_decoder
-    return task.head == CLASSIFICATION and encoder and len(task.train) < FEW
+    return task.head == CLASSIFICATION and encoder and len(task.train) < FEW_ROWS
 
 
 def linear_probe(asked: BatchedModel, base: PreTrainedModel, task: Task, train: Dataset, test: Dataset) -> LinearProbe:
-    """Train and measure one.
+    """Train and measure a linear probe.
 
-    Texts are the means of the last hidden states over their tokens; how strongly weights are held small is chosen by
-    cross-validation on the training rows, with a fixed seed.
+    The features of a text are the mean of its last hidden states over tokens; cross-validation on the training rows,
+    with a fixed seed, chooses the regularization C.
 
     Args:
-        asked: how rows are fed to a model.
-        base: the untouched base with any head, which is left out.
-        train: what `task.encode` made of the rows to train on.
-        test: what `task.encode_test` made of the rows to measure on.
+        asked: a batched model, with the collator and batch size to use.
+        base: the base model; its head is left out.
+        train: training rows, encoded by `task.encode`.
+        test: test rows, encoded by `task.encode_test`.
 
     Raises:
-        LightPeftError: the base has no finite state for each token.
+        LightPeftError: the hidden states do not match the tokens, or are NaN or infinite.
     """
     started = time.perf_counter()
     asked = replace(asked, model=base.base_model)
-    fitted = _fitted(_embedded(asked, train), train["labels"][:])
-    probabilities = np.full((len(test), len(task.labels)), _SURE)
-    probabilities[:, fitted.classes_] = np.maximum(fitted.predict_proba(_embedded(asked, test)), _SURE)
-    scores = scores_of({"": task.answer(_Told(torch.from_numpy(probabilities).log()), test)}, task)
+    fitted = _fit_regression(_embed(asked, train), train["labels"][:])
+    probabilities = np.full((len(test), len(task.labels)), _LEAST_PROBABILITY)
+    probabilities[:, fitted.classes_] = np.maximum(fitted.predict_proba(_embed(asked, test)), _LEAST_PROBABILITY)
+    scores = scores_of({"": task.answer(_FixedLogits(torch.from_numpy(probabilities).log()), test)}, task)
     return LinearProbe(scores, time.perf_counter() - started, len(train))
 
 
-def _embedded(asked: BatchedModel, encoded: Dataset) -> np.ndarray:
-    """Means of the last hidden states over every row's tokens: float32 [rows, width]."""
+def _embed(asked: BatchedModel, encoded: Dataset) -> np.ndarray:
+    """Return the mean of the last hidden states over each row's tokens: float32 [rows, width]."""
     means = [torch.empty(0)] * len(encoded)
     for rows, batch, output in asked.outputs(encoded, "Embedding"):
         states = output[0].float()
         mask = batch["attention_mask"].to(states)
-        require(states.shape[:2] == mask.shape, "the base has no state for each token")
+        require(states.shape[:2] == mask.shape, "the base model does not return one hidden state per token")
         of_rows = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         for row, mean in zip(rows, of_rows.cpu(), strict=True):
             means[row] = mean
     embedded: np.ndarray = torch.stack(means).numpy()
-    require(np.isfinite(embedded).all(), "states of the base are NaN or infinite")
+    require(
+        np.isfinite(embedded).all(),
+        "hidden states of the base model are NaN or infinite; use model.dtype float32",
+    )
     return embedded
 
 
-def _fitted(embedded: np.ndarray, labels: Sequence[int]) -> Any:
-    """The regression, with the strength that tells most rows right that it was not fitted to."""
+def _fit_regression(embedded: np.ndarray, labels: Sequence[int]) -> Any:
+    """Return the logistic regression with the C of the best cross-validated accuracy."""
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    second = Counter(labels).most_common(2)[-1][1]  # so many folds leave two classes in each of the others
+    second = Counter(labels).most_common(2)[-1][1]  # with at most so many folds, every training part has two classes
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # classes rarer than folds, and fits that end before they are perfect
+        warnings.simplefilter("ignore")  # about classes rarer than folds, and fits that do not converge
         if second < 2:
             return model.fit(embedded, labels)
         folds = StratifiedKFold(min(_FOLDS, second), shuffle=True, random_state=0)
-        return GridSearchCV(model, {"logisticregression__C": _STRENGTHS}, cv=folds).fit(embedded, labels)
+        return GridSearchCV(model, {"logisticregression__C": _C_VALUES}, cv=folds).fit(embedded, labels)
 
 
 @dataclass(frozen=True)
-class _Told:
-    """Logits at hand as a `Respondent`, so that a task makes of them what it makes of a model's."""
+class _FixedLogits:
+    """A `Respondent` that returns fixed logits, so that a task scores them like those of a model."""
 
     logits: Tensor
 

@@ -1,4 +1,4 @@
-"""What a run makes of its model: milestones on one sample of test rows, and what there is to worry about, in words."""
+"""Milestones of a run: metrics at several moments, on one sample of test rows, and warnings about them."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ MILESTONES = (
     "at_full_width",
     "final",
 )
-"""Moments of a run, in order; the majority baseline is none, but what all of them are held against."""
-MOST_ROWS = 256
-"""Rows of the sample at most: an accuracy of so many is known to 6 points (95%), for four passes over few rows."""
-MOST_WRITTEN = 32
-"""The same where every answer is written token by token."""
-RAISED = 0.05
-"""Part by which a loss has to be higher to be called so: about the standard error of its mean over `MOST_ROWS` rows."""
+"""Moments of a run, in order, after the majority baseline, with which all are compared."""
+MOST_SAMPLED_ROWS = 256
+"""Most rows of the sample: the 95% interval of an accuracy is 6 points to each side, at little cost."""
+MOST_GENERATED_ROWS = 32
+"""Most rows of the sample if a model generates its answers token by token."""
+RAISED_LOSS = 0.05
+"""Relative rise of a loss that gives a warning: about the standard error of its mean over the sample."""
 LOWER_IS_BETTER = ("loss", "mse", "perplexity")
-"""Of all other metrics more is better."""
+"""Metrics of which less is better; of all others more is."""
 
 Metrics = dict[str, float]
 
@@ -48,38 +48,38 @@ Metrics = dict[str, float]
 
 
 def moment_behind(plan: PrunePlan) -> str | None:
-    """The moment behind surgery by a plan; None where that leaves the model as it was."""
+    """Return the milestone after surgery by a plan; None if the plan changes nothing."""
     if plan.cuts_blocks:
         return "after_pruning"
     return "after_pruning_modules" if plan.cuts_modules else None
 
 
 def sample(task: Task) -> Dataset:
-    """The test rows that a run is watched on, in their order; the same in every run."""
-    most = MOST_WRITTEN if task.writes else MOST_ROWS
+    """Return the sample of test rows for milestones, in their order; it is the same in every run."""
+    most = MOST_GENERATED_ROWS if task.writes else MOST_SAMPLED_ROWS
     drawn = torch.randperm(len(task.test), generator=torch.Generator().manual_seed(0))[:most]
     return task.test.select(sorted(drawn.tolist()))
 
 
 @dataclass
 class Watcher:
-    """Asks a model at some moments of a run, and keeps what it answered. No random number is drawn for that."""
+    """Evaluates a model at some moments of a run, and keeps the outcomes. It draws no random number."""
 
     task: Task
     rows: Dataset
-    """What `task.encode_test` made of the `sample`."""
+    """The `sample`, encoded by `task.encode_test`."""
     examples: int
-    """Rows of the sample."""
+    """Number of rows of the sample."""
     ask: Callable[[nn.Module], Respondent]
-    """How rows are fed to a model."""
+    """Wraps a model as a `Respondent`."""
     outcomes: dict[str, Outcome] = field(default_factory=dict)
-    """Name in `MILESTONES` -> what the model did then."""
+    """Name in `MILESTONES` -> outcome of the model at that moment."""
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
-    """What all this took, which is no part of a stage."""
+    """Time spent here, which does not count as part of a stage."""
 
     def look(self, name: str, model: nn.Module) -> None:
-        """Ask the model; what it cannot answer is a warning, and no reason to end a run."""
+        """Evaluate the model; a failure becomes a warning and does not end the run."""
         started = time.perf_counter()
         try:
             self.outcomes[name] = self.task.answer(self.ask(model), self.rows)
@@ -88,19 +88,19 @@ class Watcher:
         self.seconds += time.perf_counter() - started
 
     def facts(self) -> dict[str, Any]:
-        """What a stage leaves in the log: `milestones` (main metric, and the loss if there is one) and `warnings`."""
+        """Return the stage's log entry: `milestones` (main metric, and the loss if there is one) and `warnings`."""
         milestones = {name: milestone(of_then, self.task) for name, of_then in self.outcomes.items()}
         return {"milestones": milestones, "warnings": self.warnings}
 
 
 def milestone(of_then: Outcome, task: Task) -> Metrics:
-    """The main metric and, where there is one, the loss."""
+    """Return the main metric and, if there is one, the loss of an outcome; values that are not finite are left out."""
     values = values_of(of_then, task)
     return {name: values[name] for name in (task.main_metric, "loss") if math.isfinite(values.get(name, math.nan))}
 
 
 def majority_answers(answers: Answers) -> Answers | None:
-    """Always the answer that is right most often (of numbers, the mean); None where nothing is right or wrong."""
+    """Return the majority baseline: the most frequent reference (of numbers, the mean); None without references."""
     right = [_one_of(reference) for reference in answers.references]
     if None in right:
         return None
@@ -113,22 +113,22 @@ def majority_answers(answers: Answers) -> Answers | None:
 
 
 def majority_score(answers: Answers, task: Task) -> Metrics:
-    """The main metric of the majority baseline on the same examples; empty where there is none."""
+    """Return the main metric of the majority baseline on the same examples; empty without references."""
     constant, name = majority_answers(answers), task.main_metric
     return {} if constant is None else {name: task.score(constant)[name]}
 
 
 def _one_of(reference: Any) -> Any:
-    """One of the right answers; of a question that has none, the empty text."""
+    """Return the first right answer; "" for a question without one."""
     return reference if not isinstance(reference, list) else reference[0] if reference else ""
 
 
 def course(watcher: Watcher, earlier: Iterable[Mapping[str, Any]]) -> dict[str, Metrics]:
-    """Milestones of a whole run in order, as far as they are known: older logs say nothing of them.
+    """Return the known milestones of a whole run, in order; logs of older versions have none.
 
     Args:
-        watcher: that of the last stage.
-        earlier: log entries of the stages before.
+        watcher: the watcher of the last stage.
+        earlier: log entries of the earlier stages.
     """
     known = [entry["milestones"] for entry in earlier if isinstance(entry.get("milestones"), dict)]
     known.append(watcher.facts()["milestones"])
@@ -140,16 +140,16 @@ def course(watcher: Watcher, earlier: Iterable[Mapping[str, Any]]) -> dict[str, 
 
 # -- what is said of it --------------------------------------------------------------------------------------------
 
-REMEDY = "train longer (training.epochs) or at another learning rate, such as three times this one, or on more rows"
-MILDER = "train at a lower learning rate, or cut less (light.remove.blocks)"
-_RAISERS = {
+REMEDY = "train longer (training.epochs), with another learning rate (such as three times this one), or on more rows"
+MILDER = "use a lower learning rate, or cut less (light.remove.blocks)"
+_CUTS = {
     "after_pruning": ("the cut", "cut less (light.remove.blocks)"),
     "after_pruning_modules": (
         "the cut of PEFT modules",
         "keep more of them (light.modules)",
     ),
 }
-"""Milestone -> what went before it, and what makes it cost less."""
+"""Milestone -> the cut before it, and the remedy against its cost."""
 
 
 def notices(
@@ -158,16 +158,16 @@ def notices(
     answers: Answers,
     intervals: Mapping[str, Interval | None],
 ) -> dict[str, Any]:
-    """What metrics.json says of the course of a run.
+    """Return the milestones and warnings of a run, for metrics.json.
 
     Args:
-        watcher: that of the last stage, which looked at the result.
-        earlier: log entries of the stages before.
-        answers: of the result to all test rows.
-        intervals: of its metrics.
+        watcher: the watcher of the last stage, with the outcome `final`.
+        earlier: log entries of the earlier stages.
+        answers: the final model's answers to all test rows.
+        intervals: confidence intervals of its metrics.
 
     Returns:
-        `milestones` (`examples` of the sample, and `metrics` by name in `MILESTONES`) and `warnings`, a line each.
+        `milestones` (`examples`: rows of the sample; `metrics` by name in `MILESTONES`) and `warnings`, one line each.
     """
     milestones = course(watcher, earlier)
     noted = [entry["warnings"] for entry in (*earlier, watcher.facts()) if isinstance(entry.get("warnings"), list)]
@@ -178,63 +178,67 @@ def notices(
 
 
 def doubts(answers: Answers, task: Task, interval: Interval | None) -> Iterator[str]:
-    """What the answers to all test rows tell of any model: one class alone, or no better than the majority baseline.
+    """Yield warnings about a model's answers: all of one class, or no better than the majority baseline.
 
     Args:
-        interval: of the main metric; a model is better than a constant where all of it is.
+        answers: answers to all test rows.
+        interval: 95% interval of the main metric; all of it must be better than the baseline.
     """
     constant, name = majority_answers(answers), task.main_metric
     if constant is None or interval is None:
         return
-    if _collapsed(answers, task):
-        yield f"all {len(answers)} test rows are answered {_said(answers.predictions[0], task)}; {REMEDY}"
+    if _answers_one_class(answers, task):
+        yield f"all {len(answers)} test rows are answered {_format_answer(answers.predictions[0], task)}; {REMEDY}"
         return
     value, floor = (task.score(each)[name] for each in (answers, constant))
     gains = [_gain(name, floor, end) for end in interval]
     if min(gains) <= 0:
         shown = f"{name} {value:.4f} ({LEVEL:.0%} interval {interval[0]:.4f} to {interval[1]:.4f})"
-        verdict = "is worse than" if max(gains) < 0 else "cannot be told from"
-        yield f"{shown} {verdict} the {floor:.4f} of always answering {_said(constant.predictions[0], task)}; {REMEDY}"
+        verdict = "is worse than" if max(gains) < 0 else "is no better than"
+        always = _format_answer(constant.predictions[0], task)
+        yield f"{shown} {verdict} the majority baseline {floor:.4f} (always {always}); {REMEDY}"
 
 
 def doubts_of_run(watcher: Watcher, milestones: Mapping[str, Metrics]) -> Iterator[str]:
-    """What the course of a run tells: less than the untouched base, or a loss that the cut raised and left there.
+    """Yield warnings about a run: worse than the base model, or a loss that the cut raised for good.
 
     Args:
-        watcher: that of the last stage, which looked at the trained model.
-        milestones: of the whole run.
+        watcher: the watcher of the last stage, with the trained model's outcome.
+        milestones: the milestones of the whole run.
     """
     name, examples = watcher.task.main_metric, f"{watcher.examples} test rows"
     if {"base_model", "final"} <= watcher.outcomes.keys():
         base, trained = (watcher.outcomes[moment].answers for moment in ("base_model", "final"))
         test = compare(base, trained, watcher.task.measures[0])[name]
         if _gain(name, test.first, test.second) < 0 and test.p_value is not None and test.p_value < 1 - LEVEL:
-            values = f"{name} {test.second:.4f} on {examples} is worse than the untouched base's {test.first:.4f}"
+            values = f"{name} {test.second:.4f} on {examples} is worse than the base model's {test.first:.4f}"
             yield f"{values} (p = {test.p_value:.2g}); {MILDER}"
     before, end = (milestones.get(moment, {}) for moment in ("after_estimation", "final"))
-    moment = next((each for each in _RAISERS if each in milestones), "after_pruning")
-    cut, (what, less) = milestones.get(moment, {}), _RAISERS[moment]
-    left = min(cut.get("loss", 0), end.get("loss", 0)) > (1 + RAISED) * before.get("loss", math.inf)
-    if left and _gain(name, before[name], end[name]) <= 0:  # else it is surer of its mistakes, and makes fewer of them
+    moment = next((each for each in _CUTS if each in milestones), "after_pruning")
+    cut, (what, less) = milestones.get(moment, {}), _CUTS[moment]
+    left = min(cut.get("loss", 0), end.get("loss", 0)) > (1 + RAISED_LOSS) * before.get("loss", math.inf)
+    if (
+        left and _gain(name, before[name], end[name]) <= 0
+    ):  # a better metric at a higher loss: fewer but more confident mistakes
         losses = f"from {before['loss']:.4f} to {cut['loss']:.4f}, and training left it at {end['loss']:.4f}"
         yield f"{what} raised the loss on {examples} {losses}; {less}, or train longer (training.epochs)"
 
 
 def _gain(metric: str, before: float, after: float) -> float:
-    """By how much a value is better than another one."""
+    """Return the improvement of a metric from `before` to `after`; negative if it got worse."""
     return before - after if metric in LOWER_IS_BETTER else after - before
 
 
-def _collapsed(answers: Answers, task: Task) -> bool:
-    """Whether one class is answered only, and rows are so many that among the right answers others would be, too."""
+def _answers_one_class(answers: Answers, task: Task) -> bool:
+    """Return True if all answers are one class though chance would give several classes with 95% probability."""
     if not task.labels or len(set(answers.predictions)) > 1:
         return False
     share = Counter(answers.references).most_common(1)[0][1] / len(answers)
     return bool(share ** len(answers) < 1 - LEVEL)
 
 
-def _said(answer: Any, task: Task) -> str:
-    """An answer, for people."""
+def _format_answer(answer: Any, task: Task) -> str:
+    """Return an answer as text for a message."""
     if isinstance(answer, float):
         return f"the mean, {answer:.4g}"
     if isinstance(answer, int):

@@ -1,4 +1,4 @@
-"""Answers for new rows from a model that was saved with its task: light adapter, merged light model, or run."""
+"""Predict new rows with a model that was saved with its task: a light adapter, a merged light model, or a run."""
 
 from __future__ import annotations
 
@@ -42,34 +42,42 @@ def predict(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> None:
-    """Answer the rows of a file, or one row, and write them with the answers.
+    """Predict the rows of a file, or one row, and write them with the answers.
 
     Args:
         model: folder of a light adapter, of a merged light model, or of a finished run.
-        source: text lines (.txt), a table (.csv, .tsv, .json, .jsonl, .parquet), or "-" for standard input, which holds
-            text lines where a row needs one text alone, and JSON lines where it needs more.
+        source: lines of text (.txt), a table (.csv, .tsv, .json, .jsonl, .parquet), or "-" for standard input: lines
+            of text if a row needs only one text, else JSON lines.
         output: .csv or .jsonl file; None: CSV on standard output.
-        base: name or folder of the base, if it is not where it was.
-        example: one row instead of `source`: its text, or a JSON object.
-        text: column with the text (of tasks that classify); None: as in training.
+        base: name or folder of the base model, if it is not where the adapter says.
+        example: one row in place of `source`: its text, or a JSON object.
+        text: column with the text, for classification and regression; None: as in training.
         text_pair: column with the second text; None: as in training.
-        answer_tokens: tokens of an answer at most, where it is a text; None: as in training.
-        batch_size: rows a forward pass; None: as many as are usual on the device.
-        bf16: compute in bfloat16 or, if False, in the precision of the weights; None: as the run evaluated.
+        answer_tokens: most tokens of an answer, for spans and generated texts; None: as in training.
+        batch_size: rows per forward pass; None: the default of the device.
+        bf16: True to compute in bfloat16, False in the dtype of the weights; None: as the run evaluated.
         trust_remote_code: run Python code that comes with the base, if it needs any.
-        allow_pickle: read the base's weights from pickle files if it has no others; weights alone are unpickled.
+        allow_pickle: read the base's weights from pickle files if it has no others; only weights are unpickled.
 
     Raises:
-        LightPeftError: bad input, or a model that does not say what its task is.
+        LightPeftError: the input is invalid, or the model does not name its task.
+
+    Example:
+        ```python
+        predict("out/run", "new.csv", "answers.csv")  # columns of new.csv, label, and p_<label> of each label
+        ```
     """
     require(batch_size is None or batch_size >= 1, f"batch_size is {batch_size}; it must be at least 1")
-    require((source is None) != (example is None), "give a file to predict on (- for standard input), or an example")
+    require(
+        (source is None) != (example is None),
+        "predict needs either a file (- for standard input) or an example; give one of them",
+    )
     if output is not None:
         check_predictions_path(Path(output))
     switches = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     found = find_model(model, None if base is None else str(base), switches)
-    task = _task(found, {"text": text, "text_pair": text_pair}, answer_tokens)
-    rows, what = _read(task, source, example)
+    task = _restore_trained_task(found, {"text": text, "text_pair": text_pair}, answer_tokens)
+    rows, what = _read_rows(task, source, example)
     canonical = convert(rows, task.entry, what, answered=False)
     task.check_inputs(canonical, task.entry, what)
     opened = found.open(Wanted.of(task))
@@ -95,22 +103,22 @@ def answer_rows(
     autocast: torch.dtype | None = None,
     padding: int | None = None,
 ) -> Columns:
-    """What a live model answers.
+    """Return the answers of a live model to new rows.
 
     Args:
-        tokenizer: its tokenizer.
-        task: says how it answers.
-        rows: in the columns of the task's kind; answers are not needed.
-        batch_size: rows a forward pass; None: as many as are usual on the device.
-        autocast: half precision to compute in; None: that of the weights.
-        padding: batches are padded to a multiple of so many tokens; None: to their longest row.
+        tokenizer: the model's tokenizer.
+        task: the task, which encodes rows and formats answers.
+        rows: rows in the columns of the task's kind; answers are not needed.
+        batch_size: rows per forward pass; None: the default of the device.
+        autocast: half precision to compute in; None: the dtype of the weights.
+        padding: pad batches to a multiple of this many tokens; None: to their longest row.
 
     Returns:
-        Columns `label` and `p_<label>` of classes, `value` of regression, `answer` and `probability` of options,
-        `answer` and `margin` (how much better it scores than no answer) of spans, and `answer` of written texts.
+        Columns `label` and `p_<label>` for classes, `value` for regression, `answer` and `probability` for options,
+        `answer` and `margin` (its score minus that of no answer) for spans, and `answer` for generated texts.
 
     Raises:
-        LightPeftError: tokenizer and model do not fit, or the model's answers are NaN or infinite.
+        LightPeftError: tokenizer and model do not match, or the outputs are NaN or infinite.
     """
     config = transformers_model(model).config
     check_vocabulary(tokenizer, config)
@@ -120,18 +128,18 @@ def answer_rows(
     return task.predict(BatchedModel(model, task.collator(tokenizer, padding), batch_size, autocast), encoded, rows)
 
 
-def _task(found: Found, columns: dict[str, str | None], answer_tokens: int | None) -> Task:
-    """The task that a model was trained for, with some settings changed."""
+def _restore_trained_task(found: Found, columns: dict[str, str | None], answer_tokens: int | None) -> Task:
+    """Return the task that a model was trained for, with the given columns and answer length."""
     require(
         found.facts,
-        f"{found.name} is a {found.kind} that does not say what task it was trained for; give a light adapter, a "
+        f"{found.name} is a {found.kind} that does not name its task; give a light adapter, a "
         "merged light model or a run",
     )
     task = restore_task(found.facts)
     given = {name: column for name, column in columns.items() if column is not None}
     allowed = (*task.columns, *task.optional)
     for name in given:
-        require(name in allowed, f"{name} is no column of task {task.config.task}; leave it out")
+        require(name in allowed, f"{name}: task {task.config.task} has no such column; leave it out")
     task.entry = replace(task.entry, columns={**task.entry.columns, **given})
     if answer_tokens is not None:
         task.config = replace(task.config, answer_tokens=answer_tokens)
@@ -139,19 +147,22 @@ def _task(found: Found, columns: dict[str, str | None], answer_tokens: int | Non
 
 
 def _precision(found: Found, bf16: bool | None) -> torch.dtype | None:
-    """The half precision to compute in: what was asked for or, if nothing was, what the model's run evaluated in."""
+    """Return the half precision to compute in: as `bf16` says or, if it is None, as the model's run evaluated."""
     if bf16 is None:
         return found.precision
     return torch.bfloat16 if bf16 else None
 
 
-def _read(task: Task, source: str | Path | None, example: str | None) -> tuple[Dataset, str]:
-    """The rows as they are, and what they are called in error lines."""
+def _read_rows(task: Task, source: str | Path | None, example: str | None) -> tuple[Dataset, str]:
+    """Return the rows as read, and their name for error messages."""
     columns = input_columns(task)
     column = columns[0] if len(columns) == 1 else None
     opened: Path | TextIO
     if example is not None:
-        require(not any("\ud800" <= letter <= "\udfff" for letter in example), "the example is not UTF-8 text")
+        require(
+            not any("\ud800" <= letter <= "\udfff" for letter in example),
+            "the example is not UTF-8 text; convert it to UTF-8",
+        )
         opened, what = io.StringIO(example.replace("\n", " ") if column else example), "the example"
     elif str(source) == "-":
         opened, what = sys.stdin, "standard input"

@@ -1,4 +1,4 @@
-"""Files of what was predicted."""
+"""Files with predictions."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lightpeft.files import replacing
 
 
 def write_predictions(path: Path | None, rows: Dataset, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Write rows with what was found about them; the file appears only when it is complete.
+    """Write rows with their predictions; the file appears only when it is complete.
 
     Args:
-        path: .csv or .jsonl file, replaced if it is there; None: CSV on standard output.
-        rows: come first; a column that is named like a new one becomes `input_<name>`.
-        columns: the new ones, one value a row.
+        path: .csv or .jsonl file, which is replaced if it exists; None: CSV on standard output.
+        rows: the input rows, whose columns come first; one with the name of a new column becomes `input_<name>`.
+        columns: the new columns, one value per row.
 
     Raises:
-        LightPeftError: another suffix, or the file cannot be written.
+        LightPeftError: the suffix is another one, or the file cannot be written.
     """
     given = {f"input_{name}" if name in columns else name: rows[name][:] for name in rows.column_names}
     table = pd.DataFrame({**given, **columns}, dtype=object)
@@ -41,10 +41,10 @@ def write_predictions(path: Path | None, rows: Dataset, columns: Mapping[str, Se
 
 
 def check_predictions_path(path: Path) -> None:
-    """Refuse a file of predictions that cannot be; to be called before work is spent on them."""
+    """Raise `LightPeftError` unless predictions can be written to `path`; call it before the work."""
     fits = path.suffix.lower() in (".csv", ".jsonl")
-    require(fits, f'predictions go to a .csv or .jsonl file, not "{path}"')
-    require(not path.is_dir(), f"predictions go to a file, and {path} is a folder; give another name")
+    require(fits, f'predictions file "{path}" has an unknown suffix; use .csv or .jsonl')
+    require(not path.is_dir(), f"predictions file {path} is a folder; give another name")
 
 
 def _write_csv(table: pd.DataFrame, file: TextIO) -> None:
@@ -52,5 +52,5 @@ def _write_csv(table: pd.DataFrame, file: TextIO) -> None:
 
 
 def _cell(value: Any) -> Any:
-    """Lists and objects as JSON, which can be read again."""
+    """Return lists and objects as JSON, which can be parsed again; other values unchanged."""
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else value

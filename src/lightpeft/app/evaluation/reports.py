@@ -1,4 +1,4 @@
-"""Measuring any model on data: metrics with intervals, by class, beside another model, and every single answer."""
+"""Evaluate any model on data: metrics with intervals, per class, compared with another model, and each answer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from datasets import Dataset
 from sklearn.metrics import classification_report
 
-from lightpeft.app.evaluation.harness import MEANS, HarnessScores, run_harness
+from lightpeft.app.evaluation.harness import DOCUMENT_MEANS, HarnessScores, run_harness
 from lightpeft.app.evaluation.milestones import doubts, majority_score
 from lightpeft.app.evaluation.prediction_files import check_predictions_path, write_predictions
 from lightpeft.app.evaluation.respondent import BatchedModel
-from lightpeft.app.evaluation.scores import prefixed, scores_of
+from lightpeft.app.evaluation.scores import add_prefix, scores_of
 from lightpeft.app.evaluation.statistics import LEVEL, RESAMPLES, Comparison, compare
 from lightpeft.app.folders.forms import Found, Wanted
 from lightpeft.app.folders.opening import find_model
@@ -37,26 +37,26 @@ from lightpeft.models.unwrap import transformers_model
 from lightpeft.profiling.sizes import parameter_report
 
 UNNAMED = re.compile(r"LABEL_\d+")
-"""What transformers calls a class without a name."""
+"""Default name of a class in transformers."""
 TOKEN_SUMS = ("loss", "right", "tokens")
-"""What language modelling answers of a text: cross-entropy in nats, tokens predicted right, tokens."""
+"""Names of a text's sums in language modelling: cross-entropy in nats, correct tokens, tokens."""
 SHOWN_LABELS = 5
-"""Labels that an error line lists at most."""
+"""Most labels that an error message lists."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A model with what it answered."""
+class MeasuredModel:
+    """A model with its answers on every split."""
 
     found: Found
     task: Task
-    """The task with the classes in the model's order."""
+    """The task, with its classes in the model's order."""
     outcomes: dict[str, Outcome]
-    """By prefix of the metrics: "" for the test rows, others for further splits."""
+    """Prefix of the metrics ("" for the test rows) -> outcome on that split."""
     parameters: dict[str, Any]
 
     def answers(self, prefix: str = "") -> Answers:
-        """What it answered on a split."""
+        """Return its answers on a split."""
         return self.outcomes[prefix].answers
 
 
@@ -72,40 +72,44 @@ def evaluate_model(
     batch_size: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure a model on the rows of a task, alone or beside another one.
+    """Evaluate a model on the rows of a task, alone or against a second model.
 
     Args:
         name: a run, a light adapter, a merged light model, a PEFT adapter or a transformers model (see
             `opening.find_model`).
-        settings: of `RunConfig`, nested; those of `data` go over what the model was trained with, those of `model` say
-            how it is loaded.
-        base: where the base of an adapter is, if not where the adapter says.
+        settings: nested settings of `RunConfig`; `data` overrides the settings of training, `model` says how to load
+            the model.
+        base: name or folder of an adapter's base model, if it is not where the adapter says.
         other: a second model, which answers the same rows.
-        per_class: precision, recall and F1 of every class as well.
-        predictions: .csv or .jsonl file for one row an example.
-        json: file for the report.
-        batch_size: rows a forward pass; None: as many as are usual on
-            the device.
-        seed: of the bootstrap.
+        per_class: True to add precision, recall and F1 of every class.
+        predictions: .csv or .jsonl file to write, one row per example.
+        json: file to write the report to.
+        batch_size: rows per forward pass; None: the default of the device.
+        seed: seed of the bootstrap.
 
     Returns:
-        The report: task, examples, majority_baseline (the main metric of always giving one answer), model (name, kind,
-        metrics, intervals, warnings, parameters), and with `other` the same of it as other, and comparison; with
-        `per_class`, classes.
+        The report: task, examples, majority_baseline (its main metric), and model (name, kind, metrics, intervals,
+        warnings, parameters); with `other`, also other (the same keys) and comparison; with `per_class`, classes.
 
     Raises:
-        LightPeftError: bad input, or a model that does not fit the data.
+        LightPeftError: the input is invalid, or a model does not fit the data.
+
+    Example:
+        ```python
+        report = evaluate_model("out/light", other="out/plain")
+        report["comparison"]["accuracy"]["p_value"]
+        ```
     """
     _check_batch_size(batch_size)
     if predictions is not None:
         check_predictions_path(Path(predictions))
     given = dict(settings or {})
     found = [find_model(each, base, given.get("model")) for each in (name, other) if each is not None]
-    config = _config(found[0], given)
-    task = _with_rows(found[0], config)
+    config = _merge_settings(found[0], given)
+    task = _load_rows(found[0], config)
     said = given.get("data") or {}
-    tasks = [_for_model(each, task, said) for each in found]  # all are found good before any of them is loaded
-    require(not per_class or task.labels, f"per_class needs classes, which {task.config.task} has not; leave it out")
+    tasks = [_adapt_to_model(each, task, said) for each in found]  # check all models before any of them is loaded
+    require(not per_class or task.labels, f"per_class: task {task.config.task} has no classes; leave it out")
     autocast = autocast_dtype(config.training)
     measured = [_measure(each, of, batch_size, autocast) for each, of in zip(found, tasks, strict=True)]
     report = _report(measured, per_class, seed)
@@ -123,25 +127,25 @@ def _check_batch_size(size: int | None) -> None:
 # -- the rows, and the task as each model answers it ---------------------------------------------------------------
 
 
-def _config(found: Found, given: dict[str, Any]) -> RunConfig:
-    """What was trained with, as far as the model says, with what is given on top."""
+def _merge_settings(found: Found, given: dict[str, Any]) -> RunConfig:
+    """Return the config that the model was trained with, as far as it is known, overridden by `given`."""
     said = run_settings(found.facts) if found.run is None else asdict(found.run)
     data, asked = said.get("data", {}), given.get("data")
     if isinstance(asked, dict) and asked.get("task", data.get("task")) != data.get("task"):
-        said = {**said, "data": {**data, "columns": {}}}  # which are those of another task
+        said = {**said, "data": {**data, "columns": {}}}  # they belong to another task
     return run_config_from_dict(merge_settings(said, given))
 
 
-def _with_rows(found: Found, config: RunConfig) -> Task:
-    """The task with the rows to measure on: those that the run held out, or those that are given."""
+def _load_rows(found: Found, config: RunConfig) -> Task:
+    """Return the task with its test rows: the run's held-out rows, or those of the settings."""
     return load_task(config.data, found.config, config.tasks, train=found.run is not None)
 
 
-def _for_model(found: Found, task: Task, said: Mapping[str, Any]) -> Task:
-    """The same rows as a model answers them: by its head or by likelihood, and with its classes in its order.
+def _adapt_to_model(found: Found, task: Task, said: Mapping[str, Any]) -> Task:
+    """Return the task as a model answers it: by head or likelihood, with the classes in the model's order.
 
     Args:
-        said: settings of `data` that the user gave, which hold for every model.
+        said: settings of `data` from the user, which apply to every model.
     """
     own_ways = {
         name: found.facts[name] for name in ("answer", "max_length") if name in found.facts and name not in said
@@ -157,18 +161,18 @@ def _for_model(found: Found, task: Task, said: Mapping[str, Any]) -> Task:
 
 
 def class_order(classes: Sequence[str], labels: Sequence[str], name: str) -> list[str]:
-    """The data's labels in the order of a model's classes.
+    """Return the data's labels in the order of a model's classes.
 
-    Names are compared without regard to case. Classes without names of their own (LABEL_0, ...), and labels that are
-    numbers from 0 on, are taken as they come.
+    Names are compared case-insensitively. Default class names (LABEL_0, ...), and labels that are numbers from 0, keep
+    their order.
 
     Args:
-        classes: what the model calls its classes.
-        labels: what the data call them.
-        name: of the model, for the error line.
+        classes: class names of the model.
+        labels: label names of the data.
+        name: name of the model, for the error message.
 
     Raises:
-        LightPeftError: they are not the same.
+        LightPeftError: the names differ.
     """
     spelled = {label.casefold(): label for label in labels}
     if spelled.keys() <= {name.casefold() for name in classes}:
@@ -179,20 +183,20 @@ def class_order(classes: Sequence[str], labels: Sequence[str], name: str) -> lis
     unnamed = all(UNNAMED.fullmatch(name) for name in classes) and len(classes) == len(labels)
     require(
         unnamed,
-        f"{name} tells {len(classes)} classes apart ({_listed(classes)}), the data have {len(labels)} labels "
-        f"({_listed(labels)}); give rows with the model's labels, or the model that was trained on these",
+        f"{name} has {len(classes)} classes ({_join_names(classes)}), but the data have {len(labels)} labels "
+        f"({_join_names(labels)}); give rows with the model's labels, or a model that was trained on these",
     )
     return list(labels)
 
 
-def _listed(names: Sequence[str]) -> str:
+def _join_names(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN_LABELS]) + (", ..." if len(names) > SHOWN_LABELS else "")
 
 
 # -- measuring -----------------------------------------------------------------------------------------------------
 
 
-def _measure(found: Found, task: Task, batch_size: int | None, autocast: torch.dtype | None) -> Measured:
+def _measure(found: Found, task: Task, batch_size: int | None, autocast: torch.dtype | None) -> MeasuredModel:
     tokenizer = found.tokenizer()
     check_vocabulary(tokenizer, found.config)
     check_max_length(task.config.max_length, max_positions(found.config), tokenizer)
@@ -204,7 +208,7 @@ def _measure(found: Found, task: Task, batch_size: int | None, autocast: torch.d
     collator = task.collator(tokenizer, found.padding(task.config.max_length))
     respondent = BatchedModel(model, collator, batch_size, autocast)
     outcomes = {prefix: task.answer(respondent, rows) for prefix, rows in encoded.items()}
-    return Measured(found, task, outcomes, parameter_report(model))
+    return MeasuredModel(found, task, outcomes, parameter_report(model))
 
 
 def _splits(task: Task) -> Iterator[tuple[str, Dataset]]:
@@ -212,24 +216,24 @@ def _splits(task: Task) -> Iterator[tuple[str, Dataset]]:
     yield from task.more_tests.items()
 
 
-def _report(measured: Sequence[Measured], per_class: bool, seed: int) -> dict[str, Any]:
+def _report(measured: Sequence[MeasuredModel], per_class: bool, seed: int) -> dict[str, Any]:
     first = measured[0]
     report = {
         "task": first.task.config.task,
         "examples": len(first.answers()),
         "majority_baseline": majority_score(first.answers(), first.task),
         "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "seed": seed},
-        "model": _of_model(first, seed),
+        "model": _model_report(first, seed),
     }
     if per_class:
         report["classes"] = by_class(first.answers(), first.task.labels)
     if len(measured) == 2:
-        report["other"] = _of_model(measured[1], seed)
+        report["other"] = _model_report(measured[1], seed)
         report["comparison"] = _comparison(first, measured[1], seed)
     return report
 
 
-def _of_model(measured: Measured, seed: int) -> dict[str, Any]:
+def _model_report(measured: MeasuredModel, seed: int) -> dict[str, Any]:
     scores = scores_of(measured.outcomes, measured.task, seed)
     interval = scores.intervals.get(measured.task.main_metric)
     return {
@@ -241,28 +245,28 @@ def _of_model(measured: Measured, seed: int) -> dict[str, Any]:
     }
 
 
-def _comparison(first: Measured, second: Measured, seed: int) -> dict[str, Any]:
+def _comparison(first: MeasuredModel, second: MeasuredModel, seed: int) -> dict[str, Any]:
     order = list(dict.fromkeys([*first.task.labels, *second.task.labels]))
     result: dict[str, Any] = {}
     for prefix in first.outcomes:
-        one, other = (renumbered(each.answers(prefix), each.task.labels, order) for each in (first, second))
-        metrics: list[Metric] = [*first.task.measures, _shared(one, other)]
-        result |= prefixed(prefix, _entries(compare(one, other, *metrics, seed=seed)))
+        one, other = (renumber_classes(each.answers(prefix), each.task.labels, order) for each in (first, second))
+        metrics: list[Metric] = [*first.task.measures, _shared_scores(one, other)]
+        result |= add_prefix(prefix, _comparison_dicts(compare(one, other, *metrics, seed=seed)))
     return result
 
 
-def _shared(one: Answers, other: Answers) -> MeanMetric:
-    """Means of the numbers that both models give beside their answers; a head and likelihood have none in common."""
+def _shared_scores(one: Answers, other: Answers) -> MeanMetric:
+    """Return the metric of the scores that both models have, such as the loss; head and likelihood share none."""
     names = [name for name in one.scores if name in other.scores]
     return MeanMetric(lambda answers: {name: answers.scores[name] for name in names})
 
 
-def _entries(comparisons: Mapping[str, Comparison]) -> dict[str, dict[str, Any]]:
+def _comparison_dicts(comparisons: Mapping[str, Comparison]) -> dict[str, dict[str, Any]]:
     return {name: asdict(entry) for name, entry in comparisons.items()}
 
 
-def renumbered(answers: Answers, labels: Sequence[str], order: Sequence[str]) -> Answers:
-    """Answers whose class numbers count `labels`, with numbers that count `order`, which has all of them."""
+def renumber_classes(answers: Answers, labels: Sequence[str], order: Sequence[str]) -> Answers:
+    """Return answers with class numbers as indices of `order` in place of `labels`; `order` contains all labels."""
     if list(labels) == list(order):
         return answers
     numbers = [list(order).index(name) for name in labels]
@@ -279,7 +283,7 @@ def renumbered(answers: Answers, labels: Sequence[str], order: Sequence[str]) ->
 
 
 def by_class(answers: Answers, labels: Sequence[str]) -> dict[str, dict[str, float]]:
-    """scikit-learn's report: precision, recall, f1-score and support of every class, and their means."""
+    """Return scikit-learn's report: precision, recall, f1-score and support of every class, and their means."""
     report = classification_report(
         answers.references,
         answers.predictions,
@@ -294,8 +298,8 @@ def by_class(answers: Answers, labels: Sequence[str]) -> dict[str, dict[str, flo
 # -- every single answer -------------------------------------------------------------------------------------------
 
 
-def _predictions(measured: Measured) -> dict[str, list[Any]]:
-    """Reference, prediction and the classes' probabilities, one value an example."""
+def _predictions(measured: MeasuredModel) -> dict[str, list[Any]]:
+    """Return columns with reference, prediction and class probabilities, one value per example."""
     task, answers = measured.task, measured.answers()
     sides = {"reference": answers.references, "prediction": answers.predictions}
     columns = {
@@ -309,7 +313,7 @@ def _predictions(measured: Measured) -> dict[str, list[Any]]:
 
 
 def readable(answer: Any, labels: Sequence[str], row: Mapping[str, Any]) -> Any:
-    """An answer as people read it: a class by name, an option as its text, sums by name, anything else as it is."""
+    """Return an answer in readable form: a class name, the text of an option, or named sums; else unchanged."""
     if isinstance(answer, tuple):
         return dict(zip(TOKEN_SUMS, answer, strict=True))
     if not isinstance(answer, int):
@@ -333,31 +337,48 @@ def evaluate_harness(
     seed: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Measure a language model on tasks of lm-evaluation-harness, alone or beside another one.
+    """Evaluate a language model on tasks of lm-evaluation-harness, alone or against a second model.
 
     Args:
-        tasks: names in the harness; `options` are those of `harness.run_harness`. All others as for `evaluate_model`.
+        name: a run, a light adapter, a merged light model, a PEFT adapter or a transformers model.
+        tasks: names of tasks or groups of the harness.
+        settings: nested settings of `RunConfig`; `model` says how to load the model.
+        base: name or folder of an adapter's base model, if it is not where the adapter says.
+        other: a second model, evaluated on the same documents.
+        json: file to write the report to.
+        batch_size: requests per forward pass; None: on an accelerator the most that fit, else 8.
+        seed: seed of solved examples and bootstrap.
+        options: include_path, num_fewshot and limit of `harness.run_harness`.
 
     Returns:
-        The report: model (name, kind, tasks: metrics, intervals, examples, num_fewshot), with `other` the same of it
-        as other, and comparison by task.
+        The report: model (name, kind, tasks: metrics, intervals, examples, num_fewshot); with `other`, also other (the
+        same keys) and comparison by task.
+
+    Raises:
+        LightPeftError: the input is invalid, the harness is not installed, or a model generates no text.
+
+    Example:
+        ```python
+        report = evaluate_harness("out/run", ["arc_easy"], limit=100)
+        report["model"]["tasks"]["arc_easy"]["metrics"]["acc"]
+        ```
     """
     _check_batch_size(batch_size)
     given = dict(settings or {})
     found = [find_model(each, base, given.get("model")) for each in (name, other) if each is not None]
-    wanted = Wanted("the harness's tasks", CAUSAL_LM)
+    wanted = Wanted("tasks of lm-evaluation-harness", CAUSAL_LM)
     for each in found:
         each.check(wanted)
-        refusal = f"the harness's tasks need a causal language model; {each.name} ({each.config.model_type}) is none"
+        refusal = f"lm-evaluation-harness needs a causal language model, and {each.name} is a {each.config.model_type}"
         require(is_decoder(each.config), refusal)
-    scores = [_in_harness(each, wanted, tasks, batch_size=batch_size, seed=seed, **options) for each in found]
+    scores = [_score_in_harness(each, wanted, tasks, batch_size=batch_size, seed=seed, **options) for each in found]
     report: dict[str, Any] = {
         role: {"name": each.name, "kind": each.kind, "tasks": {task: entry.to_dict() for task, entry in of.items()}}
         for role, each, of in zip(("model", "other"), found, scores, strict=False)
     }
     if len(scores) == 2:
         report["comparison"] = {
-            task: _entries(compare(entry.answers, scores[1][task].answers, MEANS, seed=seed))
+            task: _comparison_dicts(compare(entry.answers, scores[1][task].answers, DOCUMENT_MEANS, seed=seed))
             for task, entry in scores[0].items()
             if len(entry.answers)
         }
@@ -366,5 +387,5 @@ def evaluate_harness(
     return report
 
 
-def _in_harness(found: Found, wanted: Wanted, tasks: Sequence[str], **options: Any) -> dict[str, HarnessScores]:
+def _score_in_harness(found: Found, wanted: Wanted, tasks: Sequence[str], **options: Any) -> dict[str, HarnessScores]:
     return run_harness(found.open(wanted), found.tokenizer(), tasks, **options)

@@ -1,4 +1,4 @@
-"""A live model that can be asked: how rows are fed to it."""
+"""A live model as a `Respondent`: batches, autocast, and logits."""
 
 from __future__ import annotations
 
@@ -26,70 +26,71 @@ from lightpeft.models.sharding import without_graph
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.answering import fused_answers
 
-AT_ONCE = 2**28
-"""Bytes of a language model's logits, in float32, that are in memory at a time, if a row has no more."""
+MOST_LOGIT_BYTES = 2**28
+"""Most bytes of a language model's logits in memory at once, in float32; a single row may need more."""
 
 
 @dataclass(frozen=True)
 class BatchedModel:
-    """The `Respondent` there is: a model, and how rows become its batches."""
+    """A live model that answers encoded rows in batches: the `Respondent` of tasks."""
 
     model: nn.Module
-    """A transformers or PEFT model; its training mode is restored afterwards."""
+    """A transformers or PEFT model; its training mode is restored after each call."""
     collator: Collator
     """`task.collator(tokenizer)`."""
     batch_size: int | None
-    """Rows a forward pass (of likelihood: options, of spans: windows); rows of similar length share one. None: as many
-    as are usual on the device. A batch that does not fit into memory is halved."""
+    """Rows per forward pass (likelihood: options; spans: windows), sorted by length. None: the default of the device. A
+    batch that does not fit into memory is halved."""
     autocast: torch.dtype | None = None
-    """Half precision of the forward pass under autocast; None: that of the weights. Losses are computed in float32."""
+    """Autocast dtype of the forward pass; None: the dtype of the weights. Losses are computed in float32."""
 
     def outputs(self, encoded: Dataset, description: str) -> Iterator[tuple[Sequence[int], dict[str, Tensor], Any]]:
-        """Row numbers, the batch of them, and what the model gives for it; batch by batch, the longest rows first.
+        """Yield row numbers, their batch, and the model's output, batch by batch.
 
-        Longest first: a batch that doesn't fit into memory fails, or is made smaller, at once.
+        The longest rows come first, so that a batch that does not fit into memory fails, or is halved, at once.
         """
-        return self._asked(encoded, description, without_labels)
+        return self._forward_batches(encoded, description, without_labels)
 
     def next_logits(self, encoded: Dataset, description: str) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
-        """Row numbers, logits at the places whose next token has a label in some row, and these labels.
+        """Yield row numbers, logits at places whose next token has a label in some row, and these labels.
 
-        With a large vocabulary, logits take more memory than all else in the pass: a model that can be told computes no
-        others, and those of a few rows at a time, whatever the size of a batch.
+        With a large vocabulary, logits take more memory than all else in the pass. A model with a separable head
+        therefore computes no others, and only those of a few rows at a time, whatever the batch size.
         """
         head = lone_head(self.model)
-        for rows, batch, output in self._asked(encoded, description, _at_labels, head):
-            places = _predicting(batch["labels"])
+        for rows, batch, output in self._forward_batches(encoded, description, _inputs_at_labels, head):
+            places = _label_places(batch["labels"])
             states, labels = output.logits, batch["labels"][:, places + 1]
             if states.shape[1] != len(places):
                 states = states[:, places.to(states.device)]
             if head is None:
                 yield rows, states, labels
                 continue
-            size = max(1, AT_ONCE // max(1, 4 * len(places) * head.out_features))
+            size = max(1, MOST_LOGIT_BYTES // max(1, 4 * len(places) * head.out_features))
             for start in range(0, len(rows), size):
                 part = slice(start, start + size)
                 with without_graph(self.model), autocasting(states.device, self.autocast):
                     logits = head(states[part])
                 yield rows[part], logits, labels[part]
 
-    def _asked(
+    def _forward_batches(
         self,
         encoded: Dataset,
         description: str,
         inputs_of: Callable[[dict[str, Tensor]], Mapping[str, Tensor]],
         head: nn.Linear | None = None,
     ) -> Iterator[tuple[Sequence[int], dict[str, Tensor], Any]]:
-        """What `outputs` yields, of what `inputs_of` makes of a batch.
+        """Yield row numbers, batch and output of each batch, as `outputs` does.
 
         Args:
-            head: what the model does without; who is asked in between finds it in place.
+            inputs_of: returns the model inputs of a batch.
+            head: layer that the forward pass skips; between two batches it is in place.
         """
         _require_rows(encoded)
         order = np.argsort(-np.asarray(encoded["length"][:]), kind="stable").tolist()
         device = next(self.model.parameters()).device
         accepted = _accepted_inputs(self.model)
-        nothing_kept = {"use_cache": False} if "use_cache" in accepted else {}  # keys and values that nobody reads
+        nothing_kept = {"use_cache": False} if "use_cache" in accepted else {}  # no KV cache, which nothing reads
 
         def compute(rows: Sequence[int]) -> tuple[dict[str, Tensor], Any]:
             batch = self.collator(take_rows(encoded, rows))
@@ -104,7 +105,7 @@ class BatchedModel:
                 yield rows, batch, output
 
     def texts(self, encoded: Dataset, max_new_tokens: int, *, one_line: bool = False) -> list[str]:
-        """What the model writes behind every row's tokens: see `generate_texts`."""
+        """Return the text that the model generates after every row's tokens (`generate_texts`)."""
         _require_rows(encoded)
         assert self.collator.tokenizer is not None
         with in_mode(self.model, training=False), fused_answers(self.model):
@@ -119,21 +120,21 @@ class BatchedModel:
             )
 
 
-def _predicting(labels: Tensor) -> Tensor:
-    """Places of [rows, length] labels whose next token has a label in some row: [places]."""
+def _label_places(labels: Tensor) -> Tensor:
+    """Return the places whose next token has a label in some row: int [places], for labels [rows, length]."""
     return (labels[:, 1:] != IGNORED).any(0).nonzero().flatten()
 
 
-def _at_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Inputs that ask a model for logits at these places alone."""
-    return {**without_labels(batch), "logits_to_keep": _predicting(batch["labels"])}
+def _inputs_at_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return model inputs that request logits only at the places of `_label_places`."""
+    return {**without_labels(batch), "logits_to_keep": _label_places(batch["labels"])}
 
 
 def _require_rows(encoded: Dataset) -> None:
-    require(len(encoded) > 0, "there are no rows to evaluate")
+    require(len(encoded) > 0, "there are no rows to evaluate; give at least one")
 
 
 def _accepted_inputs(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """Parameters of the transformers model's forward: not every model takes all that a tokenizer gives."""
+    """Return the parameters of the model's forward: not every model accepts all columns of a tokenizer."""
     base = transformers_model(model)
     return inspect.signature(base.forward).parameters

@@ -1,4 +1,4 @@
-"""What is measured of a model's answers: metrics by name, and how sure one can be of them."""
+"""Metrics of a model's answers by name, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.evaluation.statistics import Interval, bootstrap_intervals
-from lightpeft.app.tasks.answers import BESIDES, Outcome
+from lightpeft.app.tasks.answers import SCORE_MEANS, Outcome
 from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.app.tasks.tokens import Collator
 
@@ -27,52 +27,57 @@ def evaluate(
     batch_size: int | None,
     autocast: torch.dtype | None = None,
 ) -> dict[str, float]:
-    """Metrics of `model` on what `task.encode_test` gave; the other arguments as for `BatchedModel`.
+    """Return the metrics of a model on encoded test rows.
+
+    Args:
+        encoded: the result of `task.encode_test`.
+        collator: the result of `task.collator`.
+        batch_size: rows per forward pass; None: the default of the device.
+        autocast: half precision to compute in; None: the dtype of the weights.
 
     Returns:
-        What `task` measures, the main metric first, then the loss and examples. The loss is a mean in nats: of
-        classification and multiple choice the cross-entropy a row, of spans that of a window's first and last token, by
-        likelihood that of a token of the right option, of causal-lm that of a labelled token; of regression it is the
-        squared error, and of generated texts there is none. Likelihood adds the accuracy of each rule that can pick an
-        option.
+        The task's metrics, the main one first, then loss and examples. The loss is a mean in nats: per row for
+        classification and multiple choice, per window for spans (start and end token), per token of the right option
+        for likelihood, per labelled token for causal-lm. For regression it is the squared error; generated texts have
+        none. Likelihood adds the accuracy of each rule that can choose an option.
 
     Raises:
-        LightPeftError: as `Task.answer`.
+        LightPeftError: there is no row or no token to predict, or the outputs are NaN or infinite.
     """
     return values_of(task.answer(BatchedModel(model, collator, batch_size, autocast), encoded), task)
 
 
 def values_of(outcome: Outcome, task: Task) -> dict[str, float]:
-    """What `evaluate` returns, of an outcome at hand."""
-    beside = BESIDES(outcome.answers)
+    """Return the task's metrics of an outcome, then loss and examples, as `evaluate` does."""
+    beside = SCORE_MEANS(outcome.answers)
     return {**task.score(outcome.answers), **beside, **outcome.measured, "examples": float(len(outcome.answers))}
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What is measured of a model, by name; of a further split the names begin with its prefix."""
+    """Metrics of a model by name, with intervals; names of a further split begin with its prefix."""
 
     metrics: dict[str, float]
     intervals: dict[str, Interval | None]
-    """95% confidence intervals of those that are functions of the answers."""
+    """95% confidence intervals of the metrics that are functions of the answers."""
 
 
 def scores_of(outcomes: Mapping[str, Outcome], task: Task, seed: int = 0) -> Scores:
-    """Metrics with bootstrap intervals.
+    """Return metrics with bootstrap intervals.
 
     Args:
-        outcomes: by prefix; "" for the test rows.
-        task: says what is measured.
-        seed: of the bootstrap.
+        outcomes: outcome by prefix; "" for the test rows.
+        task: the task, with its metrics.
+        seed: seed of the bootstrap.
     """
     metrics: dict[str, float] = {}
     intervals: dict[str, Interval | None] = {}
     for prefix, of_split in outcomes.items():
-        metrics |= prefixed(prefix, values_of(of_split, task))
-        intervals |= prefixed(prefix, bootstrap_intervals(of_split.answers, *task.measures, BESIDES, seed=seed))
+        metrics |= add_prefix(prefix, values_of(of_split, task))
+        intervals |= add_prefix(prefix, bootstrap_intervals(of_split.answers, *task.measures, SCORE_MEANS, seed=seed))
     return Scores(metrics, intervals)
 
 
-def prefixed(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
-    """Values by name, with the prefix of their split; that of the test rows is empty."""
+def add_prefix(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
+    """Return the values with `<prefix>_` before their names; an empty prefix (test rows) changes nothing."""
     return {f"{prefix}_{name}" if prefix else name: value for name, value in values.items()}

@@ -1,7 +1,7 @@
-"""How sure a measured number is: bootstrap intervals of metrics, and paired tests of two models on the same examples.
+"""Bootstrap confidence intervals of metrics, and paired tests of two models on the same examples.
 
-Everything is computed from `Answers`; no model is run. All draws come from one seed, so that every metric and both
-models of a comparison see the same resamples.
+Everything is computed from `Answers`; no model is run. One seed determines all draws, so that every metric and both
+models of a comparison have the same resamples.
 """
 
 from __future__ import annotations
@@ -33,75 +33,80 @@ class Comparison:
     """One metric of two models on the same examples."""
 
     first: float
-    """Of the first model, on all examples."""
+    """Value of the first model, on all examples."""
     second: float
-    """Of the second model, on all examples."""
+    """Value of the second model, on all examples."""
     difference: float
     """`second - first`."""
     interval: Interval | None
-    """Percentile bootstrap interval of the difference; None where there is none (see `bootstrap_intervals`)."""
+    """Percentile bootstrap interval of the difference; None if undefined (see `bootstrap_intervals`)."""
     p_value: float | None
-    """Two-sided, of no difference between the models."""
+    """Two-sided p value of no difference between the models."""
     test: Test
-    """What the p value comes from."""
+    """Test that gives the p value."""
 
 
 def bootstrap_intervals(
     answers: Answers, *metrics: Metric, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
 ) -> dict[str, Interval | None]:
-    """Percentile bootstrap confidence intervals of metrics (Efron and Tibshirani 1993, chapter 13).
+    """Return percentile bootstrap confidence intervals of metrics (Efron and Tibshirani 1993, chapter 13).
 
-    Examples are drawn with replacement; where `answers.groups` is set, whole groups are, because the examples of one
-    are not independent.
+    Examples are drawn with replacement; if `answers.groups` is set, whole groups are, because examples of a group are
+    not independent.
 
     Args:
-        answers: of one model.
-        metrics: computed of every resample; a `MeanMetric` or a `ClassMetric` is a fast one.
-        resamples: how many.
-        level: confidence, in (0, 1).
-        seed: of the draws.
+        answers: answers of one model.
+        metrics: computed on every resample; fast for a `MeanMetric` or a `ClassMetric`.
+        resamples: number of resamples.
+        level: confidence level, in (0, 1).
+        seed: seed of the draws.
 
     Returns:
-        Name of every value that `metrics` give -> its interval; None if there are not two examples (groups) to draw
-        from, or the value is undefined (not finite) in more than half of the resamples. The others count if fewer are.
+        Name of every value of `metrics` -> its interval; None with fewer than two examples (groups), or if half of the
+        resampled values or more are not finite. Otherwise values that are not finite are left out.
     """
-    values = (_resampled([answers], metric, resamples, seed)[0] for metric in metrics)
+    values = (_resample([answers], metric, resamples, seed)[0] for metric in metrics)
     return {name: percentile_interval(of_name, level) for of_metric in values for name, of_name in of_metric.items()}
 
 
 def compare(
     first: Answers, second: Answers, *metrics: Metric, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
 ) -> dict[str, Comparison]:
-    """Test whether two models differ in metrics, on the examples that both answered.
+    """Test if two models differ in metrics, on the same examples.
 
-    Where every example is right or wrong for itself (a `MeanMetric` of zeros and ones without groups) the p value is
-    that of McNemar's test in its exact form: of the examples that one model alone has right, either has half by chance
-    (McNemar 1947). Elsewhere it is that of the paired bootstrap: twice the part of the resampled differences that lies
-    on the other side of zero, the observed sample counted in (Davison and Hinkley 1997, section 4.4). The interval is
-    a percentile interval of the resampled differences either way.
+    For a `MeanMetric` of zeros and ones without groups, the p value is that of McNemar's exact test: by chance, each
+    model has half of the examples that only one of them got right (McNemar 1947). Otherwise it is that of the paired
+    bootstrap: twice the share of resampled differences on the other side of zero, with the observed sample counted in
+    (Davison and Hinkley 1997, section 4.4). The interval is always a percentile interval of resampled differences.
 
     Args:
         first: answers of one model.
-        second: answers of the other, to the same examples in the same order.
+        second: answers of the other model, to the same examples in the same order.
+        metrics: metrics to compare.
+        resamples: number of resamples.
+        level: confidence level of the intervals, in (0, 1).
+        seed: seed of the draws.
 
     Returns:
-        Name of every value that `metrics` give -> its comparison.
+        Name of every value of `metrics` -> its comparison.
 
     Raises:
         LightPeftError: the answers are not to the same examples.
     """
     same = len(first) == len(second) and all(map(_equal, first.references, second.references))
-    require(same, "two models can only be compared on the same examples: the references differ")
+    require(same, "the references of the two models differ; compare models on the same examples")
     comparisons: dict[str, Comparison] = {}
     for metric in metrics:
-        comparisons |= _compared(first, second, metric, _resampled([first, second], metric, resamples, seed), level)
+        comparisons |= _compare_metric(
+            first, second, metric, _resample([first, second], metric, resamples, seed), level
+        )
     return comparisons
 
 
-def _compared(
+def _compare_metric(
     first: Answers, second: Answers, metric: Metric, values: list[dict[str, np.ndarray]], level: float
 ) -> dict[str, Comparison]:
-    """The comparisons of one metric, whose values in the resamples are given for both models."""
+    """Return the comparisons of one metric; `values` holds its resampled values for both models."""
     before, after, exact = metric(first), metric(second), _mcnemar(first, second, metric)
     comparisons = {}
     for name in before:
@@ -130,9 +135,9 @@ class _Draw:
     """One resample."""
 
     indices: np.ndarray
-    """Examples, int64; some come twice, others not at all."""
+    """Indices of the drawn examples, int64; some occur twice, others not at all."""
     groups: np.ndarray | None
-    """Group of each, where there are groups: one that is drawn twice is two."""
+    """Group of each drawn example, or None without groups; a group drawn twice counts as two groups."""
 
 
 def _draws(answers: Answers, count: int, seed: int) -> Iterator[_Draw]:
@@ -150,44 +155,44 @@ def _draws(answers: Answers, count: int, seed: int) -> Iterator[_Draw]:
 
 
 def _members(groups: Sequence[Any]) -> list[np.ndarray]:
-    """Indices of the examples of every group, in the order of its first example."""
+    """Return the indices of the examples of every group; groups are in the order of their first example."""
     found: dict[Any, list[int]] = {}
     for index, group in enumerate(groups):
         found.setdefault(group, []).append(index)
     return [np.array(indices) for indices in found.values()]
 
 
-def _resampled(models: list[Answers], metric: Metric, count: int, seed: int) -> list[dict[str, np.ndarray]]:
-    """Of every model: name -> values in the resamples, float64 [count]; NaN in all where nothing can be drawn."""
+def _resample(models: list[Answers], metric: Metric, count: int, seed: int) -> list[dict[str, np.ndarray]]:
+    """Return, per model, name -> resampled values, float64 [count]; all NaN with fewer than two examples or groups."""
     units = len(models[0]) if models[0].groups is None else len(set(models[0].groups))
     if units < 2:
         return [dict.fromkeys(metric(answers), np.full(count, np.nan)) for answers in models]
     statistics = [_statistic(answers, metric) for answers in models]
     values: list[list[dict[str, float]]] = [[] for _ in models]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a resample may well have one class only, which metrics warn of
+        warnings.simplefilter("ignore")  # metrics warn about resamples with a single class
         for draw in _draws(models[0], count, seed):
             for collected, statistic in zip(values, statistics, strict=True):
                 collected.append(statistic(draw))
-    names = list(metric(models[0]))  # some resample may lack the examples that a value is of
+    names = list(metric(models[0]))  # a resample may lack the examples of a value
     return [
         {name: np.array([value.get(name, np.nan) for value in collected]) for name in names} for collected in values
     ]
 
 
 def _statistic(answers: Answers, metric: Metric) -> Callable[[_Draw], dict[str, float]]:
-    """The metric as a function of a draw."""
+    """Return the metric as a function of a resample."""
     if isinstance(metric, MeanMetric):
         scores = metric.scores(answers)
         return lambda draw: {name: values[draw.indices].mean() for name, values in scores.items()}
     if isinstance(metric, ClassMetric):
-        return _of_counts(answers, metric)
-    arrays = replace(answers, predictions=_array(answers.predictions), references=_array(answers.references))
+        return _count_statistic(answers, metric)
+    arrays = replace(answers, predictions=_as_array(answers.predictions), references=_as_array(answers.references))
     return lambda draw: metric(replace(arrays.take(draw.indices), groups=draw.groups))  # type: ignore[arg-type]
 
 
-def _of_counts(answers: Answers, metric: ClassMetric) -> Callable[[_Draw], dict[str, float]]:
-    """The same by the confusion matrix of a draw."""
+def _count_statistic(answers: Answers, metric: ClassMetric) -> Callable[[_Draw], dict[str, float]]:
+    """Return a class metric as a function of a resample, by the resample's confusion matrix."""
     classes = class_count(answers)
     cells = np.asarray(answers.references) * classes + np.asarray(answers.predictions)
 
@@ -198,8 +203,8 @@ def _of_counts(answers: Answers, metric: ClassMetric) -> Callable[[_Draw], dict[
     return of
 
 
-def _array(values: Sequence[Any]) -> Sequence[Any]:
-    """Numbers, and tuples of numbers, as an array, which is fast to take from; anything else as it is."""
+def _as_array(values: Sequence[Any]) -> Sequence[Any]:
+    """Return numbers, or tuples of numbers, as an array, which is fast to index; other values unchanged."""
     flat = [number for value in values for number in (value if isinstance(value, tuple) else (value,))]
     return np.asarray(values) if all(isinstance(number, Real) for number in flat) else values  # type: ignore[return-value]
 
@@ -208,7 +213,7 @@ def _array(values: Sequence[Any]) -> Sequence[Any]:
 
 
 def percentile_interval(values: np.ndarray, level: float) -> Interval | None:
-    """The middle part `level` of resampled values, float [resamples]; None if not more than half of them are finite."""
+    """Return the central interval of resampled values, float [resamples]; None unless more than half are finite."""
     defined = values[np.isfinite(values)]
     if 2 * len(defined) <= len(values):
         return None
@@ -217,15 +222,15 @@ def percentile_interval(values: np.ndarray, level: float) -> Interval | None:
 
 
 def _mcnemar(first: Answers, second: Answers, metric: Metric) -> dict[str, float]:
-    """p values of the exact test, for the values that it applies to."""
+    """Return the p values of McNemar's exact test, for values to which it applies."""
     if not isinstance(metric, MeanMetric) or first.groups is not None:
         return {}
     before, after = metric.scores(first), metric.scores(second)
     binary = [name for name in before if np.isin([before[name], after[name]], (0, 1)).all()]
-    return {name: _discordant(before[name] > after[name], after[name] > before[name]) for name in binary}
+    return {name: _mcnemar_p(before[name] > after[name], after[name] > before[name]) for name in binary}
 
 
-def _discordant(first_only: np.ndarray, second_only: np.ndarray) -> float:
+def _mcnemar_p(first_only: np.ndarray, second_only: np.ndarray) -> float:
     one, other = int(first_only.sum()), int(second_only.sum())
     return float(binomtest(one, one + other).pvalue) if one + other else 1.0
 

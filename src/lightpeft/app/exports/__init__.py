@@ -1,1 +1,1 @@
-"""Other programs' formats: GGUF, ONNX and OpenVINO."""
+"""Export of light models: merged, PEFT, GGUF, ONNX and OpenVINO."""

@@ -1,4 +1,4 @@
-"""The forms that a light model can be given away in; each is one function, which imports what is heavy itself."""
+"""The export forms of a light model; each is one function, which imports its heavy dependencies itself."""
 
 from __future__ import annotations
 
@@ -18,36 +18,35 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Form:
-    """One form."""
+class ExportForm:
+    """One export form."""
 
     what: str
-    """Is in the folder, for people."""
+    """Content of the folder, as text for users."""
     write: Callable[[LightModel, Any, Path, bool, str | None], str] | None
-    """Writes a live model with its tokenizer into a folder, whole or not at all, and says what loads it, for people.
-    The last two arguments: whether the folder may hold the same form, which is replaced; data type of weights. None: it
-    is no whole model."""
+    """Function (model, tokenizer, folder, overwrite, dtype) that writes a live model, completely or not at all, and
+    returns its loader as text for users. `overwrite`: replace the same form. None: the form is no whole model."""
     dtypes: tuple[str, ...] = ()
-    """That its weights can be written in, if not as they are."""
+    """Data types for its weights, besides their own."""
 
 
-def _merged(model: LightModel, tokenizer: Any, folder: Path, overwrite: bool, dtype: str | None) -> str:
+def _write_merged(model: LightModel, tokenizer: Any, folder: Path, overwrite: bool, dtype: str | None) -> str:
     from lightpeft.adapters.merging import save_merged
 
     native = save_merged(model, folder, tokenizer, overwrite=overwrite)
     return "transformers" if native else "lightpeft.load_merged"
 
 
-def _gguf(model: LightModel, tokenizer: Any, folder: Path, overwrite: bool, dtype: Any) -> str:
+def _write_gguf(model: LightModel, tokenizer: Any, folder: Path, overwrite: bool, dtype: Any) -> str:
     from lightpeft.app.exports.gguf.exporting import save_gguf
 
-    require(tokenizer is not None, "a GGUF file has the tokenizer in it, and there is none")
+    require(tokenizer is not None, "form gguf needs a tokenizer, which the file contains; pass one")
     written = save_gguf(model, folder, tokenizer, dtype=dtype or "auto", overwrite=overwrite)
     matrices = ", ".join(f"{count} in {kind}" for kind, count in written.matrices.items())
     return f"llama.cpp (matrices: {matrices})"
 
 
-def _graph(name: str, model: LightModel, tokenizer: Any, folder: Path, overwrite: bool, dtype: str | None) -> str:
+def _write_graph(name: str, model: LightModel, tokenizer: Any, folder: Path, overwrite: bool, dtype: str | None) -> str:
     from lightpeft.app.exports.graphs.exporting import save_graph
     from lightpeft.app.exports.graphs.runtimes import RUNTIMES
 
@@ -56,33 +55,50 @@ def _graph(name: str, model: LightModel, tokenizer: Any, folder: Path, overwrite
     return f"{runtime.title} ({kind})"
 
 
-EXPORTS: dict[str, Form] = {
-    "merged": Form("a whole model that needs no base", _merged),
-    "peft": Form("a plain PEFT adapter over the whole base", None),
-    "gguf": Form("a whole model in one file, with its tokenizer", _gguf, ("f32", "f16", "bf16", "q8_0")),
-    "onnx": Form("a whole model as an ONNX graph, with tokenizer and config", partial(_graph, "onnx"), ("f32", "int8")),
-    "openvino": Form(
+EXPORTS: dict[str, ExportForm] = {
+    "merged": ExportForm("a whole model that needs no base", _write_merged),
+    "peft": ExportForm("a plain PEFT adapter over the whole base", None),
+    "gguf": ExportForm("a whole model in one file, with its tokenizer", _write_gguf, ("f32", "f16", "bf16", "q8_0")),
+    "onnx": ExportForm(
+        "a whole model as an ONNX graph, with tokenizer and config", partial(_write_graph, "onnx"), ("f32", "int8")
+    ),
+    "openvino": ExportForm(
         "a whole model as an OpenVINO graph, with tokenizer and config",
-        partial(_graph, "openvino"),
+        partial(_write_graph, "openvino"),
         ("f32", "f16", "int8"),
     ),
 }
 """Name -> form."""
 
 DTYPES = tuple(dict.fromkeys(dtype for form in EXPORTS.values() for dtype in form.dtypes))
-"""That weights can be written in, in one form or another."""
+"""Data types for weights, over all forms."""
 
 
 def export(adapter: LightAdapter, form: str, folder: Path, *, overwrite: bool = False, dtype: str | None = None) -> str:
-    """Write a saved light adapter in one of `EXPORTS`; arguments, what it gives and errors as of `export_model`."""
-    write = _checked(form, dtype).write
+    """Write a saved light adapter in a form of `EXPORTS`, as `export_model` writes a live model.
+
+    Args:
+        adapter: the adapter.
+        form: a key of `EXPORTS`.
+        folder: a new or empty folder.
+        overwrite: True to replace the same form in the folder.
+        dtype: data type of weights, one of the form's; None: unchanged.
+
+    Returns:
+        The loader of the result, as text for users.
+
+    Raises:
+        LightPeftError: the form does not exist or does not support `dtype`, a package is missing, the model cannot be
+            exported so, or the folder cannot be written. Nothing is half-written.
+    """
+    write = _find_form(form, dtype).write
     if write is None:
-        return _full_width(adapter, folder, overwrite)
+        return _write_full_width(adapter, folder, overwrite)
     return write(adapter.load(), adapter.tokenizer(), folder, overwrite, dtype)
 
 
-def _full_width(adapter: LightAdapter, folder: Path, overwrite: bool) -> str:
-    """As PEFT writes adapters; of a run that trained at full width for its last steps, what it left."""
+def _write_full_width(adapter: LightAdapter, folder: Path, overwrite: bool) -> str:
+    """Write a plain PEFT adapter; for a run whose last steps trained at full width, the adapter of these."""
     from lightpeft.adapters.full_width import copy_full_width, save_full_width
     from lightpeft.app.folders.run_folder import RunFolder
 
@@ -104,33 +120,38 @@ def export_model(
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Write a live light model in one of the forms of `lightpeft export`, but for `peft` (of which see `full_width`).
+    """Write a live light model in a form of `lightpeft export`, except `peft` (see `full_width`).
 
     Args:
-        model: a `LightModel`; it stays as it is, and a copy of it is merged, which takes its memory once more.
-        folder: new or empty.
-        form: name of one of `EXPORTS`.
-        tokenizer: to be written with it.
-        dtype: of weights, one of the form's; None: as they are.
-        overwrite: the folder may also hold the same form, which goes with all that is in it.
+        model: a `LightModel`. It does not change: a copy is merged, which takes the memory of the model once more.
+        folder: a new or empty folder.
+        form: "merged", "gguf", "onnx" or "openvino".
+        tokenizer: tokenizer to write with the model.
+        dtype: data type of weights, one of the form's; None: unchanged.
+        overwrite: True to replace the same form in the folder, with all its files.
 
     Returns:
-        What loads it, for people.
+        The loader of the result, as text for users, such as "ONNX Runtime (int8)".
 
     Raises:
-        LightPeftError: there is no such form, or not in that `dtype`; a package that writes it is not installed; the
-            model cannot have it; or the folder cannot be written. Nothing is half-written.
+        LightPeftError: the form does not exist or does not support `dtype`; a package is not installed; the model
+            cannot be exported so; or the folder cannot be written. Nothing is half-written.
+
+    Example:
+        ```python
+        export_model(load_light("adapter"), "onnx_model", "onnx", light_tokenizer("adapter"), dtype="int8")
+        ```
     """
-    write = _checked(form, dtype).write
-    require(write is not None, f"the form {form} is no whole model; use full_width(light)")
+    write = _find_form(form, dtype).write
+    require(write is not None, f"form {form} is an adapter, not a whole model; use full_width(light)")
     assert write is not None
     return write(model, tokenizer, Path(folder), overwrite, dtype)
 
 
-def _checked(form: str, dtype: str | None) -> Form:
-    """A form by its name, if its weights are written so."""
-    require(form in EXPORTS, f'there is no form "{form}"; choose one of {", ".join(EXPORTS)}')
-    taking = [name for name, each in EXPORTS.items() if dtype in each.dtypes]
-    fits = dtype is None or form in taking
-    require(fits, f"weights are written in {dtype} in the form {' or '.join(taking) or 'of nobody'}, not in {form}")
-    return EXPORTS[form]
+def _find_form(form: str, dtype: str | None) -> ExportForm:
+    """Return the form with that name, after a check that it supports `dtype`."""
+    require(form in EXPORTS, f'export form "{form}" does not exist; choose one of {", ".join(EXPORTS)}')
+    found = EXPORTS[form]
+    hint = f"choose {' or '.join(found.dtypes)}" if found.dtypes else "leave it out"
+    require(dtype is None or dtype in found.dtypes, f"dtype {dtype} is not supported by form {form}; {hint}")
+    return found

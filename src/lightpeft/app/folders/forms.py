@@ -1,4 +1,4 @@
-"""The forms that a saved model has: how each is found, whether it can answer, and how it is loaded."""
+"""The forms of a saved model: how to find each, check that it can answer a task, and load it."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a model is to be opened for."""
+    """The task for which a model is opened."""
 
     what: str
-    """Name of the task, for error lines."""
+    """Name of the task, for error messages."""
     head: TaskHead
-    """The head that answers it."""
+    """Head that answers it."""
     labels: Sequence[str] = ()
     """Names of the classes in order; empty without classes."""
 
     @classmethod
     def of(cls, task: Task) -> Wanted:
-        """To answer a task."""
+        """Return the head and labels that `task` needs."""
         return cls(task.config.task, task.head, task.labels)
 
     def __str__(self) -> str:
@@ -71,104 +71,114 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class Found(ABC):
-    """A model that is there, in one of the forms below; nothing of it is loaded yet."""
+    """A saved model in one of the forms below, before any weights are loaded."""
 
     form: ClassVar[str]
-    """What its weights are, for people."""
+    """Name of the form, as text for users."""
     name: str
-    """As it was asked for."""
+    """Path or name that the user gave."""
     model: ModelConfig
-    """The model itself, or the base of an adapter."""
+    """How to load the model itself, or the base of an adapter."""
     description: Mapping[str, Any] = field(default_factory=dict)
-    """What a light model says of itself; empty for all others."""
+    """Description that a light model was saved with; empty for all others."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What is said of its task (`tasks.task_facts`); empty where nobody says anything."""
+    """Facts of its task (`tasks.task_facts`); empty if unknown."""
     run: RunConfig | None = None
-    """The run that it is the result of, if that was asked for."""
+    """Config of the run that it is the result of, if the user gave a run."""
 
     @classmethod
     @abstractmethod
     def find(cls, place: Path, base: str | None, settings: Mapping[str, Any]) -> Self:
-        """What is in a folder of this form; arguments and errors as for `find_model`."""
+        """Return the model in a folder of this form, not loaded.
+
+        Args:
+            place: the folder.
+            base: name or folder of an adapter's base; None: as the adapter says.
+            settings: fields of `ModelConfig` that override those of training.
+
+        Raises:
+            LightPeftError: the folder is incomplete.
+        """
 
     @abstractmethod
     def load(self, wanted: Wanted, base: PreTrainedModel | None = None) -> Model:
-        """The live model; arguments and errors as for `open`."""
+        """Load the model; `base` is an adapter's live base, or None to load it. `open` adds the checks."""
 
     @property
     def kind(self) -> str:
-        """What it is, for people."""
+        """Form of the model, or "run" with the form, as text for users."""
         return self.form if self.run is None else f"run ({self.form})"
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """Of the model itself, or of the base of an adapter.
+        """Configuration of the model itself, or of the base of an adapter.
 
         Raises:
-            LightPeftError: it is not there.
+            LightPeftError: the model does not exist.
         """
         return load_model_config(self.model)
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names of its classes in order; None where it does not say."""
+        """Names of its classes in order; None if unknown."""
         return list(self.facts.get("labels", ())) or None
 
     @property
     def precision(self) -> torch.dtype | None:
-        """The half precision that its run computes in here under autocast; None: that of the weights."""
+        """Autocast dtype of its run on this machine; None: the dtype of the weights."""
         return None if self.run is None else autocast_dtype(self.run.training)
 
     def padding(self, max_length: int) -> int | None:
-        """What its run pads batches of rows of so many tokens to a multiple of; None: nothing but the longest row."""
+        """Return the multiple to which its run pads batches; None: pad to the longest row."""
         if self.run is None:
             return None
         return padding_within(max_length, max_positions(self.config))
 
     def checked(self) -> Self:
-        """Itself, if the model, or the base of the adapter, is there."""
+        """Return self, after a check that the model, or the base of the adapter, exists."""
         assert self.config is not None
         return self
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer, with a token to pad with."""
+        """Return its tokenizer, with a padding token."""
         tokenizer = load_tokenizer(self.model, self.config)
         ensure_pad_token(tokenizer, self.config)
         return tokenizer
 
     def check(self, wanted: Wanted) -> None:
-        """Raise `LightPeftError` unless it can be expected to answer; nothing is loaded for that."""
+        """Raise `LightPeftError` if its task is known and has another head; no weights are loaded."""
         if self.facts:
             trained = restore_task(self.facts)
             self._require_head(trained.head == wanted.head, str(Wanted.of(trained)), wanted)
 
     def _require_head(self, fits: bool, trained: str, wanted: Wanted) -> None:
-        """Refuse to answer another kind of task than the one that it was trained for."""
+        """Raise `LightPeftError` unless `fits`: the model was trained for another kind of task."""
         refusal = f"{self.name} was trained for {trained} and cannot answer {wanted}"
-        require(fits, f"{refusal}; give a model of this task, or another task")
+        require(fits, f"{refusal}; give a model for this task, or another task")
 
     def _require_trained(self, untrained: Sequence[str], wanted: Wanted) -> None:
-        """Refuse to answer with weights that are random: those of modules that nothing was trained for."""
+        """Raise `LightPeftError` if modules are untrained, so that answers would come from random weights."""
         require(
             not untrained,
             f"{self.name} has no weights for {', '.join(untrained)}, so its answers to {wanted} "
             "would be random; train it first: lightpeft run",
         )
 
-    def _not_fitting(self, wanted: Wanted, why: Exception | str) -> LightPeftError:
-        """The line about weights that are for something else."""
+    def _misfit(self, wanted: Wanted, why: Exception | str) -> LightPeftError:
+        """Return the error about weights that do not fit the task."""
         classes = f" with {len(wanted.labels)} labels" if wanted.labels else ""
         reason = one_line(why)[-200:]
         return LightPeftError(f"{self.name} does not fit {wanted.what}{classes}: {reason}")
 
     def open(self, wanted: Wanted, base: PreTrainedModel | None = None) -> Model:
-        """The live model in evaluation mode, with the head that is wanted, on the device at hand.
+        """Return the live model in evaluation mode, with the wanted head, on the accelerator if there is one.
 
         Args:
-            base: an adapter's, live, which is changed in place; None: it is loaded. A whole model has none.
+            wanted: the task to answer.
+            base: live base of an adapter, which is changed in place; None: load it. A whole model has no base.
 
         Raises:
-            LightPeftError: it cannot answer, cannot be loaded, or its weights don't fit.
+            LightPeftError: the model cannot answer the task, cannot be loaded, or its weights do not fit.
         """
         self.check(wanted)
         return to_device(self.load(wanted, base).eval())
@@ -182,123 +192,125 @@ class WholeModel(Found):
 
     @classmethod
     def find(cls, place: str | Path, base: str | None, settings: Mapping[str, Any]) -> Self:
-        """Wherever it is: `place` may also be a name on the hub."""
-        return cls(name=str(place), model=_whole(place, base, settings))
+        """Return the model, not loaded; `place` may also be a name on the hub."""
+        return cls(name=str(place), model=_whole_settings(place, base, settings))
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """As transformers reads it.
+        """Configuration of the model, read by transformers.
 
         Raises:
-            LightPeftError: it is not there, or a merged light model's without its plan.
+            LightPeftError: the model does not exist, or is a merged light model without its plan.
         """
         config = load_model_config(self.model)
-        alone = f"{self.name} has the weights of a pruned model, but not the plan of that: {MERGED} is missing"
+        alone = f"{self.name} has the weights of a pruned model without its plan: {MERGED} is missing; add it"
         require(not isinstance(config, LightModelConfig), alone)
         return config
 
     @property
     def class_names(self) -> list[str] | None:
-        """Those in its config, if it classifies."""
+        """Class names in its config, if it is a sequence classifier; else None."""
         classifies = any("SequenceClassification" in name for name in self.config.architectures or ())
         return list(self.config.id2label.values()) if classifies else None
 
     def load(self, wanted: Wanted, base: PreTrainedModel | None = None) -> PreTrainedModel:
-        """As transformers does."""
+        """Load the model with transformers; an untrained head is an error."""
         try:
             loaded = load_model(self.model, wanted.head, wanted.labels, to_prune=False)
         except LightPeftError as error:
             if "ignore_mismatched_sizes" not in str(error.__cause__):
                 raise
-            shapes = "weights have other shapes: other labels, or merged by other means than lightpeft export"
-            raise self._not_fitting(wanted, shapes) from error
+            shapes = "weights have other shapes: another number of labels, or not merged by lightpeft export"
+            raise self._misfit(wanted, shapes) from error
         self._require_trained(loaded.new_modules, wanted)
         return loaded.model
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergedModel(Found):
-    """A light model with PEFT merged into it, as `save_merged` writes it."""
+    """A light model with merged PEFT weights, written by `save_merged`."""
 
     form = whole.MERGED_ON_HUB.what
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """Of the model itself, whether or not transformers can make anything of it."""
+        """Configuration of the model, also if transformers cannot load its pruned shapes."""
         folder = Path(self.model.name)
         return merged_config(folder, base_facts(self.description, folder / MERGED))
 
     @classmethod
     def find(cls, place: Path, base: str | None, settings: Mapping[str, Any]) -> Self:
-        """What stands beside the weights says what they are."""
+        """Return the merged model in `place`, by the description beside its weights."""
         description = read_merged(place)
-        facts = said_of_task(description, place / MERGED)
-        model = _whole(place, base, settings)
+        facts = read_task_facts(description, place / MERGED)
+        model = _whole_settings(place, base, settings)
         return cls(name=str(place), model=model, description=description, facts=facts)
 
     def load(self, wanted: Wanted, base: PreTrainedModel | None = None) -> PreTrainedModel:
-        """Straight into the cut layers."""
+        """Load the weights directly into the pruned layers."""
         return load_merged(self.model.name, dtype=self.model.dtype, attn_implementation=self.model.attn_implementation)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Adapter(Found):
-    """Weights in a folder, over a base that is elsewhere."""
+    """Adapter weights in a folder, over a base model elsewhere."""
 
     folder: Path
-    """Where the adapter is."""
+    """Folder of the adapter."""
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """Of the base."""
+        """Configuration of the base."""
         return self._base_config()
 
     def _base_config(self) -> PretrainedConfig:
         try:
             return load_model_config(self.model)
         except LightPeftError as error:
-            raise LightPeftError(f"{self.folder} needs its base: {error}; give another place of it: --base") from error
+            raise LightPeftError(
+                f"{self.folder} needs its base model: {error}; give its name or folder: --base"
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class LightAdapter(_Adapter):
-    """A plan and PEFT weights, as `LightModel` saves itself."""
+    """A light adapter: a plan and PEFT weights, written by `LightModel.save_pretrained`."""
 
     form = adapter_files.ADAPTER_ON_HUB.what
 
     @classmethod
     def find(cls, place: Path, base: str | None, settings: Mapping[str, Any]) -> Self:
-        """What stands beside the weights says what they are, and how the base was loaded."""
+        """Return the light adapter in `place`, by its description, which also says how to load the base."""
         description = read_description(place)
         saved = base_facts(description, place / DESCRIPTION)
         at_home = {"revision": saved.revision} if base is None else {}
         as_saved = {"gguf_file": saved.gguf_file, "dtype": saved.dtype, **at_home}
-        model = _base(place, base or saved.id, {**as_saved, **settings})
-        facts = said_of_task(description, place / DESCRIPTION)
+        model = _base_settings(place, base or saved.id, {**as_saved, **settings})
+        facts = read_task_facts(description, place / DESCRIPTION)
         return cls(name=str(place), model=model, description=description, facts=facts, folder=place)
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """Of the base, with the tokens that the adapter keeps."""
+        """Configuration of the base, with the adapter's vocabulary."""
         return self._base_config() if self.vocabulary is None else cut_config(self._base_config(), self.vocabulary)
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
-        """Which tokens of the base it has; None: all."""
+        """Tokens of the base that it keeps; None: all."""
         return vocabulary_in(self.folder, self.description)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base's, or of that the tokens that the adapter keeps."""
+        """Return the base's tokenizer, cut to the adapter's vocabulary if it has its own."""
         return super().tokenizer() if self.vocabulary is None else tokenizer_over(self.model, self.vocabulary)
 
     @property
     def plan(self) -> PrunePlan:
-        """Which units of the base it has."""
+        """Plan with the units of the base that it keeps."""
         with explain_content_errors(self.folder / DESCRIPTION):
             return PrunePlan.from_dict(self.description["plan"])
 
     def load(self, wanted: Wanted | None = None, base: PreTrainedModel | None = None) -> LightModel:
-        """With the head that it was trained with, whatever is wanted; in host memory, unless the base is elsewhere."""
+        """Load it with the head of its training, not `wanted`'s; in host memory, or on the device of `base`."""
         return load_light(
             self.folder,
             self.model.name if base is None else base,
@@ -312,25 +324,25 @@ class LightAdapter(_Adapter):
 
 @dataclass(frozen=True, kw_only=True)
 class PeftAdapter(_Adapter):
-    """An adapter as PEFT saves it, whoever made it."""
+    """An adapter in PEFT's format, from any program."""
 
     form = "PEFT adapter"
 
     @classmethod
     def find(cls, place: Path, base: str | None, settings: Mapping[str, Any]) -> Self:
-        """PEFT's own config says what it is."""
+        """Return the PEFT adapter in `place`, by its adapter_config.json."""
         adapter = read_adapter(place, allow_pickle=bool(settings.get("allow_pickle")))
-        model = _base(place, base or adapter.base_model_name_or_path, settings)
+        model = _base_settings(place, base or adapter.base_model_name_or_path, settings)
         return cls(name=str(place), model=model, folder=place)
 
     def check(self, wanted: Wanted) -> None:
-        """By what is said of its task, and by PEFT's name of it."""
+        """Raise `LightPeftError` if its task, or PEFT's task type, has another head; no weights are loaded."""
         super().check(wanted)
         kind = self._settings().task_type
         self._require_head(kind in (None, wanted.head.task_type), f"PEFT's task type {kind}", wanted)
 
     def load(self, wanted: Wanted, base: PreTrainedModel | None = None) -> PeftModel:
-        """Over the base with the head that is wanted, which the adapter or the base must have."""
+        """Load it over the base with the wanted head; adapter or base must have trained weights for the head."""
         settings = self._settings()
         if base is None:
             loaded = load_model(self.model, wanted.head, wanted.labels, to_prune=False)
@@ -341,33 +353,36 @@ class PeftAdapter(_Adapter):
             check_adapter_fit(skeleton_of(base), settings, self.folder, exact=False)
             return load_adapter(base, self.folder, settings)
         except LightPeftError as error:
-            raise self._not_fitting(wanted, error) from error
+            raise self._misfit(wanted, error) from error
 
     def _settings(self) -> PeftConfig:
-        """How PEFT builds it, read anew each time: PEFT changes what it is given."""
+        """Read its PEFT config; not cached, since PEFT changes the object."""
         return read_adapter(self.folder, allow_pickle=self.model.allow_pickle)
 
 
-# -- what they have in common --------------------------------------------------------------------------------------
+# -- shared by the forms ---------------------------------------------------------------------------------------------
 
 
-def _whole(place: str | Path, base: str | None, settings: Mapping[str, Any]) -> ModelConfig:
-    """How a whole model is loaded."""
-    require(base is None, f"{place} is a whole model, which has no base; leave --base out")
+def _whole_settings(place: str | Path, base: str | None, settings: Mapping[str, Any]) -> ModelConfig:
+    """Return the `ModelConfig` to load a whole model."""
+    require(base is None, f"{place} is a whole model and has no base; leave out --base")
     return from_dict(ModelConfig, {**settings, "name": str(place)}, "model.")
 
 
-def _base(folder: Path, name: str | None, settings: Mapping[str, Any]) -> ModelConfig:
-    """How the base of an adapter is loaded."""
-    require(name, f"{folder} does not name its base; give its name or folder: --base")
+def _base_settings(folder: Path, name: str | None, settings: Mapping[str, Any]) -> ModelConfig:
+    """Return the `ModelConfig` to load the base of an adapter."""
+    require(name, f"{folder} does not name its base model; give its name or folder: --base")
     return from_dict(ModelConfig, {**settings, "name": name}, "model.")
 
 
-def said_of_task(description: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """What a description in a file says of the task; nothing if the model was made in a loop of one's own.
+def read_task_facts(description: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return the task's facts in a description; empty if a training loop without a task made the model.
+
+    Args:
+        path: file of the description, for error messages.
 
     Raises:
-        LightPeftError: it is no description of a task.
+        LightPeftError: the facts are invalid.
     """
     with explain_content_errors(path):
         facts: dict[str, Any] = description["task"]
@@ -377,7 +392,7 @@ def said_of_task(description: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def to_device(model: M) -> M:
-    """The model on the device at hand; one that is quantised is put there on loading."""
+    """Move a model to the accelerator, if there is one; a quantized model was loaded there."""
     device = accelerator()
     if device is not None and not getattr(model, "is_quantized", False):
         model.to(device)

@@ -1,4 +1,4 @@
-"""The one road from a path or a name to a live model: a run, an adapter, a merged or any other whole model."""
+"""Open a path or a name as a live model: a run, an adapter, a merged light model or any other whole model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightpeft.app.folders.forms import (
     PeftAdapter,
     Wanted,
     WholeModel,
-    said_of_task,
+    read_task_facts,
     to_device,
 )
 from lightpeft.app.folders.results import Model
@@ -42,42 +42,47 @@ _FORMS: dict[str, type[Found]] = {
     ADAPTER_CONFIG: PeftAdapter,
     "config.json": WholeModel,
 }
-"""File in a folder -> the form of the model there; the first that is there counts."""
-_KINDS = "a run, a light adapter, a merged light model, a PEFT adapter or a transformers model"
+"""File in a folder -> form of the model there; the first existing file counts."""
+_ACCEPTED = "a run, a light adapter, a merged light model, a PEFT adapter or a transformers model"
 
 
 def find_model(name: str | Path, base: str | None = None, settings: Mapping[str, Any] | None = None) -> Found:
-    """Find out what a path or a name stands for.
+    """Find the model that a path or a name stands for; no weights are loaded.
 
     Args:
         name: folder of a finished run, of a light adapter or merged light model, of a PEFT adapter or of a transformers
             model; or the name of such an adapter or model on the hub, as owner/name or owner/name@revision.
-        base: where an adapter's base is, if not where the adapter says.
-        settings: of `ModelConfig`, in place of those that the model was trained with.
+        base: name or folder of an adapter's base, if it is not where the adapter says.
+        settings: fields of `ModelConfig` that override those of training.
 
     Raises:
-        LightPeftError: nothing of that kind is there, or it or its base is incomplete.
+        LightPeftError: there is no such model, or it or its base is incomplete.
     """
     found = find_saved(name, base, settings)
     if found is not None:
         return found.checked()
-    require(not Path(name).is_file(), f"{name} is a file; give the folder of {_KINDS}")
+    require(not Path(name).is_file(), f"{name} is a file; give a folder with {_ACCEPTED}")
     repository, settings = Repository.named(name), dict(settings or {})
     if repository is not None and repository.revision is not None:
         name, settings["revision"] = repository.name, repository.revision
     try:
         return WholeModel.find(name, base, settings).checked()
     except LightPeftError as error:
-        raise LightPeftError(f"there is no folder {name} here, and as a model's name: {error}") from error
+        raise LightPeftError(
+            f"folder {name} does not exist, and a model of that name cannot be loaded: {error}"
+        ) from error
 
 
 def find_saved(name: str | Path, base: str | None = None, settings: Mapping[str, Any] | None = None) -> Found | None:
-    """The same of a folder, or of an adapter or merged light model on the hub, whether its base is there or not.
+    """Find a model in a folder, or an adapter or merged light model on the hub; its base need not exist.
 
-    A revision among the settings is that of an adapter's base.
+    Args:
+        name: a folder, or a name on the hub, as owner/name or owner/name@revision.
+        base: name or folder of an adapter's base, if it is not where the adapter says.
+        settings: fields of `ModelConfig` that override those of training; `revision` is that of an adapter's base.
 
     Returns:
-        What was found; None: there is no such folder, and whatever has that name on the hub transformers loads.
+        The model, not loaded; None if there is no such folder and the name is left to transformers.
     """
     if Path(name).is_dir():
         return find_folder(Path(name), base, settings)
@@ -91,20 +96,25 @@ def find_saved(name: str | Path, base: str | None = None, settings: Mapping[str,
 
 
 def find_folder(folder: Path, base: str | None = None, settings: Mapping[str, Any] | None = None) -> Found:
-    """The same of a folder, whether the base of an adapter is there or not."""
+    """Find the model, or the result of a run, in a folder; the base of an adapter need not exist."""
     form = next((form for marker, form in _FORMS.items() if (folder / marker).is_file()), None)
     if form is not None:
         return form.find(folder, base, settings or {})
-    nothing = f"{folder} is none of {_KINDS}: it has no {', '.join(_FORMS)}, {CONFIG}"
+    nothing = f"{folder} has no {', '.join(_FORMS)} or {CONFIG}; give a folder with {_ACCEPTED}"
     require(is_run(folder), nothing)
     return find_result(RunFolder.at(folder), base, settings)
 
 
 def find_result(run: RunFolder, base: str | None = None, settings: Mapping[str, Any] | None = None) -> Found:
-    """The result of a run; arguments as for `find_model`.
+    """Find the result of a run; no weights are loaded.
+
+    Args:
+        run: the folder of the run.
+        base: name or folder of the base, if it is not where the run says.
+        settings: fields of `ModelConfig` that override the run's.
 
     Raises:
-        LightPeftError: it has none yet, or a damaged one.
+        LightPeftError: the run has no result yet, or it is damaged.
     """
     run.need(run.last_training, "evaluate")
     config, form = run.config, _FORMS[ADAPTER_CONFIG if run.result == run.full else run.config.way.last_file]
@@ -116,35 +126,40 @@ def find_result(run: RunFolder, base: str | None = None, settings: Mapping[str, 
     found = form.find(run.result, base, given)
     if form is not LightAdapter:
         check_sealed(run.result)
-        found = replace(found, facts=_task_of(run))
+        found = replace(found, facts=_task_facts_of(run))
     return replace(found, name=str(run.path), run=config)
 
 
 def find_light(name: str | Path, base: str | None = None, settings: Mapping[str, Any] | None = None) -> LightAdapter:
-    """The same, where only a light adapter, or the run of one, will do.
+    """Find a light adapter, alone or as the result of a run; no weights are loaded.
+
+    Args:
+        name: folder of the adapter or run, or a name on the hub.
+        base: name or folder of the base, if it is not where the adapter says.
+        settings: fields of `ModelConfig` that override those of training.
 
     Raises:
-        LightPeftError: it is something else, or incomplete.
+        LightPeftError: it is another kind of model, or incomplete.
     """
     found = find_model(name, base, settings)
     if isinstance(found, LightAdapter):
         return found
     instead = "a light adapter or the run of one"
-    if found.run is not None and found.run.way.prunes:  # which keeps what it learned at full width
+    if found.run is not None and found.run.way.prunes:  # its result is an adapter at full width
         instead = f"its light adapter, {Path(name) / 'adapter'}; a plain PEFT adapter is in {Path(name) / 'full'}"
     raise LightPeftError(f"{found.name} is a {found.kind}; give {instead}")
 
 
-def _task_of(run: RunFolder) -> dict[str, Any]:
-    """What a run that leaves no light adapter says of its task; nothing, if an earlier version made it."""
-    return said_of_task(read_json(run.task), run.task) if run.task.is_file() else {}
+def _task_facts_of(run: RunFolder) -> dict[str, Any]:
+    """Return the task's facts of a run without a light adapter; empty for runs of earlier versions."""
+    return read_task_facts(read_json(run.task), run.task) if run.task.is_file() else {}
 
 
 # -- live --------------------------------------------------------------------------------------------------------
 
 
 def open_result(run: RunFolder, task: Task, base: PreTrainedModel | None = None) -> Model:
-    """The result of a run for its own task; as `Found.open`."""
+    """Return the live result of a run for its own task, in evaluation mode; a live `base` is changed in place."""
     return find_result(run).open(Wanted.of(task), base)
 
 
@@ -155,15 +170,17 @@ def open_base(
     vocabulary: Vocabulary | None = None,
     in_host_memory: bool = False,
 ) -> LoadedModel:
-    """An untouched foundation model that is to be trained, with the head that is wanted, on the device at hand.
+    """Load a base model for training, with the wanted head, on the accelerator if there is one.
 
     Args:
-        tokenizer: its tokenizer, which the model learns from what it is to pad with.
-        vocabulary: the tokens that it is to have alone, which are also the tokenizer's; None: all.
-        in_host_memory: leave it there: what is sharded goes to its device in parts.
+        model: how to load the model.
+        wanted: the task, with head and labels.
+        tokenizer: the model's tokenizer, which sets the padding token.
+        vocabulary: tokens to keep, which are also the tokenizer's; None: all.
+        in_host_memory: True to leave it in host memory, since sharding moves parts of it to devices.
 
     Raises:
-        LightPeftError: it cannot be loaded, or cannot be pruned.
+        LightPeftError: the model cannot be loaded or pruned.
     """
     loaded = load_model(model, wanted.head, wanted.labels)
     ensure_family(loaded.model)

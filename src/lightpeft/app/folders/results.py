@@ -1,4 +1,4 @@
-"""The weights that the stages of a run leave: written whole and sealed, and checked before a later stage takes them."""
+"""The weights of the stages of a run: written completely with checksums, which later stages check."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lightpeft.saving.peft_adapter import load_adapter, read_adapter
 from lightpeft.saving.whole import WHOLE_WEIGHTS
 
 Model: TypeAlias = PeftModel | PreTrainedModel
-"""What is trained and measured: a model with PEFT or, with method full, the model itself."""
+"""Type of trained models: a model with PEFT or, for method full, a plain transformers model."""
 
 
 def save_peft(model: PeftModel, folder: Path) -> None:
-    """Write a light adapter, or an adapter as PEFT writes it: whole or not at all."""
+    """Write a light adapter or a PEFT adapter, completely or not at all."""
     if isinstance(model, LightModel):
         model.save_pretrained(folder)
         return
@@ -32,13 +32,13 @@ def save_peft(model: PeftModel, folder: Path) -> None:
 
 
 def open_peft(folder: Path, base: PreTrainedModel, *, is_trainable: bool = False) -> PeftModel:
-    """What `save_peft` wrote, over its live base, which is changed in place.
+    """Load an adapter that `save_peft` wrote over its live base, which is changed in place.
 
     Args:
-        is_trainable: to train on; else the weights are frozen and the model is in eval mode.
+        is_trainable: True to train it further; else the weights are frozen and the model is in eval mode.
 
     Raises:
-        LightPeftError: a file is missing or altered, or the adapter does not fit.
+        LightPeftError: a file is missing or altered, or the adapter does not fit the base.
     """
     if (folder / DESCRIPTION).is_file():
         return load_light(folder, base, is_trainable=is_trainable)
@@ -47,7 +47,7 @@ def open_peft(folder: Path, base: PreTrainedModel, *, is_trainable: bool = False
 
 
 def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a whole transformers model with its tokenizer: whole or not at all."""
+    """Write a transformers model with its tokenizer, completely or not at all."""
     with replacing_folder(folder, last=CHECKSUMS, obsolete=WHOLE_WEIGHTS) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -55,20 +55,20 @@ def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def save_full(run: RunFolder, model: PeftModel, task: Mapping[str, Any]) -> None:
-    """Write what a light run has learned, over the whole base.
+    """Write the full-width PEFT adapter of a light run.
 
     Args:
-        task: its facts, as PEFT's files do not say them.
+        task: facts of the task (`tasks.task_facts`), which go to task.json.
     """
     write_json(run.task, {"task": task})
     save_peft(model, run.full)
 
 
 def save_result(run: RunFolder, model: Model, tokenizer: PreTrainedTokenizerBase, task: Mapping[str, Any]) -> None:
-    """Write what training made: an adapter or, with method full, a whole transformers model with its tokenizer.
+    """Write the result of training: an adapter or, for method full, a transformers model with its tokenizer.
 
     Args:
-        task: its facts (`tasks.task_facts`). A light adapter says them itself, for all others the run folder does.
+        task: facts of the task (`tasks.task_facts`). A light adapter contains them; all others need task.json.
     """
     if not isinstance(model, LightModel):
         write_json(run.task, {"task": task})

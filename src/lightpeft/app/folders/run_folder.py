@@ -1,4 +1,4 @@
-"""The folder of a run: where each stage leaves its result, and whether it has."""
+"""The folder of a run: paths of the stages' results, and which stages are done."""
 
 from __future__ import annotations
 
@@ -53,57 +53,57 @@ _RESULTS = (
     "log.jsonl",
     "report.html",
 )
-"""All that a run leaves in its folder beside its config; later results first."""
+"""All files and folders of a run except its config; later results first."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run on disk. A stage is done when its result is there; every result appears whole or not at all."""
+    """One run on disk. A stage is done when its result exists; every result appears completely or not at all."""
 
     path: Path
     config: RunConfig
     replan: bool = False
-    """Whether the budget may be another one than that of the folder, as long as nothing was pruned by that one."""
+    """True to accept another budget than the folder's, as long as nothing was pruned."""
 
     @classmethod
     def open(cls, config: RunConfig, replan: bool = False, overwrite: bool = False) -> RunFolder:
-        """The run of `config` in its output folder, new or to be resumed; nothing is written before `begin`.
+        """Return the run of `config` in its output folder, new or to be resumed; `begin` writes the first file.
 
         Args:
-            replan: accept another budget than the folder's, as long as nothing was pruned by that one.
-            overwrite: accept the run of another config, to be removed by `start_anew`.
+            replan: True to accept another budget than the folder's, as long as nothing was pruned.
+            overwrite: True to accept the run of another config, which `start_anew` removes.
 
         Raises:
-            LightPeftError: the folder holds something else, or the run of another config.
+            LightPeftError: the folder contains other files, or the run of another config.
         """
         run = cls(Path(config.output), config, replan)
         require(not run.path.exists() or run.path.is_dir(), f"output {run.path} is a file; give a folder")
         if processes().is_main_process:
             check_free(run.path)
         if overwrite:
-            run._differing()  # which refuses what is no run
+            run._changed_settings()  # raises if the folder is not a run
         else:
             run._check_same()
         return run
 
     @classmethod
     def at(cls, folder: Path) -> RunFolder:
-        """The run that is in a folder, with the config that is there.
+        """Return the run in a folder, with its stored config.
 
         Raises:
-            LightPeftError: there is none, or its config is not as it was written.
+            LightPeftError: the folder has no run, or its config was altered.
         """
         return cls(folder, stored_config(folder))
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside the block no other process works in the folder, which is there with its config in it.
+        """Lock the folder inside the block, after it was created with its config.
 
-        To be entered when all input has been found good. What killed processes left half-written is removed. Of several
-        processes of one run the main one holds it.
+        Enter it after all input checks. Partial files of killed processes are removed. With several processes per run,
+        the main one holds the lock.
 
         Raises:
-            LightPeftError: another process holds the folder or has made it the run of another config, or it cannot be
+            LightPeftError: another process holds the folder or made it the run of another config, or it cannot be
                 written.
         """
         state = processes()
@@ -115,157 +115,163 @@ class RunFolder:
             yield
 
     def begin(self) -> None:
-        """Make the folder and store the config in it, and no more.
+        """Create the folder and store the config in it.
 
         Raises:
-            LightPeftError: as `held`.
+            LightPeftError: another process holds the folder or made it the run of another config, or it cannot be
+                written.
         """
         with self.held():
             pass
 
     def _check_same(self) -> None:
-        """Refuse a folder that holds something else, or the run of another config."""
-        differing = self._differing()
+        """Raise `LightPeftError` if the folder contains other files, or the run of another config."""
+        differing = self._changed_settings()
         require(
             not differing,
             f"output {self.path} is the run of another config (it differs in {', '.join(differing)}); give another "
-            "output, the same settings to go on, or run --overwrite to begin anew",
+            "output, the same settings to resume, or --overwrite to start again",
         )
 
     @property
     def goes_on(self) -> bool:
-        """Whether what lies in the folder, if anything does, is of a run of this config."""
-        return not self._differing()
+        """True if the folder is new, or its run has the same config."""
+        return not self._changed_settings()
 
-    def _differing(self) -> list[str]:
-        """Names of settings in which the folder is the run of another config; refuses what is no run."""
+    def _changed_settings(self) -> list[str]:
+        """Return the settings that differ from the folder's config; raise `LightPeftError` if it is not a run."""
         if not (self.path / CONFIG).exists():
             empty = not self.path.is_dir() or all(map(is_own_file, self.path.iterdir()))
-            require(empty, f"output {self.path} is not empty and not a run; give a new folder")
+            require(empty, f"output {self.path} contains files but no run; give a new folder")
             return []
         try:
             stored = stored_config(self.path)
         except LightPeftError as error:
-            raise LightPeftError(f"output {self.path} is not a run, or its {CONFIG} was edited: {error}") from error
+            raise LightPeftError(
+                f"output {self.path} is not a run, or its {CONFIG} was edited ({error}); give a new folder"
+            ) from error
         return differences(stored, self.config, skip_budget=self.replan and not self.has("prune"))
 
     def start_anew(self) -> None:
-        """Remove the results of a run of another config, and no other file; that of the same config goes on.
+        """Remove the results of a run of another config, and no other file; a run of the same config is kept.
 
         Raises:
-            LightPeftError: another process holds the folder, or it is not the folder of a run.
+            LightPeftError: another process holds the folder, or the folder is not a run.
         """
         state = processes()
-        if state.is_main_process and self._differing():
+        if state.is_main_process and self._changed_settings():
             with lock_folder(self.path):
-                if self._differing():  # still: somebody may have been here since
+                if self._changed_settings():  # again: another process may have changed it
                     for name in _RESULTS:
                         _remove(self.path / name)
-                    write_text(self.path / CONFIG, _signed(to_yaml(self.config)))
+                    write_text(self.path / CONFIG, _sign(to_yaml(self.config)))
         state.wait_for_everyone()
 
     def _write_config(self) -> None:
-        self._check_same()  # once more: somebody may have been here since
-        file, text = self.path / CONFIG, _signed(to_yaml(self.config))
+        self._check_same()  # again: another process may have changed it
+        file, text = self.path / CONFIG, _sign(to_yaml(self.config))
         if not file.exists() or read_text(file) != text:
             write_text(file, text)
 
     @property
     def estimation(self) -> Path:
-        """Scores, and in `adapter/` the PEFT weights at the end of the stage."""
+        """Folder of estimation: scores, and in `adapter/` the PEFT weights at its end."""
         return self.path / "estimation"
 
     @property
     def plan(self) -> Path:
-        """Which units stay."""
+        """File with the plan: the units that stay."""
         return self.path / "plan.json"
 
     @property
     def budget(self) -> Path:
-        """What `light: auto` found, and what that is expected to cost."""
+        """File with the budget that `light: auto` found, and its expected cost."""
         return self.path / "budget.json"
 
     @property
     def curve(self) -> Path:
-        """What each budget would cost; a plot of the same name beside it."""
+        """File with the expected cost of each budget; a plot of the same name is beside it."""
         return self.path / "curve.json"
 
     @property
     def pruned(self) -> Path:
-        """The light adapter before fine-tuning."""
+        """Folder of the light adapter before fine-tuning."""
         return self.path / "pruned"
 
     @property
     def adapter(self) -> Path:
-        """What training leaves: a light adapter (method light) or a PEFT adapter (method plain)."""
+        """Folder of the trained light adapter (method light) or PEFT adapter (method plain)."""
         return self.path / "adapter"
 
     @property
     def full(self) -> Path:
-        """What a light run has learned, as a PEFT adapter over the whole base, where the run keeps it so."""
+        """Folder of a light run's full-width PEFT adapter, if the run keeps one."""
         return self.path / "full"
 
     @property
     def keeps_full(self) -> bool:
-        """Whether the run is one that leaves that."""
+        """True if the run leaves a full-width PEFT adapter (`full`)."""
         return self.config.way.prunes and self.config.light.after.keep != "light"
 
     @property
     def last_training(self) -> str:
-        """The stage that leaves what the run is asked by."""
+        """Last stage that trains: "widen" if the run keeps a full-width adapter, else "train"."""
         return "widen" if self.keeps_full else "train"
 
     @property
     def model(self) -> Path:
-        """The result of method full: a transformers model with its tokenizer."""
+        """Folder of the result of method full: a transformers model with its tokenizer."""
         return self.path / "model"
 
     @property
     def task(self) -> Path:
-        """What the task is, by which results are asked; in runs of method light the adapter says it."""
+        """File with the task's facts, for results other than light adapters, which contain them."""
         return self.path / "task.json"
 
     @property
     def result(self) -> Path:
-        """What the run is asked by: what training leaves or, if nothing else is kept, that at full width."""
+        """Folder of the model that answers for the run: the full-width adapter if only that is kept, else `trained`."""
         return self.full if self.keeps_full and self.config.light.after.keep == "full" else self.trained
 
     @property
     def trained(self) -> Path:
-        """What training leaves, by the run's method."""
+        """Folder of the model that training leaves, by the run's method."""
         return self.path / self.config.way.result
 
     @property
     def metrics(self) -> Path:
-        """What was measured of the result."""
+        """File with metrics and facts of the result."""
         return self.path / "metrics.json"
 
     @property
     def log(self) -> Path:
-        """Losses and stage times, one JSON object a line."""
+        """File with losses and stage times, one JSON object per line."""
         return self.path / "log.jsonl"
 
     @property
     def teacher(self) -> Path:
-        """What the teacher gives the training rows."""
+        """Folder with the teacher's outputs for the training rows."""
         return self.path / "teacher"
 
     @property
     def depth(self) -> Path:
-        """What `light.remove.depth: auto` found."""
+        """File with the depth that `light.remove.depth: auto` found."""
         return self.path / "depth.json"
 
     def checkpoints(self, stage: str) -> Path:
-        """Where a stage's trainer checkpoints go while it runs."""
+        """Return the folder of a stage's checkpoints, which exists while the stage runs."""
         return self.path / "checkpoints" / stage
 
     def last_checkpoint(self, stage: str) -> Path | None:
-        """The newest checkpoint of a stage that is as it was written; damaged ones are named and removed."""
+        """Return the newest intact checkpoint of a stage, or None; damaged ones are announced and removed."""
         return last_checkpoint(self.checkpoints(stage), lambda line: self.announce(stage, line))
 
     def has(self, stage: str) -> bool:
-        """Whether a stage has left its result: "teach", "depth", "estimate", "budget", "plan", "prune", "train",
-        "widen" or "evaluate"."""
+        """Return True if a stage is done.
+
+        Args:
+            stage: "teach", "depth", "estimate", "budget", "plan", "prune", "train", "widen" or "evaluate".
+        """
         result = {
             "teach": self.teacher / "teacher.json",
             "depth": self.depth,
@@ -280,47 +286,55 @@ class RunFolder:
         return result[stage].is_file()
 
     def need(self, stage: str, verb: str) -> None:
-        """Require that an earlier stage has run before `verb`.
+        """Check that an earlier stage is done.
+
+        Args:
+            stage: the stage that must be done.
+            verb: command that needs it, for the error message.
 
         Raises:
-            LightPeftError: it has not.
+            LightPeftError: the stage is not done.
         """
-        command = "train" if stage == "widen" else stage  # which ends with that
+        command = "train" if stage == "widen" else stage  # train includes widen
         require(self.has(stage), f"{self.path} has no result of `lightpeft {command}` yet; run that before {verb}")
 
     def finish_stage(self, stage: str, seconds: float, save: Callable[[], None], **facts: Any) -> None:
-        """Save a stage's result, note its time, say so, and drop its checkpoints, which nobody will resume from.
+        """Save a stage's result, log and print its time, and delete its checkpoints, which are no longer needed.
 
-        Of several processes the main one does it, and the others wait.
+        With several processes, the main one does this, and the others wait.
+
+        Args:
+            save: writes the result.
+            facts: further values for the log entry.
         """
         state = processes()
         if state.is_main_process:
             save()
-            self._note(stage, seconds, facts)
-            print_line(f"{stage}: done in {', '.join(_cost(seconds, facts))}")
+            self._log_stage(stage, seconds, facts)
+            print_line(f"{stage}: done in {', '.join(_describe_cost(seconds, facts))}")
         state.wait_for_everyone()
 
-    def _note(self, stage: str, seconds: float, facts: dict[str, Any]) -> None:
+    def _log_stage(self, stage: str, seconds: float, facts: dict[str, Any]) -> None:
         append_line(self.log, {"stage": stage, "seconds": round(seconds, 3), "done": True, **facts})
-        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)  # also those of a run that was killed right here
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)  # also those left by a run that was killed here
 
     def announce(self, stage: str, line: str) -> None:
-        """Say something worth knowing before a stage begins, on stderr and in the log."""
+        """Print a line about a stage on stderr, and add it to the log."""
         if processes().is_main_process:
             append_line(self.log, {"stage": stage, "note": line})
             print_line(line)
 
     def stage_seconds(self) -> dict[str, float]:
-        """Seconds of each finished stage, from the log; a stage that was resumed counts its last part."""
+        """Return the seconds of each finished stage, from the log; for a resumed stage, those after the last resume."""
         return {stage: entry.get("seconds", 0.0) for stage, entry in self.finished_stages().items()}
 
     def finished_stages(self) -> dict[str, dict[str, Any]]:
-        """What the log says of each finished stage."""
+        """Return the log entry of each finished stage."""
         done = [entry for entry in self.log_entries() if entry.get("done") and isinstance(entry.get("stage"), str)]
         return {entry["stage"]: entry for entry in done}
 
     def log_entries(self) -> Iterable[dict[str, Any]]:
-        """The entries of log.jsonl; a line that a killed run left half-written is skipped."""
+        """Yield the entries of log.jsonl; a partial line of a killed run is skipped."""
         if not self.log.is_file():
             return
         for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -332,24 +346,24 @@ class RunFolder:
                 yield entry
 
 
-def _cost(seconds: float, facts: Mapping[str, Any]) -> Iterator[str]:
-    """What a stage took, in words, as far as it is known."""
+def _describe_cost(seconds: float, facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the known costs of a stage as text: time, steps, speed, memory."""
     yield exact_duration(seconds)
     if facts.get("steps"):
         yield f"{facts['steps']:,} steps"
     if facts.get("samples_per_second"):
         yield f"{facts['samples_per_second']:,.0f} rows/s"
     if facts.get("peak_memory_bytes"):
-        yield f"{in_bytes(facts['peak_memory_bytes'])} at the peak"
+        yield f"peak memory {in_bytes(facts['peak_memory_bytes'])}"
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is one of a run, however far it has come."""
+    """Return True if a folder contains a run, finished or not."""
     return (folder / CONFIG).is_file()
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or a folder; of a link, the link."""
+    """Remove a file, a folder, or a link (not its target)."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -358,79 +372,79 @@ def _remove(path: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """How good a model is."""
+    """Metrics of a model, with 95% confidence intervals."""
 
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float] | None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe(Quality):
-    """How good a linear probe of the untouched base is."""
+class ProbeQuality(Quality):
+    """Metrics of a linear probe of the base model, with its time."""
 
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Milestones:
-    """What a run was worth on its way."""
+    """Metrics of a run at its milestones, on a sample of test rows."""
 
     examples: int
     metrics: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """What people and tables read of a metrics.json."""
+class RunReport:
+    """Content of metrics.json that tables and reports read."""
 
     method: str
     metrics: dict[str, float]
     parameters: dict[str, int | float]
     intervals: dict[str, tuple[float, float] | None] = dataclasses.field(default_factory=dict)
     main_metric: str = ""
-    """Which of `metrics` the task is about; older runs have not said so."""
+    """Name of the main metric; "" for runs of older versions."""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     training: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     adapter_bytes: int | None = None
     full_width: Quality | None = None
-    linear_probe: Probe | None = None
+    linear_probe: ProbeQuality | None = None
     milestones: Milestones | None = None
     warnings: list[str] = dataclasses.field(default_factory=list)
     hardware: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, report: dict[str, Any]) -> Report:
-        """That of the content of a metrics.json, in which there may be more.
+    def of(cls, report: dict[str, Any]) -> RunReport:
+        """Return the report in the content of a metrics.json; further keys are ignored.
 
         Raises:
-            LightPeftError: something is missing or of another type.
+            LightPeftError: a key is missing or has another type.
         """
         names = [each.name for each in dataclasses.fields(cls) if each.name in report]
         return from_dict(cls, {name: report[name] for name in names})
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """What `metrics.json` says.
+    """Return the content of a metrics.json.
 
     Raises:
-        LightPeftError: it is missing or damaged, or says something else.
+        LightPeftError: the file is missing, damaged, or has other content.
     """
     report = read_json(path)
     with explain_content_errors(path):
-        Report.of(report)
+        RunReport.of(report)
     return report
 
 
 def stored_settings(folder: Path) -> dict[str, Any]:
-    """The settings in a run folder's config.yaml, nested; what would let code in (`SWITCHES`) is not among them.
+    """Return the nested settings in a run folder's config.yaml, without those that allow foreign code (`SWITCHES`).
 
     Raises:
-        LightPeftError: it is not there, or not as it was written.
+        LightPeftError: the file is missing or was altered.
     """
     file = folder / CONFIG
     text = read_text(file)
     settings = parse_yaml(text, file)
-    require(text == _signed(text.rpartition(_SIGNATURE)[0]), f"{file} was altered or damaged")
+    require(text == _sign(text.rpartition(_SIGNATURE)[0]), f"{file} was altered or damaged; restore it")
     require(isinstance(settings, dict), f"{file} must hold a mapping of settings")
     model = settings.get("model")
     if isinstance(model, dict):
@@ -439,26 +453,28 @@ def stored_settings(folder: Path) -> dict[str, Any]:
 
 
 def stored_config(folder: Path) -> RunConfig:
-    """The same as a config."""
+    """Return the config in a run folder, without settings that allow foreign code (`SWITCHES`)."""
     return run_config_from_dict(stored_settings(folder))
 
 
 _SIGNATURE = "# sha256 of what is above: "
-"""Begins the last line of config.yaml: a config that lost its end would be that of another run."""
+"""Start of config.yaml's last line, which detects a truncated config: it would be the config of another run."""
 
 
-def _signed(text: str) -> str:
+def _sign(text: str) -> str:
     return f"{text}{_SIGNATURE}{hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
 def to_yaml(config: RunConfig) -> str:
-    """A config as YAML that `load_config` reads back."""
+    """Return a config as YAML, which `load_config` can read."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def differences(stored: RunConfig, given: RunConfig, skip_budget: bool = False) -> list[str]:
-    """Dotted names of settings that differ; `output` and what the method has no use for do not count, nor the budget if
-    `skip_budget`."""
+    """Return the dotted names of settings that differ.
+
+    `output`, settings that the method does not use and, with `skip_budget`, the budget are ignored.
+    """
     budget = {f"light.{name}" for name in READ_BY_PLANS} if skip_budget else set()
     stored, given = _without_other_tasks(stored), _without_other_tasks(given)
     skipped = budget | {"output", "light.preset"} | {f"model.{name}" for name in SWITCHES}
@@ -471,12 +487,12 @@ def differences(stored: RunConfig, given: RunConfig, skip_budget: bool = False) 
 
 
 def _without_other_tasks(config: RunConfig) -> RunConfig:
-    """The config without the user's tasks that the run has nothing to do with."""
+    """Return the config without the user's tasks that the run does not use."""
     return dataclasses.replace(config, tasks={n: entry for n, entry in config.tasks.items() if n == config.data.task})
 
 
 def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
+    """Return nested settings as dotted name -> value."""
     result: dict[str, Any] = {}
     for key, value in data.items():
         result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

@@ -1,1 +1,1 @@
-"""Whole runs in a folder each, what they cost, and grids of them."""
+"""Runs in folders of their own, their benchmarks and reports, and grids of runs."""

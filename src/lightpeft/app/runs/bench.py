@@ -1,7 +1,7 @@
-"""Plain PEFT beside the light model: speed, memory and FLOPs, each subject in a process of its own, in alternation.
+"""Compare plain PEFT and the light model: speed, memory and FLOPs, each in a process of its own, in alternating rounds.
 
-The same batches, padding, batch size and data type go to all. Only one process computes at a time, so that on a noisy
-machine a drift falls on all subjects alike; ratios are taken within rounds.
+All get the same batches, padding, batch size and data type. Only one process computes at a time, so that a drift of a
+noisy machine affects all subjects alike; ratios are computed within rounds.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ Made = tuple[nn.Module, Callable[..., torch.optim.Optimizer]]
 SUBJECTS = ("plain", "estimation", "light")
 """Plain PEFT on the dense model, the estimation stage (if the run has one), and the pruned model."""
 _INFERRING = ("plain", "light")
-"""Those of them that infer; estimation is a stage of training."""
-_WHAT = {"fixed": "memory and FLOPs", "serving": "inference memory"}
-"""Methods of `Subject` that measure what does not vary, as people call it."""
+"""Subjects whose inference is measured; estimation is a stage of training."""
+_ONCE = {"fixed": "memory and FLOPs", "serving": "inference memory"}
+"""Method of `Subject` that measures once -> its name in progress lines."""
 ROUNDS, STEPS = 3, 10
-"""Rounds, and batches a round, that are usual."""
-_MOST = 10_000
-"""Rounds, and batches a round, that are still a measurement."""
+"""Default number of rounds, and of batches per round."""
+_LIMIT = 10_000
+"""Upper limit of rounds, and of batches per round."""
 _MEASURED_STEPS = 3
-"""Training steps of the memory measurement: the second allocates nothing new but the optimizer's state."""
+"""Training steps of the memory measurement: the second one allocates nothing new but the optimizer's state."""
 
 
 def bench(
@@ -71,7 +71,8 @@ def bench(
 
     Args:
         rounds: alternations; medians and quartiles are over rounds.
-        steps: batches a round.
+        steps: batches per round.
+        json: file for the result; None: bench.json in the run folder.
 
     Returns:
         By subject: samples/s in training and inference (merged weights where they can be merged), peak
@@ -82,10 +83,10 @@ def bench(
         LightPeftError: bad input, or a measurement failed.
         Stopped: by Ctrl-C; rounds that were over are kept.
     """
-    require(rounds >= 1 and steps >= 1, "bench.rounds and bench.steps start at 1")
-    require(max(rounds, steps) <= _MOST, f"bench.rounds and bench.steps can be at most {_MOST:,}")
+    require(rounds >= 1 and steps >= 1, f"--rounds {rounds} and --steps {steps} must be at least 1")
+    require(max(rounds, steps) <= _LIMIT, f"--rounds {rounds} and --steps {steps} must be at most {_LIMIT:,}")
     require(json is None or not Path(json).is_dir(), f"--json {json} is a folder; give a file")
-    in_memory = "bench compares models in memory; switch model.low_memory off, where the base fits"
+    in_memory = "bench supports models in memory only; set model.low_memory to false"
     require(not config.model.low_memory, in_memory)
     config = replace(config, method="light")
     work = prepare(config)
@@ -95,36 +96,36 @@ def bench(
     place = Path(json or work.run.path / "bench.json")
     report: dict[str, Any] = {}
     try:
-        for fixed, values in _measured(config, rounds, steps):
+        for fixed, values in _measure_rounds(config, rounds, steps):
             report = _report(work, fixed, values) | {"of_rounds": rounds, "steps": steps}
             write_json(place, report)
     except KeyboardInterrupt as stop:
         done = f"{place} has {rounds_in_words(report['rounds'], rounds)}" if report else "no round was over"
-        raise Stopped(f"stopped; {done}; the same command measures anew", report) from stop
+        raise Stopped(f"stopped; {done}; the same command starts from the first round", report) from stop
     return report
 
 
 class Stopped(KeyboardInterrupt):
-    """Somebody stopped a measurement."""
+    """Ctrl-C stopped a benchmark."""
 
     def __init__(self, line: str, report: dict[str, Any]) -> None:
         """
         Args:
-            line: says what there is of it.
-            report: what `bench` gives, of the rounds that were over; empty: none was.
+            line: message for the user, with the number of finished rounds.
+            report: the result of `bench` over the finished rounds; empty: none was finished.
         """
         super().__init__(line)
         self.report = report
 
 
 def rounds_in_words(done: int, asked: int | None = None) -> str:
-    """Alternations of a measurement: 3 rounds; of one that was stopped, 1 of 3 rounds."""
+    """Return a number of rounds in words: "3 rounds", or "1 of 3 rounds" of a benchmark that was stopped."""
     of = f" of {asked}" if asked is not None and done < asked else ""
     return f"{done}{of} round{'s' * (done != 1 or bool(of))}"
 
 
 def _report(work: Workspace, fixed: Mapping[str, dict[str, Any]], values: _Values) -> dict[str, Any]:
-    """What `bench` gives, of the rounds that are over."""
+    """Make the result of `bench` from the rounds that are over."""
     training, inference = values["training"], values["inference"]
     return {
         "subjects": {
@@ -148,8 +149,8 @@ _Values = dict[str, dict[str, list[float]]]
 """training or inference -> subject -> samples a second, one a round."""
 
 
-def _measured(config: RunConfig, rounds: int, steps: int) -> Iterator[tuple[dict[str, dict[str, Any]], _Values]]:
-    """Round by round what does not vary, by subject, and what all rounds have measured so far."""
+def _measure_rounds(config: RunConfig, rounds: int, steps: int) -> Iterator[tuple[dict[str, dict[str, Any]], _Values]]:
+    """Yield, after each round, memory and FLOPs by subject, and the speeds of all rounds so far."""
     names = [name for name in SUBJECTS if name in _INFERRING or config.light.chooses]
     total = (1 + rounds) * (len(names) + len(_INFERRING))
     with ExitStack() as stack:
@@ -157,14 +158,14 @@ def _measured(config: RunConfig, rounds: int, steps: int) -> Iterator[tuple[dict
         progress = StepProgress(total, 0, "measurements")
 
         def measuring(what: str, name: str) -> Callable[[], Any]:
-            return partial(_shown, progress, workers[name], what, name)
+            return partial(_measure_and_print, progress, workers[name], what, name)
 
         fixed = {name: measuring("fixed", name)() for name in names}
         for name in _INFERRING:
             fixed[name]["inference"] = measuring("serving", name)()
         seconds = rounds * sum(worker.measure("round_seconds") for worker in workers.values())
         of_batches = f"{rounds_in_words(rounds)} of {steps} batches take about {duration(seconds)}"
-        print_line(f"{of_batches}; Ctrl-C keeps the rounds that are over")
+        print_line(f"{of_batches}; Ctrl-C stops and keeps the finished rounds")
         calls = {("training", name): measuring("training", name) for name in names}
         calls |= {("inference", name): measuring("inference", name) for name in _INFERRING}
         values: _Values = {"training": {}, "inference": {}}
@@ -174,48 +175,48 @@ def _measured(config: RunConfig, rounds: int, steps: int) -> Iterator[tuple[dict
             yield fixed, values
 
 
-def _shown(progress: StepProgress, worker: Worker, what: str, name: str) -> Any:
-    """A measurement of a subject, shown as one step."""
-    label = f"{name}, {_WHAT.get(what, what)}"
+def _measure_and_print(progress: StepProgress, worker: Worker, what: str, name: str) -> Any:
+    """Measure a subject, and print the result as one step of the progress."""
+    label = f"{name}, {_ONCE.get(what, what)}"
     progress.begin()
     value = worker.measure(what)
-    told = f"{value['peak_memory_bytes'] / 2**20:,.0f} MiB" if what in _WHAT else f"{value:,.1f} samples/s"
+    told = f"{value['peak_memory_bytes'] / 2**20:,.0f} MiB" if what in _ONCE else f"{value:,.1f} samples/s"
     progress.end(label, told)
     return value
 
 
 def accelerating(work: Workspace, model: nn.Module) -> AbstractContextManager[None]:
-    """Steps as a light run makes them."""
+    """Return the context in which training steps are those of a light run."""
     config = work.config
     return light_steps(model, config.light, fast=config.training.fast_steps, loss_alone=True)
 
 
 def by_habit(work: Workspace, model: nn.Module) -> AbstractContextManager[None]:
-    """Steps as PEFT, transformers and PyTorch make them."""
+    """Return an empty context: training steps are those of PEFT, transformers and PyTorch."""
     return nullcontext()
 
 
 @dataclass(frozen=True)
 class Build:
-    """How a subject is made and trains; it goes to another process, so that all of it can be pickled."""
+    """How to make and train a subject; it is sent to another process, so all of it can be pickled."""
 
     make: Callable[[Workspace], Made]
     accelerating: Callable[[Workspace, nn.Module], AbstractContextManager[None]] = by_habit
-    """Training is measured inside this context of a run and its model."""
+    """Makes the context of a run and its model in which training is measured."""
     masked: bool = False
-    """Whether masks train, in every block, so that none is frozen."""
+    """True: masks train in every block, so that no block is frozen."""
     autocast: torch.dtype | None = None
-    """Half precision instead of the run's own."""
+    """Half precision in place of the run's; None: the run's."""
 
 
 class Subject:
-    """One subject's model and the batches that all subjects share."""
+    """The model of one subject, and the batches that all subjects share."""
 
     def __init__(self, build: str | Build, config: RunConfig, steps: int) -> None:
         """
         Args:
-            build: what to measure, or its name in `BUILDS`.
-            steps: batches a measurement.
+            build: how to make the model, or a name in `BUILDS`.
+            steps: batches per measurement.
         """
         set_seed(config.seed)
         self.config = config
@@ -225,16 +226,16 @@ class Subject:
         self.autocast = self.build.autocast or autocast_dtype(config.training)
         self.model, self.optimizer = self.build.make(self.work)
         self._folder = tempfile.TemporaryDirectory()
-        self._known: CachedRows | None = None
+        self._cached_rows: CachedRows | None = None
         self._prefix_speed: float | None = None
         self._round_seconds = 0.0
 
     def fixed(self) -> dict[str, Any]:
-        """Peak memory of training, FLOPs of one batch and size of the KV cache, which do not vary."""
-        with self._as_trained():
+        """Measure once: peak memory of training, FLOPs of the largest batch, and KV cache bytes per token."""
+        with self._training_as_a_run():
             with PeakMemory(self.model) as memory:
                 seconds = self._train(self.batches[:_MEASURED_STEPS])
-            self._note(self.batches[:_MEASURED_STEPS], seconds)
+            self._add_seconds(self.batches[:_MEASURED_STEPS], seconds)
             flops = count_flops(self.model, max(self.batches, key=lambda batch: batch["input_ids"].numel()))
         return {
             "prefix_samples_per_second": self._prefix_speed,
@@ -245,38 +246,38 @@ class Subject:
         }
 
     def serving(self) -> dict[str, Any]:
-        """Bytes of the weights as they are served, PEFT merged, and with what the largest batch takes beside them."""
+        """Measure once: bytes of the weights with PEFT merged, and peak bytes of inference on the largest batch."""
         largest = max(self.batches, key=lambda batch: batch["input_ids"].numel())
         weights = weights_bytes(self._merged)
         with PeakMemory(self._merged) as memory:
             seconds = measure_inference(self._merged, [largest], autocast=self.autocast)
-        self._note([largest], seconds)
+        self._add_seconds([largest], seconds)
         return {
             "weights_bytes": weights,
             "peak_memory_bytes": weights + memory.grown,
             "peak_memory_method": memory.method,
         }
 
-    def _note(self, batches: Sequence[Mapping[str, Any]], seconds: Sequence[float]) -> None:
-        """These batches took so long: what all of them will take in each round."""
+    def _add_seconds(self, batches: Sequence[Mapping[str, Any]], seconds: Sequence[float]) -> None:
+        """Add the seconds of some batches, scaled to all batches, to the expected seconds of a round."""
         self._round_seconds += sum(seconds) * _tokens(self.batches) / _tokens(batches)
 
     def round_seconds(self) -> float:
-        """Seconds that a round of what was measured once will take, about."""
+        """Return the expected seconds of a round of this subject."""
         return self._round_seconds * (1 + WARMUP / len(self.batches))
 
     def training(self) -> float:
-        """Training samples a second: forward, backward, clipping and optimizer step."""
-        with self._as_trained():
+        """Measure training samples/s: forward, backward, clipping and optimizer step."""
+        with self._training_as_a_run():
             return _samples(self.batches) / sum(self._train(self.batches))
 
     def inference(self, batch_size: int | None = None, peft: Literal["merged", "beside", "fused"] = "merged") -> float:
-        """Inference samples a second.
+        """Measure inference samples/s.
 
         Args:
-            batch_size: rows a batch; None: as in training.
-            peft: merged into the weights, where that can be done; beside them, as PEFT computes it; or, of LoRA, fused
-                into few steps, as `evaluate` and `predict` have it.
+            batch_size: rows per batch; None: as in training.
+            peft: "merged" into the weights, where possible; "beside" them, as PEFT computes it; or, for LoRA, "fused"
+                into few steps, as in `evaluate` and `predict`.
         """
         model = self._merged if peft == "merged" else self.model
         batches = sample_batches(self.work, len(self.batches), batch_size) if batch_size else self.batches
@@ -285,23 +286,23 @@ class Subject:
 
     @cached_property
     def _merged(self) -> nn.Module:
-        """A copy with PEFT merged into its weights; the model itself where that cannot be done."""
+        """A copy of the model with PEFT merged into its weights; the model itself where its kind cannot be merged."""
         if not isinstance(self.model, PeftModel) or not kind_named(self.config.peft_type).merges:
             return self.model
         return copy.deepcopy(self.model).merge_and_unload()
 
     @contextmanager
-    def _as_trained(self) -> Iterator[None]:
-        """Inside the block steps are those of a run: with the outputs of a frozen prefix, read as a run reads them."""
+    def _training_as_a_run(self) -> Iterator[None]:
+        """Make training steps inside the block those of a run, which reads stored outputs of frozen blocks."""
         prefix = FrozenPrefix(self.model, blocks=[] if self.build.masked else None)
         with prefix.attached():
-            self._known = self._known or self._store(prefix)
-            prefix.known = self._known
+            self._cached_rows = self._cached_rows or self._store(prefix)
+            prefix.known = self._cached_rows
             with self.build.accelerating(self.work, self.model):
                 yield
 
     def _store(self, prefix: FrozenPrefix) -> CachedRows | None:
-        """The states of the rows, and how fast those are computed; None where a run would store none."""
+        """Store the outputs of the frozen blocks for the rows, and note the speed; None if a run stores none."""
         settings, seen = (
             self.work.prefix_cache,
             self.work.steps * self.work.pace.batch_size * self.work.pace.accumulation,
@@ -329,12 +330,20 @@ def _tokens(batches: Sequence[Mapping[str, Any]]) -> int:
 
 
 def sample_batches(work: Workspace, steps: int, size: int | None = None) -> list[dict[str, Any]]:
-    """Batches that a run would train on, of similar length, padded to the longest; `size` rows instead of its own."""
+    """Make training batches of a run, each of rows of similar length, padded to the longest.
+
+    Args:
+        size: rows per batch; None: the run's batch size.
+    """
     return [work.collator(rows.to_list()) for rows in sample_rows(work, steps, size)]
 
 
 def sample_rows(work: Workspace, steps: int, size: int | None = None) -> list[Dataset]:
-    """The rows of `sample_batches`, one data set a batch."""
+    """Select the training rows of some batches, one data set per batch, from all over an epoch.
+
+    Args:
+        size: rows per batch; None: the run's batch size.
+    """
     size = size or work.config.training.batch_size
     lengths = work.train_rows["length"][:]
     sampler = LengthGroupedSampler(size, lengths=lengths, generator=torch.Generator().manual_seed(work.config.seed))
@@ -352,13 +361,13 @@ def _plain(work: Workspace) -> Made:
 
 
 def _estimation(work: Workspace) -> Made:
-    """The dense model with all PEFT modules, masks and observers on; the masks train in the optimizer's step."""
+    """Make the dense model with all PEFT modules, masks and observers; the masks train in the optimizer's step."""
     model = add_peft(work.dense_model(), work.config)
     return model, estimating(work, model)
 
 
 def estimating(work: Workspace, model: PeftModel) -> OptimizerFactory:
-    """Attach what estimates to a model; the factory of an optimizer whose steps train the masks as well."""
+    """Attach masks and observers to a model; return the factory of an optimizer whose steps train the masks as well."""
     estimator = Estimator(model, override_light(work.config.light, {"estimate": {"length": 10**9}}))
     estimator.start(None)
 
@@ -379,11 +388,11 @@ BUILDS: dict[str, Build] = {
     "estimation": Build(_estimation, accelerating, masked=True),
     "light": Build(_light, accelerating),
 }
-"""Subject -> how it is made and trains."""
+"""Subject -> how to make and train it."""
 
 
 def adamw(work: Workspace) -> Callable[..., torch.optim.Optimizer]:
-    """The factory of the optimizer that a run uses."""
+    """Return the factory of the optimizer that a run uses (AdamW)."""
     decay = work.config.trainer.get("weight_decay", TRAINER_DEFAULTS["weight_decay"])
     return lambda parameters: torch.optim.AdamW(
         parameters, lr=float(work.config.training.learning_rate), weight_decay=decay
@@ -393,7 +402,7 @@ def adamw(work: Workspace) -> Callable[..., torch.optim.Optimizer]:
 def _ratios(
     training: Mapping[str, list[float]], inference: Mapping[str, list[float]], fixed: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Light over plain PEFT, and estimation (if there is one) over plain PEFT; paired by round where rounds exist."""
+    """Compute the ratios of light, and of estimation if there is one, to plain PEFT; those of speeds within rounds."""
     speeds = {
         "training_throughput": ratio(training["light"], training["plain"]),
         "inference_throughput": ratio(inference["light"], inference["plain"]),
@@ -411,10 +420,10 @@ def _ratios(
 
 
 def _end_to_end(work: Workspace, training: Mapping[str, list[float]], prefix_speed: float | None) -> dict[str, float]:
-    """Seconds of whole runs of equal steps, from the medians; light counts estimation, surgery and its prefix cache.
+    """Compute the seconds of whole runs of equal steps from medians; light includes estimation, cut and prefix cache.
 
     Args:
-        prefix_speed: rows a second that the frozen prefix is computed for; None: it is not stored.
+        prefix_speed: rows/s of computing the outputs of frozen blocks; None: they are not stored.
     """
     step_seconds = {
         name: work.config.training.batch_size * work.config.training.gradient_accumulation / summarize(values).median
@@ -422,7 +431,7 @@ def _end_to_end(work: Workspace, training: Mapping[str, list[float]], prefix_spe
     }
     estimation_steps = EstimationRecord.load(work.run.estimation).meta["steps"]
     seconds = work.run.stage_seconds()
-    # where they are auto, depth and budget are a part of it
+    # the searches of `auto` for depth and budget count as a part of it
     surgery = sum(seconds.get(stage, 0.0) for stage in ("depth", "budget", "prune"))
     estimation = estimation_steps * step_seconds.get("estimation", 0.0)
     caching = len(work.train_rows) / prefix_speed if prefix_speed else 0.0

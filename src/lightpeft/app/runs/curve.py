@@ -1,4 +1,4 @@
-"""`lightpeft plan --curve`: what each budget of an estimated run would take and cost, before one is chosen."""
+"""`lightpeft plan --curve`: what each budget would remove from an estimated run, and the loss right after that cut."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from lightpeft.machine import autocast_dtype
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.profiling.surroundings import hardware
 
-ROWS = 256
-"""Training rows that losses are measured on."""
+CURVE_ROWS = 256
+"""Default number of training rows on which the losses are measured."""
 _BATCH = 8
-"""Rows a batch: many small ones tell how sure a mean is."""
+"""Rows per batch: many small batches give the interval of the mean loss."""
 
 
-def curve(work: Workspace, parts: Sequence[float] = CURVE_BUDGETS, rows: int = ROWS) -> dict[str, Any]:
-    """Measure the budgets of a run whose estimation is done, and leave `curve.json` in its folder.
+def curve(work: Workspace, parts: Sequence[float] = CURVE_BUDGETS, rows: int = CURVE_ROWS) -> dict[str, Any]:
+    """Measure the loss at some budgets of a run whose estimation is done, and write `curve.json` into its folder.
 
-    Losses are those of training rows, drawn by the run's seed, of which estimation may have seen some.
+    The rows are training rows drawn by the run's seed; estimation may have seen some of them.
 
     Args:
-        parts: of the blocks' parameters.
-        rows: training rows that losses are measured on.
+        parts: budgets, each a part of the blocks' parameters to remove.
+        rows: number of training rows on which the losses are measured.
 
     Raises:
-        LightPeftError: estimation is not done, a part or the number of rows is no such, or no budget can be met.
+        LightPeftError: estimation is not done, a part or the number of rows is out of range, or no budget can be met.
     """
     run = work.run
     run.need("estimate", "plan --curve")
-    require(rows > _BATCH, f"--rows is {rows}; a curve needs more than {_BATCH}")
+    require(rows > _BATCH, f"--rows: {rows} rows are too few; give more than {_BATCH}")
     record = EstimationRecord.load(run.estimation)
     # a cut of ranks throws away what they have learned, which hides all else
     plans = dict(nested_plans(record, work.config.light.with_whole_modules(), parts))

@@ -14,10 +14,10 @@ from lightpeft.recipe.parallel import broadcast_from_main
 
 
 def settle_depth(work: Workspace) -> None:
-    """Give the run a number for its depth: where that is auto it is found, and left in the folder.
+    """Replace `light.remove.depth: auto` by a number: find it, and write it into the run folder.
 
     Raises:
-        LightPeftError: the rows do not tell, or the file is damaged.
+        LightPeftError: the depth cannot be found from the rows, or its file is damaged.
     """
     if work.config.light.remove.depth == "auto":
         with work.run.held():
@@ -26,7 +26,7 @@ def settle_depth(work: Workspace) -> None:
 
 
 def found_depth(run: RunFolder) -> dict[str, Any] | None:
-    """What `light.remove.depth: auto` found; None: nothing yet.
+    """Read the depth that `light.remove.depth: auto` found; None: none yet.
 
     Raises:
         LightPeftError: the file is damaged.
@@ -35,13 +35,13 @@ def found_depth(run: RunFolder) -> dict[str, Any] | None:
 
 
 def _leave_depth(work: Workspace) -> None:
-    started, facts = time.perf_counter(), _found(work)
+    started, facts = time.perf_counter(), _find(work)
     left_out = f"light.remove.depth: auto leaves out {facts['depth']:.0%} of the blocks"
     work.run.announce("depth", f"{left_out}: {facts['reason']}")
     work.run.finish_stage("depth", time.perf_counter() - started, lambda: write_json(work.run.depth, facts))
 
 
-def _found(work: Workspace) -> dict[str, Any]:
+def _find(work: Workspace) -> dict[str, Any]:
     model = work.dense_model(to_train=True).model
     if not is_classifying_decoder(model):
         return {"depth": 0.0, "reason": DECODERS_ONLY}

@@ -1,8 +1,8 @@
-"""The story of a run: estimate -> plan -> prune -> fine-tune (-> widen) -> evaluate.
+"""The stages of a run: estimate -> plan -> prune -> fine-tune (-> widen) -> evaluate.
 
-A run does what is not done yet, in one training where it can: the live model goes from stage to stage. Each stage
-leaves its result in the run folder on the way, so a run that was stopped anywhere goes on where it was, and a stage can
-be run alone; both come to the same end.
+A run does the stages that are not done yet, in one training where possible: the live model goes from stage to stage.
+Each stage writes its result into the run folder, so a stopped run continues where it was, and a stage can be run alone;
+both give the same result.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lightpeft.app.runs.stages import (
     leave_plan,
     leave_pruned,
 )
-from lightpeft.app.runs.stopping import stopped, stopped_line
+from lightpeft.app.runs.stopping import stop_facts, stop_line
 from lightpeft.app.runs.trainers import DenseRun, LightRun, WideRun
 from lightpeft.app.runs.workspace import Workspace, prepare
 from lightpeft.app.tasks.answers import Outcome
@@ -72,13 +72,13 @@ def run(
     """Run all stages that are not done yet and return the metrics.
 
     Args:
-        overwrite: where the output folder holds the run of another config, remove that and begin anew.
-        estimation: folder of another run, whose estimation is taken instead of one of this run's own.
-        callbacks: of the trainer.
+        overwrite: delete a run with other settings from the output folder first.
+        estimation: folder of another run whose estimation is reused.
+        callbacks: callbacks of the trainer.
 
     Raises:
         LightPeftError: bad input, or an output folder that holds something else.
-        Interrupted: a signal stopped the run; the same call goes on from there.
+        Interrupted: a signal stopped the run; the same call continues it.
     """
     work = prepare(config, overwrite=overwrite)
     donor = None if estimation is None else find_estimation(config, Path(estimation))
@@ -95,21 +95,21 @@ def run(
 
 
 def estimate(work: Workspace) -> EstimationRecord:
-    """Train masks and PEFT modules together for the first steps of the run, and record every unit's importance.
+    """Train masks and PEFT modules for the first steps of the run, and score every unit (Light-PEFT, section 3).
 
-    Blocks that `light.remove.depth` leaves out are gone before that. Where nothing is to go, nothing trains.
+    Blocks that `light.remove.depth` leaves out are removed first. If nothing is to be removed, nothing trains.
     """
     if not work.run.has("estimate") and work.config.light.chooses:
         _train_light(work, stop_at_cut=True)
     elif not work.run.has("estimate"):
-        _leave_unscored(work)
+        _write_unscored(work)
     return EstimationRecord.load(work.run.estimation)
 
 
 def _train_light(work: Workspace, callbacks: Sequence[TrainerCallback] = (), stop_at_cut: bool = False) -> None:
     """Estimate, cut and fine-tune in one training, from a checkpoint before the cut if there is one."""
     run = work.run
-    work.taught_rows()  # the teacher is gone from memory before its student is there
+    work.taught_rows()  # frees the memory of the teacher before the student is loaded
     settle_depth(work)
     set_seed(work.config.seed)
     trainer = LightRun(work, _with_peft(work), stop_at_cut=stop_at_cut, callbacks=callbacks)
@@ -117,14 +117,14 @@ def _train_light(work: Workspace, callbacks: Sequence[TrainerCallback] = (), sto
         trainer.settle()
         work.announce_settings()
         run_training(trainer, run.last_checkpoint("train"))
-        ended = f"a callback ended training at step {trainer.state.global_step}"
-        require(run.has("estimate"), f"{ended}, inside estimation; let it go on until the cut")
+        ended = f"a callback stopped training at step {trainer.state.global_step}, during estimation"
+        require(run.has("estimate"), f"{ended}; let it run at least until the cut")
         if not stop_at_cut:
             _finish(work, trainer, begun=trainer.light_report["estimation_steps"])
 
 
-def _leave_unscored(work: Workspace) -> None:
-    """The end of an estimation that has no steps: PEFT modules as they are made, and a record without scores."""
+def _write_unscored(work: Workspace) -> None:
+    """Write an estimation without steps: PEFT modules at their initial values, and a record without scores."""
     settle_depth(work)
     set_seed(work.config.seed)
     started, model = time.perf_counter(), _with_peft(work)
@@ -143,21 +143,21 @@ def _with_peft(work: Workspace) -> PeftModel:
 
 
 def plan(work: Workspace | RunFolder) -> PrunePlan:
-    """Decide from the record and the budget which units stay.
+    """Make the plan (which heads, neurons, modules and ranks to keep) from the scores and the budget.
 
     Args:
-        work: the run; a folder alone, without data and model, will do where its budget is a number.
+        work: the run; its folder is enough if the budget is a number.
     """
     run = work if isinstance(work, RunFolder) else work.run
     run.need("estimate", "plan")
-    with nullcontext() if run.has("prune") else run.held():  # what is pruned already stays as it is
+    with nullcontext() if run.has("prune") else run.held():  # the plan of a pruned run does not change
         if run.config.light.is_auto and isinstance(work, Workspace) and found_budget(run) is None:
             _find_budget(work)
         return leave_plan(run)
 
 
 def _find_budget(work: Workspace) -> None:
-    """What the trainer does between estimation and plan, for an estimation that is over."""
+    """Search for the budget of `light: auto` after a finished estimation, and write it into the run folder."""
     record = EstimationRecord.load(work.run.estimation)
     set_seed(work.config.seed)
     light = work.config.light.with_depth(0.0)  # those blocks are gone
@@ -166,7 +166,7 @@ def _find_budget(work: Workspace) -> None:
 
 
 def prune(work: Workspace) -> LightModel | None:
-    """Cut the model that estimation left, by the plan; returns it live, or None if it was done before."""
+    """Cut the model by the plan; return it, or None if the run was pruned before."""
     run = work.run
     if run.has("prune"):
         return None
@@ -179,14 +179,13 @@ def prune(work: Workspace) -> LightModel | None:
 
 
 def train(work: Workspace, callbacks: Sequence[TrainerCallback] = (), model: Model | None = None) -> None:
-    """Fine-tune the small model with the small PEFT (light), the dense one with plain PEFT, or all of the dense one.
+    """Fine-tune: the pruned model (method light), the base with plain PEFT (plain), or all weights of it (full).
 
-    What the small model has learned is then put over the whole base, if the run keeps it so.
+    Afterwards `widen` the result, if the run keeps it at full width.
 
     Args:
-        callbacks: of the trainer.
-        model: as `prune` has just left it or, of other methods, what trains instead of what they would make; None: it
-            is loaded or made.
+        callbacks: callbacks of the trainer.
+        model: the return value of `prune` or, of other methods, a model to train; None: it is loaded or made.
     """
     way = work.config.way
     if not work.run.has("train"):
@@ -197,7 +196,7 @@ def train(work: Workspace, callbacks: Sequence[TrainerCallback] = (), model: Mod
             _train_behind_the_cut(work, model or _pruned_model(work), callbacks)
         else:
             _train_dense(work, model or (_with_peft(work) if way.has_peft else _full_model(work)), callbacks)
-    del model  # before the whole base is there
+    del model  # frees its memory before the whole base is loaded
     widen(work, callbacks)
 
 
@@ -211,19 +210,19 @@ def _train_dense(work: Workspace, model: Model, callbacks: Sequence[TrainerCallb
 
 
 def _pruned_model(work: Workspace) -> LightModel:
-    """What `prune` left, to train on: read straight into the cut layers, so that memory never holds the dense model."""
+    """Load the pruned model for training, straight into the cut layers, so that memory never holds the dense model."""
     model = work.config.model
     switches = {name: getattr(model, name) for name in SWITCHES}
     try:
         as_asked = {"attn_implementation": model.attn_implementation, **switches}
         light = load_light(work.run.pruned, is_trainable=True, low_memory=True, **as_asked)
         return light if sharding_launched() else to_device(light)
-    except LightPeftError:  # a base in few bits or in a file of another kind, which is read whole; or damage, as below
+    except LightPeftError:  # a quantized base or another file format, which is read whole; damage raises again below
         return load_light(work.run.pruned, work.dense_model().model, is_trainable=True)
 
 
 def _train_behind_the_cut(work: Workspace, light: Model, callbacks: Sequence[TrainerCallback]) -> None:
-    """Go on where the cut was, or at a checkpoint behind it."""
+    """Continue training from the cut, or from a checkpoint after it."""
     run, begun = work.run, EstimationRecord.load(work.run.estimation).meta["steps"]
     trainer = LightRun(work, light, callbacks=callbacks)
     with run.held():
@@ -236,9 +235,9 @@ def _train_behind_the_cut(work: Workspace, light: Model, callbacks: Sequence[Tra
 
 
 def widen(work: Workspace, callbacks: Sequence[TrainerCallback] = ()) -> None:
-    """Put what the small model has learned over the whole base, and train it there for the last steps of the run.
+    """Put the PEFT modules of the pruned model over the whole base, and train them there for the last steps of the run.
 
-    Nothing is done where the run does not keep that (`light.after.keep`), or has it.
+    Do nothing if the run does not keep the full width (`light.after.keep`), or has it already.
     """
     run = work.run
     if not run.keeps_full or run.has("widen"):
@@ -270,21 +269,24 @@ def _finish(
     begun: int = 0,
     **facts: Any,
 ) -> None:
-    """Leave the result of training in the run folder.
+    """Write the result of training into the run folder.
 
     Args:
-        save: writes it; None: as it is for the run's method.
-        begun: step of the run that training began behind.
-        facts: for the log.
+        save: writes the result; None: as the run's method does.
+        begun: number of steps of the run before this training.
+        facts: more entries for the log.
+
+    Raises:
+        LightPeftError: training diverged.
     """
     run, model, step = work.run, trainer.model, trainer.state.global_step
     assert trainer.meter is not None
     cost = trainer.meter.stop(step)
-    require(_finite(model), "training diverged: weights are NaN or infinite; lower training.learning_rate")
+    require(_finite(model), "training diverged: trained weights are NaN or infinite; lower training.learning_rate")
 
-    told = stopped(trainer, work) if trainer.stage == "train" else {}
+    told = stop_facts(trainer, work) if trainer.stage == "train" else {}
     if told:
-        run.announce("train", stopped_line(told["stopped"]))
+        run.announce("train", stop_line(told["stopped"]))
 
     def save_trained() -> None:
         save_result(run, model, work.tokenizer, task_facts(work.task))
@@ -293,26 +295,27 @@ def _finish(
 
 
 def _full_model(work: Workspace) -> PreTrainedModel:
-    """The dense model, all of whose weights train."""
-    on_disk = "method full trains every weight, which model.low_memory leaves on disk; switch that off"
+    """Load the dense model for method full, which trains all its weights."""
+    on_disk = "method full trains every weight, which model.low_memory leaves on disk; set model.low_memory to false"
     require(not work.config.model.low_memory, on_disk)
     model = work.dense_model().model
     quantised = getattr(model, "is_quantized", False)
     require(
-        not quantised, "method full trains every weight, which cannot be done in 4 or 8 bits; give the base unquantised"
+        not quantised,
+        "method full cannot train a quantized base; give an unquantized one, and leave model.quantization unset",
     )
     return model
 
 
 def evaluate(work: Workspace) -> dict[str, Any]:
-    """Measure the result on the test rows; the numbers go to metrics.json and into the light adapter."""
+    """Measure the result on the test rows; write the metrics to metrics.json and into the light adapter."""
     run = work.run
     if run.has("evaluate"):
         return read_report(run.metrics)
     run.need(run.last_training, "evaluate")
     started = time.perf_counter()
     watcher = work.watcher()
-    base, probe = _asked_base(work, watcher)
+    base, probe = _measure_base(work, watcher)
     model = open_result(run, work.task, base)
     outcomes = measure(work, model)
     scores = scores_of(outcomes, work.task)
@@ -322,7 +325,7 @@ def evaluate(work: Workspace) -> dict[str, Any]:
         watcher.look("final", model)
     earlier = [entry for stage, entry in run.finished_stages().items() if stage != "evaluate"]
     noticed = notices(watcher, earlier, outcomes[""].answers, scores.intervals)
-    besides = _beside_light(work) if isinstance(model, LightModel) and run.keeps_full else {}
+    besides = _measure_full_width(work) if isinstance(model, LightModel) and run.keeps_full else {}
     if probe is not None:
         besides["linear_probe"] = probe.facts()
         noticed["warnings"] += probe.doubts(scores, work.task)
@@ -339,27 +342,28 @@ def evaluate(work: Workspace) -> dict[str, Any]:
     return read_report(run.metrics)
 
 
-def _beside_light(work: Workspace) -> dict[str, Any]:
-    """Quality of what a run keeps at full width, where it keeps both."""
+def _measure_full_width(work: Workspace) -> dict[str, Any]:
+    """Measure the full-width model of a run that keeps it beside the light one."""
     model = open_peft(work.run.full, work.dense_model().model)
     scores = scores_of(measure(work, model), work.task)
     return {"full_width": {"metrics": scores.metrics, "intervals": scores.intervals}}
 
 
-def _asked_base(work: Workspace, watcher: Watcher) -> tuple[PreTrainedModel | None, LinearProbe | None]:
-    """The untouched base, which has answered before a result is built on it, and what a linear probe of it gets.
+def _measure_base(work: Workspace, watcher: Watcher) -> tuple[PreTrainedModel | None, LinearProbe | None]:
+    """Measure the base model before a result is built on it, and fit the linear probe.
 
-    None where the result needs no base; None where the run has no such probe.
+    Returns:
+        The base (None: the result needs no base), and the probe (None: the run has none).
     """
     base = work.dense_model()
-    if not base.new_modules:  # else its head is random, and so are its answers
+    if not base.new_modules:  # a new head is random, and so are its answers
         watcher.look("base_model", base.model)
     probe = _probe(work, watcher, base.model)
     return base.model if work.config.way.has_peft else None, probe
 
 
 def _probe(work: Workspace, watcher: Watcher, base: PreTrainedModel) -> LinearProbe | None:
-    """A linear probe of the base; what keeps it from that is a warning, and no reason to end a run."""
+    """Fit a linear probe on the base; a failure becomes a warning, and does not end the run."""
     task = work.task
     if not is_probed(task, base.config):
         return None
@@ -374,13 +378,13 @@ def _probe(work: Workspace, watcher: Watcher, base: PreTrainedModel) -> LinearPr
 
 
 def measure(work: Workspace, model: Model) -> dict[str, Outcome]:
-    """What the model does on the test rows (prefix ""), and on those of further splits by their prefix."""
+    """Compute the model's answers on the test rows (prefix ""), and on further splits by their prefix."""
     asked, splits = work.asking(model), {"": work.test_rows, **work.more_test_rows}
     return {prefix: work.task.answer(asked, rows) for prefix, rows in splits.items()}
 
 
 def report(work: Workspace, model: Model, scores: Scores) -> dict[str, Any]:
-    """What metrics.json holds: quality, parameters, times, and all that is needed to repeat the run."""
+    """Make the content of metrics.json: quality, parameters, times, and all that is needed to repeat the run."""
     run, config = work.run, work.config
     return {
         "method": config.method,
@@ -403,19 +407,19 @@ def report(work: Workspace, model: Model, scores: Scores) -> dict[str, Any]:
 
 
 def _estimation_report(run: RunFolder) -> dict[str, Any]:
-    """How long estimation took and what it taught."""
+    """Return the steps of estimation, and how much the model learned in it."""
     entry = run.finished_stages().get("estimate")
     return {"estimation": {name: entry[name] for name in LEARNING}} if entry is not None else {}
 
 
 def _stopped_report(run: RunFolder) -> dict[str, Any]:
-    """Where training stopped and which step was kept, if it did not run to its end."""
+    """Return the step at which training stopped early and the step that was kept; nothing if it ran to its end."""
     entry = run.finished_stages().get("train", {})
     return {"stopped": entry["stopped"]} if "stopped" in entry else {}
 
 
 def _vocabulary_report(work: Workspace, model: Model) -> dict[str, Any]:
-    """Where a run keeps some tokens alone: how many, and what went with the others."""
+    """Return the number of tokens kept and of parameters removed with the others; nothing if the run keeps all."""
     if work.vocabulary is None:
         return {}
     counts = {"tokens": len(work.vocabulary), "of": work.vocabulary.size}
@@ -424,7 +428,7 @@ def _vocabulary_report(work: Workspace, model: Model) -> dict[str, Any]:
 
 
 def _training_costs(run: RunFolder) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Stage by stage what training took."""
+    """Yield the time and memory of each training stage by its name."""
     names = [field.name for field in fields(StageCost)]
     for stage, entry in run.finished_stages().items():
         if entry.keys() >= set(names):

@@ -1,4 +1,4 @@
-"""Estimation does not depend on what is removed, so runs that differ in nothing else share one."""
+"""Reuse of an estimation: it does not depend on the budget, so runs that differ in nothing else can share one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord
 
 _RECORD = "estimation.json"
-"""File of an estimation that has the checksum of its scores."""
+"""File of an estimation with the checksum of its scores."""
 
 
 def estimation_settings(config: RunConfig) -> dict[str, Any]:
-    """All settings that the scores depend on, by their dotted names."""
+    """Return all settings that the scores depend on, by dotted name."""
     later = READ_AFTERWARDS | READ_BY_PLANS | {"preset"}
     if config.light.remove.depth == "auto":
         later -= {"remove.blocks"}  # which bounds what is left out before
@@ -30,27 +30,27 @@ def estimation_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def find_estimation(config: RunConfig, folder: Path) -> RunFolder:
-    """The run in a folder, whose estimation another run can take.
-
-    Args:
-        config: of the run that takes it.
+    """Find the run in a folder and check that another run can reuse its estimation.
 
     Raises:
-        LightPeftError: there is none, it is damaged, it was made with other settings or by steps of other rows, or it
-            leaves no plan that meets the budget.
+        LightPeftError: the estimation is missing or damaged, was made with other settings or another number of rows
+            per step, or no plan from it meets the budget.
     """
-    require(is_run(folder), f"{folder} is not a run folder, whose estimation could be taken")
+    require(is_run(folder), f"--estimation {folder} is not a run folder; give the folder of a run")
     own = folder.resolve() == Path(config.output).resolve()
-    require(not own, f"{folder} is the output; give the folder of another run")
+    require(not own, f"--estimation {folder} is the output of this run; give the folder of another run")
     donor = RunFolder.at(folder)
     methods = sorted({config.method, donor.config.method})
-    require(methods == ["light"], f"runs of method {' and '.join(methods)} share no estimation; both must be light")
-    donor.need("estimate", "taking its estimation")
+    require(
+        methods == ["light"],
+        f"--estimation: runs of method {' and '.join(methods)} share no estimation; both must be light",
+    )
+    donor.need("estimate", "reusing its estimation")
     given, there = estimation_settings(config), estimation_settings(donor.config)
     differing = sorted(name for name in given.keys() | there.keys() if given.get(name) != there.get(name))
     require(
         not differing,
-        f"the estimation of {folder} was made with other settings ({', '.join(differing)}); give the same, or leave "
+        f"the estimation of {folder} was made with other settings ({', '.join(differing)}); set the same, or leave "
         "--estimation out",
     )
     record = EstimationRecord.load(donor.estimation)  # it is whole
@@ -62,30 +62,32 @@ def find_estimation(config: RunConfig, folder: Path) -> RunFolder:
 
 
 def take_estimation(run: RunFolder, donor: RunFolder) -> None:
-    """Give a run the estimation of another one, unless it has this one already.
+    """Copy the estimation of another run into a run, unless the run has the same one already.
 
     Raises:
-        LightPeftError: the run has another one, or it cannot be copied.
+        LightPeftError: the run has another estimation, or the copy fails.
     """
     if not run.has("estimate"):
         copy_estimation(donor, run, str(donor.path))
         return
     same = read_json(run.estimation / _RECORD) == read_json(donor.estimation / _RECORD)
-    require(same, f"{run.path} has an estimation of its own; give another output, or leave out --estimation")
+    require(same, f"{run.path} has an estimation of its own; set another output, or leave --estimation out")
 
 
 def copy_estimation(donor: RunFolder, run: RunFolder, name: str) -> None:
-    """Copy one that fits: whole or not at all; the log says whose it is, and its time and memory count for both.
+    """Copy an estimation, whole or not at all; log its origin, and count its time and memory for both runs.
 
     Args:
-        name: what the other run is called in the log.
+        name: name of the donor in the log.
 
     Raises:
-        LightPeftError: it cannot be copied.
+        LightPeftError: the donor's estimation is unfinished, or the copy fails.
     """
     stages = donor.finished_stages()
     if "estimate" not in stages:
-        raise LightPeftError(f"{donor.path} has not finished its estimation; go on with it first: lightpeft estimate")
+        raise LightPeftError(
+            f"{donor.path} has not finished its estimation; run lightpeft estimate --run {donor.path} first"
+        )
     with run.held():
         if processes().is_main_process:
             if donor.has("depth"):

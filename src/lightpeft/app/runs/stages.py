@@ -1,4 +1,4 @@
-"""What the stages of a light run leave in its folder, whoever runs them: one after another, or a trainer on its way."""
+"""Write the results of a light run's stages into its folder; `pipeline` and the trainer both call these functions."""
 
 from __future__ import annotations
 
@@ -30,24 +30,27 @@ from lightpeft.recipe.pruner import cut
 
 @dataclass(frozen=True)
 class StageCost:
-    """What a training stage took, as metrics.json has it."""
+    """Time and memory of a training stage, an entry of `training` in metrics.json."""
 
     seconds: float
-    """Wall-clock time, that of storing a frozen prefix included; of a resumed stage, that of its last part."""
+    """Wall-clock seconds, storing a frozen prefix included; of a resumed stage, those of its last part."""
     samples_per_second: float
-    """Training rows a second of all processes together, that time left out."""
+    """Training rows per second of all processes together, without the time of storing a frozen prefix."""
     peak_memory_bytes: int
-    """Peak of training: on CUDA all that was allocated, else what came on top of the loaded model."""
+    """Peak of training: on CUDA all allocated memory, elsewhere the growth over the loaded model."""
     peak_memory_method: MemoryMethod
     resumed_at: int
-    """Step of the run that the last part of the stage began at; 0 for a stage that was not interrupted."""
+    """Step of the run at which the last part of the stage began; 0 for a stage that was not interrupted."""
 
 
 def leave_estimation(work: Workspace, model: PeftModel, record: EstimationRecord, cost: StageCost) -> None:
-    """Scores and PEFT weights at the end of the stage."""
+    """Write the scores and the PEFT weights of a finished estimation, and its line in the log."""
     run, steps, planned = work.run, record.meta["steps"], record.meta["planned_steps"]
     if steps > planned:
-        run.announce("estimate", f"estimation took {steps} steps instead of {planned}, to learn more of the task")
+        run.announce(
+            "estimate",
+            f"estimation took {steps} steps instead of {planned}, because the model had learned too little by then",
+        )
 
     def save() -> None:
         save_peft(model, run.estimation / "adapter")
@@ -58,23 +61,23 @@ def leave_estimation(work: Workspace, model: PeftModel, record: EstimationRecord
 
 
 LEARNING = ("steps", "planned_steps", "learned")
-"""What is told of an estimation: steps, steps if the task is learned in time, and the part of the loss of an answer by
-the frequencies of labels that its last window took away (None: not known)."""
+"""Entries of an estimation's `meta` in log and report: steps taken, steps planned, and the part of the loss of an
+answer by label frequencies that training took away by the last window (None: unknown)."""
 
 
 def leave_budget(run: RunFolder, found: FoundBudget) -> None:
-    """What `light: auto` found, and the time that it took."""
-    facts = {**found.facts(), "settings": _asked(run.config.light)}
+    """Write the budget that `light: auto` found, and the seconds of the search."""
+    facts = {**found.facts(), "settings": _budget_settings(run.config.light)}
     run.finish_stage("budget", found.seconds, lambda: write_json(run.budget, facts))
 
 
-def _asked(light: LightConfig) -> dict[str, Any]:
-    """What a budget hangs on, beside the estimation."""
+def _budget_settings(light: LightConfig) -> dict[str, Any]:
+    """Return the settings that a budget depends on, beside those of the estimation, by dotted name."""
     return {name: value for name, value in flat(asdict(light)).items() if name in READ_BY_PLANS}
 
 
 def found_budget(run: RunFolder) -> dict[str, Any] | None:
-    """What `light: auto` found by the run's settings; None: nothing yet.
+    """Return the budget that `light: auto` found with the run's settings; None: none yet.
 
     Raises:
         LightPeftError: the file is damaged.
@@ -83,31 +86,35 @@ def found_budget(run: RunFolder) -> dict[str, Any] | None:
         return None
     found = read_json(run.budget)
     with explain_content_errors(run.budget):
-        return found if found["settings"] == _asked(run.config.light) else None
+        return found if found["settings"] == _budget_settings(run.config.light) else None
 
 
-def light_of(run: RunFolder) -> LightConfig:
-    """The settings of a run, with a number for its budget.
+def light_with_budget(run: RunFolder) -> LightConfig:
+    """Return the `light` settings of a run, with a number as budget where they say auto.
 
     Raises:
-        LightPeftError: that was not found yet, or its file is damaged.
+        LightPeftError: the budget was not found yet, or its file is damaged.
     """
     light = run.config.light
     if not light.is_auto:
         return light
     found = found_budget(run)
     if found is None:
-        raise LightPeftError(f"{run.path} has found no budget yet (light: auto); run lightpeft plan before this")
+        raise LightPeftError(f"{run.path} has no budget yet (light: auto); run lightpeft plan first")
     with explain_content_errors(run.budget):
         return light.removing(float(found["blocks"]))
 
 
 def leave_plan(run: RunFolder) -> PrunePlan:
-    """Decide from the record and the budget which units stay."""
-    result = make_plan(EstimationRecord.load(run.estimation), light_of(run))
+    """Make the plan (which heads, neurons, modules and ranks to keep) from scores and budget, and write it.
+
+    Raises:
+        LightPeftError: the run was pruned by another plan already, or no plan meets the budget.
+    """
+    result = make_plan(EstimationRecord.load(run.estimation), light_with_budget(run))
     if run.has("plan") and run.has("prune"):
         unchanged = PrunePlan.load(run.plan) == result
-        require(unchanged, f"{run.path} was pruned by another plan already; give another output for this budget")
+        require(unchanged, f"{run.path} was pruned by another plan already; set another output for this budget")
         return result
     if processes().is_main_process:
         result.save(run.plan)
@@ -116,7 +123,7 @@ def leave_plan(run: RunFolder) -> PrunePlan:
 
 
 def estimated_model(work: Workspace, record: EstimationRecord | PrunePlan) -> PeftModel:
-    """The model as estimation left it: with the blocks that its record, or a plan of that, knows."""
+    """Load the model as it was at the end of estimation, without the blocks that the record or plan leaves out."""
     model = open_peft(work.run.estimation / "adapter", work.dense_model().model, is_trainable=True)
     if record.left_out:
         leave_out(model, len(record.blocks))
@@ -124,7 +131,7 @@ def estimated_model(work: Workspace, record: EstimationRecord | PrunePlan) -> Pe
 
 
 def leave_pruned(work: Workspace, model: PeftModel, plan: PrunePlan) -> LightModel:
-    """Cut the model as estimation left it, in place, look at it before and after if anything goes, and save it."""
+    """Cut the model in place by the plan, measure it before and after the cut, and write it into the run folder."""
     started = time.perf_counter()
     watcher = work.watcher()
     if work.config.light.chooses:

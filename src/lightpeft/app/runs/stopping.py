@@ -1,4 +1,4 @@
-"""Where the training of a run ends before its last step: where the loss on training rows that were set aside turns.
+"""Early stopping: training ends before its last step where the loss on held-out training rows rises.
 
 `Trainer` does it: it evaluates at the end of each epoch, keeps the best checkpoint, and stops. (Prechelt 1998, "Early
 stopping - but when?")
@@ -17,11 +17,11 @@ from lightpeft.profiling.live import losses_of
 from lightpeft.recipe.parallel import broadcast_from_main
 
 PATIENCE = 3
-"""Epochs without a lower loss after which training stops."""
+"""Number of epochs without a lower loss after which training stops."""
 
 
 def stopping_arguments(work: Workspace) -> dict[str, Any]:
-    """Fields of `TrainingArguments` by which training stops early; none where it runs to its end."""
+    """Return the fields of `TrainingArguments` for early stopping; none where training runs to its end."""
     if not work.stops_early:
         return {}
     epoch = work.pace.steps_an_epoch
@@ -35,19 +35,23 @@ def stopping_arguments(work: Workspace) -> dict[str, Any]:
 
 
 def stopping_callbacks(work: Workspace) -> list[TrainerCallback]:
-    """What stops training early; none where it runs to its end."""
+    """Return the callbacks for early stopping; none where training runs to its end."""
     return [EarlyStoppingCallback(PATIENCE)] if work.stops_early else []
 
 
 def loss_aside(work: Workspace, model: nn.Module, autocast: torch.dtype | None) -> float:
-    """The mean loss of the rows that were set aside."""
+    """Compute the mean loss of the held-out rows.
+
+    Args:
+        autocast: half precision of the forward pass; None: that of the weights.
+    """
     batches = work.held_batches()
     sizes = torch.tensor([len(batch["input_ids"]) for batch in batches], dtype=torch.float64)
     return broadcast_from_main(float((losses_of(model, batches, autocast) * sizes).sum() / sizes.sum()))
 
 
-def stopped(trainer: Any, work: Workspace) -> dict[str, Any]:
-    """What is told of a training that kept an earlier model than its last; nothing of any other."""
+def stop_facts(trainer: Any, work: Workspace) -> dict[str, Any]:
+    """Return the `stopped` entry of log and report if training kept an earlier model than its last; else nothing."""
     best, last = trainer.state.best_global_step, trainer.state.global_step
     if work.held_rows is None or not work.stops_early or not best or best == last:
         return {}
@@ -55,8 +59,7 @@ def stopped(trainer: Any, work: Workspace) -> dict[str, Any]:
     return {"stopped": {"step": last, "of": work.steps, "kept": best, "loss": loss, "rows_aside": rows}}
 
 
-def stopped_line(told: dict[str, Any]) -> str:
-    """The same in a line."""
-    aside = f"the loss on {told['rows_aside']} training rows that were set aside was lowest"
-    ended = f"training stopped at step {told['step']} of {told['of']}"
-    return f"{ended}: {aside} at step {told['kept']} ({told['loss']:.3f}), and that model is kept"
+def stop_line(told: dict[str, Any]) -> str:
+    """Return the line about early stopping."""
+    lowest = f"the loss on {told['rows_aside']} held-out rows was lowest ({told['loss']:.3f}) at step {told['kept']}"
+    return f"training stopped early at step {told['step']} of {told['of']}: {lowest}, and that model is kept"

@@ -1,4 +1,4 @@
-"""The teacher of a run: a finished model that answers the training rows once, by its own tokenizer, before training."""
+"""The teacher of a run: a finished model whose logits of the training rows are computed once, before training."""
 
 from __future__ import annotations
 
@@ -43,38 +43,38 @@ from lightpeft.models.tokenizers import check_vocabulary
 from lightpeft.training.teaching import split_over_processes, with_teacher_logits
 
 TEACHABLE = (CLASSIFICATION, REGRESSION, MULTIPLE_CHOICE)
-"""Heads whose logits a student can learn."""
+"""Task heads whose logits a student can learn."""
 _LOGITS, _FACTS = "logits.safetensors", "teacher.json"
-_UNNAMED = re.compile(r"LABEL_\d+")
+_GENERIC_LABEL = re.compile(r"LABEL_\d+")
 
 
 def check_teachable(config: RunConfig, task: Task) -> None:
     """Raise `LightPeftError` if a run asks for a teacher, and its task has no logits to learn."""
-    told = f"training.teacher: task {config.data.task} (answered by {task.head}) gives no logits to learn"
-    kinds = "classification, regression and multiple-choice answered by a head"
+    told = f"training.teacher: task {config.data.task} (head {task.head}) gives no logits to learn"
+    kinds = "leave it out; classification, regression and multiple choice with a head"
     teachable = config.training.teacher is None or task.head in TEACHABLE
-    require(teachable, f"{told}; only {kinds} can be taught")
+    require(teachable, f"{told}; {kinds} can have a teacher")
 
 
 @dataclass(frozen=True)
 class RunTeacher:
-    """A teacher that was found good for a run; nothing of it is loaded yet."""
+    """A teacher that passed the checks of a run; its weights are not loaded yet."""
 
     found: Found
     task: Task
-    """The run's task, as the teacher reads its rows."""
+    """The run's task with the teacher's `max_length`."""
     rows: Dataset
-    """The rows that the run trains on, in the columns of the task's kind."""
+    """Training rows of the run, as text, in the columns of the task's kind."""
 
     @classmethod
     def of(cls, config: RunConfig, task: Task, rows: Dataset) -> RunTeacher | None:
-        """The teacher that a run asks for; None: it asks for none.
+        """Find and check the teacher of a run; None: `training.teacher` is not set.
 
         Args:
-            rows: that it trains on, in the columns of the task's kind.
+            rows: training rows as text, in the columns of the task's kind.
 
         Raises:
-            LightPeftError: there is no such model, or it was trained for another task or other labels.
+            LightPeftError: no such model exists, or it was trained for another task or other labels.
         """
         name = config.training.teacher
         if name is None:
@@ -92,36 +92,36 @@ class RunTeacher:
         own.config = replace(task.config, max_length=min(limit for limit in limits if limit))
         return cls(found, own, rows)
 
-    def taught(self, run: RunFolder, rows: Dataset, batch_size: int) -> Dataset:
-        """The encoded training rows with the teacher's logits, which the run folder has or gets.
+    def add_logits(self, run: RunFolder, rows: Dataset, batch_size: int) -> Dataset:
+        """Add the teacher's logits to the encoded training rows: those in the run folder or, if it has none, new ones.
 
         Args:
-            batch_size: rows that the teacher is asked about at once.
+            batch_size: rows per forward pass of the teacher.
 
         Raises:
-            LightPeftError: the teacher cannot be loaded, or its answers are NaN or infinite; nothing is written then.
+            LightPeftError: the teacher cannot be loaded, or its logits are NaN or infinite; nothing is written then.
         """
         fingerprint = self._fingerprint()
-        logits = _stored(run, fingerprint)
+        logits = _read_logits(run, fingerprint)
         if logits is not None:
             return with_teacher_logits(rows, logits)
         started = time.perf_counter()
         try:
             with preserve_random_state(accelerator() or torch.device("cpu")):
-                logits = self._asked(batch_size)
+                logits = self._compute_logits(batch_size)
             taught = with_teacher_logits(rows, logits)
         except LightPeftError as error:
             raise LightPeftError(f"training.teacher: {error}") from error
 
         def save() -> None:
-            _store(run, fingerprint, logits)
+            _write_logits(run, fingerprint, logits)
 
         with run.held():
             run.finish_stage("teach", time.perf_counter() - started, save, teacher=self.found.name, rows=len(rows))
         return taught
 
-    def _asked(self, batch_size: int) -> list[Tensor]:
-        """What it gives each row; it is gone from memory afterwards."""
+    def _compute_logits(self, batch_size: int) -> list[Tensor]:
+        """Compute the logits of each row, then free the teacher's memory; of multiple choice, one logit per option."""
         found, task = self.found, self.task
         tokenizer = found.tokenizer()
         check_vocabulary(tokenizer, found.config)
@@ -141,7 +141,7 @@ class RunTeacher:
         return split_over_processes(len(encoded), answer)
 
     def _fingerprint(self) -> str:
-        """Of the teacher, by its files or name, and of the texts that it reads."""
+        """Return the SHA-256 of the teacher's files (or name), its `max_length` and the texts it reads."""
         found, task = self.found, self.task
         places = {str(getattr(found, "folder", found.model.name)), found.model.name}
         digest = hashlib.sha256(json.dumps([found.kind, found.model.revision, task.config.max_length]).encode())
@@ -156,32 +156,32 @@ class RunTeacher:
 
 
 def _check_architecture(found: Found, task: Task) -> None:
-    """Refuse a model that says nothing of its task, and has another head."""
+    """Require that a plain transformers model, which records no task, has the head of the task."""
     if found.facts or not isinstance(found, WholeModel):
         return
     wanted = task.head.auto.__name__.removeprefix("AutoModel")
     own = ", ".join(found.config.architectures or ["no model with a head"])
-    require(own.endswith(wanted), f"{found.name} is {own}, and task {task.config.task} needs {wanted}")
+    require(own.endswith(wanted), f"{found.name} is {own}; task {task.config.task} needs {wanted}; give such a model")
 
 
 def _check_labels(found: Found, task: Task) -> None:
-    """Refuse a teacher of other classes, or with its classes in another order."""
+    """Require that the teacher has the classes of the task, in the same order."""
     classes, labels = found.class_names, task.labels
     if task.head.outputs != "classes" or classes is None:
         return
-    both = f"{found.name} tells the labels {_listed(classes)} apart, and the data have {_listed(labels)}"
+    both = f"{found.name} has the labels {_join_names(classes)}, and the data have {_join_names(labels)}"
     require(len(classes) == len(labels), f"{both}; give a teacher of the same labels")
     numbered = labels == [str(number) for number in range(len(labels))]
-    unnamed = numbered or all(_UNNAMED.fullmatch(name) for name in classes)
+    unnamed = numbered or all(_GENERIC_LABEL.fullmatch(name) for name in classes)
     require(unnamed or classes == labels, f"{both}; give a teacher of the same labels in the same order")
 
 
-def _listed(names: Sequence[str]) -> str:
+def _join_names(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if names[5:] else "")
 
 
-def _stored(run: RunFolder, fingerprint: str) -> list[Tensor] | None:
-    """Logits that the run folder has of this teacher and these rows, undamaged."""
+def _read_logits(run: RunFolder, fingerprint: str) -> list[Tensor] | None:
+    """Read the logits of the teacher from the run folder; None: missing, damaged, or of another teacher or rows."""
     if not run.has("teach"):
         return None
     try:
@@ -194,7 +194,7 @@ def _stored(run: RunFolder, fingerprint: str) -> list[Tensor] | None:
     return list(kept["logits"].split(kept["sizes"].tolist()))
 
 
-def _store(run: RunFolder, fingerprint: str, logits: Sequence[Tensor]) -> None:
+def _write_logits(run: RunFolder, fingerprint: str, logits: Sequence[Tensor]) -> None:
     with replacing_folder(run.teacher, last=CHECKSUMS) as temporary:
         sizes = torch.tensor([len(of_row) for of_row in logits])
         write_tensors(temporary / _LOGITS, {"logits": torch.cat(list(logits)), "sizes": sizes})

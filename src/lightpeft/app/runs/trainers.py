@@ -1,4 +1,4 @@
-"""The trainers of a run: those that anybody can use, with the run's folder, log and measures around them."""
+"""The trainers of a run: the public trainers, with the run's folder, log and measurements."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from lightpeft.training.trainer import Training
 
 
 class Meter:
-    """Measures a part of training."""
+    """Measures time, speed and peak memory of a part of training."""
 
     def __init__(self, work: Workspace, model: nn.Module, step: int, resumed: bool, before: float = 0.0) -> None:
         """
         Args:
-            step: of the run, at which the part begins.
-            resumed: whether an earlier process has begun the part.
-            before: seconds that went by before, and count.
+            step: step of the run at which the part begins.
+            resumed: True if an earlier process began the part.
+            before: seconds to add, such as those of storing a frozen prefix.
         """
         self._work, self._begun, self._resumed, self._before = work, step, resumed, before
         self._stack = ExitStack()
@@ -51,7 +51,7 @@ class Meter:
         self._started = time.perf_counter()
 
     def stop(self, step: int) -> StageCost:
-        """What the part took, which ends at a step of the run."""
+        """End the part at a step of the run, and return its cost."""
         seconds = time.perf_counter() - self._started
         self._stack.close()
         rows_a_step = self._work.pace.rows / self._work.pace.steps_an_epoch
@@ -61,11 +61,11 @@ class Meter:
 
 
 class RunTrainer(Training, Trainer):
-    """A trainer of a run: its metrics, and its bar and log. (It computes no FLOPs, which nobody reads.)"""
+    """A trainer with the metrics, progress bar and log of a run. (It skips `Trainer`'s FLOPs, which nothing reads.)"""
 
     work: Workspace
     stage = "train"
-    """Under which name checkpoints are kept."""
+    """Name of the stage, and of the folder of its checkpoints."""
     meter: Meter | None = None
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -74,20 +74,22 @@ class RunTrainer(Training, Trainer):
             self.remove_callback(unwanted)
 
     def settle(self) -> None:
-        """Take the run folder, which is there and held, as the place for checkpoints and what trackers write."""
+        """Write checkpoints and TensorBoard files into the run folder, which exists and is locked by now."""
         self.args.output_dir = str(self.work.run.checkpoints(self.stage))
         for callback in self.callback_handler.callbacks:
             if type(callback).__name__ == "TensorBoardCallback":
-                callback.logging_dir = str(self.work.run.path / "tensorboard")  # checkpoints go, and this stays
-        self.add_callback(SealCheckpoint())  # last: all that others write is in the checkpoint then
+                callback.logging_dir = str(
+                    self.work.run.path / "tensorboard"
+                )  # outside of the checkpoints, which are deleted at the end
+        self.add_callback(SealCheckpoint())  # last, so that it seals the files of all other callbacks as well
 
     def _keep_prefix(self) -> None:
-        """Let states of a frozen prefix lie in the run folder; they go with the checkpoints, at the end."""
+        """Store the outputs of frozen blocks in the run folder; they are deleted with the checkpoints, at the end."""
         self._prefix.cache, self._prefix.folder = self.work.prefix_cache, self.work.run.checkpoints("prefix")
         self._prefix.announce = lambda line: self.work.run.announce(self.stage, line)
 
     def _show(self, stage: str) -> None:
-        """Let bar and log say which stage it is."""
+        """Set the stage that progress bar and log show."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, (LogLines, ProgressBar)):
                 callback.begin(stage, self.state.global_step)
@@ -95,22 +97,23 @@ class RunTrainer(Training, Trainer):
     # -- methods of `Trainer`, beside those that `Training` extends ------------------------------------------------
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> dict[str, float]:
-        """`Trainer` sees batches, and the run's metrics are of whole answers; or the loss says where training stops."""
-        found = self._measured(metric_key_prefix)
+        """Compute the run's metrics from whole answers (`Trainer` sees batches alone) or, to stop early, the held-out
+        loss."""
+        found = self._compute_metrics(metric_key_prefix)
         self.log(found)
         told = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         self.control: TrainerControl = told
         return found
 
-    def _measured(self, prefix: str) -> dict[str, float]:
+    def _compute_metrics(self, prefix: str) -> dict[str, float]:
         work = self.work
-        if work.stops_early:  # the loss of rows set aside says where to stop; test rows say nothing until the end
+        if work.stops_early:  # test rows must not decide where training stops
             return {f"{prefix}_loss": loss_aside(work, self.model, half_precision(self.args))}
         answers = {"": work.task.answer(work.asking(self.model), work.test_rows)}
         return {f"{prefix}_{name}": value for name, value in scores_of(answers, work.task).metrics.items()}
 
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:
-        """What `torch.save` raises on a full disk, in many words, is a `RuntimeError` like any other elsewhere."""
+        """Turn the `RuntimeError` that `torch.save` raises on a full disk into one line."""
         try:
             with reporting_lost_processes():
                 super()._save_checkpoint(*args, **options)
@@ -118,16 +121,16 @@ class RunTrainer(Training, Trainer):
             raise
         except RuntimeError as error:
             reason = one_line(error, 200)
-            line = f"cannot write below {self.args.output_dir}; is the disk full? ({reason})"
+            line = f"cannot write a checkpoint below {self.args.output_dir}; free disk space ({reason})"
             raise LightPeftError(line) from error
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """`Trainer` goes through all parameters at every step, for a number that nobody reads."""
+        """Return 0: `Trainer` would go through all parameters at every step, for a number that nothing reads."""
         return 0
 
 
 class LightRun(light_trainer(RunTrainer)):  # type: ignore[misc]
-    """Light-PEFT in a run folder: what estimation and the cut find goes there on the way."""
+    """Light-PEFT in a run folder: estimation, plan and cut write their results there during training."""
 
     light_longer = "training.epochs"
 
@@ -141,9 +144,9 @@ class LightRun(light_trainer(RunTrainer)):  # type: ignore[misc]
     ) -> None:
         """
         Args:
-            model: with PEFT modules on the dense base or, to go on behind the cut, the light model.
-            stop_at_cut: end when estimation is over, with a dense model.
-            callbacks: called before those of the run.
+            model: the dense base with PEFT modules or, to continue after the cut, the light model.
+            stop_at_cut: end training after estimation, before the cut.
+            callbacks: callbacks to call before those of the run.
         """
         self.work, self.stop_at_cut = work, stop_at_cut
         training = work.config.training
@@ -152,12 +155,14 @@ class LightRun(light_trainer(RunTrainer)):  # type: ignore[misc]
             "fast_steps": training.fast_steps,
             "teacher_weight": training.teacher_weight,
         }
-        super().__init__(model, **_options(work, [*callbacks, _EndsAt(self, work.steps - work.last_steps)]), **options)
+        super().__init__(
+            model, **_trainer_kwargs(work, [*callbacks, _StopAtStep(self, work.steps - work.last_steps)]), **options
+        )
         self._keep_prefix()
         self._schedule.last_steps = work.last_steps
 
     def checkpoint_at_cut(self, estimation_steps: int) -> Path:
-        """A checkpoint from which training goes on behind the cut, as if nothing had happened since."""
+        """Make a checkpoint from which training continues right after the cut."""
         return self._checkpoints.write_at_cut(estimation_steps, self.work.steps)
 
     def _begin_estimation(self, state: TrainerState, control: TrainerControl) -> None:
@@ -166,13 +171,13 @@ class LightRun(light_trainer(RunTrainer)):  # type: ignore[misc]
         super()._begin_estimation(state, control)
 
     def _warn(self, line: str) -> None:
-        """The stages say it, each in its place."""
+        """Do nothing: the stages print their own warnings."""
 
     def _warn_about_full_width(self) -> None:
-        """The run does it itself."""
+        """Do nothing: the run trains at full width itself."""
 
     def make_light_plan(self, record: EstimationRecord) -> PrunePlan | None:
-        """Leave the record in the run folder, and take the plan that the folder then has."""
+        """Write the scores into the run folder, and make the plan there; None: stop before the cut."""
         assert self.meter is not None
         leave_estimation(self.work, self._peft_model, record, self.meter.stop(self.state.global_step))
         if self.stop_at_cut:
@@ -182,25 +187,25 @@ class LightRun(light_trainer(RunTrainer)):  # type: ignore[misc]
         return leave_plan(self.work.run)
 
     def leave_light_budget(self, record: EstimationRecord) -> None:
-        """Find a budget for the model as estimation left it, and leave it in the run folder."""
+        """Search for the budget of `light: auto` on the estimated model, and write it into the run folder."""
         self.light_budget = self.find_light_budget(record, self.work.steps)
         leave_budget(self.work.run, self.light_budget)
         self.announce_light_budget(self.light_budget.summary())
 
     def announce_light_budget(self, line: str) -> None:
-        """On stderr and in the log."""
+        """Print the line about the budget on stderr, and write it into the log."""
         self.work.run.announce("budget", line)
 
     def light_tolerance(self) -> Tolerance:
-        """Points where answers are classes, if nothing else is asked for."""
+        """Return the tolerance of the run: by default in points where answers are classes, else in nats."""
         return self.work.tolerance
 
     def light_points_a_nat(self, classes: Tensor, right: Tensor) -> float:
-        """By what the task's metric makes of these answers."""
+        """Return the points of the task's metric that one nat of loss is worth, from predicted and right classes."""
         return points_a_nat(Answers(classes.tolist(), right.tolist()), self.work.task)
 
     def prune_light_model(self, plan: PrunePlan) -> LightModel:
-        """Cut, and leave the light adapter before fine-tuning in the run folder."""
+        """Cut the model, and write the light adapter before fine-tuning into the run folder."""
         return leave_pruned(self.work, self._peft_model, plan)
 
     def _begin_fine_tuning(self, max_steps: int) -> None:
@@ -212,7 +217,7 @@ class LightRun(light_trainer(RunTrainer)):  # type: ignore[misc]
 
 
 class DenseRun(RunTrainer):
-    """Plain PEFT, or every weight, in a run folder, as both train by habit; frozen blocks run without a graph."""
+    """Train plain PEFT or every weight in a run folder, with ordinary steps; frozen blocks run without a graph."""
 
     def __init__(
         self,
@@ -224,19 +229,20 @@ class DenseRun(RunTrainer):
     ) -> None:
         """
         Args:
-            callbacks: called before those of the run.
-            steps, rate: optimizer steps, and peak learning rate; None: those of the run.
+            callbacks: callbacks to call before those of the run.
+            steps: optimizer steps; None: those of the run.
+            rate: peak learning rate; None: that of the run.
         """
         self.work = work
-        super().__init__(model, **_options(work, callbacks, steps, rate))
+        super().__init__(model, **_trainer_kwargs(work, callbacks, steps, rate))
         self._teaching.weight = work.config.training.teacher_weight
         self._keep_prefix()
         if self.args.fp16:
             upcast_trained_weights(model)
-        self.add_callback(_Course(self))
+        self.add_callback(_BeginDenseRun(self))
 
     def begin(self, state: TrainerState) -> None:
-        """Training begins, or goes on from a checkpoint."""
+        """Show the stage, store a frozen prefix and start the meter, when training begins or continues."""
         self._show(self.stage)
         started = time.perf_counter()
         self._prefix.open(state.max_steps)
@@ -245,15 +251,15 @@ class DenseRun(RunTrainer):
 
 
 LABEL_SMOOTHING = 0.1
-"""Of classes, where all weights train behind the cut, unless `trainer` says another: they grow too sure of their
-answers without it (docs/how-to/train_all.md)."""
+"""Default label smoothing of classification if all weights train after the cut: the model is overconfident without it
+(docs/how-to/train_all.md)."""
 FULL_WIDTH_RATE = 0.3
 """Learning rate of the last steps of a run that keeps its base whole, as a multiple of the run's
 (docs/explanation/decoders.md)."""
 
 
 class WideRun(DenseRun):
-    """The last steps of a light run, over the whole base, as fast as the others."""
+    """The last steps of a light run, over the whole base, with the faster steps of the run."""
 
     stage = "widen"
 
@@ -262,15 +268,15 @@ class WideRun(DenseRun):
 
     @contextmanager
     def _training(self, checkpoint: str | None) -> Iterator[None]:
-        """With the faster steps, if the run takes them."""
+        """Train with the faster steps, if the run has them on."""
         config = self.work.config
         steps = light_steps(self.model, config.light, fast=config.training.fast_steps, loss_alone=True)
         with steps, super()._training(checkpoint):
             yield
 
 
-class _EndsAt(TrainerCallback):
-    """Ends the training of the light model where the steps at full width begin."""
+class _StopAtStep(TrainerCallback):
+    """Stops training of the light model where the steps at full width begin."""
 
     def __init__(self, trainer: LightRun, step: int) -> None:
         self.trainer, self.step = trainer, step
@@ -280,8 +286,8 @@ class _EndsAt(TrainerCallback):
             control.should_training_stop = True
 
 
-class _Course(TrainerCallback):
-    """Calls a dense run where its trainer is at the right place."""
+class _BeginDenseRun(TrainerCallback):
+    """Calls `DenseRun.begin` when training begins, and writes the rows per step into each checkpoint."""
 
     def __init__(self, trainer: DenseRun) -> None:
         self.trainer = trainer
@@ -294,17 +300,23 @@ class _Course(TrainerCallback):
             write_step(Path(args.output_dir) / f"checkpoint-{state.global_step}", args)
 
 
-def _options(
+def _trainer_kwargs(
     work: Workspace, callbacks: Sequence[TrainerCallback], steps: int | None = None, rate: float | None = None
 ) -> dict[str, Any]:
-    """What all trainers of a run are made with; arguments as for `DenseRun`."""
+    """Make the keyword arguments of all trainers of a run.
+
+    Args:
+        callbacks: callbacks to call before those of the run.
+        steps: optimizer steps; None: those of the run.
+        rate: peak learning rate; None: that of the run.
+    """
     steps, rate = work.steps if steps is None else steps, work.rate if rate is None else rate
     config = work.config
     training = replace(work.config.training, learning_rate=rate)
     given = dict(config.trainer)
     if config.way.prunes and config.light.train == "all" and work.task.labels:
         given.setdefault("label_smoothing_factor", LABEL_SMOOTHING)
-    # a trainer makes its folder at once, and a run nothing before all is found good: see `RunTrainer.settle`
+    # a trainer creates its folder at once, but a run writes nothing before all checks pass: see `RunTrainer.settle`
     stops = steps == work.steps
     if stops and work.stops_early:
         training = replace(training, save_steps=work.pace.steps_an_epoch)

@@ -1,6 +1,6 @@
-"""Processes that hold one subject each and measure it when asked.
+"""Processes that each hold one subject and measure it on request.
 
-This module imports nothing heavy: a process comes through it before it imports what its subject is of.
+This module imports nothing heavy: each process imports it before it imports the modules of its subject.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from lightpeft.errors import LightPeftError, one_line
 
 
 class Worker:
-    """A process that holds one subject and measures it when asked."""
+    """A process that holds one subject and measures it on request."""
 
     def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
         """
         Args:
-            make: makes the subject of `arguments` in the process; all of them can be pickled.
+            make: makes the subject from `arguments` in the process; all of them can be pickled.
         """
         context = multiprocessing.get_context("spawn")
         self._pipe, self._far_end = context.Pipe()
@@ -51,7 +51,7 @@ class Worker:
         self._process.join()
 
     def measure(self, what: str, *arguments: Any) -> Any:
-        """Ask the subject for a measurement by the name of its method, and wait for the answer.
+        """Call a method of the subject in its process, and return the result.
 
         Raises:
             LightPeftError: the measurement failed.
@@ -61,7 +61,9 @@ class Worker:
                 self._pipe.send((what, arguments))
             answer = self._pipe.recv()
         except (EOFError, ConnectionResetError) as error:
-            raise LightPeftError("a measuring process ended early; is there memory for all models?") from error
+            raise LightPeftError(
+                "a measuring process ended early, perhaps out of memory; give smaller batches or a smaller model"
+            ) from error
         if isinstance(answer, Failure):
             raise LightPeftError(f"measuring failed: {answer.reason}")
         return answer
@@ -69,7 +71,7 @@ class Worker:
 
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Processes that are started inside the block leave Ctrl-C to this one, which ends them."""
+    """Block Ctrl-C in processes that start inside the block; this process handles it and ends them."""
     block = getattr(signal, "pthread_sigmask", None)
     if block is None:  # on Windows
         yield
@@ -82,27 +84,27 @@ def _without_interrupts() -> Iterator[None]:
 
 
 class Failure:
-    """What a measuring process answers when it cannot measure."""
+    """Answer of a measuring process that cannot measure, with the reason."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
 
-def _leave(*_: Any) -> NoReturn:
-    """End as at the end of a program: no file and no semaphore is left over."""
-    _handle(signal.SIGTERM, signal.SIG_IGN)
+def _exit_on_signal(*_: Any) -> NoReturn:
+    """Exit on SIGTERM as at the end of a program, so that no file and no semaphore is left over."""
+    _set_handler(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(0)
 
 
-def _handle(number: int, how: Any) -> None:
+def _set_handler(number: int, how: Any) -> None:
     with suppress(ValueError):  # in a thread, where signals cannot be handled
         signal.signal(number, how)
 
 
 def _serve(pipe: Connection) -> None:
-    """Make the subject that comes first, then answer requests until there is none or the pipe is closed."""
-    _handle(signal.SIGINT, signal.SIG_IGN)  # also where starting the process has let it through
-    _handle(signal.SIGTERM, _leave)
+    """Make the subject from the first message, then answer requests until None arrives or the pipe closes."""
+    _set_handler(signal.SIGINT, signal.SIG_IGN)  # also where starting the process has let it through
+    _set_handler(signal.SIGTERM, _exit_on_signal)
     streams.silence_imports()
     try:
         make, arguments = pipe.recv()  # which imports what they are of
@@ -120,4 +122,4 @@ def _serve(pipe: Connection) -> None:
         with suppress(OSError):  # nobody reads on
             pipe.send(Failure(one_line(reason)))
     finally:
-        _handle(signal.SIGTERM, signal.SIG_IGN)
+        _set_handler(signal.SIGTERM, signal.SIG_IGN)

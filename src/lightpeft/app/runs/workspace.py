@@ -40,9 +40,9 @@ from lightpeft.training.prefix import PrefixCache
 from lightpeft.training.schedule import Pace, resolve_auto, rows_held, scored_steps
 
 STOPPING = frozenset({"eval_strategy", "load_best_model_at_end", "metric_for_best_model"})
-"""Fields of `TrainingArguments` by which somebody says himself what training is stopped by, or kept of it."""
+"""Fields of `TrainingArguments` with which users control stopping or checkpoints themselves."""
 NOTABLE_CUTS = 0.05
-"""Part of the training rows that may be cut without a word."""
+"""Part of truncated training rows from which a run says so."""
 
 
 @dataclass
@@ -57,27 +57,27 @@ class Workspace:
     more_test_rows: dict[str, Dataset]
     """Rows of further splits to evaluate on, by the prefix of their metrics."""
     positions: int | None
-    """Tokens that the model's position table has room for; None: any number."""
+    """Number of positions of the model; None: unlimited."""
     config: RunConfig
-    """The run's settings, with numbers for what is auto in `training`, and for a depth that was found."""
+    """The run's settings, with numbers in place of auto in `training` and of a depth that was found."""
     vocabulary: Vocabulary | None = None
-    """Tokens that the base has alone, and `tokenizer` knows; None: all."""
+    """Tokens that base and `tokenizer` keep (`light.remove.vocabulary: task`); None: all."""
     unable: str | None = None
-    """Why the run, which was told nothing about what to remove, has no room for an estimation; None: it has."""
+    """Why a run with `light: auto` is too short for an estimation, so that it cuts nothing; None: long enough."""
     held_rows: Dataset | None = None
-    """Training rows set aside, not in `train_rows`: where the loss on them turns, training stops. None: it runs to its
+    """Held-out training rows, not in `train_rows`: training stops where the loss on them rises. None: it runs to its
     end."""
     teacher: RunTeacher | None = None
-    """Whose answers the run learns beside the labels; None: nobody's, or training is over."""
+    """Teacher whose logits the run learns beside the labels; None: no teacher, or training is over."""
 
     @property
     def collator(self) -> Collator:
-        """Rows to padded batches."""
+        """The collator, which pads rows to batches."""
         return self.task.collator(self.tokenizer, padding_within(self.config.data.max_length, self.positions))
 
     @property
     def pace(self) -> Pace:
-        """How fast the run goes through its rows."""
+        """Rows, batch size, gradient accumulation and processes, from which the number of steps follows."""
         return Pace.of(len(self.train_rows), self.config.training, processes().num_processes)
 
     @property
@@ -87,10 +87,10 @@ class Workspace:
 
     @property
     def stage(self) -> StageLength:
-        """How long estimation takes.
+        """The steps of estimation.
 
         Raises:
-            LightPeftError: it would leave no steps to train with, or see too little.
+            LightPeftError: estimation would leave no steps for training, or score too few rows.
         """
         if not self.config.way.prunes:
             return StageLength(0, 0)
@@ -98,26 +98,26 @@ class Workspace:
 
     @property
     def tolerance(self) -> Tolerance:
-        """`light.remove.tolerance`, or the usual one: of points where answers are classes.
+        """`light.remove.tolerance`, or its default: in points where answers are classes, else in nats.
 
         Raises:
-            LightPeftError: it is of points, and answers are no classes.
+            LightPeftError: the tolerance is in points, and answers are no classes.
         """
         classes = answers_are_classes(self.task)
         asked = tolerance_of(self.config.light, classes)
-        what = f'light.remove.tolerance is "{asked}", and {self.task.main_metric} is no metric of classes'
-        require(classes or asked.unit == "nats", f"{what}; give nats of the loss")
+        what = f'light.remove.tolerance is "{asked}", but points need classes and the metric is {self.task.main_metric}'
+        require(classes or asked.unit == "nats", f"{what}; give a tolerance in nats of the loss")
         return asked
 
     @property
     def stops_early(self) -> bool:
-        """Whether the loss on rows that are set aside stops training: not where an engine shards the model, of which
-        `Trainer` keeps the best in a form of its own. The rows are set aside there, too, so that a run may go on
-        without the engine."""
+        """True if the loss on held-out rows stops training. False where an engine shards the model, because `Trainer`
+        keeps the best checkpoint in a form of its own then; the rows are held out there, too, so that a run can
+        continue without the engine."""
         return self.held_rows is not None and not sharding_launched()
 
     def held_batches(self) -> list[dict[str, Tensor]]:
-        """Batches of the rows set aside, each of similar length."""
+        """Make batches of the held-out rows, each of rows of similar length."""
         assert self.held_rows is not None
         size, lengths = self.config.training.eval_batch_size, self.held_rows["length"][:]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
@@ -125,18 +125,18 @@ class Workspace:
         return [self.collator(self.held_rows.select(order[start : start + size]).to_list()) for start in starts]
 
     def taught_rows(self) -> Dataset:
-        """The training rows, with the logits of the teacher if there is one; it is asked unless it has answered.
+        """Return the training rows, with the logits of the teacher if there is one; compute missing logits.
 
         Raises:
-            LightPeftError: it cannot answer; nothing is written then.
+            LightPeftError: the teacher cannot be loaded, or its logits are NaN or infinite; nothing is written then.
         """
         if self.teacher is None:
             return self.train_rows
-        return self.teacher.taught(self.run, self.train_rows, self.config.training.eval_batch_size)
+        return self.teacher.add_logits(self.run, self.train_rows, self.config.training.eval_batch_size)
 
     @property
     def last_steps(self) -> int:
-        """How many of these train at full width."""
+        """Optimizer steps at the end of the run that train at full width."""
         return self.config.light.last_steps(self.steps) if self.run.keeps_full else 0
 
     @property
@@ -146,37 +146,37 @@ class Workspace:
 
     @property
     def prefix_cache(self) -> PrefixCache | None:
-        """How the outputs of frozen blocks are kept; None: not at all."""
+        """How to store the outputs of frozen blocks; None: not at all."""
         place = self.config.training.prefix_cache
         return None if place == "off" else PrefixCache(place)
 
     @property
     def step_options(self) -> dict[str, Any]:
-        """How steps are made, as `measure_training` takes it."""
+        """Autocast type and gradient clipping of a training step, the options of `measure_training`."""
         clipped = self.config.trainer.get("max_grad_norm", TRAINER_DEFAULTS["max_grad_norm"])
         return {"autocast": autocast_dtype(self.config.training), "max_grad_norm": clipped}
 
     def dense_model(self, to_train: bool = False) -> LoadedModel:
-        """The untouched foundation model with the task's head, on the device that training uses.
+        """Load the unpruned base model with the task's head onto the device that training uses.
 
-        Where the run keeps the tokens of its task alone, it has no others.
+        Its vocabulary is reduced if the run keeps only the tokens of its task.
 
         Args:
-            to_train: where training shards it, it stays in host memory until then.
+            to_train: if training shards the model, leave it in host memory until then.
         """
         waits = to_train and sharding_launched()
         return open_base(self.config.model, Wanted.of(self.task), self.tokenizer, self.vocabulary, waits)
 
     def asking(self, model: nn.Module) -> BatchedModel:
-        """How test rows are fed to a model."""
+        """Wrap a model to answer padded batches in the run's evaluation batch size and precision."""
         training = self.config.training
         return BatchedModel(model, self.collator, training.eval_batch_size, autocast_dtype(training))
 
     def drawn_batches(self, rows: int, size: int | None = None) -> list[dict[str, Tensor]]:
-        """Batches of so many training rows, drawn by the run's seed: each of rows of similar length.
+        """Draw training rows by the run's seed, and make batches of rows of similar length.
 
         Args:
-            size: rows a batch; None: as many as are asked at once.
+            size: rows per batch; None: the evaluation batch size.
         """
         size = size or self.config.training.eval_batch_size
         generator = torch.Generator().manual_seed(self.config.seed)
@@ -187,28 +187,28 @@ class Workspace:
         return [self.collator(self.train_rows.select(order[start : start + size]).to_list()) for start in starts]
 
     def watcher(self) -> Watcher:
-        """What looks at the model between stages, on a few test rows."""
+        """Make the watcher that measures the model between stages on a sample of test rows."""
         chosen = sample(self.task)
         rows = self.task.encode_test(chosen, self.tokenizer)
         return Watcher(self.task, rows, len(chosen), self.asking)
 
     def announce_settings(self) -> None:
-        """Say, where training begins, which settings cost more than a user may know of."""
+        """Announce, when training begins, the values of auto and the settings with a cost that users may not expect."""
         stage = "estimate" if self.config.way.prunes else "train"
         asked, training = self.run.config.training, self.config.training
         if self.unable is not None:
-            self.run.announce(stage, f"nothing of the base goes: {self.unable}")
+            self.run.announce(stage, f"nothing of the base is removed: {self.unable}")
         if "auto" in (asked.epochs, asked.learning_rate):
             scale = (self.config.light.rates.scale or 1.0) if self.config.way.prunes else 1.0
-            length = f"{self.steps} steps (epochs: {training.epochs:g})"
-            self.run.announce(stage, f"training takes {length} at a learning rate of {self.rate * scale:.2g}")
+            length = f"{self.steps} steps (training.epochs: {training.epochs:g})"
+            self.run.announce(stage, f"training takes {length} at learning rate {self.rate * scale:.2g}")
         if self.held_rows is not None and self.stops_early:
-            held = f"{len(self.held_rows)} of the training rows are set aside"
-            self.run.announce(stage, f"{held}: training stops early where the loss on them turns")
+            held = f"{len(self.held_rows)} training rows are held out"
+            self.run.announce(stage, f"{held}: training stops early where the loss on them rises")
         light, writes = self.config.light, self.config.way.prunes and self.task.entry.kind in WRITTEN
         if writes and not light.cuts_blocks:
-            nothing = "nothing of the base goes: a model that writes uses all of itself"
-            self.run.announce(stage, f"{nothing}; a number, such as light: 0.2, cuts it all the same")
+            nothing = "nothing of the base is removed, because a cut costs a model that generates text much quality"
+            self.run.announce(stage, f"{nothing}; give a number, such as light: 0.2, to cut it all the same")
         elif writes and (line := cut_of_writer(light)) is not None:
             self.run.announce(stage, line)
         scored = self.pace.least_examples(scored_steps(self.stage.steps))
@@ -217,17 +217,21 @@ class Workspace:
         limit = self.config.data.max_length
         share = share_at_limit(self.train_rows, limit) if self.task.cuts else 0.0
         if share >= NOTABLE_CUTS:
-            self.run.announce(stage, f"{share:.0%} of the training rows are cut to data.max_length: {limit} tokens")
+            self.run.announce(
+                stage, f"{share:.0%} of the training rows are truncated to data.max_length: {limit} tokens"
+            )
         if self.vocabulary is not None:
-            tokens = f"{len(self.vocabulary):,} of {self.vocabulary.size:,} tokens stay (light.remove.vocabulary: task)"
+            tokens = (
+                f"{len(self.vocabulary):,} of {self.vocabulary.size:,} tokens are kept (light.remove.vocabulary: task)"
+            )
             self.run.announce(stage, tokens)
         if autocast_dtype(training) is torch.bfloat16 and not has_bf16():
-            slow = "training.precision: bf16 is slow here, without bfloat16 arithmetic; auto takes float32 instead"
+            slow = "training.precision: bf16 is slow on this CPU, which has no bfloat16 arithmetic; set auto or float32"
             self.run.announce(stage, slow)
 
 
 def with_found_depth(config: RunConfig, run: RunFolder) -> RunConfig:
-    """The settings of a run with the depth that was found.
+    """Return the settings of a run with the depth that was found in place of `light.remove.depth: auto`.
 
     Raises:
         LightPeftError: the file is damaged.
@@ -243,8 +247,8 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     """Read and check the data, the tokenizer and the run folder; nothing is written yet.
 
     Args:
-        overwrite: the output folder may hold the run of another config.
-        replan: it may hold one of another budget, as long as nothing was pruned by that one.
+        overwrite: the output folder may hold a run with other settings.
+        replan: the output folder may hold a run with another budget that was not pruned yet.
 
     Raises:
         LightPeftError: bad input.
@@ -258,7 +262,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     if config.training.gradient_checkpointing:
         supported = supports_checkpointing(config.model, task.head, task.labels, to_prune=config.way.prunes)
         cannot = f"{config.model.name} ({model_config.model_type}) has no gradient checkpointing in transformers"
-        require(supported, f"training.gradient_checkpointing: {cannot}; leave it off")
+        require(supported, f"training.gradient_checkpointing: {cannot}; set it to false")
     tokenizer = load_tokenizer(config.model)
     positions = max_positions(model_config)
     check_max_length(config.data.max_length, positions, tokenizer)
@@ -273,9 +277,9 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     for what, rows in {"the training rows": train_rows, "the test rows": test_rows, **more}.items():
         check_tokens(rows, model_config, what, tokenizer)
     width = getattr(model_config.get_text_config(), "hidden_size", None)
-    train_rows, held_rows = _set_aside(config, train_rows, width)
-    texts, _ = _set_aside(config, task.train, width)
-    config, unable = _able(config, train_rows, width)
+    train_rows, held_rows = _split_held_out(config, train_rows, width)
+    texts, _ = _split_held_out(config, task.train, width)
+    config, unable = _cut_nothing_if_short(config, train_rows, width)
     run = RunFolder.open(config, replan=replan, overwrite=overwrite)
     training: TrainingConfig = resolve_auto(
         config.training, len(train_rows), width, processes().num_processes, has_peft=config.way.has_peft
@@ -283,7 +287,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     config = replace(config, training=training)
     if run.has("depth") and run.goes_on:
         config = with_found_depth(config, run)
-    trained = run.goes_on and run.has(run.last_training)  # a teacher is of no more use then, and may be gone
+    trained = run.goes_on and run.has(run.last_training)  # the teacher is not needed any more then, and may be deleted
     work = Workspace(
         run,
         task,
@@ -301,14 +305,14 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     if config.way.prunes and run.goes_on and run.has("estimate") and not run.has(run.last_training):
         check_steps(config, run, EstimationRecord.load(run.estimation))
     if config.way.prunes and (overwrite or not run.has("estimate")):
-        _ = work.stage  # whether estimation leaves steps to train with, and sees enough
+        _ = work.stage  # raises if estimation leaves no steps for training, or scores too few rows
     return work
 
 
-def _set_aside(config: RunConfig, rows: Dataset, width: int | None) -> tuple[Dataset, Dataset | None]:
-    """The rows to train on, and those that tell when to stop, drawn by the seed; None: training runs to its end.
+def _split_held_out(config: RunConfig, rows: Dataset, width: int | None) -> tuple[Dataset, Dataset | None]:
+    """Split rows by the seed into rows to train on and held-out rows for early stopping.
 
-    So it does where somebody says how long it is, or has it evaluated otherwise.
+    The latter are None where the user sets the epochs or controls evaluation: training runs to its end then.
     """
     if config.training.epochs != "auto" or config.trainer.keys() & STOPPING:
         return rows, None
@@ -319,8 +323,8 @@ def _set_aside(config: RunConfig, rows: Dataset, width: int | None) -> tuple[Dat
     return rows.select(sorted(drawn[count:])), rows.select(sorted(drawn[:count]))
 
 
-def _able(config: RunConfig, rows: Dataset, width: int | None) -> tuple[RunConfig, str | None]:
-    """The settings of a run whose amount is to be found: without a cut where it is too short to estimate, and why."""
+def _cut_nothing_if_short(config: RunConfig, rows: Dataset, width: int | None) -> tuple[RunConfig, str | None]:
+    """Return the settings, with nothing to cut where `light: auto` has too few steps to estimate, and the reason."""
     if not config.way.prunes:
         return config, None
     training = resolve_auto(config.training, len(rows), width)
@@ -330,28 +334,25 @@ def _able(config: RunConfig, rows: Dataset, width: int | None) -> tuple[RunConfi
 
 
 def check_steps(config: RunConfig, donor: RunFolder, record: EstimationRecord) -> None:
-    """Refuse to go on from an estimation by steps of other rows: what it has seen would be wrong.
-
-    Args:
-        config: of the run that goes on.
-        donor: has the estimation.
+    """Require that an estimation took as many rows per step as the run that continues it, because a step number must
+    mean the same position in the data.
 
     Raises:
-        LightPeftError: its steps took more or fewer rows.
+        LightPeftError: the estimation took more or fewer rows per step.
     """
     rows = config.training.batch_size * config.training.gradient_accumulation * processes().num_processes
     there = record.meta.get("rows_a_step", rows)
     require(
         there == rows,
-        f"the estimation of {donor.path} took {there} rows a step, and this run takes {rows}; start as many processes "
-        "as that run was begun by",
+        f"the estimation of {donor.path} took {there} rows per step, and this run takes {rows}; start as many "
+        "processes as that run had",
     )
 
 
 def _vocabulary(
     config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig
 ) -> Vocabulary | None:
-    """The tokens that the run keeps; None: all."""
+    """Return the tokens that the run keeps (`light.remove.vocabulary: task`); None: all."""
     if not config.way.prunes or config.light.remove.vocabulary == "keep":
         return None
     needed = task_tokens(task, tokenizer) | config_tokens(model_config)

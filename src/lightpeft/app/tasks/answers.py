@@ -1,4 +1,4 @@
-"""What a model answered on every example, beside what is right: all that a metric needs, and what is written of it."""
+"""Predictions of a model and their references, one pair per example: the input of every metric and prediction file."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from datasets import Dataset
 from lightpeft.errors import require
 
 SHOWN_ROWS = 5
-"""Rows that an error line names at most."""
+"""Most rows that an error message names."""
 
 
 @dataclass(frozen=True)
 class Answers:
     """Predictions and references of the same examples, in the same order.
 
-    What one entry is depends on the task: a class number, a number (regression), the index of an option, a text, or a
+    The task decides the type of an entry: a class number, a number (regression), the index of an option, a text, or a
     tuple of sums (language modelling). Metrics are functions of it, so that one model run serves the metric, its
     confidence interval and every comparison.
     """
 
     predictions: Sequence[Any]
-    """One an example."""
+    """One per example."""
     references: Sequence[Any]
-    """One an example; a list where several are right (texts of a question)."""
+    """One per example; a list if several are right (texts of a question)."""
     groups: Sequence[Any] | None = None
-    """Examples with the same value count together (the answers of one question); None: each for itself."""
+    """One key per example; equal keys form one group (the answers to one question). None: every example is its own."""
     probabilities: np.ndarray | None = None
-    """Float32 [examples, classes], where there are classes that are the same for every example."""
+    """Float32 [examples, classes], if all examples have the same classes; else None."""
     scores: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Numbers that the model gives beside its answers, such as the loss, by name: float64 [examples]."""
+    """Further numbers per example, such as the loss, by name: float64 [examples]."""
 
     def __len__(self) -> int:
         return len(self.predictions)
 
     def take(self, indices: Sequence[int]) -> Answers:
-        """The answers of some examples, in that order; an index may come twice."""
+        """Return the answers at `indices`, in that order; an index may occur twice."""
         return Answers(
             _take(self.predictions, indices),
             _take(self.references, indices),
@@ -52,66 +52,66 @@ class Answers:
 def answers_of(
     encoded: Dataset, predictions: Sequence[Any], references: Sequence[Any], probabilities: np.ndarray | None = None
 ) -> Answers:
-    """Answers to encoded rows, in their groups where they have some; arguments as for `Answers`."""
+    """Return `Answers` to encoded rows, with the groups of column `group` if the rows have one."""
     groups = encoded["group"][:] if "group" in encoded.column_names else None
     return Answers(predictions, references, groups, probabilities)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model did on encoded test rows."""
+    """Answers of a model to encoded test rows, with metrics that are not functions of single answers."""
 
     answers: Answers
     measured: dict[str, float] = field(default_factory=dict)
-    """What is no mean of numbers of the examples, such as the loss a token, by name."""
+    """Metrics that are not a mean over examples, such as the loss per token, by name."""
 
 
 Columns = dict[str, Sequence[Any]]
-"""What is written of answers to new rows: columns of one value a row."""
+"""Columns of a prediction file: name -> one value per row."""
 DIGITS = 6
-"""Decimals of what is written."""
+"""Decimals of numbers in prediction files."""
 
 
-def rounded(values: Iterable[float]) -> list[float]:
-    """Numbers as they are written."""
+def round_all(values: Iterable[float]) -> list[float]:
+    """Return numbers rounded to `DIGITS` decimals, as prediction files hold them."""
     return [round(float(value), DIGITS) for value in values]
 
 
-def _take(values: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
-    """Some of the values; of an array an array, which takes a fraction of the time."""
+def _take(values: Any, indices: Sequence[int]) -> Any:
+    """Return the values at `indices`; an array is indexed as an array, which is much faster."""
     if isinstance(values, np.ndarray):
         return values[np.asarray(indices)]
     return [values[index] for index in indices]
 
 
 def require_finite(finite: Sequence[bool] | np.ndarray) -> None:
-    """Refuse answers that are no numbers: a label picked of them would look like any other.
+    """Raise `LightPeftError` if the outputs for a row are NaN or infinite: their argmax would look like a valid label.
 
     Args:
-        finite: whether all that a row's answer was picked from was finite, one a row.
+        finite: one boolean per row: True if all outputs for it are finite.
 
     Raises:
-        LightPeftError: it was NaN or infinite somewhere; the rows are named, the first being number 1.
+        LightPeftError: an entry is False; the message gives the row numbers, from 1.
     """
     bad = [str(number) for number, good in enumerate(finite, 1) if not good]
     named = ", ".join(bad[:SHOWN_ROWS]) + (", ..." if bad[SHOWN_ROWS:] else "")
     require(
         not bad,
         f"the model's answers to {len(bad)} of {len(finite)} rows are NaN or infinite (row {named}); compute in "
-        "float32 (model.dtype and training.precision), or train it again with a lower learning rate",
+        "float32 (model.dtype and training.precision), or train again with a lower learning rate",
     )
 
 
 Metric = Callable[[Answers], dict[str, float]]
-"""Named values of answers; each is a mean-like number of them, so that it can be computed of resampled answers too."""
+"""Function of answers that returns named values; the bootstrap calls it on resampled answers, too."""
 
 
 @dataclass(frozen=True)
 class MeanMetric:
-    """A `Metric` that is the mean of one number an example, as an accuracy is.
+    """A `Metric` that is the mean of one number per example, such as the accuracy.
 
-    A metric should be one where it can: resampling it is much faster, and where the numbers are 0 and 1 two
-    models can be compared by an exact test.
+    The bootstrap of a mean is much faster than that of an arbitrary metric, and if all numbers are 0 or 1, McNemar's
+    exact test compares two models.
     """
 
     scores: Callable[[Answers], dict[str, np.ndarray]]
@@ -121,19 +121,16 @@ class MeanMetric:
         return {name: float(np.mean(values)) for name, values in self.scores(answers).items()}
 
 
-BESIDES = MeanMetric(lambda answers: dict(answers.scores))
-"""Means of the numbers that a model gives beside its answers."""
+SCORE_MEANS = MeanMetric(lambda answers: dict(answers.scores))
+"""Means of `Answers.scores`, such as the mean loss."""
 
 
 @dataclass(frozen=True)
 class ClassMetric:
-    """A `Metric` of class numbers that depends on nothing but how often each class is answered where each is right.
-
-    Resampling it is fast.
-    """
+    """A `Metric` that is a function of the confusion matrix, such as F1. Its bootstrap is fast."""
 
     of_counts: Callable[[np.ndarray], dict[str, float]]
-    """What it is, of a confusion matrix: counts [right class, answered class]."""
+    """Function of the confusion matrix, int [true class, predicted class]; returns the metric by name."""
 
     def __call__(self, answers: Answers) -> dict[str, float]:
         classes = class_count(answers)
@@ -142,7 +139,7 @@ class ClassMetric:
 
 
 def class_count(answers: Answers) -> int:
-    """How many classes there are: as many as probabilities, or as the highest number needs; at least 2."""
+    """Return the number of classes: the width of `probabilities`, else the highest class number + 1; at least 2."""
     if answers.probabilities is not None:
         return answers.probabilities.shape[-1]
     return max(2, 1 + max(max(answers.predictions), max(answers.references)))

@@ -1,4 +1,4 @@
-"""From settings to a task with its rows, and from what an adapter says of its task back to the task."""
+"""Load the task of a run with its rows, store its facts in an adapter, and restore the task from them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.app.tasks.kinds.likelihood import LikelihoodTask
 from lightpeft.app.tasks.kinds.registry import TASK_KINDS, task_class
 from lightpeft.app.tasks.rows.sources import Split, read_splits
-from lightpeft.app.tasks.rows.splitting import limited, split_rows
+from lightpeft.app.tasks.rows.splitting import limit_rows, split_rows
 from lightpeft.config import DataConfig, TaskEntry
 from lightpeft.config.validation import from_dict
 
 READING = ("max_length", "null_threshold", "answer_tokens")
-"""Settings of `data` that decide how rows are read and answered."""
+"""Settings of `data` that an adapter stores: they change how rows are encoded and answered."""
 
 
 def load_task(
@@ -30,13 +30,13 @@ def load_task(
     *,
     train: bool = True,
 ) -> Task:
-    """Read, convert, check and split the rows that `config` names.
+    """Read, convert, check and split the rows that `config` names, and return the task with them.
 
     Args:
         model: configuration of the foundation model, which decides how it answers; None: one that has every head.
         own: tasks of the user by name.
-        train: off: only rows to evaluate on are wanted. `train` is empty, and labels are those of these rows, unless
-            they have to be held out of training rows.
+        train: False to load only test rows. `Task.train` is then empty, and the labels are those of the test rows,
+            unless the test rows have to be held out of training rows.
 
     Raises:
         LightPeftError: a source cannot be read, its rows don't fit the task, or the model cannot answer it.
@@ -44,14 +44,15 @@ def load_task(
     entry = find_entry(config, own)
     kind = task_class(entry.kind, config.answer, model)
     splits = read_splits(entry, config, train)
-    rows = _ready(splits.train, entry, kind) if splits.train is not None else None
-    test = _ready(splits.test, entry, kind) if splits.test is not None else None
+    rows = _convert_and_check(splits.train, entry, kind) if splits.train is not None else None
+    test = _convert_and_check(splits.test, entry, kind) if splits.test is not None else None
     more = {
-        prefix: limited(_ready(split, entry, kind), config.limit_test) for prefix, split in splits.more_tests.items()
+        prefix: limit_rows(_convert_and_check(split, entry, kind), config.limit_test)
+        for prefix, split in splits.more_tests.items()
     }
     if rows is None:
         assert test is not None
-        test = limited(test, config.limit_test)
+        test = limit_rows(test, config.limit_test)
         return kind(config, test.select([]), test, kind.label_set(test, entry), entry, more)
     labels = kind.label_set(rows, entry)
     rows, test = split_rows(rows, test, config)
@@ -60,24 +61,28 @@ def load_task(
     return kind(config, rows, test, labels, entry, more)
 
 
-def _ready(split: Split, entry: TaskEntry, kind: type[Task]) -> Dataset:
-    """Rows as they were read, in the columns of the kind and found good."""
+def _convert_and_check(split: Split, entry: TaskEntry, kind: type[Task]) -> Dataset:
+    """Return the rows in the columns of the kind, after its checks."""
     rows = convert(split.rows, entry, split.what)
     kind.check(rows, entry, split.what)
     return rows
 
 
 def convert(rows: Dataset, entry: TaskEntry, what: str, answered: bool = True) -> Dataset:
-    """Rows of the data in the columns of the entry's kind; `answered` off: rows to predict on, without answers.
+    """Return the rows in the columns of the entry's kind.
+
+    Args:
+        what: names the rows in error messages.
+        answered: False for rows to predict on, which need no answers.
 
     Raises:
-        LightPeftError: a column is missing, or a row does not fit; `what` names the rows.
+        LightPeftError: a column is missing, or a row does not fit.
     """
     return convert_rows(rows, entry, what, converter(entry), answered)
 
 
 def input_columns(task: Task) -> list[str]:
-    """Columns of the data that a row to predict on needs; none where a function of the entry reads the row."""
+    """Return the columns that rows to predict on need; empty if a function (`entry.convert`) reads the row."""
     entry, kind = task.entry, TASK_KINDS[task.entry.kind]
     if entry.convert is not None:
         return []
@@ -87,7 +92,7 @@ def input_columns(task: Task) -> list[str]:
 
 
 def task_facts(task: Task) -> dict[str, Any]:
-    """What an adapter says of its task, as plain data, so that predicting and evaluating need nothing else."""
+    """Return the task as plain data, as an adapter stores it: predicting and evaluating need nothing else."""
     return {
         "entry": asdict(task.entry),
         "answer": "likelihood" if isinstance(task, LikelihoodTask) else "head",
@@ -98,13 +103,14 @@ def task_facts(task: Task) -> dict[str, Any]:
 
 
 def run_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a `RunConfig`, nested, that name the task that `task_facts` told of; empty where there are no facts.
+    """Return nested settings of a `RunConfig` that name the task in `facts`; empty if there are no facts.
 
-    Where its rows are is not among them.
+    Args:
+        facts: the result of `task_facts`. It does not say where the rows are.
     """
     if not facts:
         return {}
-    entry = _entry(facts)
+    entry = _checked_entry(facts)
     said = {name: facts[name] for name in ("answer", "likelihood", *READING) if name in facts}
     if not entry.name:
         return {"data": {"task": entry.kind, "columns": entry.columns, **said}}
@@ -113,12 +119,12 @@ def run_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restore_task(facts: Mapping[str, Any]) -> Task:
-    """The task that `task_facts` told of, without rows.
+    """Return the task that `task_facts` described, without rows.
 
     Raises:
-        LightPeftError: these are no such facts.
+        LightPeftError: the facts are incomplete or invalid.
     """
-    entry = _entry(facts)
+    entry = _checked_entry(facts)
     config = DataConfig(
         task=entry.name or entry.kind,
         answer=facts["answer"],
@@ -129,8 +135,8 @@ def restore_task(facts: Mapping[str, Any]) -> Task:
     return task_class(entry.kind, config.answer, None)(config, none, none, list(facts["labels"]), entry)
 
 
-def _entry(facts: Mapping[str, Any]) -> TaskEntry:
-    """The entry of a task, found good."""
+def _checked_entry(facts: Mapping[str, Any]) -> TaskEntry:
+    """Return the entry in `facts`, checked."""
     entry = from_dict(TaskEntry, facts["entry"], "task.entry.")
     check_entry(entry)
     return entry

@@ -1,4 +1,4 @@
-"""What is measured of answers: functions of `Answers`, by name in one registry."""
+"""Metrics: functions of `Answers`, by name in one registry."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from lightpeft.app.tasks.text_metrics import by_answerability, text_match
 
 @dataclass(frozen=True)
 class NamedMetric:
-    """A function of answers and the names of the values it gives, the main one first."""
+    """A metric with the names of the values that it returns, the main one first."""
 
     values: tuple[str, ...]
     compute: Metric
 
     def __call__(self, answers: Answers) -> dict[str, float]:
-        """The values by name."""
+        """Return the values of the metric by name."""
         return self.compute(answers)
 
 
-def _right(answers: Answers) -> dict[str, np.ndarray]:
+def _score_accuracy(answers: Answers) -> dict[str, np.ndarray]:
     pairs = zip(answers.predictions, answers.references, strict=True)
     several = (list, tuple)
     right = [p in r if isinstance(r, several) else p == r for p, r in pairs]
     return {"accuracy": np.asarray(right, float)}
 
 
-accuracy = MeanMetric(_right)
-"""Part of the answers that are right; where several are, one of them will do."""
+accuracy = MeanMetric(_score_accuracy)
+"""Share of correct answers in [0, 1]; if an example has several references, any of them counts."""
 
 
 def _f1_of_counts(counts: np.ndarray) -> dict[str, float]:
@@ -43,57 +43,57 @@ def _f1_of_counts(counts: np.ndarray) -> dict[str, float]:
 
 
 f1 = ClassMetric(_f1_of_counts)
-"""F1 of the second class where there are two, else the mean over classes (macro)."""
+"""F1 of the second class if there are two classes, else macro F1."""
 
 
 f1_macro = ClassMetric(lambda counts: {"f1_macro": _macro(counts)})
-"""Mean of all classes' F1, as SuperGLUE measures CB."""
+"""Macro F1: the mean F1 of the classes, as SuperGLUE measures CB."""
 
 
 def _macro(counts: np.ndarray) -> float:
-    """Mean F1 of the classes that are right or answered somewhere."""
+    """Return the mean F1 of the classes that occur among references or predictions."""
     by_class, there = _f1_by_class(counts)
     return float(by_class[there].mean())
 
 
 def _f1_by_class(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every class's F1, 0 where it is undefined, and whether the class is there at all."""
+    """Return F1 per class (0 if undefined), float [classes], and a mask of the classes that occur, bool [classes]."""
     total = counts.sum(0) + counts.sum(1)
     return 2 * np.diag(counts) / np.maximum(total, 1), total > 0
 
 
 def _matthews_of_counts(counts: np.ndarray) -> dict[str, float]:
-    """Gorodkin 2004, equation 8."""
+    """Return Matthews' correlation coefficient of a confusion matrix (Gorodkin 2004, equation 8)."""
     right, answered, total = counts.sum(1, dtype=float), counts.sum(0, dtype=float), float(counts.sum())
     spread = (total**2 - answered @ answered) * (total**2 - right @ right)
     return {"matthews": float((np.trace(counts) * total - right @ answered) / math.sqrt(spread)) if spread else 0.0}
 
 
 matthews = ClassMetric(_matthews_of_counts)
-"""Matthews' correlation coefficient, in [-1, 1]; 0 where all answers are the same."""
+"""Matthews' correlation coefficient in [-1, 1]; 0 if all predictions are the same."""
 
 
 def pearson(answers: Answers) -> dict[str, float]:
-    """Pearson's correlation; 0 where it is not defined because one side is constant."""
+    """Return Pearson's correlation in [-1, 1]; 0 if predictions or references are constant."""
     return {"pearson": _correlation(pearsonr, answers)}
 
 
 def spearman(answers: Answers) -> dict[str, float]:
-    """Spearman's rank correlation; 0 where it is not defined because one side is constant."""
+    """Return Spearman's rank correlation in [-1, 1]; 0 if predictions or references are constant."""
     return {"spearman": _correlation(spearmanr, answers)}
 
 
-def _squared(answers: Answers) -> dict[str, np.ndarray]:
+def _squared_errors(answers: Answers) -> dict[str, np.ndarray]:
     difference = np.asarray(answers.predictions, float) - np.asarray(answers.references, float)
     return {"mse": difference**2}
 
 
-squared_error = MeanMetric(_squared)
+squared_error = MeanMetric(_squared_errors)
 """Mean squared error."""
 
 
 def multirc(answers: Answers) -> dict[str, float]:
-    """MultiRC's metrics (Khashabi et al. 2018): F1 over all answer options, and questions with all of them right."""
+    """Return MultiRC's F1a (F1 over all options) and the share of questions with all options right (Khashabi 2018)."""
     predictions, references = np.asarray(answers.predictions), np.asarray(answers.references)
     counts = np.bincount(2 * references + predictions, minlength=4).reshape(2, 2)
     groups = np.arange(len(answers)) if answers.groups is None else np.unique(answers.groups, return_inverse=True)[1]
@@ -102,7 +102,11 @@ def multirc(answers: Answers) -> dict[str, float]:
 
 
 def language_modelling(answers: Answers) -> dict[str, float]:
-    """Of predictions (sum of the tokens' cross-entropy in nats, tokens predicted right, tokens), one an example."""
+    """Return perplexity, loss (nats per token) and token accuracy.
+
+    Args:
+        answers: each prediction is a tuple (summed cross-entropy in nats, correct tokens, tokens) of one example.
+    """
     loss, right, tokens = np.sum(np.asarray(answers.predictions, float), axis=0)
     mean = loss / tokens
     return {
@@ -128,11 +132,11 @@ METRICS: dict[str, NamedMetric] = {
     ),
     "language_modelling": NamedMetric(("perplexity", "loss", "accuracy"), language_modelling),
 }
-"""Name of a metric, as a task's entry gives it -> the metric."""
+"""Name in `TaskEntry.metrics` -> metric."""
 
 
-def renamed(metric: Metric, names: Mapping[str, str]) -> Metric:
-    """The metric with some of its values under other names; it stays of its kind."""
+def rename_values(metric: Metric, names: Mapping[str, str]) -> Metric:
+    """Return the metric with some values under other names; a mean or class metric keeps its class."""
 
     def rename(values: dict[str, Any]) -> dict[str, Any]:
         return {names.get(name, name): value for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""What a kind of task sees of a model that it asks: outputs of batches, and texts that it writes."""
+"""The interface through which a task reads a model: outputs of batches, and generated texts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lightpeft.models.batches import IGNORED
 
 
 class Respondent(Protocol):
-    """A model that can be asked; `evaluation.respondent` has the live one."""
+    """A model that answers encoded rows; `evaluation.respondent` implements it for a live model."""
 
     def outputs(self, encoded: Dataset, description: str) -> Iterator[tuple[Sequence[int], dict[str, Tensor], Any]]:
-        """Row numbers, the padded batch of them on the host, and what the model gives for it; in any order of rows.
+        """Yield row numbers, their padded batch on the host, and the model's output for it; in any order of rows.
 
         Raises:
             LightPeftError: there is no row.
@@ -27,10 +27,10 @@ class Respondent(Protocol):
         ...
 
     def next_logits(self, encoded: Dataset, description: str) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
-        """Of rows with a label a token: row numbers, logits, and the labels that these are to predict; in any order.
+        """Yield row numbers, next-token logits, and their labels, for rows with one label per token; in any order.
 
-        Logits are [rows, places, vocabulary] where the model is, labels [rows, places] on the host. Places are those at
-        which the next token has a label in some row of the batch; where it has none in a row, its label is -100.
+        Logits are [rows, places, vocabulary] on the model's device, labels [rows, places] on the host. Places are those
+        whose next token has a label in some row of the batch; a row without a label there has -100.
 
         Raises:
             LightPeftError: there is no row.
@@ -38,16 +38,16 @@ class Respondent(Protocol):
         ...
 
     def texts(self, encoded: Dataset, max_new_tokens: int, *, one_line: bool = False) -> list[str]:
-        """What the model writes behind every row's tokens.
+        """Return the text that the model generates after every row's tokens.
 
         Raises:
-            LightPeftError: there is no row, or a token was picked of logits that are not finite.
+            LightPeftError: there is no row, or logits of a chosen token are not finite.
         """
         ...
 
 
 def row_logits(respondent: Respondent, encoded: Dataset) -> list[Tensor]:
-    """Every row's logits, float32 on the CPU, as wide as its batch has them."""
+    """Return every row's logits, float32 on the CPU, padded as in its batch."""
     logits = [torch.empty(0)] * len(encoded)
     for rows, _, output in respondent.outputs(encoded, "Predicting"):
         for row, of_row in zip(rows, output.logits.float().cpu(), strict=True):
@@ -56,7 +56,7 @@ def row_logits(respondent: Respondent, encoded: Dataset) -> list[Tensor]:
 
 
 def finite_logits(respondent: Respondent, encoded: Dataset) -> Tensor:
-    """Every row's logits, float32 [rows, classes] on the CPU.
+    """Return all logits, float32 [rows, classes] on the CPU.
 
     Raises:
         LightPeftError: there is no row, or logits are not finite.
@@ -67,7 +67,7 @@ def finite_logits(respondent: Respondent, encoded: Dataset) -> Tensor:
 
 
 def token_sums(respondent: Respondent, encoded: Dataset) -> np.ndarray:
-    """Over every row's labelled tokens: cross-entropy in nats, tokens predicted right, tokens. Float64 [rows, 3]."""
+    """Return, per row, the summed cross-entropy (nats), correct tokens, and labelled tokens: float64 [rows, 3]."""
     sums = np.zeros((len(encoded), 3))
     for rows, logits, labels in respondent.next_logits(encoded, "Evaluating"):
         # row by row: copies of a batch's logits [rows, tokens, vocabulary] would take more memory than the model did
@@ -77,7 +77,12 @@ def token_sums(respondent: Respondent, encoded: Dataset) -> np.ndarray:
 
 
 def _row_sums(logits: Tensor, labels: Tensor) -> Tensor:
-    """The same of one row, on the device of its logits [tokens, vocabulary]; labels are on the host."""
+    """Return the summed cross-entropy, correct tokens and labelled tokens of one row: float64 [3].
+
+    Args:
+        logits: [tokens, vocabulary].
+        labels: [tokens], on the host.
+    """
     places = (labels != IGNORED).nonzero().flatten()
     picked, targets = logits[places.to(logits.device)].float(), labels[places].to(logits.device)
     losses = cross_entropy(picked, targets, reduction="none")

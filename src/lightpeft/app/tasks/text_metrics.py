@@ -1,4 +1,4 @@
-"""How well a text answers a question that has right answers: exact match and token F1, as SQuAD counts them."""
+"""Exact match and token F1 of predicted texts, as SQuAD defines them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def normalised(text: str) -> str:
-    """Lower case without ASCII punctuation, articles and surplus space (the official script of SQuAD 2.0)."""
+def normalize_answer(text: str) -> str:
+    """Return the text in lower case without ASCII punctuation, articles and surplus space (SQuAD 2.0's script)."""
     words = _ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION))
     return " ".join(words.split())
 
 
 def exact(prediction: str, answer: str) -> float:
-    """1 if both are the same after normalisation, else 0."""
-    return float(normalised(prediction) == normalised(answer))
+    """Return 1 if both texts are equal after `normalize_answer`, else 0."""
+    return float(normalize_answer(prediction) == normalize_answer(answer))
 
 
 def token_f1(prediction: str, answer: str) -> float:
-    """Harmonic mean of precision and recall of the words, counted as often as they occur; of no words: `exact`."""
-    predicted, right = normalised(prediction).split(), normalised(answer).split()
+    """Return the F1 of the predicted words, with repetitions; if one side has no words, 1 if both have none, else 0."""
+    predicted, right = normalize_answer(prediction).split(), normalize_answer(answer).split()
     if not predicted or not right:
         return float(predicted == right)
     common = (Counter(predicted) & Counter(right)).total()
@@ -37,12 +37,12 @@ def token_f1(prediction: str, answer: str) -> float:
 
 
 def best(score: Callable[[str, str], float], prediction: str, answers: Sequence[str]) -> float:
-    """The score against the right answer that fits best; where there is none, the right answer is no text at all."""
-    return max(score(prediction, answer) for answer in _with_words(answers) or [""])
+    """Return the highest score over the right answers; without right answers, an empty prediction is right."""
+    return max(score(prediction, answer) for answer in _nonempty_answers(answers) or [""])
 
 
-def _with_words(answers: Sequence[str]) -> list[str]:
-    return [answer for answer in answers if normalised(answer)]
+def _nonempty_answers(answers: Sequence[str]) -> list[str]:
+    return [answer for answer in answers if normalize_answer(answer)]
 
 
 @lru_cache(maxsize=2**16)  # resampled answers are scored many times
@@ -51,24 +51,24 @@ def _f1_and_exact(prediction: str, answers: tuple[str, ...]) -> tuple[float, flo
 
 
 def _scores(answers: Answers) -> dict[str, np.ndarray]:
-    """Name of the metric -> float [examples]."""
+    """Return f1 and exact_match of every example: float [examples] each."""
     pairs = zip(answers.predictions, answers.references, strict=True)
     scores = np.array([_f1_and_exact(prediction, tuple(right)) for prediction, right in pairs])
     return {"f1": scores[:, 0], "exact_match": scores[:, 1]}
 
 
 text_match = MeanMetric(_scores)
-"""SQuAD's f1 and exact_match, in [0, 1]: of predicted texts, each against the reference (a list of texts an example)
-that it fits best. Rajpurkar et al. 2016, arXiv 1606.05250."""
+"""SQuAD's f1 and exact_match in [0, 1] (Rajpurkar et al. 2016, arXiv 1606.05250). An example has a list of right texts,
+and the best score counts."""
 
 
 def by_answerability(answers: Answers) -> dict[str, float]:
-    """What SQuAD 2.0 measures besides: `text_match` of the questions that have an answer, and of those that have none.
+    """Return `text_match` of questions with an answer and of those without (SQuAD 2.0).
 
-    Without a reference an empty prediction is right. What there is no question for has no value.
+    Without a right answer an empty prediction is right. If there are no questions of one sort, its values are missing.
     Rajpurkar et al. 2018, arXiv 1806.03822.
     """
-    answerable, of_all = np.array([bool(_with_words(right)) for right in answers.references]), _scores(answers)
+    answerable, of_all = np.array([bool(_nonempty_answers(right)) for right in answers.references]), _scores(answers)
     parts = {"has_answer": answerable, "no_answer": ~answerable}
     return {
         f"{part}_{name}": float(np.mean(scores[chosen]))

@@ -1,4 +1,4 @@
-"""From text to tokens: what every task shares about lengths, padding and encoded rows."""
+"""Token lengths, padding, and encoded rows: helpers of every task."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from lightpeft.errors import require
 from lightpeft.models.tokenizers import embeddings_of
 
 ENCODE_ROWS = 1000
-"""Rows tokenised at a time."""
+"""Rows that are tokenized at once."""
 NO_LIMIT = 10**9
-"""Tokenizers without a length limit report a number far above this."""
+"""Tokenizers without a length limit report a `model_max_length` far above this."""
 NOT_INPUTS = ("length", "group", "names", "right", "row", "begins", "ends", "null", "context")
-"""Columns of encoded rows that no model takes: what batches are sorted by, and what answers are compared with."""
-MOSTLY = 0.5
-"""From this part on, unknown tokens are most of a row, and such rows most of the data."""
+"""Columns of encoded rows that are not model inputs: batches are sorted by them, or answers compared with them."""
+UNKNOWN_SHARE = 0.5
+"""Share in [0, 1]; above it, a row is mostly unknown tokens, or the data are mostly such rows."""
 
 
 def check_max_length(max_length: int, positions: int | None, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `LightPeftError` if rows of `max_length` tokens are longer than the model or the tokenizer allows.
 
     Args:
-        positions: tokens that the model's position table has room for; None: any number.
+        positions: size of the model's position table, in tokens; None: no limit.
     """
     limits = [positions] if positions else []
     limits += [tokenizer.model_max_length] if tokenizer.model_max_length < NO_LIMIT else []
@@ -40,14 +40,14 @@ def check_max_length(max_length: int, positions: int | None, tokenizer: PreTrain
 
 
 PADDED_TO = 8
-"""Batches are padded to a multiple of so many tokens: few different shapes are faster than a few tokens less."""
+"""Batches are padded to a multiple of this many tokens: fewer distinct shapes save more time than fewer tokens."""
 
 
 def padding_within(max_length: int, positions: int | None) -> int | None:
-    """What to pad batches to a multiple of: None where rows of `max_length` tokens would outgrow the model by that.
+    """Return `PADDED_TO`, or None if padding rows of `max_length` tokens to it would exceed the model's positions.
 
     Args:
-        positions: tokens that the model's position table has room for; None: any number.
+        positions: size of the model's position table, in tokens; None: no limit.
     """
     fits = positions is None or math.ceil(max_length / PADDED_TO) * PADDED_TO <= positions
     return PADDED_TO if fits else None
@@ -56,12 +56,12 @@ def padding_within(max_length: int, positions: int | None) -> int | None:
 def check_tokens(
     encoded: Dataset, model_config: PretrainedConfig, what: str, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
-    """Refuse encoded rows that the model cannot read: another tokenizer's, or in another script.
+    """Raise `LightPeftError` if encoded rows do not fit the model's vocabulary.
 
     Args:
-        encoded: with input_ids; of several options, as lists.
-        what: names the rows in error lines.
-        tokenizer: that encoded them; None: unknown tokens are not counted.
+        encoded: rows with `input_ids`: a list of tokens, or for several options a list of lists.
+        what: names the rows in error messages.
+        tokenizer: the tokenizer that encoded them; None: unknown tokens are not counted.
 
     Raises:
         LightPeftError: a token has no embedding, or most rows are mostly unknown tokens.
@@ -71,41 +71,41 @@ def check_tokens(
         highest = max(ids, default=0)
         require(
             embeddings is None or highest < embeddings,
-            f"{what}: the tokenizer gives token {highest}, and the model has embeddings of tokens 0 to "
-            f"{(embeddings or 0) - 1}; put the tokenizer that belongs to it into its folder",
+            f"{what}: the tokenizer gives token id {highest}, but the model has embeddings for ids 0 to "
+            f"{(embeddings or 0) - 1}; put the model's own tokenizer into its folder",
         )
         unread += tokenizer is not None and _mostly_unknown(ids, tokenizer)
     require(
-        unread <= MOSTLY * len(encoded),
-        f"{what}: {unread} of {len(encoded)} rows are mostly tokens that the tokenizer does not know; "
-        "give a model whose vocabulary fits these texts, or its own tokenizer",
+        unread <= UNKNOWN_SHARE * len(encoded),
+        f"{what}: {unread} of {len(encoded)} rows are mostly unknown tokens; "
+        "use a model whose vocabulary covers these texts, or its own tokenizer",
     )
 
 
 def _mostly_unknown(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether most of a row's tokens, special ones apart, stand for what is not in the vocabulary.
+    """Return True if most tokens of a row, special ones apart, are the unknown token.
 
-    Tokenizers by bytes know everything, and call the end of a text unknown.
+    Byte-level tokenizers know every text, and some use their end token as the unknown token: they give False.
     """
     unknown = tokenizer.unk_token_id
     others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id)
     if unknown is None or unknown in others or unknown not in ids:
         return False
     special = set(tokenizer.all_special_ids) - {unknown}
-    return ids.count(unknown) > MOSTLY * sum(token not in special for token in ids)
+    return ids.count(unknown) > UNKNOWN_SHARE * sum(token not in special for token in ids)
 
 
 def _token_lists(encoded: Dataset) -> Iterator[list[int]]:
-    """Every row's tokens; those of several options one behind the other."""
+    """Yield the token ids of every row; those of several options are concatenated."""
     for chunk in encoded.select_columns("input_ids").iter(ENCODE_ROWS):
         for ids in chunk["input_ids"]:
             yield [token for option in ids for token in option] if ids and isinstance(ids[0], list) else ids
 
 
 def share_at_limit(encoded: Dataset, max_length: int) -> float:
-    """Part of the encoded rows that fill all of `max_length` tokens (multiple choice: with an option), in [0, 1].
+    """Return the share of encoded rows with `max_length` tokens (multiple choice: in one option), in [0, 1].
 
-    Nearly all of them were cut.
+    Nearly all of these rows were truncated.
     """
     longest = [max(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids) for ids in encoded["input_ids"][:]]
     return sum(length >= max_length for length in longest) / max(len(longest), 1)
@@ -116,10 +116,13 @@ def in_chunks(
     encode: Callable[[dict[str, list[Any]], int], dict[str, list[Any]]],
     length: Callable[[Any], int] = len,
 ) -> Dataset:
-    """Encoded rows: `encode(columns of a chunk, index of its first row)` over chunks, plus each row's `length`.
+    """Encode rows in chunks, and add each row's `length`.
 
-    `length` says what a row's input_ids cost in a batch: their number, where they are one sequence. Unlike
-    `Dataset.map` this hashes no tokenizer and writes no cache file.
+    Unlike `Dataset.map` this hashes no tokenizer and writes no cache file.
+
+    Args:
+        encode: called with the columns of a chunk and the index of its first row.
+        length: called with a row's input_ids; returns its cost in a batch, in tokens.
     """
     chunks = []
     starts = range(0, len(rows), ENCODE_ROWS)
@@ -130,19 +133,19 @@ def in_chunks(
 
 
 def take_rows(rows: Dataset, numbers: Sequence[int]) -> list[dict[str, Any]]:
-    """Some rows, in that order, read at once."""
+    """Return the rows at `numbers` as dicts, in that order, with one read."""
     columns = rows[list(numbers)]
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 @dataclass
 class Collator:
-    """Makes batches of encoded rows: keeps what a model takes (not `NOT_INPUTS`) and pads to the longest row."""
+    """Collate encoded rows into a batch: drop the columns in `NOT_INPUTS` and pad to the longest row."""
 
     pad: Callable[[list[dict[str, Any]]], dict[str, Any]]
     tokenizer: PreTrainedTokenizerBase | None = None
-    """For tasks whose answers are texts that the model writes."""
+    """Tokenizer for tasks whose answers are generated texts; None for all others."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Tensors [rows, longest row]; for classification, labels [rows]."""
+        """Return tensors [rows, longest row]; for classification also labels [rows]."""
         return dict(self.pad([{name: row[name] for name in row if name not in NOT_INPUTS} for row in rows]))

@@ -1,4 +1,4 @@
-"""Which tokens a task has."""
+"""The tokens that occur in the training rows of a task."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.app.tasks.tokens import ENCODE_ROWS
 
 _TOKENS = ("input_ids", "labels")
-"""Columns of encoded rows that hold tokens, where they hold lists of integers."""
+"""Columns of encoded rows that hold token ids, if their values are lists of integers."""
 
 
 def task_tokens(task: Task, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Every token that the training rows take, as rows to train on and as rows to be asked, all options included."""
+    """Return the ids of all tokens in the training rows, encoded for training and for evaluation, with all options."""
     both = (task.encode(task.train, tokenizer), task.encode_test(task.train, tokenizer))
-    return {token for encoded in both for row in _rows(encoded) for token in row if token >= 0}
+    return {token for encoded in both for row in _token_lists_of_rows(encoded) for token in row if token >= 0}
 
 
-def _rows(encoded: Dataset) -> Iterator[list[int]]:
-    """The tokens of each row; of several options one behind the other."""
+def _token_lists_of_rows(encoded: Dataset) -> Iterator[list[int]]:
+    """Yield the token ids of each row; those of several options are concatenated."""
     there = [name for name in _TOKENS if name in encoded.column_names]
     for chunk in encoded.select_columns(there).iter(ENCODE_ROWS):
         for values in _lists(chunk):

@@ -1,4 +1,4 @@
-"""Whether a task's answers are classes, and what a nat of its loss is worth in points of its metric."""
+"""Convert a rise of a task's loss, in nats, to points of its main metric, for tasks with classes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lightpeft.models.task_heads import CLASSIFICATION, MULTIPLE_CHOICE
 
 
 def answers_are_classes(task: Task) -> bool:
-    """Whether a head picks one of several answers, and the task's main metric counts which are right."""
+    """Return True if a head chooses one of several answers and the main metric counts classes (accuracy, F1, ...)."""
     metric = METRICS[task.metrics[0]].compute
     return task.head in (CLASSIFICATION, MULTIPLE_CHOICE) and (metric is accuracy or isinstance(metric, ClassMetric))
 
 
 def points_a_nat(answers: Answers, task: Task) -> float:
-    """By how many hundredths of the main metric a model gets worse when its loss rises by a nat, for small rises.
+    """Return the drop of the main metric, in points (hundredths) per nat, when the loss rises a little.
 
     Args:
-        answers: of the model, to rows whose classes are known.
-        task: one whose `answers_are_classes`.
+        answers: answers of the model to labelled rows.
+        task: a task for which `answers_are_classes` is True.
     """
     right, answered = np.asarray(answers.references, int), np.asarray(answers.predictions, int)
     metric = METRICS[task.metrics[0]].compute

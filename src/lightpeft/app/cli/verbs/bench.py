@@ -25,12 +25,12 @@ def _bench(given: dict[str, Any], **options: Any) -> None:
 
 BENCH = Verb(
     "bench",
-    "Measure plain LoRA beside the light model: speed, memory, FLOPs; alternating, with spread.",
+    "Measure speed, memory and FLOPs of plain LoRA and the light model in alternating rounds.",
     _bench,
     options=(
-        Option("--rounds", "Alternations of plain LoRA and light.", type=int, default=3),
-        Option("--steps", "Batches a round, training and inference each.", type=int, default=10),
-        Option("--json", "Where the result goes (default: bench.json in the run folder)."),
+        Option("--rounds", "Rounds: each measures plain LoRA, then light.", type=int, default=3),
+        Option("--steps", "Training batches, and inference batches, of each round.", type=int, default=10),
+        Option("--json", "JSON file for the result (default: bench.json in the run folder)."),
     ),
     on_runs=True,
 )

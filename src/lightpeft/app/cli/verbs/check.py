@@ -18,7 +18,7 @@ def _check(given: dict[str, Any], memory: float | None = None, json: str | None 
     from lightpeft.files import write_json
 
     if memory is not None:
-        require(0 < memory < 2**20, f"--memory is {memory:g}; give GiB, above 0")
+        require(0 < memory < 2**20, f"--memory: {memory:g} GiB is out of range; give a number above 0")
     available = None if memory is None else int(memory * 2**30)
     found = check(prepare(run_config(given), overwrite=True), available)
     screen.print(needs_table(found))
@@ -30,11 +30,15 @@ def _check(given: dict[str, Any], memory: float | None = None, json: str | None 
 
 CHECK = Verb(
     "check",
-    "What a run would need, before its model is loaded: memory by stage, and computation.",
+    "Estimate the memory and computation of each stage of a run, before its model is loaded.",
     _check,
     options=(
-        Option("--memory", "GiB that it may take (default: what this machine, or its accelerator, has).", type=float),
-        Option("--json", "File for every number."),
+        Option(
+            "--memory",
+            "Available memory in GiB (default: the memory of the accelerator or, without one, of this machine).",
+            type=float,
+        ),
+        Option("--json", "JSON file for all numbers."),
     ),
     on_runs=True,
 )

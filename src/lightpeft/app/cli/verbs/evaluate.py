@@ -14,7 +14,7 @@ from lightpeft.errors import require
 
 
 def _evaluate(given: dict[str, Any], model: str | None = None, **options: Any) -> None:
-    """Measure a model or, if none is named, do the stage of a run and then what the options ask for."""
+    """Measure a model; without one, run the evaluation stage of the run, then measure its result as options ask."""
     from lightpeft.app.runs import pipeline
 
     if model is None:
@@ -25,7 +25,10 @@ def _evaluate(given: dict[str, Any], model: str | None = None, **options: Any) -
             return
         model, settings = config.output, {"model": {name: getattr(config.model, name) for name in SWITCHES}}
     else:
-        require("run" not in given, f"give {model} or --run, not both: a run folder can be the model itself")
+        require(
+            "run" not in given,
+            f"{model} and --run exclude each other; give one of them (a run folder can be the model)",
+        )
         settings = run_settings(given)
     measure = _on_harness if options.pop("harness", None) else _on_task
     measure(model, settings, **options)
@@ -36,7 +39,9 @@ def _on_task(model: str, settings: dict[str, Any], compare: str | None = None, *
     from lightpeft.app.evaluation.reports import evaluate_model
 
     only = [name for name in ("tasks", "include_path", "num_fewshot", "limit") if name in options]
-    require(not only, f"--{' and --'.join(only)} need --harness lm-eval; a task of lightpeft's own is --data.task")
+    require(
+        not only, f"--{' and --'.join(only)} need --harness lm-eval; name a task of lightpeft's own with --data.task"
+    )
     report = evaluate_model(model, settings, other=compare, **options)
     measured = [report[name] for name in ("model", "other") if name in report]
     for entry in measured:
@@ -54,7 +59,7 @@ def _on_harness(model: str, settings: dict[str, Any], compare: str | None = None
     from lightpeft.app.evaluation.reports import evaluate_harness
 
     only = [name for name in ("per_class", "predictions") if name in options]
-    require(not only, f"--{' and --'.join(only)} are about lightpeft's own tasks; leave them out with --harness")
+    require(not only, f"--{' and --'.join(only)} do not work with --harness; leave them out, or leave --harness out")
     names = [name for name in options.pop("tasks", "").split(",") if name]
     report = evaluate_harness(model, names, settings, other=compare, **options)
     measured = [report[name] for name in ("model", "other") if name in report]
@@ -68,7 +73,7 @@ def _on_harness(model: str, settings: dict[str, Any], compare: str | None = None
 
 EVALUATE = Verb(
     "evaluate",
-    "Measure a run, an adapter or any model on the test rows, alone or beside another one.",
+    "Measure a run, an adapter or any model on the test rows; --compare adds a second one.",
     _evaluate,
     options=(
         Option(
@@ -77,19 +82,27 @@ EVALUATE = Verb(
             "name of an adapter or a model on the hub (owner/name, owner/name@revision).",
             count="?",
         ),
-        Option("--base", "Name or folder of an adapter's base, if it moved."),
-        Option("--compare", "A second model on the same rows, with a paired test."),
+        Option("--base", "Name or folder of the adapter's base model, if it moved."),
+        Option("--compare", "Second model to measure on the same rows, with a paired significance test."),
         Option("--per_class", "Precision, recall and F1 of every class.", flag=True),
-        Option("--predictions", "File for one row an example: inputs, reference, prediction (.csv, .jsonl)."),
-        Option("--json", "Where the whole report goes."),
-        Option("--batch_size", "Rows a forward pass (default: 32 on a CPU, 256 elsewhere; fewer long ones).", type=int),
+        Option(
+            "--predictions", "File for the prediction of each test row, with its inputs and reference (.csv, .jsonl)."
+        ),
+        Option("--json", "JSON file for the whole report."),
+        Option(
+            "--batch_size",
+            "Rows per forward pass (default: 32 on a CPU, 256 elsewhere; fewer if they are long).",
+            type=int,
+        ),
         Option("--harness", "Measure on tasks of lm-evaluation-harness instead.", type=Literal["lm-eval"]),
         Option("--tasks", "Names of the harness's tasks, separated by commas."),
-        Option("--include_path", "Folder with task files of your own for the harness."),
-        Option("--num_fewshot", "Solved examples in the harness's prompts (default: what a task says).", type=int),
+        Option("--include_path", "Folder with your own task files for the harness."),
+        Option(
+            "--num_fewshot", "Few-shot examples in the harness's prompts (default: as each task defines).", type=int
+        ),
         Option(
             "--limit",
-            "Documents a task of the harness or, below 1, that part of them (default: all).",
+            "Documents per task of the harness; below 1: that fraction of them (default: all).",
             type=float,
         ),
     ),

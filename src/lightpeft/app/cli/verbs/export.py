@@ -29,20 +29,20 @@ def _export(
 
     adapter = find_light(model, base, switches)
     written = export(adapter, form, Path(output), overwrite=overwrite, dtype=dtype)
-    screen.say(f"{adapter.plan.summary()}; {output} holds {EXPORTS[form].what}, for {written} to load")
+    screen.say(f"wrote {EXPORTS[form].what} to {output}; {written} loads it; the plan {adapter.plan.summary()}")
     if dtype == "int8":
         _measure(adapter, form, Path(output), dtype)
 
 
 def _measure(adapter: LightAdapter, form: str, folder: Path, dtype: str) -> None:
-    """Say what a graph in few bits is worth: what was exported is there, whether or not it can be measured."""
+    """Print accuracy and speed of a quantized graph; a failure is one line, because the export itself succeeded."""
     from lightpeft.app.exports.graphs.measuring import measure_graph
     from lightpeft.app.exports.graphs.runtimes import RUNTIMES
 
     try:
         found = measure_graph(adapter, RUNTIMES[form], folder, dtype)
     except LightPeftError as error:
-        screen.say(f"nothing was measured of it: {error}")
+        screen.say(f"{folder}: the export was not measured: {error}")
         return
     for line in found.lines():
         screen.say(line)
@@ -52,21 +52,21 @@ def _measure(adapter: LightAdapter, form: str, folder: Path, dtype: str) -> None
 _DTYPES = "; ".join(f"{name}: {', '.join(form.dtypes)}" for name, form in EXPORTS.items() if form.dtypes)
 EXPORT = Verb(
     "export",
-    "Give a light adapter away: as a whole model, as a file for llama.cpp, ONNX Runtime or OpenVINO, or as a "
-    "PEFT adapter of the base.",
+    "Export a light adapter as a merged model, as a file for llama.cpp, ONNX Runtime or OpenVINO, or as a PEFT "
+    "adapter of the base.",
     _export,
     options=(
         Option("model", "Folder of a light adapter or of a finished run, or a light adapter's name on the hub."),
-        Option("output", "Where it goes: a new folder."),
+        Option("output", "Output: a new folder."),
         Option(
             "--form",
             f"{'; '.join(f'{name}: {form.what}' for name, form in EXPORTS.items())}.",
             type=one_of(EXPORTS),
             default="merged",
         ),
-        Option("--dtype", f"Of the weights ({_DTYPES}; usual: as they are).", type=one_of(DTYPES)),
+        Option("--dtype", f"Data type of the exported weights ({_DTYPES}; default: unchanged).", type=one_of(DTYPES)),
         BASE,
-        Option("--overwrite", "Replace what was exported in this form there.", flag=True),
+        Option("--overwrite", "Replace an earlier export of this form in the output folder.", flag=True),
         *SWITCH_OPTIONS,
     ),
 )

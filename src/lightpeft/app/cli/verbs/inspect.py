@@ -16,7 +16,7 @@ def _inspect(path: str) -> None:
 
 INSPECT = Verb(
     "inspect",
-    "Show a plan, a light adapter, a merged light model or a run as a table, layer by layer.",
+    "Print a plan, a light adapter, a merged light model or a run as a table, layer by layer.",
     _inspect,
     options=(
         Option(

@@ -8,13 +8,13 @@ from lightpeft.app.cli.options import Option
 from lightpeft.app.cli.verbs.verb import Verb
 from lightpeft.errors import require
 
-BASE = Option("--base", "Name or folder of the base, if it moved since the adapter was saved.")
-ALLOW_PICKLE = Option("--allow_pickle", "Read pickled weights of the base (.bin).", flag=True)
+BASE = Option("--base", "Name or folder of the base model, if it moved since the adapter was saved.")
+ALLOW_PICKLE = Option("--allow_pickle", "Read pickled weights of the base model (.bin).", flag=True)
 SWITCH_OPTIONS = (
-    Option("--trust_remote_code", "Run Python code that comes with the base.", flag=True),
+    Option("--trust_remote_code", "Run the Python code that comes with the base model.", flag=True),
     ALLOW_PICKLE,
 )
-"""What lets somebody else's code in, of verbs on results."""
+"""Options of verbs on results that allow code of other people to run."""
 
 
 def _predict(model: str, input: str | None = None, no_bf16: bool = False, **options: Any) -> None:
@@ -27,7 +27,7 @@ def _predict(model: str, input: str | None = None, no_bf16: bool = False, **opti
 
 PREDICT = Verb(
     "predict",
-    "Answer text lines, the rows of a table or one row: labels, options, spans or texts.",
+    "Predict labels, options, spans or texts for text lines, the rows of a table or one row.",
     _predict,
     options=(
         Option("model", "Folder of a light adapter, a merged light model or a finished run, or a name on the hub."),
@@ -38,12 +38,16 @@ PREDICT = Verb(
             count="?",
         ),
         Option("--example", "One row instead of a file: its text, or a JSON object if it needs several columns."),
-        Option("--output", "Where predictions go, .csv or .jsonl (default: stdout, as CSV)."),
+        Option("--output", "File for the predictions, .csv or .jsonl (default: stdout, as CSV)."),
         BASE,
-        Option("--batch_size", "Rows a forward pass (default: 32 on a CPU, 256 elsewhere; fewer long ones).", type=int),
+        Option(
+            "--batch_size",
+            "Rows per forward pass (default: 32 on a CPU, 256 elsewhere; fewer if they are long).",
+            type=int,
+        ),
         Option(
             "--answer_tokens",
-            "Tokens of an answer at most, where it is a text (default: as in training).",
+            "Maximum number of tokens of a generated answer (default: as in training).",
             type=int,
         ),
         Option("--text --data.columns.text", "Column with the text (default: as in training)."),

@@ -10,12 +10,12 @@ from lightpeft.app.cli.verbs.verb import Verb
 def _report(runs: list[str], output: str | None = None) -> None:
     from lightpeft.app.runs.report.page import write_report
 
-    screen.say(f"the report is in {write_report(runs, output)}")
+    screen.say(f"wrote the report to {write_report(runs, output)}")
 
 
 REPORT = Verb(
     "report",
-    "Write one HTML page about a run, or about several beside one another, finished or not.",
+    "Write one HTML page about a run, or one that compares several, finished or not.",
     _report,
     options=(
         Option(
@@ -24,6 +24,6 @@ REPORT = Verb(
             list[str],
             count="+",
         ),
-        Option("--output", "The page (default: report.html in the first folder)."),
+        Option("--output", "HTML file to write (default: report.html in the first folder)."),
     ),
 )

@@ -16,7 +16,7 @@ def _reproduce(grid: str, join: list[str] | None = None, out: str | None = None,
 
     if join is not None:
         without = [f"--{name}" for name, value in options.items() if value is not None]
-        require(not without, f"--join runs nothing, so that {', '.join(without)} would do nothing; leave it out")
+        require(not without, f"--join runs no cell, so {', '.join(without)} has no effect; leave it out")
     results = reproduce(grid, out, **options) if join is None else joined(grid, join, out)
     screen.print(rich_table(results, screen.width))
     if results.failures:
@@ -25,26 +25,26 @@ def _reproduce(grid: str, join: list[str] | None = None, out: str | None = None,
 
 REPRODUCE = Verb(
     "reproduce",
-    "Run a grid of models, tasks, methods and seeds, and write one table of it.",
+    "Run a grid of models, tasks, methods and seeds, and write one table of the results.",
     _reproduce,
     options=(
         Option("grid", "YAML file of the grid; paths in it are relative to this folder."),
         Option("--out", "Folder of the cells and tables (default: runs/<folder>/<file>)."),
         Option(
             "--only",
-            "AXIS=NAME: run a part of the grid, as in method=lora seed=0; several of one axis are alternatives.",
+            "AXIS=NAME: run a part of the grid, as in method=lora seed=0; repeat an axis to run several of its names.",
             type=list[str],
             count="+",
         ),
         Option(
             "--join",
-            "Run nothing: write one table from these results.json, or folders of them, of parts that ran elsewhere.",
+            "Run nothing: merge the results.json files (or their folders) of parts that ran elsewhere into one table.",
             type=list[str],
             count="+",
         ),
         Option(
             "--devices",
-            "Accelerators, or without any processes on the CPU, that each cell is spread over (default: all; 1).",
+            "Accelerators per cell (default: all) or, without accelerators, CPU processes per cell (default: 1).",
             type=int,
         ),
     ),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lightpeft.config import RunConfig
 
 _ESTIMATION = Option(
-    "--estimation", "Folder of another run, of the same settings but for the budget: take its estimation.", rare=True
+    "--estimation", "Folder of another run that differs in its budget alone: reuse its estimation.", rare=True
 )
 
 
@@ -26,7 +26,7 @@ def _run(given: dict[str, Any], **options: Any) -> None:
 
 
 def show_metrics(report: dict[str, Any]) -> None:
-    """What a run's metrics.json says, as tables."""
+    """Print the metrics, milestones and parameters of a run's metrics.json as tables, and its warnings on stderr."""
     from lightpeft.app.cli.tables import facts_table, metrics_table, milestones_table
 
     metrics, intervals = dict(report["metrics"]), dict(report.get("intervals", {}))
@@ -36,7 +36,11 @@ def show_metrics(report: dict[str, Any]) -> None:
         metrics[row], intervals[row] = probe["metrics"][name], probe["intervals"][name]
     screen.print(metrics_table(metrics, intervals, f"method {report['method']}"))
     if "full_width" in report:
-        screen.print(metrics_table(**report["full_width"], title="the same at full width, over the whole base"))
+        screen.print(
+            metrics_table(
+                **report["full_width"], title="method light at full width: what was learned, over the whole base"
+            )
+        )
     if "milestones" in report:  # older runs have none
         screen.print(milestones_table(report["milestones"]))
     screen.print(facts_table(report["parameters"], "parameters"))
@@ -48,7 +52,7 @@ def _estimate(given: dict[str, Any]) -> None:
 
     config = run_config(given)
     record = pipeline.estimate(pipeline.prepare(config))
-    screen.say(f"{record.meta['steps']} steps; scores are in {config.output}/estimation")
+    screen.say(f"estimation took {record.meta['steps']} steps; the scores are in {config.output}/estimation")
 
 
 def _plan(given: dict[str, Any], estimation: str | None = None, curve: bool = False, rows: int | None = None) -> None:
@@ -57,7 +61,7 @@ def _plan(given: dict[str, Any], estimation: str | None = None, curve: bool = Fa
     from lightpeft.app.runs import pipeline
     from lightpeft.app.runs.reuse import find_estimation, take_estimation
 
-    require(curve or rows is None, "--rows are those of --curve; give both, or leave --rows out")
+    require(curve or rows is None, "--rows needs --curve; give both, or leave --rows out")
     config = run_config(given)
     run = RunFolder.open(config, replan=True)
     if estimation is not None:
@@ -74,9 +78,9 @@ def _show_curve(config: RunConfig, rows: int | None) -> None:
     from lightpeft.app.runs import curve, pipeline
 
     work = pipeline.prepare(config, replan=True)
-    found = curve.curve(work, rows=curve.ROWS if rows is None else rows)
+    found = curve.curve(work, rows=curve.CURVE_ROWS if rows is None else rows)
     screen.print(curve_table(found))
-    screen.say(f"all numbers are in {work.run.curve}; lightpeft report draws it")
+    screen.say(f"all numbers are in {work.run.curve}; lightpeft report shows them")
 
 
 def _prune(given: dict[str, Any]) -> None:
@@ -86,7 +90,7 @@ def _prune(given: dict[str, Any]) -> None:
     work = pipeline.prepare(run_config(given))
     pipeline.prune(work)
     cut = PrunePlan.load(work.run.plan).cuts_blocks
-    what = "the pruned model" if cut else "nothing of the blocks was removed; the light model"
+    what = "the pruned model" if cut else "the plan removes nothing of the blocks; the light model"
     screen.say(f"{what} is in {work.config.output}/pruned")
 
 
@@ -100,34 +104,34 @@ def _train(given: dict[str, Any]) -> None:
 
 RUN = Verb(
     "run",
-    "All stages that are not done yet: estimate, plan, prune, train, evaluate.",
+    "Train: run all stages that are not done yet (estimate, plan, prune, train, evaluate).",
     _run,
     options=(
         _ESTIMATION,
-        Option("--overwrite", "Remove the run of another config from the output folder first.", flag=True, rare=True),
+        Option("--overwrite", "Delete a run with other settings from the output folder first.", flag=True, rare=True),
     ),
     on_runs=True,
 )
 ESTIMATE = Verb(
     "estimate",
-    "Train masks and PEFT modules for the first steps and record every unit's importance.",
+    "Train masks and PEFT modules for the first steps, and score every head, neuron and rank.",
     _estimate,
     on_runs=True,
 )
 PLAN = Verb(
     "plan",
-    "Decide from the record and the budget which units stay, and show the plan.",
+    "Choose by score and budget which heads, neurons and ranks to keep, and print the plan.",
     _plan,
     options=(
         _ESTIMATION,
         Option(
             "--curve",
-            "Decide nothing: measure what budgets from 10% to 80% of the blocks would cost and save, and show that.",
+            "Make no plan: measure the loss at budgets from 10% to 80% of the blocks, and print it.",
             flag=True,
         ),
-        Option("--rows", "Training rows that the losses of --curve are measured on (usual: 256).", type=int),
+        Option("--rows", "Training rows on which --curve measures the loss (default: 256).", type=int),
     ),
     on_runs=True,
 )
-PRUNE = Verb("prune", "Cut base and PEFT modules down to the plan.", _prune, on_runs=True)
-TRAIN = Verb("train", "Fine-tune the small model.", _train, on_runs=True)
+PRUNE = Verb("prune", "Cut the base and the PEFT modules as the plan says.", _prune, on_runs=True)
+TRAIN = Verb("train", "Fine-tune the pruned model.", _train, on_runs=True)

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from lightpeft.app.cli.options import Help, Option, Parser, nested
-from lightpeft.app.cli.settings import SOURCES, USUAL, Section, print_config, sections
+from lightpeft.app.cli.settings import COMMON_SETTINGS, SOURCES, Section, print_config, sections
 
 
 @dataclass(frozen=True)
@@ -18,25 +18,25 @@ class Verb:
 
     name: str
     help: str
-    """What it does, in a sentence."""
+    """One sentence for help: the task of the verb."""
     do: Callable[..., None]
-    """Called with the options that were given, by name; on runs, with the given settings first, nested."""
+    """Function of the verb: takes its options as keywords and, if `on_runs`, the nested settings first."""
     options: Sequence[Option] = ()
-    """Its own options and places."""
+    """Options and positional arguments of this verb alone."""
     on_runs: bool = False
-    """It takes the settings of a run as well: --config, --run, and an option for every setting."""
+    """True: the verb takes the settings of a run as well (--config, --run, and an option for every setting)."""
     without: Sequence[str] = ()
-    """Settings of a run that it does not take."""
+    """Settings of a run that the verb does not take."""
 
     def call(self, arguments: Sequence[str], begin: Callable[[], None]) -> None:
-        """Do what a command line says.
+        """Parse a command line and run the verb.
 
         Args:
             arguments: the words behind the verb.
-            begin: called when they are understood, before anything is done.
+            begin: called after parsing, before the verb runs.
 
         Raises:
-            LightPeftError: one is unknown, or lacks its value, or has a wrong one; or what `do` raises.
+            LightPeftError: an option is unknown, or its value is missing or wrong; or an error of `do`.
         """
         settings, own = self._read(arguments)
         if settings.pop("print_config", False):
@@ -46,7 +46,7 @@ class Verb:
         self.do(*([settings] if self.on_runs else []), **own)
 
     def _read(self, arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The settings of a run that a command line gives, nested, and the verb's own options by name."""
+        """Return the settings of a run on a command line, nested, and the verb's own options by name."""
         run = self._sections(arguments)
         parser = self._parser(run)
         words = parser.words(arguments)
@@ -55,23 +55,23 @@ class Verb:
         return nested(plain), {each.target: each.value(words[each.name]) for each in self.options if each.name in words}
 
     def parser(self) -> Parser:
-        """What reads its command line and shows its help."""
+        """Make the parser of the verb, with all its options."""
         return self._parser(self._sections(()))
 
     def declare(self, parser: ArgumentParser) -> None:
-        """Declare all that it takes to a parser."""
+        """Add all options of the verb to a parser."""
         self._declare(parser, self._sections(()))
 
     def _sections(self, arguments: Sequence[str]) -> list[Section]:
-        """The settings of a run that it takes, those included that only this command line names."""
+        """List the settings of a run that the verb takes, with the mapping keys that this command line names."""
         return sections(arguments, without=self.without) if self.on_runs else []
 
     def _parser(self, run: Sequence[Section]) -> Parser:
-        parser = self._empty()
+        parser = self._bare_parser()
         self._declare(parser, run)
         return parser
 
-    def _empty(self) -> Parser:
+    def _bare_parser(self) -> Parser:
         places = [f"[{option.names}]" for option in self.options if option.is_place]
         usage = " ".join(["%(prog)s", *places, "[options]"]) if self.on_runs else None  # there are a hundred of them
         return Parser(prog=f"lightpeft {self.name}", usage=usage, description=self.help, add_help=False)
@@ -87,19 +87,19 @@ class Verb:
 
     def _add_help(self, parser: ArgumentParser, run: Sequence[Section]) -> None:
         if not run:
-            parser.add_argument("-h", "--help", action="help", help="Show this and exit.")
+            parser.add_argument("-h", "--help", action="help", help="Show this help and exit.")
             return
-        usual, whole = partial(self._usual, run), partial(self._parser, run)
-        parser.add_argument("-h", "--help", action=Help, of=usual, help="Show the options that most people need.")
+        usual, whole = partial(self._common_parser, run), partial(self._parser, run)
+        parser.add_argument("-h", "--help", action=Help, of=usual, help="Show the common options and exit.")
         parser.add_argument(
-            "--help-all", action=Help, of=whole, help="Show all options, one for each setting of a run."
+            "--help-all", action=Help, of=whole, help="Show all options, one for each setting of a run, and exit."
         )
 
-    def _usual(self, run: Sequence[Section]) -> Parser:
-        """What shows the help that most people need."""
-        parser = self._empty()
+    def _common_parser(self, run: Sequence[Section]) -> Parser:
+        """Make the parser whose help shows the common options alone."""
+        parser = self._bare_parser()
         settings = {option.name: option for section in run for option in section.options}
-        for option in (*self.options, *(settings[name] for name in USUAL), *SOURCES):
+        for option in (*self.options, *(settings[name] for name in COMMON_SETTINGS), *SOURCES):
             if not option.rare:
                 option.add_to(parser)
         self._add_help(parser, run)

@@ -1,1 +1,1 @@
-"""Light models as GGUF files, which llama.cpp and all that is built on it serve."""
+"""Light models as GGUF files, for llama.cpp and programs that use it."""

@@ -1,8 +1,8 @@
-"""Which of llama.cpp's architectures holds a pruned model, and what it wants to be told of it.
+"""The llama.cpp architecture for a pruned model, and its metadata and tensors in a GGUF file.
 
-Architectures that count heads, KV heads and neurons layer by layer hold any widths: `deci`, which was made for models
-of NVIDIA that a search had cut, computes as Llama does, and `openelm` as Qwen3. Where all layers are equally wide, the
-family's own architecture serves, which every program knows.
+Architectures with heads, KV heads and neurons per layer support any widths: `deci`, made for NVIDIA's models from
+architecture search, computes like Llama, and `openelm` like Qwen3. If all layers are equally wide, the family's own
+architecture is used, which every program supports.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from lightpeft.errors import require
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import FFN_SLOTS, BlockSpec
 
-_NOTHING = 32
-"""Neurons of zeros that stand for an FFN without neurons: without one llama.cpp drops what attention adds."""
+_ZERO_NEURONS = 32
+"""Zero neurons that replace an FFN without neurons: without an FFN, llama.cpp drops the output of attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """One of llama.cpp's."""
+    """An architecture of llama.cpp, with its limits."""
 
     name: str
-    """In GGUF files."""
+    """Name in GGUF files."""
     interleaved: bool = False
-    """Whether rotary embeddings turn neighbouring channels, and not those half a head apart, as in transformers."""
+    """True if rotary embeddings rotate adjacent channels; in transformers the pairs are half a head apart."""
     by_layer: bool = False
-    """Whether it counts heads, KV heads and neurons layer by layer."""
+    """True if heads, KV heads and neurons are counts per layer."""
     full: bool = False
-    """Whether the channels of all heads have to be as many as the model is wide."""
+    """True if heads times head size must equal the hidden size."""
     fused: bool = False
-    """Whether q, k and v are one projection."""
+    """True if q, k and v are one projection."""
     bare: bool = False
-    """Whether it has no place for biases, for a head apart from the embeddings, or for blocks without attention."""
+    """True if it supports no biases, no untied head, and no blocks without attention."""
 
 
 _LLAMA, _DECI = Architecture(name="llama", interleaved=True), Architecture(name="deci", interleaved=True, by_layer=True)
@@ -52,27 +52,25 @@ _FAMILIES = {
     "qwen2": (_QWEN2, _DECI),
     "qwen3": (_QWEN3, _OPENELM),
 }
-"""Family -> what holds it where all layers are equally wide, and where they are not."""
-FAMILIES = tuple(_FAMILIES)
+"""Family -> its architecture if all layers are equally wide, and if they are not."""
+GGUF_FAMILIES = tuple(_FAMILIES)
 
 
 def check_family(model: PreTrainedModel) -> None:
-    """Raise `LightPeftError` where llama.cpp cannot compute what models of this kind do, pruned or not."""
+    """Raise `LightPeftError` if llama.cpp cannot run models of this kind, pruned or not."""
     config: Any = model.config
-    known = f"{', '.join(FAMILIES[:-1])} and {FAMILIES[-1]}"
-    require(config.model_type in _FAMILIES, f"a GGUF file holds models of {known}; this one is of {config.model_type}")
-    require(hasattr(model, "lm_head"), "a GGUF file holds models that write; this one has another head")
-    require(
-        config.hidden_act == "silu", f"llama.cpp computes FFNs with silu; those of this model have {config.hidden_act}"
-    )
+    known = f"{', '.join(GGUF_FAMILIES[:-1])} and {GGUF_FAMILIES[-1]}"
+    require(config.model_type in _FAMILIES, f"family {config.model_type} has no GGUF export; use {known}")
+    require(hasattr(model, "lm_head"), "GGUF export needs a causal language model; this model has another head")
+    require(config.hidden_act == "silu", f"llama.cpp supports only silu in FFNs; this model has {config.hidden_act}")
     _rope(config)
 
 
-def choose(model: PreTrainedModel, plan: PrunePlan) -> Architecture:
-    """The architecture for a pruned model.
+def choose_architecture(model: PreTrainedModel, plan: PrunePlan) -> Architecture:
+    """Return the architecture for a pruned model.
 
     Raises:
-        LightPeftError: llama.cpp cannot compute what this model does.
+        LightPeftError: llama.cpp cannot run this model.
     """
     check_family(model)
     config: Any = model.config
@@ -88,40 +86,43 @@ def choose(model: PreTrainedModel, plan: PrunePlan) -> Architecture:
 
 
 def _check_bare(model: PreTrainedModel, plan: PrunePlan, architecture: Architecture) -> None:
-    """Refuse what an architecture that is bare has no place for."""
-    instead = f"for which {architecture.name} of llama.cpp, which holds unequal layers of this family, has no place"
+    """Raise `LightPeftError` if the model has parts that a bare architecture does not support."""
+    instead = f"which llama.cpp's {architecture.name}, used for unequal layers of this family, does not support"
     gone = [spec.index for spec, kept in plan.parts if not kept.heads]
     require(not gone, f"block {min(gone, default=0)} has no attention, {instead}")
     biases = [name for name in model.state_dict() if name.endswith(".bias")]
     require(not biases, f"{' '.join(biases[:1])} is a bias, {instead}; leave out trained biases")
-    require(model.config.tie_word_embeddings, f"the head is none of the embeddings, {instead}")
+    require(model.config.tie_word_embeddings, f"the head is not tied to the embeddings, {instead}")
     require(_rope(model.config)["rope_type"] != "llama3", f"rotary embeddings are of type llama3, {instead}")
 
 
 def _check_attention(model: PreTrainedModel, plan: PrunePlan) -> None:
-    """Attention may be gone but in the first block, and where nothing of it adds a bias."""
+    """Raise `LightPeftError` if attention is removed in the first block, or where its output bias is left."""
     gone = [(spec, kept) for spec, kept in plan.parts if not kept.heads]
     require(
         all(spec.index for spec, _ in gone),
-        "the first block has no attention, which llama.cpp needs there",
+        "the first block has no attention, which llama.cpp requires; cut less (light.remove)",
     )
     for spec, _ in gone:
         biased = getattr(model.get_submodule(spec.projections["o"]), "bias", None) is not None
-        require(not biased, f"the attention of block {spec.index} is a bias alone, for which llama.cpp has no place")
+        require(
+            not biased,
+            f"attention of block {spec.index} is only a bias, unsupported by llama.cpp; cut less (light.remove)",
+        )
 
 
-def facts(model: PreTrainedModel, plan: PrunePlan, architecture: Architecture) -> Iterator[tuple[str, Any]]:
-    """What `gguf.GGUFWriter` is told by its methods `add_...`: name and value."""
+def metadata(model: PreTrainedModel, plan: PrunePlan, architecture: Architecture) -> Iterator[tuple[str, Any]]:
+    """Yield (name, value) of the metadata: `gguf.GGUFWriter` writes each with its method `add_<name>`."""
     config: Any = model.config
     head_dim = plan.specs[0].head_dim
     widths = {
         "head_count": [len(kept.heads) for kept in plan.blocks],
         "head_count_kv": [len(kept.kv_heads) for kept in plan.blocks],
-        "feed_forward_length": [len(kept.neurons) or _NOTHING for kept in plan.blocks],
+        "feed_forward_length": [len(kept.neurons) or _ZERO_NEURONS for kept in plan.blocks],
     }
     how = "pruned" if plan.cuts_blocks else "fine-tuned"
     yield "name", f"{Path(config.name_or_path).name or config.model_type}, {how}"
-    yield "context_length", reach(config)
+    yield "context_length", context_length(config)
     yield "embedding_length", config.hidden_size
     yield "block_count", len(plan.blocks)
     yield "vocab_size", config.vocab_size
@@ -137,8 +138,8 @@ def facts(model: PreTrainedModel, plan: PrunePlan, architecture: Architecture) -
         yield "rope_scaling_factor", float(rope["factor"])
 
 
-def reach(config: Any) -> int:
-    """Tokens of a text that llama.cpp, which knows no windows here, sees as the model does."""
+def context_length(config: Any) -> int:
+    """Return the longest context, in tokens, that llama.cpp computes exactly: it ignores sliding windows here."""
     positions = int(config.max_position_embeddings)
     return min(positions, getattr(config, "sliding_window", None) or positions)
 
@@ -147,19 +148,19 @@ def _rope(config: Any) -> dict[str, Any]:
     rope = dict(config.rope_parameters)
     rope.setdefault("rope_type", "default")
     known = rope["rope_type"] in ("default", "linear", "llama3") and rope.get("partial_rotary_factor", 1.0) == 1.0
-    require(known, f"rotary embeddings of type {rope['rope_type']} are not written to GGUF files here")
+    require(known, f"GGUF export does not support rotary embeddings of type {rope['rope_type']}")
     return rope
 
 
 def tensors(model: PreTrainedModel, plan: PrunePlan, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
-    """Names, as transformers or as GGUF files have them, and weights as llama.cpp wants them."""
+    """Yield (name, tensor): names of transformers or of GGUF files, and weights in llama.cpp's layout."""
     own = {name: (spec, kept, slot) for spec, kept in plan.parts for slot, name in spec.projections.items()}
     norms = {f"{spec.attention.rpartition('.')[0]}.input_layernorm" for spec, kept in plan.parts if not kept.heads}
     without = norms | ({"lm_head"} if model.config.tie_word_embeddings else set())
     for name, tensor in model.state_dict().items():
         module = name.rpartition(".")[0]
         if module in own:
-            yield from _of_projection(model, name, tensor, architecture, *own[module])
+            yield from _projection_tensors(model, name, tensor, architecture, *own[module])
         elif module not in without:
             yield name, tensor
     factors = _llama3_factors(model.config, plan.specs[0].head_dim)
@@ -167,7 +168,7 @@ def tensors(model: PreTrainedModel, plan: PrunePlan, architecture: Architecture)
         yield "rope_freqs.weight", factors
 
 
-def _of_projection(
+def _projection_tensors(
     model: PreTrainedModel,
     name: str,
     tensor: Tensor,
@@ -176,32 +177,32 @@ def _of_projection(
     kept: BlockPlan,
     slot: str,
 ) -> Iterator[tuple[str, Tensor]]:
-    """What is written of a weight or a bias of a block's projection: nothing, where attention is gone."""
+    """Yield the tensors for a weight or bias of a block's projection; none if attention was removed."""
     if slot in FFN_SLOTS:
-        yield name, tensor if kept.neurons else _nothing(tensor, slot)
+        yield name, tensor if kept.neurons else _zero_projection(tensor, slot)
     elif not kept.heads:
         return
     elif architecture.fused and slot == "q":
         parts = [model.get_submodule(spec.projections[part]).weight for part in ("q", "k", "v")]
         yield f"blk.{spec.index}.attn_qkv.weight", torch.cat(parts)
-    elif not (architecture.fused and slot in ("k", "v")):  # which went with q
+    elif not (architecture.fused and slot in ("k", "v")):  # they are in q's tensor
         turned = architecture.interleaved and slot in ("q", "k")
-        yield name, neighbouring(tensor, spec.head_dim) if turned else tensor
+        yield name, interleave_channels(tensor, spec.head_dim) if turned else tensor
 
 
-def _nothing(tensor: Tensor, slot: str) -> Tensor:
-    """A projection of neurons that give zero, for one of none."""
-    shape: Sequence[int] = (tensor.shape[0], _NOTHING) if slot == "ffn_out" else (_NOTHING, *tensor.shape[1:])
+def _zero_projection(tensor: Tensor, slot: str) -> Tensor:
+    """Return the projection of `_ZERO_NEURONS` zero neurons, in place of one without neurons."""
+    shape: Sequence[int] = (tensor.shape[0], _ZERO_NEURONS) if slot == "ffn_out" else (_ZERO_NEURONS, *tensor.shape[1:])
     return tensor if slot == "ffn_out" and tensor.dim() == 1 else tensor.new_zeros(shape)
 
 
-def neighbouring(tensor: Tensor, head_dim: int) -> Tensor:
-    """Rows of q or k whose channels i and i + head_dim / 2 of each head become neighbours: [heads * head_dim, ...]."""
+def interleave_channels(tensor: Tensor, head_dim: int) -> Tensor:
+    """Return q or k, [heads * head_dim, ...], with channels i and i + head_dim / 2 of each head adjacent."""
     return tensor.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(tensor.shape)
 
 
 def _llama3_factors(config: Any, head_dim: int) -> Tensor | None:
-    """What Llama 3.1 divides the frequency of each pair of channels by, [head_dim / 2]; None: another kind."""
+    """Return Llama 3.1's divisors of the rotary frequencies, float32 [head_dim / 2]; None for other types."""
     rope = _rope(config)
     if rope["rope_type"] != "llama3":
         return None

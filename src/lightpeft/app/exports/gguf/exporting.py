@@ -1,4 +1,4 @@
-"""Light models as GGUF files, which llama.cpp and all that is built on it serve."""
+"""Write light models as GGUF files, for llama.cpp and programs that use it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lightpeft.models.unwrap import transformers_model
 from lightpeft.saving.cards import CARD, model_card, whole_model_form
 from lightpeft.saving.description import Described, facts_of
 
-FILE = "model.gguf"
+GGUF_FILE = "model.gguf"
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A file that was written."""
+    """A written GGUF file."""
 
     path: Path
     matrices: dict[str, int]
-    """How many were written as what."""
+    """GGUF data type -> number of matrices written in it."""
 
 
 def save_gguf(
@@ -37,31 +37,40 @@ def save_gguf(
     dtype: GgufType = "auto",
     overwrite: bool = False,
 ) -> GgufFile:
-    """Write a light model, PEFT merged into it, as `model.gguf` with its tokenizer and chat template, for llama.cpp.
+    """Write a light model with merged PEFT weights as `model.gguf`, with tokenizer and chat template, for llama.cpp.
 
-    Models of Llama, Mistral, Qwen2 and Qwen3 (and what is built like them, such as SmolLM2) that write. Heads, KV heads
+    Supported are causal language models of the families Llama (also SmolLM2), Mistral, Qwen2 and Qwen3. Heads, KV heads
     and neurons may differ from layer to layer; the first block needs attention.
 
     Args:
-        model: a `LightModel`; it stays as it is, and a copy of it is merged, which takes its memory once more.
-        folder: new or empty.
-        dtype: of matrices; "auto": as they are. Where rows are no multiple of 32, `q8_0` leaves matrices in `f16`
-            (`light.remove.multiple_of: 32` makes them so).
-        overwrite: the folder may also hold such a file, which goes with all that is in it.
+        model: a `LightModel`. It does not change: a copy is merged, which takes the memory of the model once more.
+        folder: a new or empty folder.
+        tokenizer: the model's tokenizer, which the file contains.
+        dtype: data type of matrices; "auto": unchanged. With `q8_0`, matrices whose rows are no multiple of 32 are
+            written in `f16` (`light.remove.multiple_of: 32` avoids this).
+        overwrite: True to replace an earlier GGUF file in the folder, with all files there.
+
+    Returns:
+        The path of the file, and the number of matrices in each data type.
 
     Raises:
-        LightPeftError: `gguf` is not installed; llama.cpp has no place for this model or its tokenizer; or the
-            folder cannot be written. Nothing is half-written.
+        LightPeftError: `gguf` is not installed; llama.cpp does not support this model or its tokenizer; or the folder
+            cannot be written. Nothing is half-written.
+
+    Example:
+        ```python
+        written = save_gguf(load_light("adapter"), "gguf_model", light_tokenizer("adapter"), dtype="q8_0")
+        ```
     """
     folder = Path(folder)
-    check_vacant(folder, replaceable=(folder / FILE).is_file(), overwrite=overwrite)
+    check_vacant(folder, replaceable=(folder / GGUF_FILE).is_file(), overwrite=overwrite)
     check_family(transformers_model(cast(PeftModel, model)))  # before it is copied
     whole = merged_copy(model)
-    with replacing_folder(folder, last=FILE, alone=True) as temporary:
-        matrices = write_gguf(whole, model.light_plan, tokenizer, temporary / FILE, dtype)
+    with replacing_folder(folder, last=GGUF_FILE, alone=True) as temporary:
+        matrices = write_gguf(whole, model.light_plan, tokenizer, temporary / GGUF_FILE, dtype)
         form = whole_model_form(
-            model.light_plan, f"llama-cli -m {FILE}", " as a GGUF file", language="", library="gguf"
+            model.light_plan, f"llama-cli -m {GGUF_FILE}", " as a GGUF file", language="", library="gguf"
         )
         card = model_card(facts_of(model), model.light_plan, form)
         (temporary / CARD).write_text(card, encoding="utf-8")
-    return GgufFile(folder / FILE, matrices)
+    return GgufFile(folder / GGUF_FILE, matrices)

@@ -1,7 +1,7 @@
-"""A tokenizer as llama.cpp wants it: tokens with types, merges or scores, special tokens, and how a text is split.
+"""Write a tokenizer in llama.cpp's format: tokens with types, merges or scores, special tokens, pre-tokenizer.
 
-Two kinds of BPE: of bytes (GPT-2, Llama 3, Qwen2, SmolLM2), and of SentencePiece's pieces, with bytes for what is in no
-piece (Llama 2, Mistral, TinyLlama).
+Two kinds of BPE are supported: byte-level (GPT-2, Llama 3, Qwen2, SmolLM2), and SentencePiece with byte fallback
+(Llama 2, Mistral, TinyLlama).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _BY_PATTERN = {
     rf"{_WORDS}|\p{{N}}{{1,3}}|{_OTHERS}": "llama-bpe",
     rf"{_WORDS}|\p{{N}}|{_OTHERS}": "qwen2",
 }
-"""Pattern that splits a text -> what llama.cpp calls it."""
-_NORMAL, _UNKNOWN, _CONTROL, _GIVEN, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-"""Types of tokens in GGUF files."""
+"""Pattern that splits a text into words -> name of llama.cpp's pre-tokenizer."""
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+"""Token types in GGUF files."""
 _SPACE = "\u2581"
-"""What stands for a space in a piece."""
-_A_BYTE = re.compile("<0x[0-9A-F]{2}>")
-_OF_PIECES = {"Prepend", "Replace", "Metaspace"}
-"""Steps before BPE that only put `_SPACE` in its places."""
+"""Character for a space in SentencePiece's pieces."""
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+_PIECE_STEPS = {"Prepend", "Replace", "Metaspace"}
+"""Tokenizer steps before BPE that only insert `_SPACE`."""
 
 
 def add_vocabulary(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int, folder: Path) -> None:
@@ -37,17 +37,18 @@ def add_vocabulary(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int, f
 
     Args:
         writer: a `gguf.GGUFWriter`.
-        size: of the model's vocabulary, which may have more rows than there are tokens.
-        folder: of temporary files.
+        tokenizer: the tokenizer to write.
+        size: rows of the model's embedding matrix; may exceed the number of tokens.
+        folder: folder for temporary files.
 
     Raises:
-        LightPeftError: the tokenizer is of a kind that is not written here.
+        LightPeftError: the kind of tokenizer is not supported.
     """
     from gguf import SpecialVocab
 
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer.json"
-    require(file.is_file(), "the tokenizer has no tokenizer.json, which a GGUF file is made from")
+    require(file.is_file(), "the tokenizer has no tokenizer.json, which GGUF export needs; use a fast tokenizer")
     found = json.loads(file.read_text(encoding="utf-8"))
     pieces = bool(found["model"].get("byte_fallback"))
     names, types = _tokens(found, size)
@@ -59,20 +60,23 @@ def add_vocabulary(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int, f
         writer.add_add_space_prefix(tokenizer.tokenize("a")[0].startswith(_SPACE))
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(splitting(found))
+        writer.add_tokenizer_pre(pre_tokenizer_name(found))
     writer.add_token_list(names)
     writer.add_token_types(types)
     special = SpecialVocab(folder, load_merges=not pieces, n_vocab=size)
-    special.add_special_token.pop("bos", None)  # what the tokenizer does counts, and not what its config says
+    special.add_special_token.pop("bos", None)  # the tokenizer's behaviour counts, not its config
     special.add_to_gguf(writer)
-    writer.add_add_bos_token(_begins(tokenizer))
+    writer.add_add_bos_token(_adds_bos(tokenizer))
 
 
 def _check_pieces(tokenizer: Mapping[str, Any]) -> None:
-    """Refuse a tokenizer of pieces that changes texts, or splits them, before pieces are looked for."""
+    """Raise `LightPeftError` if a SentencePiece tokenizer changes or splits texts before BPE."""
     steps = [step for name in ("normalizer", "pre_tokenizer") for step in _steps(tokenizer.get(name))]
-    other = [step["type"] for step in steps if step["type"] not in _OF_PIECES]
-    require(not other, f"the tokenizer changes texts ({', '.join(other)}) in a way that llama.cpp does not for pieces")
+    other = [step["type"] for step in steps if step["type"] not in _PIECE_STEPS]
+    require(
+        not other,
+        f"the tokenizer changes texts ({', '.join(other)}), which llama.cpp does not support for SentencePiece",
+    )
 
 
 def _steps(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
@@ -82,7 +86,7 @@ def _steps(step: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 
 
 def _scores(tokenizer: Mapping[str, Any], names: list[str]) -> list[float]:
-    """What llama.cpp merges by: the earlier a piece is merged the higher, [tokens]."""
+    """Return the scores by which llama.cpp merges, [tokens]: the earlier a merge, the higher its score."""
     merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in tokenizer["model"]["merges"]]
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
@@ -90,31 +94,31 @@ def _scores(tokenizer: Mapping[str, Any], names: list[str]) -> list[float]:
     return [-float(ranks.get(name, len(merges))) for name in names]
 
 
-def splitting(tokenizer: Mapping[str, Any]) -> str:
-    """What llama.cpp calls the way in which a byte-level tokenizer splits a text into words.
+def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
+    """Return llama.cpp's name of the pre-tokenizer of a byte-level tokenizer.
 
     Args:
-        tokenizer: tokenizer.json.
+        tokenizer: content of tokenizer.json.
 
     Raises:
-        LightPeftError: it is of another kind, or splits in a way that has no name here.
+        LightPeftError: the tokenizer is not byte-level, or its pre-tokenizer is not supported.
     """
-    kinds = "BPE of bytes (as of GPT-2, Llama 3, Qwen2 and SmolLM2) or of SentencePiece's pieces (Llama 2, Mistral)"
+    kinds = "byte-level BPE (GPT-2, Llama 3, Qwen2, SmolLM2) or SentencePiece BPE (Llama 2, Mistral)"
     steps = _steps(tokenizer.get("pre_tokenizer"))
     bytewise = tokenizer["model"].get("type") == "BPE" and steps and steps[-1]["type"] == "ByteLevel"
-    require(bytewise, f"a GGUF file takes tokenizers of {kinds}; this one is of another kind")
+    require(bytewise, f"GGUF export supports tokenizers with {kinds}; this tokenizer is of another kind")
     changing = [step["type"] for step in _steps(tokenizer.get("normalizer")) if step["type"] != "NFC"]
-    require(not changing, f"the tokenizer changes texts ({', '.join(changing)}), which llama.cpp does not for bytes")
+    require(not changing, f"the tokenizer changes texts ({', '.join(changing)}), which llama.cpp does not support")
     *before, last = steps
     name = None
     if last.get("add_prefix_space"):
-        pass  # no split of llama.cpp puts a space before a text
+        pass  # no pre-tokenizer of llama.cpp puts a space before a text
     elif last.get("use_regex", True):
         name = {"": "gpt-2", "Digits": "smollm"}.get("".join(step["type"] for step in before))
         name = None if before and not before[0].get("individual_digits") else name
     elif len(before) == 1 and before[0].get("type") == "Split":
         name = _BY_PATTERN.get(before[0]["pattern"].get("Regex", ""))
-    require(name is not None, "the tokenizer splits texts in a way for which llama.cpp has no name known here")
+    require(name is not None, "the tokenizer's pre-tokenizer is not known to be supported by llama.cpp")
     return str(name)
 
 
@@ -122,16 +126,16 @@ def _tokens(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], list[in
     names, types = [f"[PAD{number}]" for number in range(size)], [_UNUSED] * size
     fallback = bool(tokenizer["model"].get("byte_fallback"))
     for name, number in tokenizer["model"]["vocab"].items():
-        names[number], types[number] = name, _BYTE if fallback and _A_BYTE.fullmatch(name) else _NORMAL
+        names[number], types[number] = name, _BYTE if fallback and _BYTE_TOKEN.fullmatch(name) else _NORMAL
     for token in tokenizer.get("added_tokens", []):
-        names[token["id"]], types[token["id"]] = token["content"], _CONTROL if token["special"] else _GIVEN
+        names[token["id"]], types[token["id"]] = token["content"], _CONTROL if token["special"] else _USER_DEFINED
     unknown = tokenizer["model"]["vocab"].get(tokenizer["model"].get("unk_token"))
     if fallback and unknown is not None:
         types[unknown] = _UNKNOWN
     return names, types
 
 
-def _begins(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether every text begins with a token of its own."""
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return True if the tokenizer adds its start token to every text."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]

@@ -1,1 +1,1 @@
-"""Light models as computation graphs in a file, ONNX's or OpenVINO's: traced, written, read back and compared."""
+"""Light models as ONNX or OpenVINO graphs: tracing, writing, loading and measuring."""

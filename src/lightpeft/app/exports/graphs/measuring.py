@@ -1,4 +1,4 @@
-"""What a written graph is worth: its quality on the test rows of its run, and its speed beside the dense base."""
+"""Measure a written graph: its quality on the run's test rows, and its speed against the dense base model."""
 
 from __future__ import annotations
 
@@ -37,86 +37,89 @@ from lightpeft.profiling.comparing import Spread, alternate, ratio, summarize
 from lightpeft.profiling.surroundings import hardware, version_of
 
 MEASURED = "measured.json"
-"""What was measured, beside the graph."""
-TIMED = 64
-"""Rows at most that speed is measured on, drawn with a fixed seed."""
+"""File with the measurements, in the folder of the graph."""
+TIMED_ROWS = 64
+"""Most rows for timing, drawn with a fixed seed."""
 ROUNDS = 5
-LOST = 0.01
-"""Part of a metric that a graph may lose without a word: a point."""
+TOLERATED_LOSS = 0.01
+"""Loss of a metric up to which there is no warning: one point."""
 
 Inputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What was measured of a graph."""
+class MeasuredGraph:
+    """Measurements of a graph."""
 
     runtime: str
-    """What ran it, for people."""
+    """Title of the runtime."""
     version: str
-    """Of that."""
+    """Version of the runtime."""
     dtype: str
-    """Of its weights."""
+    """Data type of the weights."""
     main_metric: str
     metrics: dict[str, float]
-    """On the test rows of the run, one row at a time."""
+    """Metrics of the graph on the run's test rows, one row at a time."""
     run: dict[str, float]
-    """What the run itself measured on them; empty if it has not."""
+    """Metrics of the run on these rows; empty if it has none."""
     milliseconds: dict[str, Spread]
-    """A row, one row at a time on one thread: of the `graph`, and of the `dense` base in PyTorch."""
+    """Milliseconds per row, one row at a time on one thread: `graph`, and `dense`, the base model in PyTorch."""
     speedup: Spread
-    """Dense over graph, round by round."""
+    """Time of dense over time of graph, per round."""
     timed: int
-    """Rows that this was measured on."""
+    """Number of rows for timing."""
     hardware: dict[str, Any]
 
     def lines(self) -> Iterator[str]:
-        """The main metric and the speed, for people."""
+        """Yield the main metric and the speed as text for users."""
         name = self.main_metric
-        own = f"; the run itself: {self.run[name]:.4f}" if name in self.run else ""
+        own = f" (run: {self.run[name]:.4f})" if name in self.run else ""
         yield f"{self.dtype} in {self.runtime}: {name} {self.metrics[name]:.4f} on {self._examples} test rows{own}"
-        graph, dense = (_in_words(self.milliseconds[each]) for each in ("graph", "dense"))
-        beside = f"{graph} beside {dense} of the dense base in PyTorch in float32"
-        yield f"one row at a time on one thread: {beside}, {self.speedup.median:.2f} times as fast"
+        graph, dense = (_format_spread(self.milliseconds[each]) for each in ("graph", "dense"))
+        beside = f"{graph}, the dense base model in PyTorch float32 {dense}"
+        yield f"time per row, one row at a time on one thread: {beside}, speedup {self.speedup.median:.2f}"
 
     def doubts(self) -> Iterator[str]:
-        """A line where the graph is worse than the run by more than a point; errors and losses have no points."""
+        """Yield a warning if the graph is worse than the run by more than a point; not for losses and errors."""
         name = self.main_metric
         if name not in self.run or name in LOWER_IS_BETTER:
             return
         lost = self.run[name] - self.metrics[name]
-        if lost > LOST:
+        if lost > TOLERATED_LOSS:
             what = f"{self.dtype} loses {100 * lost:.1f} points of {name} on {self._examples} test rows"
-            yield f"{what}; export with another --dtype, or in another --form"
+            yield f"{what}; use another --dtype or --form"
 
     @property
     def _examples(self) -> str:
         return f"{self.metrics['examples']:,.0f}"
 
 
-def measure_graph(adapter: LightAdapter, runtime: Runtime, folder: Path, dtype: str) -> Measured:
-    """Ask a graph that was exported of a run, one test row at a time, and note what it is worth beside it (`MEASURED`).
+def measure_graph(adapter: LightAdapter, runtime: Runtime, folder: Path, dtype: str) -> MeasuredGraph:
+    """Evaluate a graph that was exported from a run, one test row at a time, and write `MEASURED` beside it.
 
-    It runs on one thread as its runtime runs it unless told otherwise: OpenVINO computes in bfloat16 where the CPU can.
+    It runs on one thread with the runtime's default precision: OpenVINO uses bfloat16 if the CPU supports it.
 
     Raises:
-        LightPeftError: there is nothing to measure it by, such as the run's data, or it fails.
+        LightPeftError: the run or its data are missing, or the graph does not run.
     """
-    task = _task(adapter)
+    task = _load_task(adapter)
     tokenizer = adapter.tokenizer()
     rows, collator = task.encode_test(task.test, tokenizer), task.collator(tokenizer)
     run = dict(adapter.description.get("metrics", {}))
     counted = run.get("examples", len(rows))
-    require(counted == len(rows), f"the run was measured on {counted:,.0f} test rows, and now there are {len(rows):,}")
+    require(
+        counted == len(rows),
+        f"the run was measured on {counted:,.0f} test rows, but its data now have {len(rows):,}; restore the data",
+    )
     base = load_model(adapter.model, Wanted.of(task).head, task.labels, to_prune=False).model
     ensure_pad_token(tokenizer, base.config)
-    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:TIMED].tolist()
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:TIMED_ROWS].tolist()
     batches = [without_labels(collator(take_rows(rows, [row]))) for row in drawn]
     with parsing(f"{folder} does not run in {runtime.title}"), _one_thread():
         session = sessions.load(runtime.name, folder, exact=False)
-        outcome = task.answer(_Asked(session, collator), rows)
-        seconds = _timed({"graph": session.run, "dense": partial(_in_pytorch, base.cpu().float().eval())}, batches)
-    measured = Measured(
+        outcome = task.answer(_GraphRespondent(session, collator), rows)
+        seconds = _time_rows({"graph": session.run, "dense": partial(_run_pytorch, base.cpu().float().eval())}, batches)
+    measured = MeasuredGraph(
         runtime=runtime.title,
         version=version_of(runtime.tool),
         dtype=dtype,
@@ -132,27 +135,30 @@ def measure_graph(adapter: LightAdapter, runtime: Runtime, folder: Path, dtype: 
     return measured
 
 
-def _task(adapter: LightAdapter) -> Task:
-    """The task of the run with its test rows, if a graph of its model can be asked for all of an answer."""
+def _load_task(adapter: LightAdapter) -> Task:
+    """Return the task of the run with its test rows, if one call of the graph gives a whole answer."""
     run = adapter.run
-    require(run is not None, f"{adapter.name} is no folder of a run, which would say what its test rows are")
+    require(run is not None, f"{adapter.name} is not the folder of a run, so its test rows are unknown; give the run")
     assert run is not None
     task = load_task(run.data, adapter.config, run.tasks)
-    writes = f"{run.data.task} is answered token by token, and not by one call of a graph"
+    writes = f"task {run.data.task} uses the language-modelling head; only graphs with a task's own head are measured"
     require(task.head != CAUSAL_LM, writes)
-    require(not adapter.model.low_memory, "the dense base would have to be in memory, and model.low_memory is on")
+    require(
+        not adapter.model.low_memory,
+        "the dense base model must be in memory to be timed; set model.low_memory to false",
+    )
     return replace(task, labels=adapter.class_names or task.labels)
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A graph as a `Respondent` that answers by a head."""
+class _GraphRespondent:
+    """A graph as a `Respondent`, for tasks with a head."""
 
     session: sessions.Session
     collator: Collator
 
     def outputs(self, encoded: Dataset, description: str) -> Iterator[tuple[Sequence[int], Inputs, Any]]:
-        """One row at a time: activations in int8 have one scale a batch, so that what else is in it would count."""
+        """Yield outputs of single rows: int8 activations share one scale per batch, so other rows would change them."""
         for row in bars.progress(range(len(encoded)), len(encoded), description):
             batch = self.collator(take_rows(encoded, [row]))
             yield [row], batch, SimpleNamespace(**self.session.run(without_labels(batch)))
@@ -165,12 +171,12 @@ class _Asked:
 
 
 @torch.inference_mode()
-def _in_pytorch(model: PreTrainedModel, inputs: Inputs) -> Any:
+def _run_pytorch(model: PreTrainedModel, inputs: Inputs) -> Any:
     return model(**{name: value for name, value in inputs.items() if reads(model, name)})
 
 
-def _timed(answers: Mapping[str, Callable[[Inputs], Any]], batches: Sequence[Inputs]) -> dict[str, list[float]]:
-    """Milliseconds a row, round by round; a first round, in which each meets the lengths of the rows, is left out."""
+def _time_rows(answers: Mapping[str, Callable[[Inputs], Any]], batches: Sequence[Inputs]) -> dict[str, list[float]]:
+    """Return milliseconds per row of each round, without a warm-up round, which compiles for each row length."""
 
     def once(answer: Callable[[Inputs], Any]) -> float:
         started = time.perf_counter()
@@ -184,7 +190,7 @@ def _timed(answers: Mapping[str, Callable[[Inputs], Any]], batches: Sequence[Inp
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Let PyTorch compute on one thread inside the block, as the runtimes do."""
+    """Limit PyTorch to one thread inside the block, like the runtimes."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -193,5 +199,5 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _in_words(spread: Spread) -> str:
+def _format_spread(spread: Spread) -> str:
     return f"{spread.median:.2f} ms ({spread.low:.2f} to {spread.high:.2f})"

@@ -1,4 +1,4 @@
-"""What a graph is written for, and how transformers' exporters write it."""
+"""The runtimes of graphs, and their exporters in transformers."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ from lightpeft.files.foreign import parsing
 
 
 class Runtime(ABC):
-    """One runtime."""
+    """A runtime that graphs are written for."""
 
     name: ClassVar[str]
-    """In the exporters' words."""
+    """Name in `RUNTIMES` and of the export form."""
     title: ClassVar[str]
-    """What runs the file, for people."""
+    """Name of the runtime, as text for users."""
     file: ClassVar[str]
-    """Of the graph."""
+    """File name of the graph."""
     tool: ClassVar[str]
     """Package that runs the file."""
     use: ClassVar[str]
-    """How, as code."""
+    """Python code that loads the file."""
     writers: ClassVar[Mapping[str, tuple[str, ...]]]
     """Data type of weights -> packages that write it."""
 
     @abstractmethod
     def settings(self, dtype: str) -> tuple[Any, Any]:
-        """Exporter of transformers, and its configuration."""
+        """Return the exporter of transformers and its configuration."""
 
     def check(self, dtype: str) -> None:
-        """Raise `LightPeftError` unless weights can be written so, here."""
+        """Raise `LightPeftError` unless `dtype` is supported and its packages are installed."""
         known = ", ".join(self.writers)
-        require(dtype in self.writers, f'"{dtype}" is no data type of graphs for {self.title}; choose one of {known}')
-        missing = [name for name in self.writers[dtype] if not _is_there(name)]
+        require(dtype in self.writers, f'dtype "{dtype}" is not supported by {self.title}; choose one of {known}')
+        missing = [name for name in self.writers[dtype] if not _is_installed(name)]
         instead = f'which is not installed; pip install "lightpeft[{self.name}]"'
         require(not missing, f"graphs in {dtype} for {self.title} need {' and '.join(missing)}, {instead}")
-        newer = "graphs are written by transformers' exporters, which came with 5.24; pip install -U transformers"
-        require(_is_there("transformers.exporters"), newer)
+        newer = "graph export needs transformers 5.24 or newer; pip install -U transformers"
+        require(_is_installed("transformers.exporters"), newer)
 
     def write(self, model: nn.Module, inputs: dict[str, Any], folder: Path, dtype: str) -> None:
-        """Trace a model with some inputs, all sizes dynamic but those of its layers, and write graph and manifest.
+        """Trace a model with example inputs, batch size and length dynamic, and write graph and manifest.
 
         Raises:
-            LightPeftError: the exporters cannot trace it.
+            LightPeftError: the exporter cannot trace the model.
         """
         cannot = f"this model cannot be traced for {self.title}; export it as merged"
         with parsing(cannot), torch.no_grad(), _silence():
@@ -63,8 +63,10 @@ class Runtime(ABC):
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep off the screen what tracing prints of its progress, and warns and logs of operators that no model here has;
-    the loggers go by no common name."""
+    """Suppress the progress, warnings and log lines of tracing inside the block.
+
+    Logging is disabled as a whole, since the loggers have no common name.
+    """
     manager = logging.getLogger().manager
     before = manager.disable
     logging.disable(logging.WARNING)
@@ -77,7 +79,7 @@ def _silence() -> Iterator[None]:
 
 
 class OnnxRuntime(Runtime):
-    """ONNX graphs, which ONNX Runtime runs."""
+    """ONNX Runtime, with ONNX graphs."""
 
     name = "onnx"
     title = "ONNX Runtime"
@@ -87,7 +89,7 @@ class OnnxRuntime(Runtime):
     writers: ClassVar = {"f32": ("onnx", "onnxscript"), "int8": ("onnx", "onnxscript", "onnxruntime")}
 
     def settings(self, dtype: str) -> tuple[Any, Any]:
-        """int8: matrices by ONNX Runtime's dynamic quantisation, one scale a column."""
+        """Return exporter and configuration; int8 is ONNX Runtime's dynamic quantization, one scale per column."""
         from transformers.exporters import OnnxConfig, OnnxExporter, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
 
         dynamic = OnnxRuntimeDynamicConfig(per_channel=True)
@@ -96,7 +98,7 @@ class OnnxRuntime(Runtime):
 
 
 class OpenVino(Runtime):
-    """OpenVINO's graphs; keys and values are state inside."""
+    """OpenVINO; keys and values are internal state of the graph."""
 
     name = "openvino"
     title = "OpenVINO"
@@ -106,7 +108,7 @@ class OpenVino(Runtime):
     writers: ClassVar = {"f32": ("openvino",), "f16": ("openvino",), "int8": ("openvino", "nncf")}
 
     def settings(self, dtype: str) -> tuple[Any, Any]:
-        """int8: weights by NNCF, one scale a row; f16: halves the file, and is computed with in 32 bits."""
+        """Return exporter and configuration; int8 weights are NNCF's, one scale per row; f16 is computed in 32 bits."""
         from transformers.exporters import (
             NNCFOpenVINOQuantizer,
             NNCFWeightCompressionConfig,
@@ -122,7 +124,7 @@ RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in (OnnxRuntim
 """Name -> runtime."""
 
 
-def _is_there(package: str) -> bool:
+def _is_installed(package: str) -> bool:
     with suppress(ModuleNotFoundError):
         return importlib.util.find_spec(package) is not None
     return False

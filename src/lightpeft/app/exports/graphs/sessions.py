@@ -1,4 +1,4 @@
-"""Written graphs, loaded in the runtimes that they are for, on one core of the CPU."""
+"""Sessions: written graphs loaded in their runtimes, on one core of the CPU."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ from torch import Tensor
 from lightpeft.app.exports.graphs.runtimes import RUNTIMES
 
 _CACHE = "cache."
-"""What names of keys and values begin with, behind "input." where they come in and "output." where they go out."""
+"""Prefix of keys and values in the graph's names, after "input." or "output."."""
 _TYPES = "token_type_ids"
-"""An input that tokenizers leave out where all tokens are of type 0."""
+"""Input that tokenizers omit if all tokens are of type 0."""
 
 
 class Session(ABC):
-    """A written file, loaded. Of a model that writes it remembers the tokens of earlier calls."""
+    """A loaded graph. For a causal language model it keeps the KV cache of earlier calls."""
 
     @abstractmethod
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What it gives, by name; inputs that it does not know are left out."""
+        """Return the outputs by name; inputs that the graph does not have are ignored."""
 
 
 def load(form: str, folder: Path, *, exact: bool = True) -> Session:
-    """Load what was exported in a form.
+    """Load an exported graph.
 
     Args:
-        exact: compute in 32 bits; left alone, OpenVINO computes in bfloat16 where the CPU can, whatever the graph says.
+        form: "onnx" or "openvino".
+        exact: True to compute in 32 bits; by default OpenVINO uses bfloat16 if the CPU supports it.
     """
     file = folder / RUNTIMES[form].file
     return _OpenVinoSession(file, exact) if form == "openvino" else _OnnxSession(file)
 
 
 class _OnnxSession(Session):
-    """Keys and values go in and out of every call."""
+    """An ONNX session; keys and values are inputs and outputs of every call."""
 
     def __init__(self, file: Path) -> None:
         import onnxruntime
@@ -61,12 +62,12 @@ class _OnnxSession(Session):
             return inputs[place.name].numpy()
         if place.name in self._past:
             return self._past[place.name]
-        _, heads, _, channels = place.shape  # the fixed ones may be text
+        _, heads, _, channels = place.shape  # fixed sizes may be strings
         return np.zeros((len(inputs["input_ids"]), int(heads), 0, int(channels)), dtype=np.float32)
 
 
 class _OpenVinoSession(Session):
-    """Keys and values are state inside."""
+    """An OpenVINO session; keys and values are its internal state."""
 
     def __init__(self, file: Path, exact: bool) -> None:
         import openvino

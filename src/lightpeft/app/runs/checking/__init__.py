@@ -1,4 +1,4 @@
-"""`lightpeft check`: what a run needs, stage by stage, before anything of its model is loaded."""
+"""`lightpeft check`: memory and computation of each stage of a run, before its model is loaded."""
 
 from lightpeft.app.runs.checking.needs import Check, Need, check
 

@@ -1,6 +1,6 @@
-"""Models of a run's shapes without its weights: with PEFT modules, and cut as if every layer lost the same part.
+"""Models with a run's shapes and without weights: with PEFT modules, and cut as if every layer lost the same part.
 
-Which units a cut takes is not known before estimation.
+The units that a cut removes are not known before estimation, so every layer counts as an average one.
 """
 
 from __future__ import annotations
@@ -34,29 +34,27 @@ from lightpeft.prune.surgery import apply_plan
 from lightpeft.training.prefix import FrozenPrefix, store_bytes
 
 _TILT = 0.2
-"""By how much the last block's neurons are worth more than the first's, where a budget lets all compete."""
+"""Assumed gain in score from the first block's neurons to the last block's, where neurons of all blocks compete."""
 
 
 def check_in_memory(work: Workspace) -> None:
-    """Refuse a run whose weights are not in memory as its configuration says, or all train.
+    """Require a run with floating-point weights in memory, most of them frozen; `check` knows no others.
 
     Raises:
-        LightPeftError: saying what to leave unset.
+        LightPeftError: the base is quantized or on disk, or all weights train.
     """
     model, own = work.config.model, load_model_config(work.config.model)
     stored = getattr(own, "quantization_config", None) is not None and model.gguf_file is None
-    quantised = f"check knows weights in floating point alone, and those of {model.name} are in few bits"
+    quantised = (
+        f"check supports floating-point weights only, and {model.name} is quantized; leave model.quantization unset"
+    )
     require(model.quantization is None and not stored, quantised)
-    require(
-        not model.low_memory, "check knows weights in memory alone; leave model.low_memory off to see what they take"
-    )
-    require(
-        work.config.way.has_peft, "check is of PEFT, and method full trains every weight; use method light or plain"
-    )
+    require(not model.low_memory, "check supports weights in memory only; set model.low_memory to false")
+    require(work.config.way.has_peft, "check does not support method full; set method to light or plain")
 
 
 def with_peft(work: Workspace, config: RunConfig) -> PeftModel:
-    """The run's model with PEFT modules, on the meta device."""
+    """Make the run's model with PEFT modules, on the meta device."""
     loaded = untrained_model(config.model, work.task.head, work.task.labels)
     ensure_family(loaded.model)
     if work.vocabulary is not None:
@@ -71,10 +69,10 @@ def with_peft(work: Workspace, config: RunConfig) -> PeftModel:
 
 
 def cut_evenly(model: PeftModel, light: LightConfig) -> None:
-    """Cut a model of which nothing is known: all units are worth about the same.
+    """Cut a model by random scores, because no real ones exist yet.
 
-    Where neurons of all blocks compete, each block keeps another number of them, as behind a real estimation: shapes
-    that occur once cost memory.
+    Where neurons of all blocks compete, each block keeps another number of them, as after a real estimation: each
+    shape that occurs only once costs memory.
     """
     dense = block_specs(transformers_model(model))
     stay = light.blocks_left(len(dense))
@@ -95,13 +93,13 @@ def cut_evenly(model: PeftModel, light: LightConfig) -> None:
     found |= {f"ranks/random/{index}": scores(site.rank) for index, site in enumerate(sites)}
     found["modules/random"] = scores(len(sites))
     record = EstimationRecord(blocks, sites, found, base, fingerprint="", left_out=left_out)
-    apply_plan(model, make_plan(record, even(light, blocks)))
+    apply_plan(model, make_plan(record, with_even_shares(light, blocks)))
 
 
-def even(light: LightConfig, blocks: Sequence[BlockSpec]) -> LightConfig:
-    """A budget of the same part of heads, neurons and experts, in place of the one that scores would spread.
+def with_even_shares(light: LightConfig, blocks: Sequence[BlockSpec]) -> LightConfig:
+    """Return a budget that removes the same part of heads, neurons and experts in each block.
 
-    As many experts stay as routers need.
+    Real scores would spread `light.remove.blocks` over them. Routers keep as many experts as they need.
     """
     named = {"criterion": "random", "module_criterion": "random", "rank_criterion": "random"}
     light = override_light(light, {"estimate": named})
@@ -114,7 +112,7 @@ def even(light: LightConfig, blocks: Sequence[BlockSpec]) -> LightConfig:
 
 
 def stored_states(work: Workspace, prefix: FrozenPrefix, shapes: BatchShapes) -> Tensor | None:
-    """What frozen blocks give for a batch; None: there are none, or a run would not keep it."""
+    """Compute the output of the frozen blocks for a batch; None: no block is frozen, or the run would not store it."""
     settings = work.prefix_cache
     steps = work.steps - work.stage.steps - work.last_steps
     seen = steps * work.pace.batch_size * work.pace.accumulation
@@ -127,16 +125,16 @@ def stored_states(work: Workspace, prefix: FrozenPrefix, shapes: BatchShapes) ->
 
 
 def store_bytes_of(work: Workspace, states: Tensor) -> int:
-    """Of the states of all training rows."""
+    """Return the bytes of the stored states of all training rows."""
     return store_bytes(work.train_rows["length"][:], states.shape[-1], states.dtype)
 
 
 def shapes_of(batch: Mapping[str, Any]) -> BatchShapes:
-    """Of the tensors in a batch."""
+    """Return the shape and data type of each tensor in a batch."""
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     return {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
 
 
 def device() -> torch.device:
-    """What training uses."""
+    """Return the device that training uses: the accelerator, or else the CPU."""
     return accelerator() or torch.device("cpu")

@@ -1,4 +1,4 @@
-"""What a run needs: memory and floating-point operations of its stages; what to change where it is too much."""
+"""Memory and floating-point operations of a run's stages, and the settings to change where they are too much."""
 
 from __future__ import annotations
 
@@ -21,93 +21,94 @@ from lightpeft.profiling.surroundings import hardware
 
 @dataclass(frozen=True)
 class Need:
-    """A stage of a run."""
+    """Memory and computation of one stage of a run."""
 
     holding: Holding
     steps: int
-    """Optimizer steps; of evaluation, batches."""
+    """Optimizer steps of the stage; of evaluation, batches."""
 
     @property
     def flops(self) -> int:
-        """Of the stage, with every batch as long as the longest."""
+        """Floating-point operations of the stage, as if every batch were as long as the longest."""
         return self.holding.flops * self.steps
 
 
 @dataclass(frozen=True)
 class Check:
-    """What a run needs."""
+    """Memory and computation of all stages of a run."""
 
     stages: dict[str, Need]
-    """By name, in order; "plain" is plain PEFT on the whole model, beside which the others are seen."""
+    """Stage name -> its needs, in order; "plain" is plain PEFT on the whole model, for comparison."""
     rows: int
-    """Of a batch."""
+    """Rows of a batch."""
     tokens: int
-    """Of its longest row."""
+    """Tokens of the longest row."""
     prefix_bytes: int
-    """What the outputs of frozen blocks take, in memory or on disk; 0 where none are kept."""
+    """Bytes of the stored outputs of frozen blocks, in memory or on disk; 0 where none are stored."""
     available: int
     """Bytes of memory of the device."""
     removal: list[str]
-    """What the run is going to remove, and why; where it stops."""
+    """Lines that say how much the run will remove and why, and where it may stop early."""
 
     @property
     def largest(self) -> str:
-        """The stage of the run that needs most memory."""
+        """Name of the run's stage that needs most memory."""
         return max(self.own, key=lambda name: self.stages[name].holding.total)
 
     @property
     def own(self) -> list[str]:
-        """The stages of the run itself."""
+        """Names of the run's own stages, without the comparison."""
         return [name for name in self.stages if name != "plain"] or ["plain"]
 
     @property
     def fits(self) -> bool:
-        """Whether the run's stages fit into the device's memory."""
+        """True if the largest stage fits into the device's memory."""
         return self.stages[self.largest].holding.total <= self.available
 
     @property
     def left(self) -> int:
-        """Bytes of the device's memory beside the weights and what trains, in the stage that has most of these."""
+        """Bytes of the device's memory left beside weights and optimizer state, in the stage with most of these."""
         return self.available - max(self.stages[name].holding.fixed for name in self.own)
 
     @property
     def flops_of_plain(self) -> float:
-        """What the run's training computes, as a part of plain PEFT's."""
+        """Floating-point operations of the run's training over those of plain PEFT's."""
         return sum(self.stages[name].flops for name in self.own if name != "evaluate") / self.stages["plain"].flops
 
     def summary(self) -> Iterator[str]:
-        """Whether it fits, whether it pays, and what to change, a line each."""
+        """Yield lines: what is removed, whether the run fits into memory, what to change, and its computation."""
         yield from self.removal
         need, room = self.stages[self.largest].holding.total, f"{self.available / 2**30:.1f} GiB"
         verdict = "fits into" if self.fits else "does not fit into"
-        yield f"the largest stage, {self.largest}, takes {need / 2**30:.1f} GiB and {verdict} the {room} that there are"
+        yield f"the largest stage, {self.largest}, takes {need / 2**30:.1f} GiB and {verdict} the available {room}"
         if not self.fits and self.left > 0:
-            yield "  set training.gradient_checkpointing, or smaller batches with training.gradient_accumulation"
+            yield "  set training.gradient_checkpointing, or a smaller batch with training.gradient_accumulation"
         elif self.left <= 0:
-            alone = f"weights, and what trains, take {(self.available - self.left) / 2**30:.1f} GiB by themselves"
-            yield f"  {alone}, whatever the batch: set model.dtype, model.quantization or model.low_memory"
+            alone = f"weights and optimizer state take {(self.available - self.left) / 2**30:.1f} GiB"
+            yield f"  {alone} at any batch size: set model.dtype, model.quantization or model.low_memory"
         if self.prefix_bytes:
-            yield f"the prefix cache takes {decimal(self.prefix_bytes)} (training.prefix_cache says where)"
+            yield f"the prefix cache takes {decimal(self.prefix_bytes)} (training.prefix_cache: memory, disk or off)"
         if "train" in self.stages:
             together = "estimation and training compute" if "estimate" in self.stages else "training computes"
-            yield f"{together} {self.flops_of_plain:.2f} of what plain PEFT does"
+            yield f"{together} {self.flops_of_plain:.2f} times the floating-point operations of plain PEFT"
 
     def facts(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """Return all numbers and the hardware as plain data for JSON."""
         stages = {name: {**asdict(need), "total": need.holding.total} for name, need in self.stages.items()}
         found = {name: getattr(self, name) for name in ("largest", "fits", "flops_of_plain")}
         return {**asdict(self), "stages": stages, **found, "hardware": hardware()}
 
 
 def check(work: Workspace, available: int | None = None) -> Check:
-    """Go through the stages of a run on its longest batch.
+    """Compute the needs of each stage of a run from its longest batch, on tensors without storage.
 
     Args:
-        available: bytes of memory that the run may take; None: what the accelerator, or without one the machine, has.
+        available: bytes of memory that the run may take; None: all memory of the accelerator or, without one, of the
+            machine.
 
     Raises:
         LightPeftError: the model cannot be pruned, PEFT cannot be put on it, or the budget cannot be met; its weights
-            are in few bits, on disk, or train all.
+            are quantized, on disk, or all train.
     """
     check_in_memory(work)
     available = memory_of_device() if available is None else available
@@ -122,7 +123,7 @@ def check(work: Workspace, available: int | None = None) -> Check:
 
 
 def _own_stages(work: Workspace, rehearsal: Rehearsal) -> tuple[dict[str, Need], int]:
-    """The stages of the run itself, beside plain PEFT, and the bytes of its prefix cache."""
+    """Compute the needs of the run's own stages, and the bytes of its prefix cache."""
     if not work.config.way.prunes:
         return {}, 0
     length, last = work.stage.steps, work.last_steps
@@ -136,7 +137,7 @@ def _own_stages(work: Workspace, rehearsal: Rehearsal) -> tuple[dict[str, Need],
 
 
 def memory_of_device() -> int:
-    """Bytes of the accelerator, or without one of the machine."""
+    """Return the bytes of memory of the accelerator or, without one, of the machine."""
     device = accelerator()
     if device is not None and device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)

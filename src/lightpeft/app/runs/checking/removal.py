@@ -1,4 +1,4 @@
-"""What of the base a run is going to remove, and why: said before anything trains."""
+"""Lines, before training, about how much of the base a run will remove and why."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightpeft.machine import processes, sharding_launched
 
 
 def why_fixed(work: Workspace) -> str | None:
-    """Why a run that is told no budget cannot search for one; None: it can, or is told."""
+    """Return why a run with `light: auto` cannot search for a budget; None: it can, or the budget is a number."""
     light = work.config.light
     if not light.is_auto:
         return None
@@ -29,7 +29,7 @@ def why_fixed(work: Workspace) -> str | None:
 
 
 def expected_light(work: Workspace) -> LightConfig:
-    """The settings of a run, with the budget that it will have where that is known before."""
+    """Return the `light` settings of a run, with the fixed budget in place of auto where no search is possible."""
     light = work.config.light
     if why_fixed(work) is None:
         return light
@@ -37,7 +37,7 @@ def expected_light(work: Workspace) -> LightConfig:
 
 
 def expected_removal(work: Workspace) -> Iterator[str]:
-    """What a light run that is told no budget will remove and why, and where any run will stop, a line each."""
+    """Yield lines: how much `light: auto` will remove and why, and whether the run may stop early."""
     light = work.config.light
     fixed = why_fixed(work)
     if work.unable is not None:
@@ -45,9 +45,9 @@ def expected_removal(work: Workspace) -> Iterator[str]:
     elif fixed is not None and work.tolerance.unit == "points":
         yield f"removes {SHORT:.0%} of the blocks, or nothing if estimation teaches nothing: {fixed}"
     elif fixed is not None:
-        yield f"removes nothing of the blocks: {fixed}, and what a fixed budget costs is known of classifiers alone"
+        yield f"removes nothing of the blocks: {fixed}, and a fixed budget was measured on classifiers only"
     elif light.is_auto:
-        most = f"in at most {SEARCH_FRACTION:.0%} of the time of plain PEFT's run"
-        yield f"searches for the part of the blocks that {work.tolerance} bears, when estimation is over, {most}"
+        most = f"which takes at most {SEARCH_FRACTION:.0%} of the time of plain PEFT's run"
+        yield f"searches for the largest budget within the tolerance ({work.tolerance}) after estimation, {most}"
     if work.held_rows is not None and work.stops_early:
-        yield f"stops before its {work.steps} steps are over if the loss on {len(work.held_rows)} rows aside turns"
+        yield f"stops before its {work.steps} steps are over if the loss on {len(work.held_rows)} held-out rows rises"

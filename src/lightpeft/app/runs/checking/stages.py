@@ -1,4 +1,4 @@
-"""The stages of a run in rehearsal: its own model, PEFT modules, masks, cut and steps, on tensors without storage."""
+"""Rehearse the stages of a run (model, PEFT modules, masks, cut and steps) on tensors without storage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from lightpeft.app.evaluation.respondent import AT_ONCE
+from lightpeft.app.evaluation.respondent import MOST_LOGIT_BYTES
 from lightpeft.app.runs.bench import accelerating, adamw, estimating
 from lightpeft.app.runs.checking.models import (
     cut_evenly,
@@ -30,7 +30,7 @@ from lightpeft.training.prefix import STATES, FrozenPrefix
 
 
 class Rehearsal:
-    """The stages of a run on its longest batch, without storage."""
+    """Memory and computation of the stages of a run on its longest batch, computed on tensors without storage."""
 
     def __init__(self, work: Workspace) -> None:
         self.work = work
@@ -38,19 +38,19 @@ class Rehearsal:
         self._options = {"lengths": lengths_of(work), **work.step_options}
 
     def plain(self) -> Holding:
-        """Steps of plain PEFT."""
+        """Rehearse training steps of plain PEFT."""
         model = with_peft(self.work, replace(self.work.config, method="plain"))
         with rehearsing(model, device(), self._labelled) as watch:
             return self._steps(model, watch, adamw(self.work), nullcontext())
 
     def estimation(self) -> Holding:
-        """Steps of estimation."""
+        """Rehearse steps of estimation."""
         model = with_peft(self.work, self.work.config)
         with rehearsing(model, device(), self._labelled) as watch:
             return self._steps(model, watch, estimating(self.work, model), accelerating(self.work, model))
 
     def full_width(self) -> Holding:
-        """Steps of the whole model with what the small one has learned (`light.after.full_width_steps`)."""
+        """Rehearse the last steps at full width (`light.after.full_width_steps`): the whole model with PEFT."""
         model = with_peft(self.work, self.work.config)
         with rehearsing(model, device(), self._labelled) as watch:
             return self._steps(model, watch, adamw(self.work), accelerating(self.work, model))
@@ -59,7 +59,7 @@ class Rehearsal:
         return rehearse_training(model, watch, self.shapes, optimizer, around, **self._options)
 
     def light(self) -> tuple[Holding, Holding, int]:
-        """Steps of the small model, its evaluation, and the bytes of its prefix cache."""
+        """Rehearse training steps and evaluation of the pruned model; the third value: bytes of its prefix cache."""
         work, model = self.work, with_peft(self.work, self.work.config)
         cut_evenly(model, work.config.light)
         prefix = FrozenPrefix(model)
@@ -78,17 +78,17 @@ class Rehearsal:
                 evaluation = rehearse_inference(model, watch, given, autocast)
             if head is not None:
                 logits = 4 * math.prod(given["input_ids"][0]) * head.out_features
-                evaluation = replace(evaluation, activations=evaluation.activations + min(logits, AT_ONCE))
+                evaluation = replace(evaluation, activations=evaluation.activations + min(logits, MOST_LOGIT_BYTES))
             return training, evaluation, size
 
 
 def lengths_of(work: Workspace) -> int:
-    """How many lengths the training batches of a run have."""
+    """Return the number of different padded lengths of the training rows."""
     return len({-(-length // PADDED_TO) for length in work.train_rows["length"][:]})
 
 
 def longest_batch(work: Workspace) -> tuple[BatchShapes, float]:
-    """Shapes of a batch of the longest training rows, and the part of its tokens that have a label."""
+    """Return the shapes of a batch of the longest training rows, and the part of its tokens with a label."""
     lengths = work.train_rows["length"][:]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     batch = work.collator(work.train_rows.select(order[: work.config.training.batch_size]).to_list())

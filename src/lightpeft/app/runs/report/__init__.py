@@ -1,1 +1,1 @@
-"""`lightpeft report`: one page about runs, made of what lies in their folders: read, drawn, set."""
+"""`lightpeft report`: one HTML page about runs, from the files in their folders."""

@@ -1,4 +1,4 @@
-"""A figure of matplotlib as a part of a page: SVG with the page's colours, and without any names."""
+"""A matplotlib figure as inline SVG: with the page's colours, and without ids that could clash in one page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INK, QUIET, RULE, BLANK = "#1c1e21", "#62676e", "#dcdcd7", "#e6e6e1"
 BLUE, ORANGE, GREEN, PAPER = "#0072b2", "#d55e00", "#009e73", "#fdfdfc"
 _NAMES = {INK: "ink", QUIET: "quiet", RULE: "rule", BLANK: "blank"}
 _NAMES |= {BLUE: "blue", ORANGE: "orange", GREEN: "green", PAPER: "paper"}
-"""Colour -> the variable of the page's style sheet that takes its place, which is another in the dark."""
+"""Colour -> variable of the page's style sheet that replaces it; dark mode has other values."""
 STYLED = rc_context(
     {
         "font.size": 12,
@@ -39,17 +39,17 @@ STYLED = rc_context(
         "svg.hashsalt": "lightpeft",
     }
 )
-"""Decorates what draws."""
+"""Decorator of functions that draw, which sets the style."""
 
 
 class Drawing:
-    """One figure, in units of a pixel, with one pair of axes."""
+    """One figure with one pair of axes, in pixels."""
 
     def __init__(self, width: float, height: float, label: str, grid: str = "") -> None:
         """
         Args:
-            label: what it shows, for those who cannot see it.
-            grid: axes that have lines: "x", "y" or "both".
+            label: description of the figure for screen readers.
+            grid: axes with grid lines: "x", "y" or "both"; empty: none.
         """
         self.width, self.height, self.label = width, height, label
         self.figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
@@ -63,19 +63,21 @@ class Drawing:
 
     @STYLED
     def __html__(self) -> str:
-        """As it stands in a page, for a template that escapes all else."""
+        """Return the SVG, which the template inserts without escaping."""
         file = io.StringIO()
         self.figure.savefig(file, format="svg", transparent=True)
         drawn = ElementTree.fromstring(file.getvalue())
         for element in drawn.iter():
             element.tag = element.tag.rpartition("}")[2]
-            element.attrib = {name.rpartition("}")[2]: _plain(value) for name, value in element.attrib.items()}
+            element.attrib = {
+                name.rpartition("}")[2]: _clean_attribute(value) for name, value in element.attrib.items()
+            }
         shapes = {each.attrib["id"]: each for each in drawn.iter() if "id" in each.attrib}
         figure = shapes["figure_1"]
         for parent in list(figure.iter()):
             for place, child in enumerate(parent):
                 if child.tag == "use":
-                    parent[place] = _at_its_place(shapes[child.attrib["href"].removeprefix("#")], child)
+                    parent[place] = _place_marker(shapes[child.attrib["href"].removeprefix("#")], child)
         for element in figure.iter():
             for name in ("id", "clip-path"):
                 element.attrib.pop(name, None)
@@ -89,8 +91,8 @@ class Drawing:
         return ElementTree.tostring(root, encoding="unicode")
 
 
-def _plain(value: str) -> str:
-    """An attribute in tenths of a pixel, with the page's colours and font."""
+def _clean_attribute(value: str) -> str:
+    """Round the numbers of an attribute to tenths of a pixel, and replace colours by the page's variables."""
     value = re.sub(r"\d+\.\d{2,}", lambda number: f"{float(number[0]):.1f}", value)
     value = re.sub(
         r"#[0-9a-f]{6}", lambda colour: f"var(--{_NAMES[colour[0]]})" if colour[0] in _NAMES else colour[0], value
@@ -98,8 +100,8 @@ def _plain(value: str) -> str:
     return " ".join(value.split())
 
 
-def _at_its_place(shape: ElementTree.Element, use: ElementTree.Element) -> ElementTree.Element:
-    """A marker where it is used."""
+def _place_marker(shape: ElementTree.Element, use: ElementTree.Element) -> ElementTree.Element:
+    """Copy a marker to the position of a `use` element."""
     drawn = copy.deepcopy(shape)
     drawn.attrib["transform"] = f"translate({use.attrib['x']} {use.attrib['y']})"
     drawn.attrib["style"] = use.attrib.get("style", drawn.attrib.get("style", ""))

@@ -1,4 +1,4 @@
-"""What the folder of a run tells, however far the run has come: plain data, read and checked once."""
+"""The facts in the folder of a run, finished or not: plain data, read and checked once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightpeft.app.folders.run_folder import Report, RunFolder, is_run, read_report
+from lightpeft.app.folders.run_folder import RunFolder, RunReport, is_run, read_report
 from lightpeft.budget.found import FoundBudget
 from lightpeft.config import RunConfig
 from lightpeft.config.validation import from_dict
@@ -18,41 +18,41 @@ from lightpeft.files import explain_content_errors, read_json
 from lightpeft.plans.records import PrunePlan, block_parameters
 
 STAGES = {
-    "teach": "The teacher",
-    "depth": "The depth",
+    "teach": "Teacher",
+    "depth": "Search for the depth",
     "estimate": "Estimation",
-    "budget": "The budget",
-    "prune": "The cut",
+    "budget": "Search for the budget",
+    "prune": "Cut",
     "train": "Fine-tuning",
-    "widen": "At full width",
+    "widen": "Training at full width",
     "evaluate": "Evaluation",
 }
-"""Stage of a run, as the log calls it -> how people do."""
+"""Stage of a run in the log -> its title on the page."""
 Size = tuple[str, float | None, float | None]
-"""(what, parameters before the cut, after it); None: not known, or nothing of the kind."""
+"""(name of the part, parameters before the cut, parameters after it); None: unknown."""
 TRAINED = ("estimate", "train", "widen")
-"""Stages that take optimizer steps, in their order."""
+"""Stages with optimizer steps, in order."""
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage of a run."""
+class StageFacts:
+    """Time, memory and steps of one stage of a run."""
 
     name: str
     done: bool
     seconds: float | None = None
-    """Wall-clock time; None: not known, or not done."""
+    """Wall-clock seconds; None: unknown, or not done."""
     peak_memory_bytes: int | None = None
     steps: int | None = None
     """Optimizer steps."""
     resumed_at: int = 0
-    """Step at which its last part began, which alone is timed; 0: all of it."""
+    """Step at which the last part of the stage began; time and memory are those of that part. 0: of all of it."""
     taken_from: str | None = None
-    """Another run, whose result was taken."""
+    """Name of another run whose result is reused; None: the stage was run here."""
 
     @property
     def title(self) -> str:
-        """Its name for people."""
+        """Title of the stage on the page."""
         return STAGES[self.name]
 
 
@@ -67,61 +67,61 @@ class Losses:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """One run."""
+    """Settings, stages and results of one run."""
 
     folder: Path
     config: RunConfig
-    stages: list[Stage]
+    stages: list[StageFacts]
     losses: list[Losses]
     cut: int | None
     """Step at which estimation ended and the model was cut, if anything was."""
     broken_losses: int
     """Lines of the log whose loss is NaN or infinite."""
     plan: PrunePlan | None
-    report: Report | None
-    """What metrics.json says."""
+    report: RunReport | None
+    """Content of metrics.json; None: the run was not evaluated yet."""
     sizes: list[Size]
     curve: dict[str, Any] | None
-    """What curve.json says."""
+    """Content of curve.json; None: no curve was measured."""
     budget: FoundBudget | None
-    """What `light: auto` found."""
+    """Budget that `light: auto` found; None: the budget was given."""
 
     @property
     def name(self) -> str:
-        """What tells the run from others on the page."""
+        """Name of the run on the page: its folder."""
         return str(self.folder if self.folder.name else self.folder.resolve())
 
     @property
-    def missing(self) -> list[Stage]:
-        """Stages that are still to come."""
+    def missing(self) -> list[StageFacts]:
+        """Stages that are not done yet."""
         return [stage for stage in self.stages if not stage.done]
 
     @property
     def training_seconds(self) -> float | None:
-        """Seconds of all stages but evaluation; None where one is not known."""
+        """Seconds of all stages but evaluation; None: one of them is unknown."""
         seconds = [stage.seconds for stage in self.stages if stage.name != "evaluate"]
         known = [each for each in seconds if each is not None]
         return sum(known) if known and len(known) == len(seconds) else None
 
     @property
     def peak_memory_bytes(self) -> int | None:
-        """The largest peak of the stages that train."""
+        """Largest peak memory of all training stages; None: unknown."""
         return max((stage.peak_memory_bytes for stage in self.stages if stage.peak_memory_bytes), default=None)
 
 
 def read_run(folder: Path) -> RunFacts:
-    """All that is known of a run.
+    """Read all facts of a run from its folder.
 
     Raises:
-        LightPeftError: the folder is none of a run, or a file in it is not as it was written.
+        LightPeftError: the folder is not that of a run, or a file in it is damaged.
     """
-    require(is_run(folder), f"{folder} is not the folder of a run: it has no config.yaml; give what `run` wrote to")
+    require(is_run(folder), f"{folder} is not the folder of a run: it has no config.yaml; give the --output of a run")
     run = RunFolder.at(folder)
     raw = read_report(run.metrics) if run.has("evaluate") else None
-    report = None if raw is None else Report.of(raw)
+    report = None if raw is None else RunReport.of(raw)
     plan = PrunePlan.load(run.plan) if run.config.way.prunes and run.has("plan") else None
-    stages = list(_stages(run, report))
-    losses, broken = _losses(run.log_entries(), stages)
+    stages = list(_read_stages(run, report))
+    losses, broken = _read_losses(run.log_entries(), stages)
     return RunFacts(
         folder=folder,
         config=run.config,
@@ -131,13 +131,13 @@ def read_run(folder: Path) -> RunFacts:
         broken_losses=broken,
         plan=plan,
         report=report,
-        sizes=list(_sizes(plan, report)),
+        sizes=list(_count_parameters(plan, report)),
         curve=read_json(run.curve) if run.curve.is_file() else None,
-        budget=_budget(raw, run.metrics) if raw is not None else None,
+        budget=_read_budget(raw, run.metrics) if raw is not None else None,
     )
 
 
-def _stages(run: RunFolder, report: Report | None) -> Iterable[Stage]:
+def _read_stages(run: RunFolder, report: RunReport | None) -> Iterable[StageFacts]:
     way, logged = run.config.way, run.finished_stages()
     light = run.config.light
     before, after = ["depth"] if light.remove.depth == "auto" else [], ["budget"] if light.is_auto else []
@@ -147,7 +147,7 @@ def _stages(run: RunFolder, report: Report | None) -> Iterable[Stage]:
         told: dict[str, Any] = logged.get(name, {})
         if report is not None:
             told = {**told, "seconds": report.seconds.get(name, told.get("seconds")), **report.training.get(name, {})}
-        yield Stage(
+        yield StageFacts(
             name=name,
             done=run.has(name),
             seconds=told.get("seconds"),
@@ -159,11 +159,11 @@ def _stages(run: RunFolder, report: Report | None) -> Iterable[Stage]:
 
 
 MOST_POINTS = 400
-"""Points of a line at most; of a longer log each is the mean of some lines."""
+"""Maximum number of points of a line; in a longer log each point is the mean of some lines."""
 
 
-def _losses(entries: Iterable[Mapping[str, Any]], stages: Sequence[Stage]) -> tuple[list[Losses], int]:
-    """Losses by stage, and how many are no number. What a resumed run logged twice counts once, as it was last."""
+def _read_losses(entries: Iterable[Mapping[str, Any]], stages: Sequence[StageFacts]) -> tuple[list[Losses], int]:
+    """Collect the losses by stage, and count those that are NaN or infinite; of a step logged twice, keep the last."""
     found: dict[str, dict[float, float]] = {stage: {} for stage in TRAINED}
     broken = 0
     for entry in entries:
@@ -177,32 +177,32 @@ def _losses(entries: Iterable[Mapping[str, Any]], stages: Sequence[Stage]) -> tu
     before = sum(stage.steps or 0 for stage in stages if stage.name in ("estimate", "train"))
     lines = []
     for name, losses in found.items():
-        start = before if name == "widen" else 0  # whose steps are counted anew
+        start = before if name == "widen" else 0  # the log counts steps at full width from 0
         points = sorted((start + step, loss) for step, loss in losses.items())
         if points:
-            lines.append(Losses(name, _means(points, math.ceil(len(points) / MOST_POINTS))))
+            lines.append(Losses(name, _average(points, math.ceil(len(points) / MOST_POINTS))))
     return lines, broken
 
 
-def _means(points: Sequence[tuple[float, float]], each: int) -> list[tuple[float, float]]:
+def _average(points: Sequence[tuple[float, float]], each: int) -> list[tuple[float, float]]:
     chunks = [points[start : start + each] for start in range(0, len(points), each)]
     return [(sum(x for x, _ in chunk) / len(chunk), sum(y for _, y in chunk) / len(chunk)) for chunk in chunks]
 
 
-def _sizes(plan: PrunePlan | None, report: Report | None) -> Iterable[Size]:
-    """What the plan says, and what was measured on the result."""
+def _count_parameters(plan: PrunePlan | None, report: RunReport | None) -> Iterable[Size]:
+    """Yield the parameters before the cut, by the plan, and after it, measured on the result if there is one."""
     measured = report.parameters if report is not None else {}
     if plan is not None:
         blocks = sum(map(block_parameters, plan.specs))
-        yield "the base", plan.base_parameters, measured.get("base", plan.base_parameters - plan.removed_parameters)
-        yield "its blocks", blocks, blocks - plan.removed_parameters
+        yield "base model", plan.base_parameters, measured.get("base", plan.base_parameters - plan.removed_parameters)
+        yield "blocks of the base", blocks, blocks - plan.removed_parameters
     elif "base" in measured:
-        yield "the base", None, measured["base"]
+        yield "base model", None, measured["base"]
     if "trained" in measured:
-        yield "trained", None, measured["trained"]
+        yield "trained parameters", None, measured["trained"]
 
 
-def _budget(report: Mapping[str, Any], path: Path) -> FoundBudget | None:
+def _read_budget(report: Mapping[str, Any], path: Path) -> FoundBudget | None:
     told = report.get("budget")
     if not isinstance(told, dict):
         return None

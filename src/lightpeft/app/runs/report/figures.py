@@ -1,4 +1,4 @@
-"""The page's figures: facts in, drawings out. Each fits a phone, or is drawn for a width that is asked for."""
+"""The page's figures, drawn from facts. Each fits a phone, or is drawn for a given width."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import SLOTS, BlockSpec
 
 NARROW = 326.0
-"""Pixels that the smallest screens have room for."""
+"""Width in pixels that fits the smallest screens."""
 COLOURS = {"estimate": ORANGE, "train": BLUE, "widen": GREEN}
-"""Stage that trains -> its colour."""
+"""Colour of each training stage."""
 
 UNITS: dict[str, tuple[Callable[[BlockSpec], int], Callable[[BlockPlan], int]]] = {
     "Attention heads": (lambda spec: spec.heads, lambda kept: len(kept.heads)),
@@ -25,10 +25,10 @@ UNITS: dict[str, tuple[Callable[[BlockSpec], int], Callable[[BlockPlan], int]]] 
     "Experts": (lambda spec: spec.experts, lambda kept: len(kept.experts)),
     "Neurons of each expert": (lambda spec: spec.expert_width, lambda kept: kept.expert_width),
 }
-"""Units of a block by name: how many it has, and how many of them stay."""
+"""Kind of unit -> functions that give a block's number of units, and the number kept."""
 
 
-# -- what stays ----------------------------------------------------------------------------------------------------
+# -- units kept ----------------------------------------------------------------------------------------------------
 
 
 class _Layers(Drawing):
@@ -42,25 +42,25 @@ class _Layers(Drawing):
         self.every = max(1, round(13 / pitch))
         self.axes.set_ylim(-0.5, len(self.parts) - 0.5)
         self.axes.set_xticks([])
-        self._number(self.axes, [spec.label or str(spec.index) for spec in plan.specs])
+        self._label_rows(self.axes, [spec.label or str(spec.index) for spec in plan.specs])
 
     def bar(self, block: int, start: float, width: float, colour: str) -> None:
-        """A bar in a row."""
+        """Draw a bar in the row of a block."""
         self.axes.barh(block, width, 0.8, start, color=colour)
 
     def left_out(self, block: int, width: float) -> None:
-        """A row of a block that is gone whole."""
+        """Draw a dotted row for a block that is removed whole."""
         self.axes.hlines(block, 0, width, color=RULE, linestyle=":", linewidth=2)
 
     def numbers(self, words: Sequence[str]) -> None:
-        """What stays, at the right end of each row."""
+        """Write a text at the right end of each row."""
         right = self.axes.twinx()
         right.set_ylim(self.axes.get_ylim())
         for side in right.spines.values():
             side.set_visible(False)
-        self._number(right, words)
+        self._label_rows(right, words)
 
-    def _number(self, axes: Any, words: Sequence[str]) -> None:
+    def _label_rows(self, axes: Any, words: Sequence[str]) -> None:
         places = range(0, len(words), self.every)
         axes.set_yticks([*places], [words[place].replace("$", r"\$") for place in places])
         axes.tick_params(axis="y", length=0, labelcolor=QUIET)
@@ -68,10 +68,10 @@ class _Layers(Drawing):
 
 @STYLED
 def units(plan: PrunePlan, what: str) -> Drawing:
-    """How many of some `UNITS` of a block stay, as bars."""
+    """Draw the kept units of each block as bars."""
     dense, stays = UNITS[what]
     kept_in_all, of = sum(map(stays, plan.blocks)), sum(map(dense, plan.specs))
-    rows = _Layers(plan, f"{what} that stay, layer by layer: {kept_in_all:,} of {of:,}")
+    rows = _Layers(plan, f"{what} kept in each layer: {kept_in_all:,} of {of:,}")
     for block, (spec, kept) in enumerate(rows.parts):
         if kept is None:
             rows.left_out(block, max(map(dense, plan.specs)))
@@ -85,10 +85,10 @@ def units(plan: PrunePlan, what: str) -> Drawing:
 
 @STYLED
 def modules(plan: PrunePlan) -> Drawing:
-    """Every PEFT module, a column for each place in a block: how many of its ranks stay."""
+    """Draw the kept rank of each PEFT module: a row per block, a column per projection."""
     dense = {(site.block, site.slot): site.rank for site in plan.dense_sites}
     slots = [slot for slot in SLOTS if any(slot == of for _, of in dense)]
-    rows = _Layers(plan, f"PEFT modules that stay, with their ranks: {len(plan.sites)} of {len(plan.dense_sites)}", 36)
+    rows = _Layers(plan, f"PEFT modules kept, with their ranks: {len(plan.sites)} of {len(plan.dense_sites)}", 36)
     names = [slot.replace("ffn_", "ffn\n" if len(slots) > 4 else "ffn ") for slot in slots]
     rows.axes.set_xticks([column + 0.47 for column in range(len(slots))], names)
     rows.axes.tick_params(axis="x", top=False, labeltop=True, labelbottom=False, labelcolor=QUIET)
@@ -110,7 +110,11 @@ def modules(plan: PrunePlan) -> Drawing:
 
 @STYLED
 def losses(lines: Sequence[Losses], cut: int | None, width: float) -> Drawing:
-    """The training loss of all stages over the steps of the run, with a mark where estimation ended."""
+    """Draw the training loss of all stages over the steps of the run, with a line at the end of estimation.
+
+    Args:
+        cut: step at which estimation ended; None: no line.
+    """
     figure = Drawing(width, 240 if width > 500 else 210, "Training loss by optimizer step, stage by stage", "y")
     for line in lines:
         steps, values = zip(*line.points, strict=True)
@@ -135,8 +139,8 @@ def _legend(figure: Drawing) -> None:
 
 @STYLED
 def budget(found: FoundBudget) -> Drawing:
-    """What was probed of some budgets, and what is expected of the one that was found."""
-    figure = Drawing(NARROW, 220, "Budgets that were probed, with the expected rise of the loss", "both")
+    """Draw the measured rise of the loss at the probed budgets, and the expected one at the budget that was found."""
+    figure = Drawing(NARROW, 220, "Rise of the loss at the probed budgets and, expected, at the chosen one", "both")
     figure.axes.axhline(0, color=RULE, linewidth=0.8)
     worth = found.points_a_nat or 1.0
     figure.axes.axhline(worth * found.tolerance, color=QUIET, linewidth=1, linestyle="--", label="tolerance")
@@ -149,12 +153,16 @@ def budget(found: FoundBudget) -> Drawing:
         _point(figure, 100 * found.blocks, left, BLUE, "expected", (0, upper - left))
     figure.axes.set_xlim(left=0)
     figure.axes.autoscale(axis="x")
-    figure.axes.set_xlabel("part of the blocks that goes, %", loc="right")
+    figure.axes.set_xlabel("part of the blocks removed, %", loc="right")
     _legend(figure)
     return figure
 
 
 def _point(figure: Drawing, x: float, y: float, colour: str, name: str, reach: tuple[float, float] = (0, 0)) -> None:
-    """A dot with its range, which reaches so far below and above it."""
+    """Draw a dot with an error bar.
+
+    Args:
+        reach: length of the bar below and above the dot.
+    """
     below, above = (max(each, 0) for each in reach)
     figure.axes.errorbar(x, y, yerr=[[below], [above]], fmt="o", color=colour, label=name)

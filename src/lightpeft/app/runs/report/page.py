@@ -1,4 +1,4 @@
-"""The page: facts and drawings put into one HTML file that needs nothing else."""
+"""The HTML page of `lightpeft report`: facts and drawings in one file that needs no other."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from lightpeft.errors import require
 from lightpeft.files import explain_content_errors, read_text, write_text
 from lightpeft.profiling.surroundings import versions
 
-WIDE = 960.0
-"""Pixels that a figure over the whole width has on a large screen."""
+FULL_WIDTH_PIXELS = 960.0
+"""Width in pixels of a full-width figure on a large screen."""
 _GENERATOR = '<meta name="generator" content="lightpeft'
-"""By which a page that was written here is known."""
+"""Start of every page that lightpeft writes, by which it may replace one."""
 _PAGE_LIMIT = 64 * 2**20
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path | None = None) -> Path:
-    """Write the page about one run, or about several beside one another.
+    """Write the page about one run, or a comparison of several.
 
     Args:
-        folders: of runs, however far they have come.
-        output: the file; None: `report.html` in the first folder. A page of earlier is replaced.
+        folders: folders of runs, finished or not.
+        output: HTML file to write; None: `report.html` in the first folder. An earlier page is replaced.
 
     Returns:
-        The file.
+        Path of the file.
 
     Raises:
-        LightPeftError: a folder is none of a run, a file in it is damaged, or the output is something else.
+        LightPeftError: a folder is not that of a run, a file in it is damaged, or the output exists and is no page.
     """
-    require(folders, "give the folder of a run, or of several")
+    require(folders, "report: no run was given; give one or more run folders")
     paths = list(dict.fromkeys(Path(folder) for folder in folders))
     file = paths[0] / "report.html" if output is None else Path(output)
     _check_replaceable(file)
@@ -54,19 +54,19 @@ def _check_replaceable(file: Path) -> None:
     require(not file.is_dir(), f"output {file} is a folder; give a file")
     if file.exists():
         known = _GENERATOR in read_text(file, _PAGE_LIMIT)[:500]
-        require(known, f"output {file} is there, and no report; give another file")
+        require(known, f"output {file} exists and is not a report of lightpeft; give another file")
 
 
 def page(runs: Sequence[RunFacts]) -> str:
-    """The page about some runs, as HTML."""
+    """Return the page about some runs as HTML."""
     template = _environment().get_template("page.html.jinja")
     views = []
     for number, run in enumerate(runs, start=1):
-        with explain_content_errors(run.folder):  # what is typed and finite may still be beyond what can be drawn
-            views.append(_view(run, number))
+        with explain_content_errors(run.folder):  # values of the right type may still be too large to draw
+            views.append(_run_values(run, number))
     return template.render(
         runs=views,
-        beside=_beside(runs) if len(runs) > 1 else None,
+        beside=_comparison(runs) if len(runs) > 1 else None,
         version=versions()["lightpeft"],
     )
 
@@ -82,8 +82,8 @@ def _environment() -> Environment:
 # -- one run -------------------------------------------------------------------------------------------------------
 
 
-def _view(run: RunFacts, number: int) -> dict[str, Any]:
-    """What the template takes of one run."""
+def _run_values(run: RunFacts, number: int) -> dict[str, Any]:
+    """Return the values of one run that the template shows."""
     again = ["lightpeft", "run", "--config", str(run.folder / "config.yaml"), "--output", f"{run.name}_again"]
     return {
         "number": number,
@@ -94,12 +94,12 @@ def _view(run: RunFacts, number: int) -> dict[str, Any]:
         "settings": to_yaml(run.config),
         "metrics": _metrics(run),
         "figures": _figures(run),
-        "curve": [] if run.curve is None else [_price(point) for point in run.curve["points"]],
+        "curve": [] if run.curve is None else [_curve_cells(point) for point in run.curve["points"]],
     }
 
 
 def _title(config: RunConfig) -> str:
-    """Base, task and method, each as short as it is still told by."""
+    """Return the title of a run: base, task and method, shortened."""
     base = config.model.name.rstrip("/").rpartition("/")[2] or config.model.name
     rows = "/".join((config.data.path or config.data.train).rstrip("/").split("/")[-2:])
     task = f"{config.data.task} ({rows})" if rows else config.data.task
@@ -108,19 +108,19 @@ def _title(config: RunConfig) -> str:
 
 
 def _metrics(run: RunFacts) -> list[str]:
-    """Names of the metrics."""
+    """List the names of the metrics of a run, without counts."""
     counts = ("examples", "tokens")
     return [] if run.report is None else [name for name in run.report.metrics if name not in counts]
 
 
-def _price(point: dict[str, Any]) -> tuple[str, str, str]:
-    """One budget of a curve: the part that is gone, the rise of the loss, its interval."""
+def _curve_cells(point: dict[str, Any]) -> tuple[str, str, str]:
+    """Return the cells of one budget of a curve: removed part of the blocks, rise of the loss, its interval."""
     low, high = point["interval"]
     return share(point["removed_of_blocks"]), f"{point['rise']:+.3f}", f"{low:+.3f} to {high:+.3f}"
 
 
 def _figures(run: RunFacts) -> dict[str, Any]:
-    """The drawings of one run, as far as there is something to draw."""
+    """Draw the figures of one run for which there is data."""
     found: dict[str, Any] = {"stays": {}, "losses": None, "budget": None}
     plan = run.plan
     if plan is not None:
@@ -129,7 +129,7 @@ def _figures(run: RunFacts) -> dict[str, Any]:
         if plan.dense_sites:
             found["stays"]["PEFT modules and their ranks"] = figures.modules(plan)
     if run.losses:  # for large screens and paper, and for phones
-        found["losses"] = [figures.losses(run.losses, run.cut, width) for width in (WIDE, figures.NARROW)]
+        found["losses"] = [figures.losses(run.losses, run.cut, width) for width in (FULL_WIDTH_PIXELS, figures.NARROW)]
     if run.budget is not None and run.budget.probed:
         found["budget"] = figures.budget(run.budget)
     return found
@@ -138,8 +138,8 @@ def _figures(run: RunFacts) -> dict[str, Any]:
 # -- several -------------------------------------------------------------------------------------------------------
 
 
-def _beside(runs: Sequence[RunFacts]) -> dict[str, Any]:
-    """What the template takes of several runs together: a table of what can be held side by side."""
+def _comparison(runs: Sequence[RunFacts]) -> dict[str, Any]:
+    """Return the comparison of several runs that the template shows: a column per run, a row per measure."""
     names = dict.fromkeys(name for run in runs for name in _metrics(run))
     rows = {metric_name(name): [_quality(run, name) for run in runs] for name in names}
     measures: dict[str, tuple[Callable[[RunFacts], float | None], Callable[[float], str]]] = {
@@ -166,10 +166,10 @@ def _quality(run: RunFacts, name: str) -> str:
 
 
 def _cautions(runs: Sequence[RunFacts]) -> Iterator[str]:
-    """Why numbers of the runs may not be held side by side."""
+    """Yield reasons why numbers of the runs cannot be compared."""
     data = [run.config.data for run in runs]
     if len({(d.task, d.path, d.test or d.train, d.limit_test, d.test_fraction) for d in data}) > 1:
         yield "The runs were not all measured on the same test rows: their qualities cannot be compared."
     machines = [run.report.hardware for run in runs if run.report]
     if len({tuple(str(each.get(key)) for key in ("cpu", "gpu", "torch_threads")) for each in machines}) > 1:
-        yield "The runs were made on different machines or with different numbers of threads: so are their times."
+        yield "The runs were made on different machines or numbers of threads: their times cannot be compared."

@@ -1,4 +1,4 @@
-"""Numbers as the page says them."""
+"""Formats of numbers on the page."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from lightpeft.console.progress import in_bytes as size
 
 
 def is_part(metric: str) -> bool:
-    """Whether a metric is a part of one, which people read in percent (losses and the like have no upper end)."""
+    """Return True for metrics between 0 and 1, shown in percent; False for losses and others without an upper end."""
     return not any(metric == name or metric.endswith(f"_{name}") for name in LOWER_IS_BETTER)
 
 
 def quality(metric: str, value: float) -> str:
-    """A metric's value: 85.1%, or 0.4312 where percents make no sense."""
+    """Format the value of a metric: 85.1%, or 0.4312 of a loss."""
     return f"{100 * value:.1f}%" if is_part(metric) else f"{value:.4f}"
 
 
 def interval(metric: str, ends: Sequence[float] | None) -> str:
-    """Its interval, in the unit of the value and without saying it again; nothing where there is none."""
+    """Format the interval of a metric in the unit of `quality`, without a percent sign; empty without interval."""
     if ends is None:
         return ""
     low, high = ((f"{100 * end:.1f}" if is_part(metric) else f"{end:.4f}") for end in ends)
@@ -28,17 +28,17 @@ def interval(metric: str, ends: Sequence[float] | None) -> str:
 
 
 def metric_name(name: str) -> str:
-    """A metric by name, for people."""
+    """Return the display name of a metric."""
     return name.replace("_", " ")
 
 
 def count(number: float) -> str:
-    """A number of things, all digits of it."""
+    """Format a count with all digits and thousands separators."""
     return f"{number:,.0f}"
 
 
 def share(part: float) -> str:
-    """A part of one in percent: 60.0%."""
+    """Format a fraction in percent: 60.0%."""
     return f"{100 * part:.1f}%"
 
 
@@ -51,4 +51,4 @@ FILTERS: dict[str, Callable[..., object]] = {
     "share": share,
     "size": size,
 }
-"""By name, for the template."""
+"""Filters of the template by name."""

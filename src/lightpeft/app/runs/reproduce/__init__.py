@@ -1,4 +1,4 @@
-"""Grids of runs over models, tasks, methods and seeds, and the table of them: `lightpeft reproduce`."""
+"""`lightpeft reproduce`: grids of runs over models, tasks, methods and seeds, and the table of their results."""
 
 from lightpeft.app.runs.reproduce.arms import ARMS, Arm
 from lightpeft.app.runs.reproduce.grid import Cell, Grid, load_grid, selected

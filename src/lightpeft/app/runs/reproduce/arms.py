@@ -8,22 +8,26 @@ from typing import Any
 
 from lightpeft.config import RunConfig
 
-Settings = Mapping[str, Any]
+NestedSettings = Mapping[str, Any]
 """Nested settings of a `RunConfig`."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of fine-tuning, as it is compared with others."""
+    """One method of a grid: a way of fine-tuning that is compared with others.
 
-    settings: Settings
-    """What it sets of a `RunConfig`; all the rest is the grid's."""
+    Example:
+        Arm({"method": "light", "peft": {"type": "lora", "r": 16}, "light": {"remove": {"blocks": 0.4}}})
+    """
+
+    settings: NestedSettings
+    """Nested settings of a `RunConfig` that the method sets; all others come from the grid."""
     equal_shares: bool = False
-    """Its scores of heads and of neurons do not compare: where they compete (`light.remove.blocks`), that part of the
-    heads, of the neurons and of the experts goes instead."""
+    """True: scores of heads and of neurons are not comparable, so `light.remove.blocks` becomes an equal part of the
+    heads, of the neurons and of the experts."""
 
     def config(self, config: RunConfig) -> RunConfig:
-        """The run's config with the arm's settings in it, as it really runs."""
+        """Return the settings of a cell as it runs: with equal shares if the method needs them."""
         light = config.light
         part = light.known_blocks if self.equal_shares else None
         if part is None:
@@ -63,4 +67,4 @@ ARMS: dict[str, Arm] = {
     "length-0.1": _light(estimate={"length": 0.1}),
     "length-0.2": _light(estimate={"length": 0.2}),
 }
-"""Name -> arm. The ablations are of light-lora; a variant of the grid's own may put them on adapters."""
+"""Name -> arm. The ablations are of light-lora; a variant in a grid file can put them on adapters."""

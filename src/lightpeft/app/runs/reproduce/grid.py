@@ -1,4 +1,4 @@
-"""What a grid is: the cells that a YAML file spans, one run for every model, task, method and seed."""
+"""Grids of runs, read from YAML: one cell for every combination of model, task, method and seed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightpeft.app.folders.run_folder import RunFolder
-from lightpeft.app.runs.reproduce.arms import ARMS, Arm, Settings
+from lightpeft.app.runs.reproduce.arms import ARMS, Arm, NestedSettings
 from lightpeft.app.tasks.entries.registry import find_entry
 from lightpeft.config import RunConfig, merge_settings, run_config_from_dict
 from lightpeft.config.validation import load_yaml, short_repr, unknown_key
@@ -19,14 +19,14 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.peft_kinds.kinds import check_peft_settings
 
 AXES = ("model", "task", "method", "seed")
-"""What a cell is told apart by."""
+"""The axes of a grid, which identify a cell."""
 FROM = "from"
-"""Key of a variant that names the known method it starts from."""
+"""Key of a variant for the known method it starts from."""
 START = "light-lora"
-"""What a variant starts from if it does not say."""
-_ROWS_OF_A_FILE = ("models", "tasks", "methods")
-_OF_THE_GRID = ("output", "seed")
-"""Settings that differ from cell to cell and are the grid's to make."""
+"""Method that a variant starts from by default."""
+_NAMED_AXES = ("models", "tasks", "methods")
+_SET_BY_THE_GRID = ("output", "seed")
+"""Settings that the grid sets for each cell."""
 
 
 @dataclass(frozen=True)
@@ -38,51 +38,51 @@ class Cell:
     method: str
     seed: int
     config: RunConfig
-    """Its `output` is the cell's own folder."""
+    """Settings of the run; `output` is the cell's own folder."""
 
     @property
     def name(self) -> str:
-        """What it is called in messages and tables."""
+        """Name of the cell in messages and tables: model/task/method/seed."""
         return cell_name(self.model, self.task, self.method, self.seed)
 
     @property
     def run(self) -> RunFolder:
-        """Its run, as far as it has come."""
+        """The run folder of the cell, finished or not."""
         return RunFolder(Path(self.config.output), self.config)
 
 
 def cell_name(model: str, task: str, method: str, seed: int) -> str:
-    """What the cell of these is called."""
+    """Return the name of a cell: model/task/method/seed."""
     return f"{model}/{task}/{method}/{seed}"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Models, tasks, methods and seeds, each with the settings that it brings."""
+    """Models, tasks, methods and seeds, each with its settings."""
 
     name: str
-    """The file it was read from, or that it is about."""
-    models: Mapping[str, Settings]
-    tasks: Mapping[str, Settings]
+    """Path of the grid's file."""
+    models: Mapping[str, NestedSettings]
+    tasks: Mapping[str, NestedSettings]
     arms: Mapping[str, Arm]
-    """By the name of the method."""
+    """Name of the method -> arm."""
     seeds: Sequence[int]
     baseline: str
     """The method that all others are compared with."""
     command: str
-    """The command line that runs it, for who reads its results."""
-    run: Settings = dataclasses.field(default_factory=dict)
+    """Command line that runs the grid, written into its results."""
+    run: NestedSettings = dataclasses.field(default_factory=dict)
     """Settings that all cells share, below those of model, task and method."""
 
     def folder(self, out: str | Path | None = None) -> Path:
-        """Where its cells and tables are: in `out`, or in runs/<folder of the file>/<its name>."""
+        """Return the folder of cells and tables: `out`, or by default runs/<folder of the file>/<its name>."""
         return Path(out) if out is not None else Path("runs") / Path(self.name).parent.name / Path(self.name).stem
 
     def cells(self, out: Path) -> list[Cell]:
-        """All cells, seed by seed, so that what is there of an unfinished grid can be compared.
+        """List all cells, seed by seed, so that the finished cells of an unfinished grid can be compared.
 
         Raises:
-            LightPeftError: settings that are not known or not possible, or a task that does not exist.
+            LightPeftError: a setting is unknown or invalid, or a task does not exist.
         """
         return [
             Cell(model, task, method, seed, self._config(out, model, task, method, seed))
@@ -107,7 +107,7 @@ class Grid:
 
 
 def slug(name: str) -> str:
-    """A name as a part of a path."""
+    """Turn a name into a valid part of a path."""
     return re.sub(r"[^\w.=-]+", "_", name).strip("_") or "_"
 
 
@@ -116,79 +116,90 @@ def load_grid(path: str | Path) -> Grid:
 
     Raises:
         LightPeftError: the file is missing or not YAML, a key is unknown, or an axis is empty or names something twice.
+
+    Example:
+        grid = load_grid("configs/movie_reviews/grid.yaml")
+        print([cell.name for cell in grid.cells(grid.folder())])
     """
     path, data = Path(path), load_yaml(path)
-    known = [*_ROWS_OF_A_FILE, "seeds", "run", "baseline"]
+    known = [*_NAMED_AXES, "seeds", "run", "baseline"]
     for key in data:
         if key not in known:
             raise LightPeftError(f"{path}: {unknown_key(str(key), known)}")
-    models, tasks, methods = (_named(path, key, data.get(key)) for key in _ROWS_OF_A_FILE)
+    models, tasks, methods = (_read_axis(path, key, data.get(key)) for key in _NAMED_AXES)
     baseline = data.get("baseline", next(iter(methods)))
     among = isinstance(baseline, str) and baseline in methods
-    require(among, f"{path}: baseline {short_repr(baseline)} is none of its methods: {', '.join(methods)}")
+    require(
+        among, f"{path}: baseline {short_repr(baseline)} is not a method of the grid; give one of {', '.join(methods)}"
+    )
     return Grid(
         name=str(path),
         # a bare name is that of a model on the hub or in a folder, and of a known task
         models={name: {"model": {"name": name}} | given for name, given in models.items()},
         tasks={name: {"data": {"task": name}} | given for name, given in tasks.items()},
-        arms={name: _arm(path, name, given) for name, given in methods.items()},
-        seeds=_seeds(path, data.get("seeds")),
+        arms={name: _read_arm(path, name, given) for name, given in methods.items()},
+        seeds=_read_seeds(path, data.get("seeds")),
         baseline=baseline,
         command=shlex.join(["lightpeft", "reproduce", str(path)]),
-        run=_settings(path, "run", data.get("run")),
+        run=_read_settings(path, "run", data.get("run")),
     )
 
 
-def _named(path: Path, axis: str, given: Any) -> dict[str, dict[str, Any]]:
-    """The entries of an axis, which are a list of names or a mapping from names to settings."""
+def _read_axis(path: Path, axis: str, given: Any) -> dict[str, dict[str, Any]]:
+    """Read an axis: a list of names, or a mapping from names to settings."""
     if isinstance(given, list):
         names = [str(name) for name in given]
-        require(len(set(names)) == len(names), f"{path}: {axis} names something twice")
+        require(len(set(names)) == len(names), f"{path}: {axis} has a name twice; remove one")
         given = dict.fromkeys(names)
-    require(isinstance(given, dict) and given, f"{path}: {axis} must name at least one, as a list or a mapping")
+    require(
+        isinstance(given, dict) and given,
+        f"{path}: {axis} is empty or missing; give a list of names, or a mapping from names to settings",
+    )
     slugs = [slug(str(name)) for name in given]
     twice = next((name for name in slugs if slugs.count(name) > 1), None)
     require(twice is None, f"{path}: {axis} has two names whose folder would be {twice}; rename one")
-    return {str(name): _settings(path, f"{axis}.{name}", settings) for name, settings in given.items()}
+    return {str(name): _read_settings(path, f"{axis}.{name}", settings) for name, settings in given.items()}
 
 
-def _settings(path: Path, where: str, given: Any) -> dict[str, Any]:
+def _read_settings(path: Path, where: str, given: Any) -> dict[str, Any]:
     require(
         given is None or isinstance(given, dict),
         f"{path}: {where} must be a mapping of settings, not {short_repr(given)}",
     )
     settings = {key: value for key, value in (given or {}).items() if value is not None}
-    taken = [key for key in _OF_THE_GRID if key in settings]
-    require(not taken, f"{path}: {where} sets {', '.join(taken)}, which every cell has of its own; take it out")
+    taken = [key for key in _SET_BY_THE_GRID if key in settings]
+    require(not taken, f"{path}: {where} sets {', '.join(taken)}, which the grid sets for each cell; remove it")
     return settings
 
 
-def _seeds(path: Path, given: Any) -> list[int]:
+def _read_seeds(path: Path, given: Any) -> list[int]:
     whole = isinstance(given, list) and given and all(type(seed) is int for seed in given)
     require(whole, f"{path}: seeds must be a list of whole numbers, not {short_repr(given)}")
-    require(len(set(given)) == len(given), f"{path}: seeds names {max(given, key=given.count)} twice")
+    require(len(set(given)) == len(given), f"{path}: seeds has {max(given, key=given.count)} twice; remove one")
     return list(given)
 
 
-def _arm(path: Path, name: str, settings: dict[str, Any]) -> Arm:
-    """A known method, or a variant: a known one with other settings on top."""
+def _read_arm(path: Path, name: str, settings: dict[str, Any]) -> Arm:
+    """Read a method: a known one, or a variant of a known one with other settings."""
     if name not in ARMS and not settings:
         raise LightPeftError(f"{path}: {unknown_key(name, list(ARMS)).replace('key', 'method', 1)}")
     start = settings.pop(FROM, name if name in ARMS else START)
     known = isinstance(start, str) and start in ARMS
-    require(known, f"{path}: methods.{name} is from {short_repr(start)}, which is no known method; give one's name")
+    require(
+        known, f"{path}: methods.{name}.from is {short_repr(start)}, not a known method; give one of {', '.join(ARMS)}"
+    )
     base = ARMS[start]
     return replace(base, settings=merge_settings(dict(base.settings), settings))
 
 
 def selected(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
-    """The cells that all given axes allow.
+    """Select the cells that meet conditions.
 
     Args:
         only: conditions such as "method=lora"; several of one axis are alternatives.
 
     Raises:
-        LightPeftError: a condition that no cell can meet.
+        LightPeftError: no cell meets a condition.
     """
     wanted: dict[str, set[str]] = {}
     for condition in only:

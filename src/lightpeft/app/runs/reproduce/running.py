@@ -1,4 +1,4 @@
-"""Run the cells of a grid one after another, each in processes of its own, so that what kills one leaves the rest."""
+"""Run the cells of a grid one after another, each in its own processes, so that a crash ends only one cell."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightpeft.files import lock_folder
 from lightpeft.machine import accelerator
 
 Launch = Callable[[Cell, int, Path], str | None]
-"""Runs a cell on so many devices, with its output in a file; returns why it failed, or None."""
+"""Runs a cell on a number of devices with its output in a file; returns the reason of a failure, or None."""
 
 
 def reproduce(
@@ -34,27 +34,33 @@ def reproduce(
     devices: int | None = None,
     launch: Launch | None = None,
 ) -> Results:
-    """Run the cells of a grid that are not done yet, and write the table of all that are after each of them.
+    """Run the cells of a grid that are not done yet, and write the table of all finished cells after each of them.
 
-    A cell that fails is reported, and the others go on; the next call tries it again. Calls that are killed go on where
-    they were, inside a cell too.
+    A failed cell is reported, the others still run, and the next call tries it again. A call that was killed continues
+    where it was, also inside a cell.
 
     Args:
         grid: a grid, or its YAML file; paths in it are relative to the current folder.
         out: folder of the cells and the tables; None: runs/<folder of the file>/<its name>.
         only: run a part of the grid, as in "method=lora"; the table still has all that is done.
         devices: accelerators that a cell is spread over; None: all that are there. Without any, processes on the CPU.
-        launch: how a cell is run.
+        launch: runs a cell; None: `run_cell`.
+
+    Returns:
+        The results of all finished cells.
 
     Raises:
-        LightPeftError: the grid has a fault, or `out` holds the cells of another grid or is in use by
-            one; nothing was run.
-        KeyboardInterrupt: stopped; a cell under way left a checkpoint.
+        LightPeftError: the grid is invalid, or `out` holds cells of another grid or is in use; nothing was run.
+        KeyboardInterrupt: stopped; an unfinished cell left a checkpoint.
+
+    Example:
+        results = reproduce("configs/movie_reviews/grid.yaml", only=["method=lora", "seed=0"])
+        print(results.rows[0].quality)
     """
     grid = grid if isinstance(grid, Grid) else load_grid(grid)
     out = grid.folder(out)
-    devices = _checked(devices)
-    cells = [spread(cell, devices) for cell in grid.cells(out)]
+    devices = _device_count(devices)
+    cells = [spread_over_devices(cell, devices) for cell in grid.cells(out)]
     chosen = selected(cells, only)
     failures: dict[str, str] = {}
 
@@ -87,27 +93,29 @@ def _run(cell: Cell, cells: Sequence[Cell], devices: int, launch: Launch, out: P
     log = out / "logs" / ("-".join(cell.run.path.relative_to(out / "cells").parts) + ".txt")
     log.parent.mkdir(parents=True, exist_ok=True)
     try:
-        take_estimation(cell, cells)
+        reuse_estimation(cell, cells)
         cell.run.begin()
     except LightPeftError as error:
         return str(error)
     failure = launch(cell, devices, log)
     if failure is None and not cell.run.has("evaluate"):
-        return f"it ended without a result; see {log}"
+        return f"the process ended without a result; see {log}"
     return failure
 
 
-def _checked(devices: int | None) -> int:
-    """How many devices a cell is spread over: those of this machine, unless fewer are asked for; processes on a CPU."""
+def _device_count(devices: int | None) -> int:
+    """Return the number of devices per cell: all of this machine by default; without accelerators, CPU processes."""
     there = torch.accelerator.device_count() if accelerator() else 0
     if devices is None:
         return max(there, 1)
-    require(devices >= 1, f"--devices is {devices}; it starts at 1")
-    require(devices <= there or not there, f"--devices is {devices}, but this machine has {there}")
+    require(devices >= 1, f"--devices is {devices}; give at least 1")
+    require(
+        devices <= there or not there, f"--devices is {devices}, but this machine has {there}; give at most {there}"
+    )
     return devices
 
 
-def spread(cell: Cell, devices: int) -> Cell:
+def spread_over_devices(cell: Cell, devices: int) -> Cell:
     """The cell with its batch divided among devices: a step sees as many rows, whatever the machine."""
     training = cell.config.training
     require(
@@ -131,16 +139,17 @@ def command(run: Sequence[str], devices: int) -> list[str]:
 
 
 def run_cell(cell: Cell, devices: int, log: Path, module: Sequence[str] = ()) -> str | None:
-    """Run a cell in a process of its own, whose output is appended to a file.
+    """Run a cell in its own process, and append the output to a file.
 
     Args:
-        module: a module, found where this process finds its own, and words for it; empty: `lightpeft run`.
+        devices: accelerators or CPU processes of the cell.
+        module: a module on the import path of this process, and its arguments; empty: `lightpeft run`.
 
     Returns:
-        Why it failed, or None.
+        The reason of a failure, or None.
 
     Raises:
-        KeyboardInterrupt: this process was asked to stop; the cell has written a checkpoint.
+        KeyboardInterrupt: this process was stopped; the cell has written a checkpoint.
     """
     with log.open("ab") as output:
         # in a session of its own: Ctrl-C reaches the cell once, through `_wait`, and ends its step before it stops
@@ -158,7 +167,7 @@ def run_cell(cell: Cell, devices: int, log: Path, module: Sequence[str] = ()) ->
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
-    """The exit code of a cell; asked to stop meanwhile, the cell is asked too, a second time at once."""
+    """Wait for a cell, and return its exit code; pass each Ctrl-C on to the cell."""
     try:
         return process.wait()
     except KeyboardInterrupt:
@@ -172,7 +181,7 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 
 
 def _reason(code: int, log: Path) -> str:
-    """Why a cell ended with a code other than 0: its own last word where there is one."""
+    """Return the reason of a failure: the signal, or the last error line of lightpeft, or the last line of the log."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     own = [line.partition(": ")[2] for line in lines if line.startswith("lightpeft: ")]
     killed = [f"killed by {signal.Signals(-code).name}"] if code < 0 else []
@@ -182,26 +191,26 @@ def _reason(code: int, log: Path) -> str:
 # -- estimations that cells share ---------------------------------------------------------------------------------
 
 
-def take_estimation(cell: Cell, others: Iterable[Cell]) -> str | None:
-    """Give a cell the estimation of another one that has the same; its time and memory count for both.
+def reuse_estimation(cell: Cell, others: Iterable[Cell]) -> str | None:
+    """Copy the estimation of another cell with the same settings of estimation; its time and memory count for both.
 
     Returns:
-        The name of the other cell; None where the cell has an estimation, needs none, or nobody has it.
+        The name of the other cell; None: the cell has an estimation, needs none, or no other cell has it.
 
     Raises:
-        LightPeftError: it cannot be copied.
+        LightPeftError: the copy failed.
     """
     if not cell.config.way.prunes or cell.run.has("estimate"):
         return None
-    wanted = _asked(cell)
+    wanted = _estimation_key(cell)
     for other in others:
         done = other.run.has("estimate") and "estimate" in other.run.finished_stages()
-        if done and _asked(other) == wanted:
+        if done and _estimation_key(other) == wanted:
             copy_estimation(other.run, cell.run, other.name)
             return other.name
     return None
 
 
-def _asked(cell: Cell) -> tuple[bool, dict[str, Any]]:
-    """What of a cell's settings its estimation depends on; where nothing is to go, none is made."""
+def _estimation_key(cell: Cell) -> tuple[bool, dict[str, Any]]:
+    """Return the settings that a cell's estimation depends on, and whether anything is to be removed at all."""
     return cell.config.light.chooses, estimation_settings(cell.config)

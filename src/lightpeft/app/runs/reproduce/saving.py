@@ -1,4 +1,4 @@
-"""A grid's results on disk, every number as JSON and CSV beside the tables; and one table of several such files."""
+"""Results of a grid on disk: results.json with every number, results.md with the table; and joining such files."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lightpeft.app.folders.run_folder import Report as RunReport
-from lightpeft.app.folders.run_folder import differences
+from lightpeft.app.folders.run_folder import RunReport, differences
 from lightpeft.app.runs.reproduce.grid import Cell, Grid, load_grid
-from lightpeft.app.runs.reproduce.results import MEASURES, Report, Results, results_of
+from lightpeft.app.runs.reproduce.results import MEASURES, CellReport, Results, results_of
 from lightpeft.app.runs.reproduce.tables import markdown_table
 from lightpeft.config import run_config_from_dict
 from lightpeft.config.validation import from_dict
@@ -18,28 +17,32 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.files import read_json, write_json, write_text
 from lightpeft.profiling.surroundings import versions
 
-FILE = "results.json"
+RESULTS_FILE = "results.json"
 LINES = 2
-"""Its depth in lines: one for each row and each report."""
+"""Nesting levels of results.json with line breaks: each row and each report is one line."""
 
 
 def write_results(out: Path, results: Results) -> None:
     """Write results.json and results.md into a folder, each whole or not at all.
 
     Raises:
-        LightPeftError: one cannot be written.
+        LightPeftError: a file cannot be written.
     """
     shared, own = factored(results.reports)
     parts = {"shared": shared, "reports": own, "versions": versions()}
-    write_json(out / FILE, asdict(results) | parts, LINES)
+    write_json(out / RESULTS_FILE, asdict(results) | parts, LINES)
     write_text(out / "results.md", markdown_table(results))
 
 
 def read_results(path: str | Path) -> Results:
-    """What `write_results` wrote as results.json, also by versions that measured less.
+    """Read a results.json, also of older versions that measured less.
 
     Raises:
-        LightPeftError: the file is missing, damaged, or no such file.
+        LightPeftError: the file is missing or damaged, or holds something else.
+
+    Example:
+        results = read_results("configs/movie_reviews/grid.results.json")
+        print({row.method: row.quality for row in results.rows})
     """
     data, names = read_json(path), [each.name for each in fields(Results)]
     try:
@@ -49,41 +52,43 @@ def read_results(path: str | Path) -> Results:
     return replace(
         results,
         rows=[replace(row, measures=dict.fromkeys(MEASURES) | row.measures) for row in results.rows],
-        reports={name: _whole(own, data.get("shared", {})) for name, own in results.reports.items()},
+        reports={name: _merge_shared(own, data.get("shared", {})) for name, own in results.reports.items()},
     )
 
 
-# -- what runs share is written once -----------------------------------------------------------------------------------
+# -- entries that all reports share are written once ------------------------------------------------------------------
 
 
-def factored(records: Mapping[str, Report]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """What some nested mappings share, and what each of them has of its own."""
-    shared = _shared([*records.values()])
-    return shared, {name: _own(record, shared) for name, record in records.items()}
+def factored(records: Mapping[str, CellReport]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Split nested mappings into the entries that all share, and the other entries of each."""
+    shared = _find_shared([*records.values()])
+    return shared, {name: _remove_shared(record, shared) for name, record in records.items()}
 
 
-def _shared(records: Sequence[Report]) -> dict[str, Any]:
-    """The part of some nested mappings that is the same in all of them."""
+def _find_shared(records: Sequence[CellReport]) -> dict[str, Any]:
+    """Return the entries that are the same in all nested mappings."""
     first, *others = records or [{}]
     found: dict[str, Any] = {}
     for name, value in first.items():
         if all(name in other and other[name] == value for other in others):
             found[name] = value
         elif isinstance(value, dict) and all(isinstance(other.get(name), dict) for other in others):
-            found[name] = _shared([each[name] for each in records])
+            found[name] = _find_shared([each[name] for each in records])
     return found
 
 
-def _own(record: Report, shared: Report) -> dict[str, Any]:
-    """A nested mapping without what is shared."""
+def _remove_shared(record: CellReport, shared: CellReport) -> dict[str, Any]:
+    """Return a nested mapping without the shared entries."""
     nested = {name: value for name, value in record.items() if isinstance(value, dict) and name in shared}
     rest = {name: value for name, value in record.items() if name not in shared}
-    return rest | {name: own for name, value in nested.items() if (own := _own(value, shared[name]))}
+    return rest | {name: own for name, value in nested.items() if (own := _remove_shared(value, shared[name]))}
 
 
-def _whole(own: Report, shared: Report) -> dict[str, Any]:
-    """A nested mapping with what is shared."""
-    nested = {name: _whole(own.get(name, {}), value) for name, value in shared.items() if isinstance(value, dict)}
+def _merge_shared(own: CellReport, shared: CellReport) -> dict[str, Any]:
+    """Return a nested mapping with the shared entries added."""
+    nested = {
+        name: _merge_shared(own.get(name, {}), value) for name, value in shared.items() if isinstance(value, dict)
+    }
     return {**shared, **own, **nested}
 
 
@@ -91,28 +96,37 @@ def _whole(own: Report, shared: Report) -> dict[str, Any]:
 
 
 def joined(grid: Grid | str | Path, parts: Sequence[Results | str | Path], out: str | Path | None = None) -> Results:
-    """Write the table of a grid from the results of its parts; no cell is run.
+    """Write the table of a grid from the results of its parts, without running any cell.
 
-    Of a cell that several parts have, the first part's is taken.
+    If several parts have a cell, the first one counts.
 
     Args:
         grid: a grid, or its YAML file.
-        parts: the results of each part, as they are, as results.json, or as the folder that this is in.
-        out: folder of the tables; None: as of `reproduce`.
+        parts: results of each part: `Results`, a results.json, or its folder.
+        out: folder of the tables; None: runs/<folder of the file>/<its name>.
+
+    Returns:
+        The results of all parts together.
 
     Raises:
-        LightPeftError: a part is no results file, has a cell that the grid has not, or one of other settings; nothing
+        LightPeftError: a part is no results file, or has a cell that is not in the grid or has other settings; nothing
             was written.
+
+    Example:
+        results = joined("grid.yaml", ["machine1/results.json", "machine2/results.json"])
     """
     grid = grid if isinstance(grid, Grid) else load_grid(grid)
     out = grid.folder(out)
     cells = {cell.name: cell for cell in grid.cells(out)}
-    reports: dict[str, Report] = {}
+    reports: dict[str, CellReport] = {}
     logs: dict[str, str] = {}
     for part in parts:
         results, where = (part, part.command) if isinstance(part, Results) else _read(Path(part))
         for name, report in results.reports.items():
-            require(name in cells, f"{where}: {grid.name} has no cell {name}; leave that out, or add it to the grid")
+            require(
+                name in cells,
+                f"{where}: {grid.name} has no cell {name}; remove it from the part, or add it to the grid",
+            )
             _check_same(report, cells[name], where)
             if name not in reports:
                 reports[name] = report
@@ -123,24 +137,27 @@ def joined(grid: Grid | str | Path, parts: Sequence[Results | str | Path], out: 
 
 
 def _read(part: Path) -> tuple[Results, str]:
-    """The results in a file or a folder, and where they are."""
-    file = part / FILE if part.is_dir() else part
+    """Return the results in a file or a folder, and the path of the file."""
+    file = part / RESULTS_FILE if part.is_dir() else part
     return read_results(file), str(file)
 
 
-def _check_same(report: Report, cell: Cell, where: str) -> None:
-    """Require that a report is that of a cell.
+def _check_same(report: CellReport, cell: Cell, where: str) -> None:
+    """Require that a report was made with the settings of a cell.
 
     Raises:
-        LightPeftError: it is of a run with other settings.
+        LightPeftError: the run of the report had other settings.
     """
     try:
         RunReport.of(dict(report))
         config = run_config_from_dict(report.get("config", {}))
     except LightPeftError as error:
-        raise LightPeftError(f"{where}: cell {cell.name} is not to be read by this version: {error}") from error
+        raise LightPeftError(f"{where}: this version of lightpeft cannot read cell {cell.name}: {error}") from error
     own, rows = cell.config, config.training.batch_size
     if own.training.batch_size % rows == 0:  # a cell that was spread over devices has a share of the rows of a step
         own = replace(own, training=replace(own.training, batch_size=rows))
     other = differences(config, own)
-    require(not other, f"{where}: cell {cell.name} was run with another {', '.join(other)} than the grid has")
+    require(
+        not other,
+        f"{where}: cell {cell.name} was run with another {', '.join(other)} than in the grid; use the same settings",
+    )

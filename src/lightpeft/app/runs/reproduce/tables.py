@@ -1,4 +1,4 @@
-"""A grid's results as a table for people: in Markdown and on the screen."""
+"""The table of a grid's results, in Markdown and on the screen."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from lightpeft.app.runs.reproduce.results import Results, Row, SeedSpread, sprea
 
 _MIB = 2**20
 WIDE = 130
-"""Characters a line from which on the screen has room for all columns."""
+"""Screen width in characters from which all columns fit."""
 NAMES = ("model", "task", "method", "metric")
-"""Columns that are aligned left."""
+"""Left-aligned columns."""
 FOLDED = ("model", "task", "metric", "seeds", "full width")
-"""Columns that the caption tells where they are the same in all rows."""
+"""Columns that move to the caption if all rows have the same value."""
 LEFT_OUT = ("p", "parameters", "adapter KiB", "training MiB", "peak MiB")
-"""Columns that narrow screens do without."""
+"""Columns that narrow screens leave out."""
 
 
 def _text(values: SeedSpread | None, form: str, factor: float = 1.0, std: bool = True) -> str:
-    """Mean, and standard deviation where there is one; "-" where there is nothing."""
+    """Format the mean and, with more than one value, the standard deviation; "-" without values."""
     if values is None:
         return "-"
     mean = f"{factor * values.mean:{form}}"
@@ -35,7 +35,7 @@ def _p(p: float | None) -> str:
 
 
 def count(number: float | None) -> str:
-    """A number of parameters: all digits while they are few, then in millions or billions."""
+    """Format a number of parameters: all digits below a million, then in millions (M) or billions (B)."""
     if number is None:
         return "-"
     if number < 1e6:
@@ -44,7 +44,7 @@ def count(number: float | None) -> str:
 
 
 def _cells(row: Row) -> dict[str, str]:
-    """What the tables for people show of a row; CSV and JSON have every number."""
+    """Return the cells of a row of the table; results.json has every number."""
     points = 1.0 if row.metric in LOWER_IS_BETTER else 100.0
     found = row.measures
     sizes = {name: None if (of := found[name]) is None else of.mean for name in ("parameters", "trained")}
@@ -69,26 +69,26 @@ def _cells(row: Row) -> dict[str, str]:
     }
 
 
-def shown(results: Results) -> tuple[DataFrame, str]:
-    """The table, a row for each model, task and method, and its caption."""
+def display_table(results: Results) -> tuple[DataFrame, str]:
+    """Make the table, with a row for each model, task and method, and its caption."""
     nothing = dict.fromkeys(("method", "quality", "difference"), "")
     table = DataFrame([_cells(row) for row in results.rows], columns=None if results.rows else list(nothing))
     same = [name for name in FOLDED if name in table and table[name].nunique() == 1]
     told = [f"{name} {table[name][0]}" for name in same if table[name][0] != "-"]
     keeping = any(row.measures["full_width"] is not None for row in results.rows)
-    wide = "full width: quality there, of runs that keep both; " if keeping else ""
+    wide = "full width: quality of the full-width model, where a run keeps both; " if keeping else ""
     meaning = (
-        f"{len(results.reports)} of {results.cells} cells; mean ± standard deviation over seeds, quality in percent "
-        f"but for losses and perplexity; difference to {results.baseline}, p of a paired t-test over seeds; {wide}"
-        "removed: part of the base that is gone; training MiB: of fine-tuning; peak MiB and seconds: estimation "
-        "included."
+        f"{len(results.reports)} of {results.cells} cells are done; mean ± standard deviation over seeds; quality in "
+        f"percent, except losses and perplexity; difference: to {results.baseline}; p: of a paired t-test over seeds; "
+        f"{wide}parameters: of the base after the cut; removed: part of the base's parameters; trained: trainable "
+        "parameters; samples/s and training MiB: of fine-tuning; peak MiB and seconds: of the run, with estimation."
     )
     return table.drop(columns=same), ", ".join([*told, meaning])
 
 
 def markdown_table(results: Results) -> str:
-    """A Markdown table with its caption below."""
-    table, caption = shown(results)
+    """Return the table in Markdown with its caption, and the failed cells."""
+    table, caption = display_table(results)
     rule = ["---" if name in NAMES else "---:" for name in table]
     body = [[cell.replace("|", r"\|") for cell in row] for row in table.itertuples(index=False)]
     lines = [f"| {' | '.join(cells)} |" for cells in (list(table), rule, *body)]
@@ -97,8 +97,8 @@ def markdown_table(results: Results) -> str:
 
 
 def rich_table(results: Results, width: int = WIDE) -> Table:
-    """The table on a screen of so many characters a line."""
-    frame, caption = shown(results)
+    """Make the table for a screen."""
+    frame, caption = display_table(results)
     if width < WIDE:
         frame = frame.drop(columns=list(LEFT_OUT), errors="ignore")
     table = Table(caption=escape(caption), caption_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))

@@ -11,33 +11,33 @@ from lightpeft.config import TaskEntry
 
 QUESTION = "Question: {context}\nAnswer:"
 GAP = "_"
-"""Where WinoGrande's options go."""
+"""The gap for the options in WinoGrande's sentences."""
 
 
 def lettered(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A question, and choices with texts and the letters (or numbers) that the key names."""
-    return _lettered(row, row["question"])
+    """Convert a question with labelled choices (A, B, ... or 1, 2, ...) and an answer key, as in ARC."""
+    return _letter_choices(row, row["question"])
 
 
 def openbookqa(row: Mapping[str, Any]) -> dict[str, Any]:
-    """As `lettered`; the question is often the beginning of a sentence."""
-    return _lettered(row, row["question_stem"])
+    """Convert OpenBookQA: a question stem, often the beginning of a sentence, with labelled choices."""
+    return _letter_choices(row, row["question_stem"])
 
 
 def quartz(row: Mapping[str, Any]) -> dict[str, Any]:
-    """As `lettered`, with a sentence that states the relation which the question needs, where the data have one."""
+    """Convert QuaRTz: labelled choices, with the sentence that states the needed relation if the data have one."""
     sentence = (row.get("para") or "").strip()
     question = f"Question: {row['question']}"
-    return _lettered(row, f"{sentence}\n{question}" if sentence else question)
+    return _letter_choices(row, f"{sentence}\n{question}" if sentence else question)
 
 
 def piqa(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A goal and two ways to it."""
-    return {"context": row["goal"], "options": [row["sol1"], row["sol2"]], "answer": _shown(row.get("label"))}
+    """Convert PIQA: a goal and two solutions."""
+    return {"context": row["goal"], "options": [row["sol1"], row["sol2"]], "answer": _label_number(row.get("label"))}
 
 
 def sciq(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A question with its supporting text; the right answer is put among the wrong ones by alphabet."""
+    """Convert SciQ: a question with its supporting text; the options are in alphabetical order."""
     right = row["correct_answer"]
     options = sorted([row["distractor1"], row["distractor2"], row["distractor3"], right])
     support = (row.get("support") or "").strip()
@@ -46,20 +46,20 @@ def sciq(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hellaswag(row: Mapping[str, Any]) -> dict[str, Any]:
-    """An activity and how a scene of it begins; the options go on."""
+    """Convert HellaSwag: an activity and the start of a scene; the options continue it."""
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
     return {
         "context": _without_brackets(context),
         "options": [_without_brackets(ending) for ending in row["endings"]],
-        "answer": _shown(row.get("label")),
+        "answer": _label_number(row.get("label")),
     }
 
 
 def winogrande(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A sentence with a gap for either option; what is scored is the sentence behind it (Trinh and Le 2018)."""
+    """Convert WinoGrande: the options fill the gap, and the rest of the sentence is scored (Trinh and Le 2018)."""
     before, gap, after = row["sentence"].partition(GAP)
     if not gap:
-        raise ValueError(f"no {GAP} in it")
+        raise ValueError(f"the sentence has no gap {GAP}")
     answer = row.get("answer")
     return {
         "context": before.strip(),
@@ -70,7 +70,7 @@ def winogrande(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def socialiqa(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A situation, a question about it, and three answers numbered from 1."""
+    """Convert Social IQa: a situation, a question, and three answers numbered from 1."""
     label = row.get("label")
     return {
         "context": f"{row['context']} {row['question']}",
@@ -80,7 +80,7 @@ def socialiqa(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def race(row: Mapping[str, Any]) -> dict[str, Any]:
-    """An article, a question about it or a sentence with a gap, and four answers."""
+    """Convert RACE: an article, a question or a sentence with a gap, and four answers."""
     return {
         "context": f"Article: {row['article']}\n\nQuestion: {row['question']}",
         "options": list(row["options"]),
@@ -122,7 +122,7 @@ ENTRIES: dict[str, TaskEntry] = {
 """Name of a task -> its entry."""
 
 
-def _lettered(row: Mapping[str, Any], context: str) -> dict[str, Any]:
+def _letter_choices(row: Mapping[str, Any], context: str) -> dict[str, Any]:
     choices = row["choices"]
     letters = list(choices["label"])
     return {
@@ -133,20 +133,20 @@ def _lettered(row: Mapping[str, Any], context: str) -> dict[str, Any]:
 
 
 def _position(letter: str, letters: list[str]) -> int | None:
-    """The index of the right letter; None where it is hidden."""
+    """Return the index of the right letter; None if it is hidden."""
     if letter and letter not in letters:
-        raise ValueError(f"{letter!r} is none of {', '.join(letters)}")
+        raise ValueError(f"the answer key {letter!r} is none of {', '.join(letters)}")
     return letters.index(letter) if letter else None
 
 
-def _shown(label: Any) -> int | None:
-    """A label from 0 on, also one that is stored as text; None where it is hidden (-1 or empty)."""
+def _label_number(label: Any) -> int | None:
+    """Return a label (from 0) as an integer; None if it is hidden (-1 or empty)."""
     if label is None or label == "" or int(label) < 0:
         return None
     return int(label)
 
 
 def _without_brackets(text: str) -> str:
-    """Without WikiHow's bracketed marks, of which a title ends a sentence."""
+    """Remove WikiHow's marks in brackets; [title] becomes the end of a sentence."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ").strip()

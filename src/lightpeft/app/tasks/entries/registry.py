@@ -1,4 +1,4 @@
-"""All tasks by name, and which one a run means."""
+"""All built-in tasks by name, and the lookup of a run's task."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ CONVERTERS: dict[str, Convert] = {
 
 
 def find_entry(config: DataConfig, own: Mapping[str, TaskEntry] | None = None) -> TaskEntry:
-    """The entry that `data.task` names: a kind with the columns of `config`, one of `own`, or one that ships.
+    """Return the entry that `data.task` names: a kind with the columns of `config`, one of `own`, or a built-in task.
 
     Raises:
-        LightPeftError: there is no such task, one of `own` is not well declared, or columns are given for a task that
+        LightPeftError: the task does not exist, an entry of `own` is invalid, or columns are given for a task that
             has its own.
     """
     own = own or {}
@@ -42,29 +42,29 @@ def find_entry(config: DataConfig, own: Mapping[str, TaskEntry] | None = None) -
         meant = nearest(name, [*TASK_KINDS, *known])
         hint = f'; did you mean "{meant}"?' if meant else ""
         raise LightPeftError(
-            f'data.task is "{name}", which is neither a kind ({", ".join(TASK_KINDS)}) nor a task{hint}'
+            f'data.task "{name}" is neither a kind ({", ".join(TASK_KINDS)}) nor the name of a task{hint}'
         )
-    require(not config.columns, f"data.columns is for kinds; task {name} has its own columns")
+    require(not config.columns, f"data.columns is only for kinds, and task {name} has its own columns; leave it out")
     entry = replace(known[name], name=name)
     check_entry(entry)
     return entry
 
 
 def _check_own(own: Mapping[str, TaskEntry]) -> None:
-    """Raise `LightPeftError` if a user's task has a name that is taken, or a kind that there is not."""
+    """Raise `LightPeftError` if a user's task has the name of a built-in task or an unknown kind."""
     for name, entry in own.items():
         free = name not in TASK_KINDS and name not in ENTRIES
-        require(free, f"tasks.{name}: there is a task of that name already; choose another one")
+        require(free, f"tasks.{name}: the name belongs to a built-in task or kind; choose another one")
         _check_known(entry.kind, TASK_KINDS, f"tasks.{name}.kind")
 
 
 def converter(entry: TaskEntry) -> Convert | None:
-    """The function that an entry names; None: it has columns."""
+    """Return the function that an entry names; None if the entry has columns."""
     return None if entry.convert is None else CONVERTERS[entry.convert]
 
 
 def check_entry(entry: TaskEntry) -> None:
-    """Raise `LightPeftError` unless an entry says all that its kind needs, in names that exist."""
+    """Raise `LightPeftError` unless all names in an entry exist: kind, metrics, converter, columns."""
     where = f"tasks.{entry.name}"
     _check_known(entry.kind, TASK_KINDS, f"{where}.kind")
     kind = TASK_KINDS[entry.kind]
@@ -79,11 +79,11 @@ def check_entry(entry: TaskEntry) -> None:
 
 
 def _check_columns(kind: str, named: Mapping[str, str], where: str) -> None:
-    """Raise `LightPeftError` unless a kind has the columns that are named, and what they come from can be read."""
+    """Raise `LightPeftError` unless the kind has the named columns and their templates are well-formed."""
     columns = (*TASK_KINDS[kind].columns, *TASK_KINDS[kind].optional)
     for column, source in named.items():
         there = f"rows of kind {kind} have {', '.join(columns)}"
-        require(column in columns, f'{where}.columns names "{column}", which does not exist; {there}')
+        require(column in columns, f'{where}.columns: column "{column}" does not exist; {there}')
         if is_template(source):
             template_columns(source)
 
@@ -92,5 +92,5 @@ def _check_known(name: str, known: Mapping[str, object] | tuple[str, ...], where
     if name in known:
         return
     meant = nearest(name, known)
-    hint = f"did you mean {meant}?" if meant else f"choose of {', '.join(known)}"
-    raise LightPeftError(f'{where} has "{name}", which does not exist; {hint}')
+    hint = f"did you mean {meant}?" if meant else f"choose one of {', '.join(known)}"
+    raise LightPeftError(f'{where}: "{name}" does not exist; {hint}')

@@ -13,15 +13,15 @@ from lightpeft.app.tasks.entries.converting import Convert
 from lightpeft.config import TaskEntry
 
 CONNECTORS = {"cause": "because", "effect": "therefore"}
-"""What COPA asks for -> the word that joins a premise and an alternative."""
+"""COPA's question -> the word that joins a premise and an alternative."""
 PLACEHOLDER = "@placeholder"
 """The gap in ReCoRD's queries."""
 MARK = "*"
-"""Stands on both sides of a marked span (WiC, WSC)."""
+"""Character on both sides of a marked span (WiC, WSC)."""
 
 
 def copa(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The premise, open at its end, and two alternatives that go on in lower case."""
+    """Convert COPA: the premise with a connector, and two alternatives in lower case that continue it."""
     alternatives = [row["choice1"], row["choice2"]]
     return {
         "context": f"{row['premise'].strip().rstrip('.!?')} {CONNECTORS[row['question']]}",
@@ -31,7 +31,7 @@ def copa(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def multirc(row: Mapping[str, Any]) -> dict[str, Any]:
-    """One answer option of a question over a paragraph: right or not; the options of a question are one group."""
+    """Convert MultiRC: an answer option to a question, right or wrong; the options of a question form a group."""
     index = row["idx"]
     return {
         "text": row["paragraph"],
@@ -43,13 +43,13 @@ def multirc(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def record(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A passage, and its query with every entity in the gap; any of the right entities will do."""
+    """Convert ReCoRD: a passage, and its query with each entity in the gap; any of the right entities counts."""
     text, *highlights = row["passage"].strip().split("\n@highlight\n")
     facts = "".join(f"\n  - {highlight}." for highlight in highlights)
     entities, right = sorted(set(row["entities"])), sorted(set(row.get("answers") or ()))
     query = row["query"]
     if PLACEHOLDER not in query:
-        raise ValueError(f"no {PLACEHOLDER} in it")
+        raise ValueError(f"the query has no {PLACEHOLDER}")
     return {
         "context": f"{text}\n{facts}",
         "options": [query.replace(PLACEHOLDER, entity) for entity in entities],
@@ -60,12 +60,12 @@ def record(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def wic(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Two sentences with the same word marked in both; does it mean the same?"""
+    """Convert WiC: two sentences with the same word marked; the label says if it has the same meaning."""
     one, two = row["sentence1"], row["sentence2"]
     word = one[row["start1"] : row["end1"]]
     return {
-        "text": marked(one, row["start1"], row["end1"]),
-        "text_pair": marked(two, row["start2"], row["end2"]),
+        "text": mark_span(one, row["start1"], row["end1"]),
+        "text_pair": mark_span(two, row["start2"], row["end2"]),
         "label": row.get("label"),
         "prompt": f"Sentence 1: {one}\nSentence 2: {two}\nQuestion: Is the word '{word}' used in the same way "
         "in the two sentences above?\nAnswer:",
@@ -73,11 +73,11 @@ def wic(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def wsc(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A passage with the noun and the pronoun marked; does the pronoun stand for the noun?"""
+    """Convert WSC: a passage with a noun and a pronoun marked; the label says if the pronoun refers to the noun."""
     noun, pronoun = row["span1_text"], row["span2_text"]
-    only_pronoun = marked_words(row["text"], [(row["span2_index"], pronoun)])
+    only_pronoun = mark_words(row["text"], [(row["span2_index"], pronoun)])
     return {
-        "text": marked_words(row["text"], [(row["span1_index"], noun), (row["span2_index"], pronoun)]),
+        "text": mark_words(row["text"], [(row["span1_index"], noun), (row["span2_index"], pronoun)]),
         "text_pair": f"{pronoun}: {noun}",
         "label": row.get("label"),
         "prompt": f'Passage: {only_pronoun}\nQuestion: In the passage above, does the pronoun "*{pronoun}*" refer to '
@@ -85,23 +85,24 @@ def wsc(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def marked(text: str, start: int, end: int) -> str:
-    """The text with marks around the characters from `start` to `end`."""
+def mark_span(text: str, start: int, end: int) -> str:
+    """Return the text with marks around characters `start` to `end` (exclusive)."""
     if not 0 <= start < end <= len(text):
-        raise ValueError(f"characters {start} to {end} are not in a text of {len(text)}")
+        raise ValueError(f"characters {start} to {end} are outside a text of {len(text)} characters")
     return f"{text[:start]}{MARK}{text[start:end]}{MARK}{text[end:]}"
 
 
-def marked_words(text: str, spans: list[tuple[int, str]]) -> str:
-    """The text with marks around spans, each given by the number of its first word and by itself.
+def mark_words(text: str, spans: list[tuple[int, str]]) -> str:
+    """Return the text with marks around spans.
 
-    Where the data write a span in another way than the text does, as many words as it has are marked.
+    Args:
+        spans: index of the first word, and the span. If the text spells it differently, as many words are marked.
     """
     words = list(re.finditer(r"\S+", text))
     for index, span in sorted(spans, reverse=True):
         start, end = words[index].start(), words[index + len(span.split()) - 1].end()
         end = start + len(span) if text.startswith(span, start) else end
-        text = marked(text, start, end)
+        text = mark_span(text, start, end)
     return text
 
 

@@ -1,1 +1,1 @@
-"""Kinds of tasks: one class each, with the columns that its rows have in the end."""
+"""Kinds of tasks: one class each, which declares the columns of its rows."""

@@ -1,5 +1,4 @@
-"""What a task is: its rows for training and for testing, how they become batches, how a model answers them, and what
-is measured."""
+"""The base class of all tasks: training and test rows, their encoding and batches, a model's answers, and metrics."""
 
 from __future__ import annotations
 
@@ -24,8 +23,15 @@ from lightpeft.models.task_heads import TaskHead
 class Task(ABC):
     """One task with its rows in the columns of its kind.
 
-    A subclass is a kind, all of it: its columns and their checks, how rows become tokens and batches, how a model
-    answers them, and how its answers are written. Rows are cut to `config.max_length` tokens.
+    A subclass is one kind. It declares and checks the columns, encodes rows, collates batches, computes a model's
+    answers, and formats them for files. Rows are truncated to `config.max_length` tokens.
+
+    Example:
+        ```python
+        task = load_task(DataConfig(task="classification", train="train.csv"))
+        encoded = task.encode(task.train, tokenizer)  # input_ids, attention_mask, labels, length
+        task.main_metric  # "accuracy"
+        ```
     """
 
     config: DataConfig
@@ -36,70 +42,73 @@ class Task(ABC):
     labels: list[str]
     """Label names, index = class number; empty without classes."""
     entry: TaskEntry = field(default_factory=TaskEntry)
-    """What the task was declared as."""
+    """Declaration of the task."""
     more_tests: dict[str, Dataset] = field(default_factory=dict)
-    """Further rows to evaluate on, by the prefix of their metrics."""
+    """Prefix of the metrics -> further rows to evaluate on."""
 
     head: ClassVar[TaskHead]
-    """The model head this task needs."""
+    """Model head that the task needs."""
     columns: ClassVar[tuple[str, ...]]
-    """Columns of the kind that every row has."""
+    """Required columns."""
     optional: ClassVar[tuple[str, ...]] = ()
-    """Columns of the kind that a row may have."""
+    """Optional columns."""
     targets: ClassVar[tuple[str, ...]] = ()
-    """Those columns that say what is right; rows to predict on need none of them."""
+    """Columns with the reference; rows to predict on need none of them."""
     carried: ClassVar[tuple[str, ...]] = ("group",)
-    """Columns, where rows have them, that encoded test rows keep: answers are compared with them, or by them."""
+    """Columns that encoded test rows keep, if rows have them: the metrics need them."""
     cuts: ClassVar[bool] = True
-    """Whether what is longer than `data.max_length` is lost."""
+    """True if tokens beyond `data.max_length` are lost."""
     writes: ClassVar[bool] = False
-    """Whether a model writes its answers token by token, which takes long."""
+    """True if a model generates its answers token by token, which is slow."""
     default_metrics: ClassVar[tuple[str, ...]]
-    """What is measured where the entry does not say."""
+    """Names of the metrics if the entry names none."""
 
     @classmethod
     def sources(cls, named: Mapping[str, str]) -> dict[str, str]:
-        """Column of the kind -> where it comes from in the data, a column or a template: its own name, unless `named`
-        says another."""
+        """Return column of the kind -> its source in the data (column or template); by default the same name.
+
+        Args:
+            named: sources that the user set, by column of the kind.
+        """
         return {**named, **{column: column for column in cls.columns if column not in named}}
 
     @classmethod
     def from_texts(cls, rows: Dataset, column: str) -> Dataset:
-        """Rows to predict on of which one column is enough, where it may hold plain texts."""
+        """Return rows to predict on, of a kind with one input column, which may hold plain texts."""
         return rows
 
     @classmethod
     @abstractmethod
     def check(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
-        """Raise `LightPeftError` unless every row has what the task needs; `what` names the rows in error lines."""
+        """Raise `LightPeftError` unless every row fits the kind; `what` names the rows in error messages."""
 
     @classmethod
     def check_inputs(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
-        """Raise `LightPeftError` unless every row to predict on has what the task needs to answer it."""
+        """Raise `LightPeftError` unless the input columns of every row fit the kind; targets are not read."""
         for column in cls.columns:
             if column not in cls.targets:
                 check_strings(rows, column, entry, what)
 
     @classmethod
     def label_set(cls, rows: Dataset, entry: TaskEntry) -> list[str]:
-        """Label names in class order, from all training rows; empty without classes."""
+        """Return the label names in class order, from all training rows; empty without classes."""
         return []
 
     @classmethod
     def check_split(cls, train: Dataset, test: Dataset, labels: list[str], entry: TaskEntry) -> None:
-        """Raise `LightPeftError` if the rows chosen for training and testing don't fit together."""
+        """Raise `LightPeftError` if the training and test rows do not fit together, such as in their labels."""
         return
 
     @abstractmethod
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """Rows to train on: input_ids, attention_mask, labels and length (and token_type_ids for pairs), one a row."""
+        """Return encoded training rows: input_ids, attention_mask, labels, length (and token_type_ids for pairs)."""
 
     def encode_test(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """Rows to evaluate on, one a row: as for training, and with what answers are compared with."""
+        """Return encoded test rows: the columns of `encode`, and the `carried` columns for the metrics."""
         return self.carry(rows, self.encode(rows, tokenizer))
 
     def carry(self, rows: Dataset, encoded: Dataset) -> Dataset:
-        """Encoded rows with the `carried` columns of the rows they come from."""
+        """Return the encoded rows with the `carried` columns of their source rows."""
         for name in self.carried:
             if name in rows.column_names:
                 encoded = encoded.add_column(name, rows[name][:])
@@ -107,47 +116,51 @@ class Task(ABC):
 
     @abstractmethod
     def encode_inputs(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """Rows to predict on, which need no answers: as `encode_test` gives them, without labels."""
+        """Return encoded rows to predict on: the columns of `encode_test` without labels."""
 
     @abstractmethod
     def collator(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int | None = None) -> Collator:
-        """Batches padded to their longest row (or the next multiple) on the tokenizer's padding side."""
+        """Return the collator, which pads a batch to its longest row, or to the next multiple of `multiple_of`."""
 
     @abstractmethod
     def answer(self, respondent: Respondent, encoded: Dataset) -> Outcome:
-        """A model's answers to what `encode_test` gave, beside what is right, and what was measured on the way.
+        """Return a model's answers to encoded test rows with the references, and further measured values.
+
+        Args:
+            respondent: the model.
+            encoded: the result of `encode_test`.
 
         Raises:
-            LightPeftError: there is no row or no token to predict, or the model's answers are NaN or infinite.
+            LightPeftError: there is no row or no token to predict, or the outputs are NaN or infinite.
         """
 
     @abstractmethod
     def predict(self, respondent: Respondent, encoded: Dataset, rows: Dataset) -> Columns:
-        """What is written of a model's answers to new rows.
+        """Return the columns of a prediction file for new rows.
 
         Args:
-            encoded: what `encode_inputs` made of them.
-            rows: in the columns of the kind.
+            encoded: the result of `encode_inputs` for `rows`.
+            rows: the rows, in the columns of the kind.
 
         Raises:
-            LightPeftError: the model's answers are NaN or infinite, or another task's.
+            LightPeftError: the outputs are NaN or infinite, or their shape is that of another task.
         """
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of what is measured, in `METRICS`."""
+        """Names of the metrics, keys of `METRICS`."""
         return tuple(self.entry.metrics) or self.default_metrics
 
     @property
     def main_metric(self) -> str:
-        """The value that stands for all when there is room for one."""
+        """Name of the value that stands for the task when there is room for one."""
         return METRICS[self.metrics[0]].values[0]
 
     @property
     def measures(self) -> tuple[Metric, ...]:
-        """What is measured, as functions of answers, the main metric first."""
+        """Metrics as functions of answers, the main metric first."""
         return tuple(METRICS[name].compute for name in self.metrics)
 
     def score(self, answers: Answers) -> dict[str, float]:
-        """All that is measured of answers, the main metric first."""
+        """Return all metrics of the answers by name, the main metric first."""
         return {name: value for measure in self.measures for name, value in measure(answers).items()}

@@ -1,4 +1,4 @@
-"""What kinds share that a causal language model goes on with: prompts and completions as tokens, batches of them."""
+"""Helpers of kinds that a causal language model completes: prompts and completions as tokens, and their batches."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from lightpeft.models.task_heads import CAUSAL_LM, TaskHead
 
 
 class CompletionTask(Task):
-    """The head of causal language models; of new rows it writes what comes next."""
+    """Base of tasks with a language-modelling head: the model generates the continuation of new rows."""
 
     head: ClassVar[TaskHead] = CAUSAL_LM
     default_metrics: ClassVar[tuple[str, ...]] = ("language_modelling",)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int | None = None) -> Collator:
-        """Batches padded to their longest row (or the next multiple); labels of padding are -100."""
+        """Return the collator: pads to the longest row, or the next multiple; labels of padding are -100."""
         pad = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=multiple_of, label_pad_token_id=IGNORED)
         return Collator(pad, tokenizer)
 
     def answer(self, respondent: Respondent, encoded: Dataset) -> Outcome:
-        """Of every row's labelled tokens: cross-entropy in nats, tokens predicted right, tokens."""
+        """Return per row the summed cross-entropy (nats), correct tokens, and number of labelled tokens."""
         sums = token_sums(respondent, encoded)
         require_finite(np.isfinite(sums[:, 0]))
         require(
             sums[:, 2].sum() > 0,
-            "there is no token to predict in these rows; raise data.max_length or give longer texts",
+            "these rows have no token to predict; raise data.max_length or give longer texts",
         )
         predictions = [tuple(of_row) for of_row in sums.tolist()]
         answers = answers_of(encoded, predictions, [None] * len(encoded))
         return Outcome(answers, {"tokens": float(sums[:, 2].sum())})
 
     def predict(self, respondent: Respondent, encoded: Dataset, rows: Dataset) -> Columns:
-        """`answer`, what the model writes, `data.answer_tokens` at most."""
+        """Return `answer`, the generated text of at most `data.answer_tokens` tokens."""
         return {"answer": respondent.texts(encoded, self.config.answer_tokens)}
 
 
 def completion_columns(pairs: Iterable[tuple[list[int], list[int]]]) -> dict[str, list[list[int]]]:
-    """Encoded columns of prompts and their completions; labels are -100 on the prompt."""
+    """Return the encoded columns of (prompt, completion) token pairs; labels are -100 on the prompt."""
     pairs = list(pairs)
     return {
         "input_ids": [prompt + completion for prompt, completion in pairs],
@@ -59,13 +59,13 @@ def completion_columns(pairs: Iterable[tuple[list[int], list[int]]]) -> dict[str
 def prompt_columns(
     prompts: list[list[int]], max_length: int, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list[list[int]]]:
-    """Encoded columns of prompts, cut from the left to `max_length` tokens."""
+    """Return the encoded columns of prompts, truncated on the left to `max_length` tokens."""
     cut = [fit(prompt, [], max_length, tokenizer.bos_token_id)[0] for prompt in prompts]
     return {"input_ids": cut, "attention_mask": [[1] * len(prompt) for prompt in cut]}
 
 
 def fit(prompt: list[int], completion: list[int], max_length: int, start: int | None) -> tuple[list[int], list[int]]:
-    """Cut the prompt from the left and then the completion from the right; one prompt token stays to predict from."""
+    """Truncate the prompt on the left, then the completion on the right; one prompt token stays to predict from."""
     completion = completion[: max_length - min(len(prompt), 1)]
     room = max_length - len(completion)
     if len(prompt) <= room:
@@ -76,11 +76,14 @@ def fit(prompt: list[int], completion: list[int], max_length: int, start: int | 
 
 
 def with_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens with the end token behind them, once."""
+    """Return the tokens with one end token at the end."""
     end = tokenizer.eos_token_id
     return ids if end is None or ids[-1] == end else [*ids, end]
 
 
 def without_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Some tokenizers close every text; a prompt goes on. A lone token stays: it may be the start token too."""
+    """Return the tokens without a final end token, which some tokenizers add, since a prompt continues.
+
+    A single token stays: it may be the start token, too.
+    """
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids

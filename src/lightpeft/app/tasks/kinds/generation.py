@@ -1,4 +1,4 @@
-"""Short answers that a causal language model writes itself."""
+"""Questions with short answers that a causal language model generates."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lightpeft.app.tasks.tokens import in_chunks
 from lightpeft.config import TaskEntry
 from lightpeft.errors import require
 
-PROMPT = "Question: {question}\nAnswer:"
-"""Where the entry has none."""
+QUESTION_PROMPT = "Question: {question}\nAnswer:"
+"""Default prompt."""
 
 
 class GenerationTask(CompletionTask):
-    """Train on the prompt and the first right answer; answer by generating one line, which any right answer may match.
+    """Train on the prompt and the first right answer; answer with one generated line.
 
     Rows have `question` and `answers`, a list of texts or one text.
     """
@@ -39,22 +39,22 @@ class GenerationTask(CompletionTask):
 
     @classmethod
     def check(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
-        """Questions are strings that are not blank, and have one answer at least that is none either."""
+        """Raise `LightPeftError` unless questions are not blank and have at least one answer that is not blank."""
         cls.check_inputs(rows, entry, what)
         for where, value in values(rows, "answers", entry, what):
-            require(value not in (None, []), f"{where}: there is no answer; fill it in or drop the row")
-            for text in _listed(value):
+            require(value not in (None, []), f"{where}: the answer is missing; fill it in or drop the row")
+            for text in _as_list(value):
                 check_text(text, where)
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """Prompt, first answer and end token; labels are -100 on the prompt.
+        """Return prompt, first answer and end token as tokens; labels are -100 on the prompt.
 
-        Both are tokenised apart, since generation starts from the prompt's own tokens. Of `data.max_length` tokens the
-        answer gets `data.answer_tokens`, and a longer prompt loses its beginning (the start token stays).
+        Prompt and answer are tokenized separately, since generation starts from the prompt's tokens. The answer gets
+        `data.answer_tokens` of `data.max_length` tokens; a longer prompt loses its beginning (the start token stays).
         """
 
         def encode(chunk: dict[str, list[Any]], _: int) -> dict[str, list[Any]]:
-            first = [f" {_listed(value)[0].strip()}" for value in chunk["answers"]]
+            first = [f" {_as_list(value)[0].strip()}" for value in chunk["answers"]]
             answers = tokenizer(first, add_special_tokens=False)["input_ids"]
             answers = [with_end(ids, tokenizer)[: self.config.answer_tokens] for ids in answers]
             return completion_columns(zip(self._prompts(chunk["question"], tokenizer), answers, strict=True))
@@ -62,12 +62,12 @@ class GenerationTask(CompletionTask):
         return in_chunks(rows, encode)
 
     def encode_test(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """As `encode_inputs`, with `right`, the texts that are right."""
-        right = [_listed(value) for value in rows["answers"]]
+        """Return encoded prompts and `right`, the list of right answers of each row."""
+        right = [_as_list(value) for value in rows["answers"]]
         return self.encode_inputs(rows, tokenizer).add_column("right", right)
 
     def encode_inputs(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """The prompts."""
+        """Return encoded prompts, without answers."""
 
         def encode(chunk: dict[str, list[Any]], _: int) -> dict[str, list[Any]]:
             return prompt_columns(self._prompts(chunk["question"], tokenizer), self.config.max_length, tokenizer)
@@ -75,11 +75,11 @@ class GenerationTask(CompletionTask):
         return in_chunks(rows, encode)
 
     def answer(self, respondent: Respondent, encoded: Dataset) -> Outcome:
-        """One line that the model writes."""
+        """Return one generated line per row, with the right answers as references."""
         return Outcome(answers_of(encoded, self._lines(respondent, encoded), encoded["right"][:]))
 
     def predict(self, respondent: Respondent, encoded: Dataset, rows: Dataset) -> Columns:
-        """`answer`, one line that the model writes."""
+        """Return `answer`, one generated line per row."""
         return {"answer": self._lines(respondent, encoded)}
 
     def _lines(self, respondent: Respondent, encoded: Dataset) -> list[str]:
@@ -89,14 +89,14 @@ class GenerationTask(CompletionTask):
         room = self.config.max_length - self.config.answer_tokens
         require(
             room > 1,
-            f"data.answer_tokens is {self.config.answer_tokens}, which leaves no room for the question in "
-            f"data.max_length {self.config.max_length}",
+            f"data.answer_tokens {self.config.answer_tokens} leaves no room for the question in "
+            f"data.max_length {self.config.max_length}; raise data.max_length",
         )
-        template = self.entry.prompt or PROMPT
+        template = self.entry.prompt or QUESTION_PROMPT
         texts = [template.format(question=question.strip()) for question in questions]
         prompts = [without_end(ids, tokenizer) for ids in tokenizer(texts)["input_ids"]]
         return [fit(prompt, [], room, tokenizer.bos_token_id)[0] for prompt in prompts]
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]

@@ -1,4 +1,4 @@
-"""Answering by likelihood: a causal language model scores every option behind the prompt (as lm-evaluation-harness).
+"""Answering by likelihood: a causal language model scores every option after the prompt (as lm-evaluation-harness).
 
 Training raises the probability of the right option; nothing but the language-modelling head is needed.
 """
@@ -17,8 +17,8 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from lightpeft.app.tasks.answers import Columns, Metric, Outcome, require_finite
 from lightpeft.app.tasks.kinds.completions import completion_columns, fit, without_end
-from lightpeft.app.tasks.kinds.options import OptionsTask, chosen_answers, nested
-from lightpeft.app.tasks.metrics import accuracy, renamed
+from lightpeft.app.tasks.kinds.options import OptionsTask, chosen_answers, split_by_counts
+from lightpeft.app.tasks.metrics import accuracy, rename_values
 from lightpeft.app.tasks.respondent import Respondent, token_sums
 from lightpeft.app.tasks.tokens import Collator, in_chunks
 from lightpeft.config import LikelihoodRule
@@ -27,28 +27,28 @@ from lightpeft.models.batches import IGNORED
 from lightpeft.models.task_heads import CAUSAL_LM, TaskHead
 
 ACCURACIES: dict[LikelihoodRule, str] = {"sum": "accuracy", "byte": "accuracy_norm"}
-"""Rule that picks an option -> what the accuracy of its picks is called."""
+"""Rule that chooses an option -> name of its accuracy."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One row as a causal language model reads it."""
+    """Texts of one row that a causal language model scores."""
 
     prompts: list[str]
-    """One an option; the same for all unless the option stands inside the text."""
+    """One per option; equal for all options unless the option is inside the text."""
     completions: list[str]
-    """What is scored behind each prompt."""
+    """Text after each prompt, whose tokens are scored; one per option."""
 
 
 class LikelihoodTask(OptionsTask):
-    """How a causal language model scores the options of a kind, whose class comes behind this one among the bases."""
+    """Mixin: a causal language model scores the options of the kind that follows it among the base classes."""
 
     head: ClassVar[TaskHead] = CAUSAL_LM
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """Prompt and right option, of at most `data.max_length` tokens; labels are -100 on the prompt.
+        """Return prompt and right option as at most `data.max_length` tokens; labels are -100 on the prompt.
 
-        No end token is learned: what is trained is what is scored. A row that is too long loses the beginning of its
+        No end token is learned, since none is scored. A row that is too long loses the beginning of its
         prompt (the start token stays).
         """
         right = self.right_options(rows)
@@ -63,12 +63,12 @@ class LikelihoodTask(OptionsTask):
         return in_chunks(rows, encode)
 
     def encode_test(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """As `encode_inputs`, with `labels` as the numbers of the right options."""
+        """Return the columns of `encode_inputs` and `labels`, the number of the right option of each row."""
         encoded = self.encode_inputs(rows, tokenizer)
         return self.carry(rows, encoded.add_column("labels", self.right_options(rows)))
 
     def encode_inputs(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """A row's options as lists: input_ids, start (of the option in them), and bytes."""
+        """Return one list per row over its options: input_ids, start (first token of the option), and bytes."""
 
         def encode(chunk: dict[str, list[Any]], _: int) -> dict[str, list[Any]]:
             scored = list(self.scored(chunk))
@@ -78,25 +78,25 @@ class LikelihoodTask(OptionsTask):
             asked = encode_pairs(prompts, completions, tokenizer, self.config.max_length)
             sizes = [len(completion.strip().encode()) for completion in completions]
             return {
-                "input_ids": nested([prompt + completion for prompt, completion in asked], counts),
-                "start": nested([len(prompt) for prompt, _ in asked], counts),
-                "bytes": nested(sizes, counts),
+                "input_ids": split_by_counts([prompt + completion for prompt, completion in asked], counts),
+                "start": split_by_counts([len(prompt) for prompt, _ in asked], counts),
+                "bytes": split_by_counts(sizes, counts),
             }
 
         return in_chunks(rows, encode, length=lambda options: sum(map(len, options)))
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int | None = None) -> Collator:
-        """Batches of sequences, padded to their longest (or the next multiple); labels of padding are -100.
+        """Return the collator: pads to the longest sequence, or the next multiple; labels of padding are -100.
 
-        Padding is on the right, whichever side the tokenizer pads: no token sees what follows it, so scores are those
-        of a sequence alone, also of models that count positions from the first column (GPT-2).
+        Padding is always on the right: no token attends to later ones, so the scores are those of a single sequence,
+        also for models that count positions from the first column (GPT-2).
         """
         right = copy.copy(tokenizer)
         right.padding_side = "right"
         return Collator(DataCollatorForSeq2Seq(right, pad_to_multiple_of=multiple_of, label_pad_token_id=IGNORED))
 
     def answer(self, respondent: Respondent, encoded: Dataset) -> Outcome:
-        """The option that `data.likelihood` picks, and beside it whether each rule picks a right one."""
+        """Return the option that the rule `data.likelihood` chooses, and per row the accuracy of each rule."""
         labels, found = encoded["labels"][:], likelihoods(respondent, encoded)
         picked = {
             rule: chosen_answers(encoded, [int(of_row.argmax(-1)) for of_row in scores])
@@ -111,12 +111,12 @@ class LikelihoodTask(OptionsTask):
         return Outcome(answers, {"loss": float(found.losses[right].sum()) / float(found.tokens[right].sum())})
 
     def predict(self, respondent: Respondent, encoded: Dataset, rows: Dataset) -> Columns:
-        """As the kind writes probabilities."""
+        """Return the prediction columns of the kind, with probabilities by a softmax over the options' scores."""
         scores = likelihoods(respondent, encoded).scores[self.config.likelihood]
         return self.picked([softmax(of_row) for of_row in scores], rows)
 
     def scored(self, columns: dict[str, list[Any]]) -> Iterator[Scored]:
-        """Prompts and options of rows, given as columns."""
+        """Yield prompts and completions of each row; `columns` holds the rows."""
         names = list(columns)
         for values in zip(*columns.values(), strict=True):
             row = dict(zip(names, values, strict=True))
@@ -129,13 +129,13 @@ class LikelihoodTask(OptionsTask):
 
     @property
     def main_metric(self) -> str:
-        """The main value; an accuracy goes by the rule that picks the options."""
+        """Name of the main value; an accuracy has the name of the rule `data.likelihood`."""
         return self._names.get(super().main_metric, super().main_metric)
 
     @property
     def measures(self) -> tuple[Metric, ...]:
-        """What is measured of the answers that `data.likelihood` picks."""
-        return tuple(renamed(measure, self._names) for measure in super().measures)
+        """Metrics of the answers that the rule `data.likelihood` chooses, the main metric first."""
+        return tuple(rename_values(measure, self._names) for measure in super().measures)
 
     @property
     def _names(self) -> dict[str, str]:
@@ -145,42 +145,46 @@ class LikelihoodTask(OptionsTask):
 def encode_pairs(
     prompts: list[str], completions: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[tuple[list[int], list[int]]]:
-    """Tokens of prompts and of what follows, tokenised together and cut apart where the prompt alone ends.
+    """Return (prompt, completion) token pairs, tokenized together and split where the prompt alone ends.
 
-    So a completion gets the tokens that it has in running text, also where a tokenizer treats the beginning of a text
-    in a way of its own. Together they are cut to `max_length` from the left of the prompt.
+    The completion thus has its tokens of running text, also if the tokenizer treats the beginning of a text specially.
+    Pairs are truncated to `max_length` tokens on the left of the prompt.
     """
     alone = [without_end(ids, tokenizer) for ids in tokenizer(prompts)["input_ids"]]
     together = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     whole = [without_end(ids, tokenizer) for ids in tokenizer(together)["input_ids"]]
     pairs = []
     for text, prompt, ids in zip(together, alone, whole, strict=True):
-        require(0 < len(prompt) < len(ids), f"no token of the answer is left to score in {text[-60:]!r}")
+        require(
+            0 < len(prompt) < len(ids),
+            f"the answer has no token of its own to score in {text[-60:]!r}; change the prompt or the option",
+        )
         pairs.append(fit(ids[: len(prompt)], ids[len(prompt) :], max_length, tokenizer.bos_token_id))
     return pairs
 
 
 @dataclass(frozen=True)
 class Likelihoods:
-    """How probable a model finds the options of rows."""
+    """Log-likelihoods of the options of rows under a model."""
 
     scores: dict[LikelihoodRule, list[np.ndarray]]
-    """Every rule's scores of every row's options; the highest is the answer."""
+    """Rule -> one array of scores [options] per row; the highest score is the answer."""
     sequences: list[list[int]]
-    """Number of the sequence of every row's every option."""
+    """Index into `losses` and `tokens` of every option of every row."""
     losses: np.ndarray
-    """Cross-entropy of each sequence's scored tokens, in nats."""
+    """Summed cross-entropy of the scored tokens, in nats: float64 [sequences]."""
     tokens: np.ndarray
-    """Their number."""
+    """Number of scored tokens: float64 [sequences]."""
 
 
 def likelihoods(respondent: Respondent, encoded: Dataset) -> Likelihoods:
-    """Scores of every row's options, of what `LikelihoodTask.encode_test` or `encode_inputs` returned.
+    """Score the options of every row; equal sequences are scored once.
 
-    Equal sequences are scored once.
+    Args:
+        encoded: the result of `LikelihoodTask.encode_test` or `encode_inputs`.
 
     Raises:
-        LightPeftError: there is no row, or a probability is no number.
+        LightPeftError: there is no row, or a likelihood is NaN or infinite.
     """
     numbers: dict[tuple[int, tuple[int, ...]], int] = {}
     asked = [

@@ -1,4 +1,4 @@
-"""Regression: a number for a text or a pair of texts."""
+"""Regression: one number for a text or a pair of texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch.nn.functional import mse_loss
 from transformers import PreTrainedTokenizerBase
 
-from lightpeft.app.tasks.answers import Columns, Outcome, answers_of, rounded
+from lightpeft.app.tasks.answers import Columns, Outcome, answers_of, round_all
 from lightpeft.app.tasks.kinds.texts import TextTask
 from lightpeft.app.tasks.respondent import Respondent, finite_logits
 from lightpeft.app.tasks.rows.columns import values
@@ -21,43 +21,47 @@ from lightpeft.models.task_heads import REGRESSION, TaskHead
 
 
 class RegressionTask(TextTask):
-    """One number a row, learned by mean squared error."""
+    """One number per row, learned by mean squared error."""
 
     head: ClassVar[TaskHead] = REGRESSION
     default_metrics: ClassVar[tuple[str, ...]] = ("pearson", "spearman", "mse")
 
     @classmethod
     def check(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
-        """Texts are strings that are not blank; labels are numbers that can be learned."""
+        """Raise `LightPeftError` unless texts are not blank and labels are numbers in the accepted range."""
         cls.check_inputs(rows, entry, what)
         for where, value in values(rows, "label", entry, what):
-            require(_number(value) is not None, f"{where}: {short_repr(value)} is no number; {_NEEDS}")
+            require(
+                _parse_number(value) is not None, f"{where}: {short_repr(value)} is not a valid number; {_LABEL_RANGE}"
+            )
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """As `encode_inputs`, with `labels` as floats."""
-        return self.encode_inputs(rows, tokenizer).add_column("labels", [_number(value) for value in rows["label"][:]])
+        """Return the columns of `encode_inputs` and `labels`, the number of each row as a float."""
+        return self.encode_inputs(rows, tokenizer).add_column(
+            "labels", [_parse_number(value) for value in rows["label"][:]]
+        )
 
     def answer(self, respondent: Respondent, encoded: Dataset) -> Outcome:
-        """The one output."""
+        """Return the model's output per row, and its squared error."""
         predicted, labels = finite_logits(respondent, encoded).squeeze(-1), encoded["labels"][:]
         losses = mse_loss(predicted, torch.tensor(labels), reduction="none")
         answers = answers_of(encoded, predicted.tolist(), labels)
         return Outcome(replace(answers, scores={"loss": losses.double().numpy()}))
 
     def predict(self, respondent: Respondent, encoded: Dataset, rows: Dataset) -> Columns:
-        """`value`, the one output."""
-        return {"value": rounded(finite_logits(respondent, encoded).squeeze(-1))}
+        """Return `value`, the model's output per row."""
+        return {"value": round_all(finite_logits(respondent, encoded).squeeze(-1))}
 
 
-_LARGEST = 1e18
-"""What a label may be: the loss squares it, in float32."""
-_NEEDS = f"regression needs one in every row, from -{_LARGEST:.0e} to {_LARGEST:.0e}"
+_LARGEST_LABEL = 1e18
+"""Largest absolute value of a label: the loss squares it in float32."""
+_LABEL_RANGE = f"regression needs one in every row, from -{_LARGEST_LABEL:.0e} to {_LARGEST_LABEL:.0e}"
 
 
-def _number(value: Any) -> float | None:
-    """A number that can be learned, also one that a CSV file holds as text; None for anything else."""
+def _parse_number(value: Any) -> float | None:
+    """Return a label as a float, also one stored as text; None if it is no number or too large."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return number if abs(number) <= _LARGEST else None
+    return number if abs(number) <= _LARGEST_LABEL else None

@@ -1,4 +1,4 @@
-"""What tasks on a text or a pair of texts share: columns, tokens and batches."""
+"""The base of tasks on a text or a pair of texts: columns, tokens and batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightpeft.config import TaskEntry
 
 
 class TextTask(Task):
-    """One answer for a text or a pair of texts, given by a layer on top of the model."""
+    """One answer per text or pair of texts, by a head on top of the model."""
 
     columns: ClassVar[tuple[str, ...]] = ("text", "label")
     optional: ClassVar[tuple[str, ...]] = ("text_pair", "group")
@@ -22,17 +22,17 @@ class TextTask(Task):
 
     @classmethod
     def check_inputs(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
-        """Texts are strings that are not blank."""
+        """Raise `LightPeftError` unless texts are strings that are not blank."""
         for column in ("text", "text_pair"):
             if column == "text" or column in rows.column_names:
                 check_strings(rows, column, entry, what)
 
     def encode_inputs(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """Rows cut to `data.max_length` tokens, the longer text first, without labels.
+        """Encode rows without labels, truncated to `data.max_length` tokens, the longer text of a pair first.
 
         Returns:
             Columns input_ids, attention_mask, length, and token_type_ids for pairs if the tokenizer has them (for a
-            single text they are all 0, which is what models assume without them).
+            single text they are all 0, the default of models).
         """
         columns = [name for name in ("text", "text_pair") if name in rows.column_names]
         with_types = len(columns) > 1 and "token_type_ids" in tokenizer.model_input_names
@@ -44,5 +44,5 @@ class TextTask(Task):
         return in_chunks(rows, encode)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int | None = None) -> Collator:
-        """Batches padded to their longest row (or the next multiple)."""
+        """Return the collator, which pads a batch to its longest row, or to the next multiple of `multiple_of`."""
         return Collator(DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple_of))

@@ -1,8 +1,8 @@
 """Extractive question answering: a long context as overlapping windows, and the best span of characters over them.
 
-A model scores every token of a window as the first and as the last one of the answer. Where the window holds no answer,
-both point at one token that stands for none: the CLS token or, for models that only look back, an end token that comes
-last and so has seen question and context (Devlin et al. 2019, arXiv 1810.04805, section 4.3).
+A model scores every token of a window as the start and as the end of the answer. In a window without the answer, both
+point at the null token: the CLS token or, for causal models, a final end token, which has seen question and context
+(Devlin et al. 2019, arXiv 1810.04805, section 4.3).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from lightpeft.errors import require
 
 SHORTEST = 32
-"""Tokens that a window has room for at least."""
+"""Fewest tokens of a window."""
 NOWHERE = -torch.inf
-"""Score of a span that cannot be an answer."""
+"""Score of a span outside the context."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,15 @@ class Window:
     inputs: dict[str, list[int]]
     """input_ids, attention_mask, and token_type_ids if the tokenizer has them."""
     begins: np.ndarray
-    """Int [tokens]: where in the context a token's characters begin; 0 for what is no part of the context."""
+    """Int [tokens]: first character of each token in the context; 0 outside the context."""
     ends: np.ndarray
-    """Int [tokens]: where they end; 0 for what is no part of the context."""
+    """Int [tokens]: end of each token's characters in the context (exclusive); 0 outside the context."""
     null: int
-    """Position of the token that stands for no answer."""
+    """Position of the null token, which stands for no answer."""
 
     @property
     def in_context(self) -> np.ndarray:
-        """Bool [tokens]: which ones stand for characters of the context."""
+        """Bool [tokens]: True for tokens of the context."""
         return self.ends > self.begins
 
 
@@ -52,46 +52,46 @@ def make_windows(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> list[Window]:
-    """Windows of every question with its context, in order, one or more a question.
+    """Return the windows of every question with its context, in order, one or more per question.
 
     Args:
-        questions: cut to a quarter of a window.
-        contexts: one a question.
-        tokenizer: one with offsets; its padding side doesn't matter here.
-        max_length: tokens of a window.
+        questions: texts; each is truncated to a quarter of a window.
+        contexts: one per question.
+        tokenizer: a fast tokenizer, which gives character offsets.
+        max_length: most tokens of a window.
 
     Raises:
-        LightPeftError: the tokenizer knows no offsets, or the windows are too short.
+        LightPeftError: the tokenizer gives no offsets, or `max_length` is less than `SHORTEST`.
     """
-    require(tokenizer.is_fast, "the tokenizer does not tell which characters a token stands for; use a fast one")
+    require(tokenizer.is_fast, "the tokenizer gives no character offsets of tokens; use a fast tokenizer")
     require(
         max_length >= SHORTEST,
         f"data.max_length is {max_length}; a window of question and context needs at least {SHORTEST} tokens",
     )
     closing = _closing_token(tokenizer)
     encoded = tokenizer(
-        _shortened(questions, tokenizer, max_length // 4),
+        _shorten_questions(questions, tokenizer, max_length // 4),
         list(contexts),
         return_offsets_mapping=True,
-        verbose=False,  # it would warn of texts that are longer than the model's longest
+        verbose=False,  # it would warn about texts longer than the model's limit
     )
     windows = []
     for example in range(len(contexts)):
         parts = encoded.sequence_ids(example)
-        for places in _places(parts, max_length - len(closing), max_length // 3):
-            windows.append(_window(encoded, example, parts, places, closing, tokenizer))
+        for places in _window_places(parts, max_length - len(closing), max_length // 3):
+            windows.append(_make_window(encoded, example, parts, places, closing, tokenizer))
     return windows
 
 
-def _places(parts: Sequence[int | None], length: int, shared: int) -> Iterator[list[int]]:
-    """Where the tokens of each window are among those of a question with its whole context.
+def _window_places(parts: Sequence[int | None], length: int, shared: int) -> Iterator[list[int]]:
+    """Yield the positions of each window's tokens among those of a question with its whole context.
 
-    The tokenizer could cut windows itself, but releases 0.23.1 and 0.23.2 of tokenizers lose what is behind the first.
+    The tokenizer could split windows itself, but tokenizers 0.23.1 and 0.23.2 lose all windows after the first.
 
     Args:
-        parts: of each token, 1 in the context.
-        length: tokens of a window.
-        shared: context tokens that a window shares with the next one.
+        parts: sequence id of each token: 1 in the context.
+        length: most tokens of a window.
+        shared: context tokens that two successive windows share.
     """
     context = [place for place, part in enumerate(parts) if part == 1]
     if not context:
@@ -104,18 +104,19 @@ def _places(parts: Sequence[int | None], length: int, shared: int) -> Iterator[l
 
 
 def _closing_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The end token, if nothing that the tokenizer adds by itself can stand for no answer."""
+    """Return [end token] if the tokenizer adds no token that can be the null token, else []."""
     ids = tokenizer("a", "b")["input_ids"]
     if tokenizer.cls_token_id in ids or ids[-1] == tokenizer.eos_token_id:
         return []
     require(
-        tokenizer.eos_token_id is not None, "the tokenizer has neither a CLS nor an end token to stand for no answer"
+        tokenizer.eos_token_id is not None,
+        "the tokenizer has neither a CLS nor an end token to mark no answer; set one",
     )
     return [tokenizer.eos_token_id]
 
 
-def _shortened(questions: Iterable[str], tokenizer: PreTrainedTokenizerBase, most: int) -> list[str]:
-    """Questions of at most `most` tokens, with a line end behind where the tokenizer puts nothing between texts."""
+def _shorten_questions(questions: Iterable[str], tokenizer: PreTrainedTokenizerBase, most: int) -> list[str]:
+    """Truncate questions to `most` tokens, and append a newline if the tokenizer has no separator token."""
     texts = [question.strip() for question in questions]
     options = {"add_special_tokens": False, "truncation": True, "max_length": most, "return_offsets_mapping": True}
     offsets = tokenizer(texts, **options)["offset_mapping"]
@@ -123,7 +124,7 @@ def _shortened(questions: Iterable[str], tokenizer: PreTrainedTokenizerBase, mos
     return texts if tokenizer.sep_token_id is not None else [f"{text}\n" for text in texts]
 
 
-def _window(
+def _make_window(
     encoded: Any,
     example: int,
     parts: Sequence[int | None],
@@ -146,11 +147,11 @@ def _window(
 
 
 def label_spans(windows: Sequence[Window], spans: Sequence[tuple[int, int] | None]) -> list[tuple[int, int]]:
-    """First and last token of the answer in every window; the null token twice where it isn't there whole.
+    """Return (first, last) token of the answer in every window; the null token twice if it is not there completely.
 
     Args:
-        windows: all those of some questions.
-        spans: where the answer of each question begins and ends in its context; None: it has none.
+        windows: all windows of some questions.
+        spans: character range of the answer of each question in its context; None: no answer.
     """
     hits = [_overlapping(window, spans[window.example]) for window in windows]
     reach: dict[int, tuple[int, int]] = {}
@@ -167,38 +168,38 @@ def label_spans(windows: Sequence[Window], spans: Sequence[tuple[int, int] | Non
 
 
 def _overlapping(window: Window, span: tuple[int, int] | None) -> np.ndarray:
-    """Positions of the context's tokens that share characters with the span."""
+    """Return the positions of the context's tokens that share characters with the span."""
     begin, end = span or (0, 0)
     return np.flatnonzero(window.in_context & (window.ends > begin) & (window.begins < end))
 
 
 @dataclass(frozen=True)
 class Span:
-    """What a model takes for the answer to a question."""
+    """An answer that a model gives: a range of characters, with scores."""
 
     begin: int
-    """First character in the context."""
+    """Index of its first character in the context."""
     end: int
-    """The character behind the last one."""
+    """Index after its last character."""
     score: float
-    """Logit of its first token as the first plus that of its last token as the last."""
+    """Start logit of its first token plus end logit of its last token."""
     null_score: float
-    """The same of no answer."""
+    """Start logit plus end logit of the null token."""
 
     @property
     def margin(self) -> float:
-        """How much better it is than no answer."""
+        """Score minus the score of no answer."""
         return self.score - self.null_score
 
 
 def best_span(window: Window, start: Tensor, end: Tensor, most_tokens: int) -> Span:
-    """The best answer of one window.
+    """Return the span with the highest score in one window.
 
     Args:
-        window: with n tokens.
-        start: logits [n] of being an answer's first token.
-        end: logits [n] of being its last token.
-        most_tokens: tokens of an answer at most.
+        window: a window of n tokens.
+        start: start logits [n].
+        end: end logits [n].
+        most_tokens: most tokens of an answer.
     """
     null_score = float(start[window.null] + end[window.null])
     outside = torch.from_numpy(~window.in_context)
@@ -212,13 +213,13 @@ def best_span(window: Window, start: Tensor, end: Tensor, most_tokens: int) -> S
 
 
 def best_of_windows(spans: Sequence[Span]) -> Span:
-    """The best answer to a question from those of its windows; of no answer the lowest score counts."""
+    """Return the best of the spans of a question's windows, with the lowest score of no answer among them."""
     best = max(spans, key=lambda span: span.score)
     return Span(best.begin, best.end, best.score, min(span.null_score for span in spans))
 
 
 def answer_text(span: Span, context: str, null_threshold: float | None) -> str:
-    """The answer's characters; "" unless it is better than none by more than the threshold (None: never "")."""
+    """Return the text of the answer; "" if its margin is at most `null_threshold` (None: never "")."""
     if null_threshold is not None and span.margin <= null_threshold:
         return ""
     return context[span.begin : span.end].strip()

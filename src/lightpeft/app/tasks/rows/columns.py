@@ -1,4 +1,4 @@
-"""Values of rows in the columns of a kind: what error lines call them, and the checks that kinds share."""
+"""Values of rows in the columns of a kind: their names in error messages, and checks that kinds share."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from lightpeft.errors import require
 
 
 def source_column(entry: TaskEntry, column: str) -> str:
-    """What the data call a column of the kind; its own name where it is put together of several."""
+    """Return the data's name for a column of the kind; the column's own name if a template fills it."""
     source = entry.columns.get(column, column)
     return column if is_template(source) else source
 
 
 def is_template(source: str) -> bool:
-    """Whether what a column comes from is a template rather than a column's name."""
+    """Return True if `source` is a template, not the name of a column."""
     return "{" in source
 
 
 def place(what: str, number: int, column: str) -> str:
-    """How error lines name a value: `number` counts from 1."""
+    """Return the place of a value for error messages; `number` counts rows from 1."""
     return f'{what} row {number} (the header not counted), column "{column}"'
 
 
 def values(rows: Dataset, column: str, entry: TaskEntry, what: str) -> Iterator[tuple[str, Any]]:
-    """The place and value of every row's `column`."""
+    """Yield the place (for error messages) and the value of every row's `column`."""
     shown = source_column(entry, column)
     for number, value in enumerate(rows[column][:], 1):
         yield place(what, number, shown), value
 
 
-HIDDEN = "fill it in, drop the row, or give a split whose answers are not hidden"
-"""What to do about a row without an answer."""
+HIDDEN_ANSWER_REMEDY = "fill it in, drop the row, or give a split whose answers are not hidden"
+"""Remedy in the error message about a row without an answer."""
 
 
 def check_strings(rows: Dataset, column: str, entry: TaskEntry, what: str, blank: bool = False) -> None:
@@ -47,6 +47,6 @@ def check_strings(rows: Dataset, column: str, entry: TaskEntry, what: str, blank
 
 def check_text(value: Any, where: str, blank: bool = False) -> None:
     """Raise `LightPeftError` unless a value is a string, not blank unless allowed."""
-    require(value is not None, f"{where}: there is no value; fill it in or drop the row")
-    require(isinstance(value, str), f"{where}: {short_repr(value)} is no text; this must be a column of strings")
+    require(value is not None, f"{where}: the value is missing; fill it in or drop the row")
+    require(isinstance(value, str), f"{where}: {short_repr(value)} is not a string; use a column of strings")
     require(blank or value.strip(), f"{where}: the text is blank; fill it in or drop the row")

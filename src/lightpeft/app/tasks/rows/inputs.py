@@ -12,33 +12,33 @@ from lightpeft.errors import LightPeftError, require
 
 
 def read_inputs(source: Path | TextIO, column: str | None, what: str = "input") -> Dataset:
-    """Rows without answers, as they are.
+    """Read rows to predict on.
 
     Args:
-        source: a .txt file with one text a line, a table (.csv, .tsv, .json, .jsonl, .parquet), or an open text stream:
-            of texts where one column is enough, else of JSON objects.
-        column: what texts are called; None: a row needs several columns, so lines of text will not do.
-        what: names the source in error lines.
+        source: a .txt file with one text per line, a table (.csv, .tsv, .json, .jsonl, .parquet), or an open text
+            stream of texts (if `column` is given) or JSON objects.
+        column: name of the column for lines of text; None: a row needs several columns, so a table is required.
+        what: names the source in error messages.
 
     Raises:
-        LightPeftError: missing, empty or malformed, or texts where a table is needed.
+        LightPeftError: the source is missing, empty or malformed, or has lines of text where a table is required.
     """
     if isinstance(source, Path) and source.suffix.lower() != ".txt":
         return read_file(source, what)
     if column is None:
         require(
             not isinstance(source, Path),
-            "a row of this task has several columns, which text lines have not; "
+            f"{what} {source} has lines of text, but rows of this task have several columns; "
             "give a table, or JSON lines on standard input",
         )
-        return read_json_text(_content(source, what), what)
-    lines = [line.rstrip("\r") for line in _content(source, what).split("\n")]
-    lines = [line for line in lines if line.strip()]  # blank ones are nothing to predict on
-    require(lines, f"{what} has no text: every line is blank")
+        return read_json_text(_read_content(source, what), what)
+    lines = [line.rstrip("\r") for line in _read_content(source, what).split("\n")]
+    lines = [line for line in lines if line.strip()]  # a blank line has nothing to predict
+    require(lines, f"{what} has no text, only blank lines; give one text per line")
     return Dataset.from_dict({column: lines})
 
 
-def _content(source: Path | TextIO, what: str) -> str:
+def _read_content(source: Path | TextIO, what: str) -> str:
     where = f"{what} {source}" if isinstance(source, Path) else what
     try:
         return source.read_text(encoding="utf-8-sig") if isinstance(source, Path) else source.read()

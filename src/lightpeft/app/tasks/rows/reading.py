@@ -1,4 +1,4 @@
-"""Where rows come from: one local file or one hub data set, as a `datasets.Dataset` in memory."""
+"""Read rows from one local file or one hub data set into a `datasets.Dataset` in memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightpeft.models import hub
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%:+-]+))?")
 FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w{0,7}")
 LONGEST_FIELD = 2**30
-"""Characters one CSV field may have; the csv module's own limit (131,072) is less than a long document."""
+"""Most characters of a CSV field; the csv module's default (131,072) is less than a long document."""
 
 
 def read_rows(source: str, what: str) -> Dataset:
@@ -31,13 +31,13 @@ def read_rows(source: str, what: str) -> Dataset:
     Args:
         source: a path ending in one of `READERS`' suffixes, or a hub name as `[owner/]name[/config][:split]`
             (`/config` needs the owner; the split defaults to train, or to test where `what` is "data.test").
-        what: the setting that names the source, for error lines ("data.train").
+        what: the setting that names the source, for error messages ("data.train").
 
     Returns:
         At least one row. CSV and TSV values are strings; the other formats keep their types.
 
     Raises:
-        LightPeftError: not there, empty, malformed, of unknown kind, or no hub was reached.
+        LightPeftError: the source is missing, empty, malformed or of unknown type, or the hub cannot be reached.
     """
     require(source, f"{what} is not set; give a {_suffixes()} file or the name of a hub data set")
     path = Path(source).expanduser()
@@ -45,20 +45,20 @@ def read_rows(source: str, what: str) -> Dataset:
 
 
 def is_local(source: str) -> bool:
-    """Whether `source` means a file (there or not) rather than a hub data set."""
+    """Return True if `source` is the path of a file (existing or not), not the name of a hub data set."""
     path = Path(source).expanduser()
     looks_like_file = path.is_absolute() or source.startswith((".", "~")) or FILE_SUFFIX.fullmatch(path.suffix)
     return path.exists() or bool(looks_like_file) or HUB_NAME.fullmatch(source) is None
 
 
 def read_file(path: Path, what: str) -> Dataset:
-    """`read_rows` of a local file."""
+    """Read a local file by its suffix, into memory; errors name the setting `what`."""
     require(path.exists(), f"{what}: file {path} does not exist")
-    kind = "a folder" if path.is_dir() else "no regular file"
-    require(path.is_file(), f"{what}: {path} is {kind}; name one {_suffixes()} file")
+    kind = "a folder" if path.is_dir() else "not a regular file"
+    require(path.is_file(), f"{what}: {path} is {kind}; give one {_suffixes()} file")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise LightPeftError(f'{what}: {path} ends in "{path.suffix}"; it must be a {_suffixes()} file')
+        raise LightPeftError(f'{what}: {path} has the suffix "{path.suffix}"; give a {_suffixes()} file')
     require(path.stat().st_size > 0, f"{what}: {path} is empty")
     try:
         rows = reader(path)
@@ -73,31 +73,31 @@ def read_file(path: Path, what: str) -> Dataset:
 
 
 def with_suffix(path: Path) -> Path | None:
-    """The file that is `path` with one of the known suffixes; None if there is none."""
+    """Return the existing file that is `path` plus a known suffix; None if there is none."""
     return next((file for suffix in READERS if (file := path.with_name(path.name + suffix)).is_file()), None)
 
 
 class HubNotReachedError(LightPeftError):
-    """There is no network, or the hub is down."""
+    """The hub cannot be reached: there is no network, or it is down."""
 
 
 class _MalformedError(Exception):
-    """The content is not what the suffix says; the message names file and line."""
+    """The content does not match the suffix; the message names file and line."""
 
 
 def _read_csv(path: Path) -> Dataset:
-    return _delimited(path, ",", csv.QUOTE_MINIMAL)
+    return _parse_delimited(path, ",", csv.QUOTE_MINIMAL)
 
 
 def _read_tsv(path: Path) -> Dataset:
     try:
-        return _delimited(path, "\t", csv.QUOTE_MINIMAL)
+        return _parse_delimited(path, "\t", csv.QUOTE_MINIMAL)
     except _MalformedError:
         # corpora are often tab separated without any quoting, so that a stray quote character is just text
-        return _delimited(path, "\t", csv.QUOTE_NONE)
+        return _parse_delimited(path, "\t", csv.QUOTE_NONE)
 
 
-def _delimited(path: Path, delimiter: str, quoting: Any) -> Dataset:
+def _parse_delimited(path: Path, delimiter: str, quoting: Any) -> Dataset:
     csv.field_size_limit(LONGEST_FIELD)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
@@ -122,13 +122,13 @@ def _delimited(path: Path, delimiter: str, quoting: Any) -> Dataset:
 
 
 def read_json_text(text: str, what: str) -> Dataset:
-    """The rows of a list of objects, or of one object a line; `what` names them.
+    """Parse a JSON list of objects, or JSON lines with one object each; `what` names the text in errors.
 
     Raises:
         LightPeftError: malformed or empty.
     """
     try:
-        rows = _json_rows(text, what)
+        rows = _parse_json_rows(text, what)
     except _MalformedError as error:
         raise LightPeftError(str(error)) from error
     require(rows.num_rows > 0, f"{what} has no rows")
@@ -136,32 +136,32 @@ def read_json_text(text: str, what: str) -> Dataset:
 
 
 def _read_json(path: Path) -> Dataset:
-    return _json_rows(path.read_text(encoding="utf-8-sig"), path)
+    return _parse_json_rows(path.read_text(encoding="utf-8-sig"), path)
 
 
-def _json_rows(text: str, path: Path | str) -> Dataset:
-    """A list of objects, or one object a line, whichever the text holds."""
+def _parse_json_rows(text: str, path: Path | str) -> Dataset:
+    """Parse a list of objects or one object per line, whichever the text holds."""
     if text.lstrip().startswith("["):
-        placed = [(f"entry {number}", row) for number, row in enumerate(_json_value(text, path, 1), 1)]
+        placed = [(f"entry {number}", row) for number, row in enumerate(_parse_json(text, path, 1), 1)]
     else:
         lines = enumerate(text.split("\n"), 1)
-        placed = [(f"line {number}", _json_value(line, path, number)) for number, line in lines if line.strip()]
+        placed = [(f"line {number}", _parse_json(line, path, number)) for number, line in lines if line.strip()]
     for where, row in placed:
         if not isinstance(row, dict):
             raise _MalformedError(
-                f"{path} {where} is not an object; a file holds a list of objects or one object a line"
+                f"{path} {where} is not a JSON object; write a list of objects or one object per line"
             )
     names = dict.fromkeys(name for _, row in placed for name in row)
     return _from_columns({name: [row.get(name) for _, row in placed] for name in names}, path)
 
 
-def _json_value(text: str, path: Path | str, first_line: int) -> Any:
+def _parse_json(text: str, path: Path | str, first_line: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise _MalformedError(
-            f"{path} line {line} is not JSON (list of objects, or one object a line): {error.msg}"
+            f"{path} line {line} is not JSON (list of objects, or one object per line): {error.msg}"
         ) from error
     except (ValueError, RecursionError) as error:  # too many digits, or brackets
         raise _MalformedError(f"{path} line {first_line} cannot be read: {one_line(error)}") from error
@@ -196,23 +196,23 @@ READERS: dict[str, Callable[[Path], Dataset]] = {
 
 
 def read_hub(source: str, what: str) -> Dataset:
-    """`read_rows` of a hub data set.
+    """Load a split of a hub data set into memory; `source` is owner/name[/config][:split].
 
     Raises:
-        HubNotReachedError: there is no network.
+        HubNotReachedError: the hub cannot be reached.
         LightPeftError: the data set cannot be loaded, or has no rows.
     """
     match = HUB_NAME.fullmatch(source)
-    require(match, f'{what}: "{source}" is neither a file nor a hub name as owner/name[/config][:split]')
+    require(match, f'{what}: "{source}" is neither a file nor a hub name; hub names are owner/name[/config][:split]')
     assert match is not None
     split = match["split"] or ("test" if what == "data.test" else "train")
     hub.go_offline_if_unreachable(source)
     try:
-        with _quiet():
+        with _hide_progress_bars():
             rows = datasets.load_dataset(match["name"], match["config"], split=split)
     except ConnectionError as error:
         raise HubNotReachedError(
-            f'{what}: there is no file "{source}", and the hub was not reached for a data set of that name; '
+            f'{what}: file "{source}" does not exist, and the hub cannot be reached for a data set of that name; '
             f"give a local {_suffixes()} file instead"
         ) from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -222,8 +222,8 @@ def read_hub(source: str, what: str) -> Dataset:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of `datasets` meanwhile."""
+def _hide_progress_bars() -> Iterator[None]:
+    """Hide the progress bars of `datasets` inside the block."""
     disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
