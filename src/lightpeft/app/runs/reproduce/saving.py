@@ -7,7 +7,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lightpeft.app.folders.run_folder import differences
+from lightpeft.app.folders.run_folder import RunReport, differences
 from lightpeft.app.runs.reproduce.grid import Cell, Grid, load_grid
 from lightpeft.app.runs.reproduce.results import MEASURES, CellReport, Results, results_of
 from lightpeft.app.runs.reproduce.tables import markdown_table
