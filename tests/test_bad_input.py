@@ -126,7 +126,7 @@ COMMANDS: dict[str, str] = {
     "predict {adapter} {test} --answer_tokens 1180591620717411303424": "answer_tokens is",
     "evaluate {adapter} --data.test {test} --json {table}": "Is a directory",
     "reproduce {folder}": "is not a regular file",
-    "bench --config {settings} --rounds 1180591620717411303424": "--rounds is 1180591620717411303424; it must be",
+    "bench --config {settings} --rounds 1180591620717411303424": "1180591620717411303424; give a finite number",
     "bench --config {settings} --json {table}": "is a folder; give a file",
 }
 """Command -> what its one line says."""
@@ -249,7 +249,7 @@ def test_settings_of_a_tokenizer_that_are_none(bench: Workbench, refused: Refuse
     usual = read(file)
     for value in TOKENIZERS[key]:
         file.write_text(json.dumps({**usual, key: value}), encoding="utf-8")
-        assert f"the tokenizer of model {base} says {key} is" in run_with(bench, refused, **{"model.name": str(base)})
+        assert f"the tokenizer of model {base} has {key}" in run_with(bench, refused, **{"model.name": str(base)})
 
 
 # -- run folders -------------------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def copied(bench: Workbench, adapter: Path) -> Path:
 
 
 def test_bad_predictions(bench: Workbench, adapter: Path, refused: Refused) -> None:
-    assert 'not "out.xlsx"' in refused("predict", adapter, bench.test, "--output", "out.xlsx")
+    assert '"out.xlsx" has an unknown suffix' in refused("predict", adapter, bench.test, "--output", "out.xlsx")
     assert "does not exist" in refused("predict", bench.folder / "none", bench.test)
     assert "that does not name its task" in refused("predict", bench.base, bench.test)
     assert "does not exist" in refused("predict", adapter, bench.folder / "none.csv")

@@ -155,7 +155,7 @@ def test_table_shows_the_measurements(report: dict[str, Any], capsys: pytest.Cap
     assert f"{light['training_samples_per_second']['median']:,.1f}" in text
     assert f"{report['ratios']['inference_throughput']['median']:.2f}" in text
     assert f"{report['ratios']['training_flops']:.2f}" in text
-    assert "for 6 steps" in text
+    assert "6 steps of estimation" in text
     assert "MiB" in text
 
 

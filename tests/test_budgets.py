@@ -523,7 +523,7 @@ def test_a_task_without_classes_has_no_points(tmp_path: Path, capsys: pytest.Cap
     write_rows(bench.train, completions(600))
     file = bench.yaml("run", **AUTO, **{"training.epochs": 0.5, "light.remove.tolerance": "1 point"})
     assert lightpeft("run", "--config", file) == 2
-    assert "no metric of classes; give nats" in capsys.readouterr().err
+    assert "points need classes" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -358,7 +358,7 @@ def test_refusals(bench: Workbench, llama: Path, tmp_path: Path) -> None:
             light,
             rows_of(bench, test=str(other)),
             {},
-            "classes apart (negative, positive), the data have 2 labels (x, y)",
+            "has 2 classes (negative, positive), but the data have 2 labels (x, y)",
         ),
         (light, language, {}, "bert is no causal language model, which causal-lm needs"),
         (light, choice(tmp_path), {}, "was trained for classification and cannot answer multiple-choice"),
@@ -371,7 +371,7 @@ def test_refusals(bench: Workbench, llama: Path, tmp_path: Path) -> None:
             {},
             "folder runs/nothing does not exist, and a model of that name cannot be loaded",
         ),
-        (bench.folder, rows_of(bench), {}, "none of a run, a light adapter"),
+        (bench.folder, rows_of(bench), {}, "give a folder with a run, a light adapter"),
         (bench.test, rows_of(bench), {}, "is a file"),
         (bench.folder / "full" / "model", rows_of(bench), {"base": str(base)}, "has no base; leave out --base"),
         (light, rows_of(bench), {"base": str(llama)}, "belongs to another base"),
@@ -394,7 +394,7 @@ def test_a_pruned_model_that_was_merged(bench: Workbench, tmp_path: Path) -> Non
     assert answers["metrics"] == pytest.approx(measured(bench, "light")["metrics"], rel=1e-4)
     (tmp_path / "merged" / MERGED).unlink()
     text = refusal(lambda: evaluate_model(tmp_path / "merged", rows_of(bench)))
-    assert text.endswith("not the plan of that: merged.json is missing")
+    assert text.endswith("without its plan: merged.json is missing; add it")
     config = tmp_path / "merged" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text())[OWN]))
     text = refusal(lambda: evaluate_model(tmp_path / "merged", rows_of(bench)))
@@ -405,7 +405,7 @@ def test_a_pruned_model_that_was_merged(bench: Workbench, tmp_path: Path) -> Non
 def test_an_export(bench: Workbench, tmp_path: Path, source: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The export of a run or of a light adapter gets the numbers of the run, and answers new rows, without the base."""
     assert lightpeft("export", bench.folder / source, tmp_path / "merged") == 0
-    assert f"{tmp_path / 'merged'} holds a whole model that needs no base" in capsys.readouterr().out
+    assert f"wrote a whole model that needs no base to {tmp_path / 'merged'}" in capsys.readouterr().out
     elsewhere = bench.base.rename(bench.folder / "moved_base")
     try:
         report = evaluate_model(tmp_path / "merged", rows_of(bench))
@@ -458,10 +458,10 @@ def test_an_unfinished_run(bench: Workbench, tmp_path: Path) -> None:
 def test_options_that_do_not_go_together(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
     run = bench.folder / "light"
     for options, expected in [
-        ((run, "--run", run), "not both"),
+        ((run, "--run", run), "exclude each other"),
         ((run, "--tasks", "piqa"), "--harness lm-eval"),
         ((run, "--harness", "lm-eval", "--per_class"), "do not work with --harness; leave them out"),
-        ((run, "--harness", "lm-eval", "--tasks", "piqa"), "cannot answer the harness's tasks"),
+        ((run, "--harness", "lm-eval", "--tasks", "piqa"), "cannot answer tasks of lm-evaluation-harness"),
         ((run, "--harness", "other"), "harness"),
     ]:
         assert lightpeft("evaluate", *options) == 2

@@ -212,7 +212,7 @@ def test_an_entry_is_checked_when_it_is_made() -> None:
 
 def test_the_family_that_the_documentation_adds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "FAMILIES", {k: v for k, v in FAMILIES.items() if k != "olmo"})
-    document = Path(__file__).parents[1] / "docs" / "families.md"
+    document = Path(__file__).parents[1] / "docs" / "reference" / "families.md"
     code = document.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     exec(compile(code, "documentation", "exec"), {})
     assert set(registry.FAMILIES) - set(FAMILIES) <= {"olmo"} <= set(registry.FAMILIES)

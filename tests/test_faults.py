@@ -85,6 +85,11 @@ def operations(*command: object) -> int:
     return int(counted.value)
 
 
+def unexpected(errors: str) -> list[str]:
+    """Lines on stderr, without the one about the linear probe: few rows are enough for it."""
+    return [line for line in errors.splitlines() if "a linear probe" not in line]
+
+
 def after(seconds: float) -> Disturb:
     """Kills the process when some time has passed."""
     return lambda: threading.Timer(seconds, KILL).start()
@@ -105,7 +110,8 @@ def test_killed_at_file_operations_and_at_any_time(bench: Workbench, finished: P
         shutil.rmtree(folder)
         killed += in_child(disturb, "run", "--config", file)[0] == -signal.SIGKILL
         check_parses(folder)
-        assert in_child(lambda: None, "run", "--config", file) == (0, "")
+        code, errors = in_child(lambda: None, "run", "--config", file)
+        assert (code, unexpected(errors)) == (0, [])
         assert comparable(folder) == expected
         assert leftovers(folder) == []
     assert killed >= KILLED_AT_OPERATIONS
@@ -204,7 +210,7 @@ def test_two_runs_that_begin_at_once(bench: Workbench, finished: Path) -> None:
     results = [wait() for wait in waits]
     assert {code for code, _ in results} <= {0, 2} and 0 in {code for code, _ in results}
     for code, errors in results:
-        assert (code, errors.count("\n")) in ((0, 0), (2, 1))
+        assert (code, len(unexpected(errors))) in ((0, 0), (2, 1))
     assert comparable(bench.folder / "twins") == comparable(finished)
 
 

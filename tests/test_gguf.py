@@ -244,8 +244,11 @@ def test_other_tokenizers_are_refused(tokenizer: dict[str, Any], reason: str) ->
     [
         (lambda: light("gemma"), "family gemma has no GGUF export; use llama, mistral, qwen2 and qwen3"),
         (lambda: light("qwen3"), "the head is not tied to the embeddings"),
-        (lambda: light("qwen3", attention_bias=True, tie_word_embeddings=True), "is a bias, for which openelm"),
-        (lambda: light_by(without(1, **WITHOUT_ATTENTION), "qwen3"), "block 1 has no attention, for which openelm"),
+        (lambda: light("qwen3", attention_bias=True, tie_word_embeddings=True), "is a bias, which llama.cpp's openelm"),
+        (
+            lambda: light_by(without(1, **WITHOUT_ATTENTION), "qwen3"),
+            "block 1 has no attention, which llama.cpp",
+        ),
         (lambda: light("llama-classifier"), "has another head"),
         (lambda: light(hidden_act="gelu"), "only silu in FFNs; this model has gelu"),
         (lambda: light(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "type dynamic"),
@@ -291,6 +294,6 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipeline.run(run)
     assert lightpeft("export", run.output, tmp_path / "out", "--form", "gguf", "--dtype", "f16") == 0
     said = capsys.readouterr().out.replace("\n", " ")
-    assert "for llama.cpp (matrices: 16 in f16)" in said
+    assert "llama.cpp (matrices: 16 in f16)" in said
     assert lightpeft("export", run.output, tmp_path / "other", "--dtype", "f16") == 2
     assert "dtype f16 is not supported by form merged; leave it out" in capsys.readouterr().err

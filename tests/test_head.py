@@ -78,7 +78,7 @@ def test_logits_of_a_few_rows_at_a_time_are_the_same(name: str, bf16: bool, monk
     head = Counted(transformers_model(model).get_output_embeddings())
     found = []
     for at_once in (2**28, 1):
-        monkeypatch.setattr(asking, "AT_ONCE", at_once)
+        monkeypatch.setattr(asking, "MOST_LOGIT_BYTES", at_once)
         head.rows.clear()
         found.append(token_sums(asked, Dataset.from_list(rows)))
         whole = [3, 2] if at_once > 1 or name in FOLLOWED else [1] * 5

@@ -82,7 +82,10 @@ def test_a_probe_that_wins_is_said(bench: Workbench, by_hand: float, capsys: pyt
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert line in next(entry for entry in log if entry["stage"] == "evaluate")["warnings"]
     text = page([read_run(folder)])
-    assert f"linear probe, accuracy</th><td>{100 * accuracy:.1f}%</td><td>{100 * low:.1f} to {100 * high:.1f}" in text
+    assert (
+        f"accuracy of a linear probe of the base</th><td>{100 * accuracy:.1f}%</td><td>{100 * low:.1f} to {100 * high:.1f}"
+        in text
+    )
 
 
 @pytest.mark.parametrize(

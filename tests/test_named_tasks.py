@@ -175,7 +175,7 @@ class TestEntries:
             assert (back.config.max_length, back.config.likelihood) == (33, "byte")
 
     def test_unknown_names_get_the_nearest(self) -> None:
-        assert 'data.task is "hella-swag"' in error_of(find_entry, DataConfig(task="hella-swag"))
+        assert 'data.task "hella-swag" is neither a kind' in error_of(find_entry, DataConfig(task="hella-swag"))
         assert 'did you mean "hellaswag"?' in error_of(find_entry, DataConfig(task="hella-swag"))
         assert 'did you mean "classification"?' in error_of(find_entry, DataConfig(task="clasification"))
         own = {"my_task": TaskEntry()}
@@ -183,7 +183,7 @@ class TestEntries:
 
 
 def test_the_table_in_the_documents_is_what_is_there() -> None:
-    text = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "docs" / "reference" / "tasks.md").read_text(encoding="utf-8")
     for name, entry in ENTRIES.items():
         splits = ", ".join(f"`{split}`" for split in (entry.test, *entry.more_tests.values()))
         metrics = ", ".join(f"`{metric}`" for metric in entry.metrics)
@@ -230,10 +230,10 @@ class TestSources:
         folder = write_task(tmp_path, "rte")
         (folder / "rte" / "validation.jsonl").unlink()
         line = error_of(self.load, folder)
-        assert f"data.path: {folder} has no rte/validation{{.csv,.tsv,.json,.jsonl,.parquet}}" in line
+        assert f"data.path: {folder} has no test file rte/validation{{.csv,.tsv,.json,.jsonl,.parquet}}" in line
         write_task(tmp_path, "rte")
         (folder / "rte" / "train.jsonl").unlink()
-        assert f"data.path: {folder} has no rte/train" in error_of(self.load, folder)
+        assert f"data.path: {folder} has no training file rte/train" in error_of(self.load, folder)
         assert "does not exist" in error_of(self.load, tmp_path / "nowhere")
 
     def test_mismatched_rows_are_measured_where_they_are(self, tmp_path: Path) -> None:
@@ -273,14 +273,14 @@ def spoilt(task: str, column: str, value: Any) -> list[dict[str, Any]]:
             "the label is missing; fill it in, drop the row, or give a split whose answers are not hidden",
         ),
         ("rte", "label", 2, '2 is not a label; use "entailment", "not_entailment" (0, 1, ...)'),
-        ("stsb", "label", None, "None is no number"),
+        ("stsb", "label", None, "None is not a valid number"),
         ("copa", "question", "why", "the row does not have the format of the task (KeyError: 'why')"),
-        ("record", "query", "no gap", "no @placeholder in it"),
+        ("record", "query", "no gap", "the query has no @placeholder"),
         ("wic", "end2", 400, "characters"),
         ("arc_easy", "choices", {"text": ["a"], "label": ["A"]}, "is none of A"),
         ("hellaswag", "label", "", "the right option is missing"),
         ("piqa", "label", 2, "2 is not the index of an option; use 0 to 1"),
-        ("winogrande", "sentence", "no gap", "no _ in it"),
+        ("winogrande", "sentence", "no gap", "the sentence has no gap _"),
         ("race", "options", ["only one"], "is not a list of two or more options"),
     ],
 )
@@ -360,24 +360,24 @@ class TestOwnTasks:
         """It is refused wherever it is declared, also of a task that the run does not have."""
         config = run_config_from_dict({"data": {"task": task}, "tasks": {"mine": {"kind": "clasification"}}})
         line = error_of(load_task, config.data, None, config.tasks)
-        assert line == 'tasks.mine.kind has "clasification", which does not exist; did you mean classification?'
+        assert line == 'tasks.mine.kind: "clasification" does not exist; did you mean classification?'
 
     @pytest.mark.parametrize(
         ("fields", "says"),
         [
             (
                 {"columns": {"text": "a", "lable": "n"}},
-                'tasks.mine.columns names "lable", which does not exist; rows of kind classification have text, label',
+                'tasks.mine.columns: column "lable" does not exist; rows of kind classification have text, label',
             ),
-            ({"columns": {"text": "{a", "label": "n"}}, '"{a" is no template'),
+            ({"columns": {"text": "{a", "label": "n"}}, '"{a" is malformed'),
             ({"columns": {"text": "{a:>99999999999}", "label": "n"}}, "write only the name of a column in braces"),
             ({"prompt": "{text!r:>{text}}"}, "write only the name of a column in braces"),
             ({"prompt": "{text.__class__}"}, "write only the name of a column in braces"),
-            ({"kind": "regresion"}, 'tasks.mine.kind has "regresion", which does not exist; did you mean regression?'),
+            ({"kind": "regresion"}, 'tasks.mine.kind: "regresion" does not exist; did you mean regression?'),
             ({"metrics": ["acuracy"]}, "did you mean accuracy?"),
-            ({"columns": {}, "convert": "arc"}, 'tasks.mine.convert has "arc", which does not exist'),
-            ({"prompt": "{text_pair}?"}, 'tasks.mine.prompt has "text_pair", which does not exist; did you mean text?'),
-            ({"prompt": "{txt}?"}, 'tasks.mine.prompt has "txt", which does not exist; did you mean text?'),
+            ({"columns": {}, "convert": "arc"}, 'tasks.mine.convert: "arc" does not exist'),
+            ({"prompt": "{text_pair}?"}, 'tasks.mine.prompt: "text_pair" does not exist; did you mean text?'),
+            ({"prompt": "{txt}?"}, 'tasks.mine.prompt: "txt" does not exist; did you mean text?'),
         ],
     )
     def test_badly_declared(self, fields: dict[str, Any], says: str) -> None:
@@ -426,7 +426,7 @@ class TestWhoAnswers:
                 "regression",
                 "likelihood",
                 LlamaConfig(),
-                "cannot answer regression; it can classification, multiple-choice",
+                "likelihood cannot answer regression; set it to head, or use classification, multiple-choice",
             ),
             (
                 "multiple-choice",

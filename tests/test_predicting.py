@@ -119,7 +119,7 @@ def test_base_that_moved(
     elsewhere = bench.base.rename(bench.folder / "moved_base")
     try:
         assert lightpeft("predict", adapter, source) == 2
-        assert "give another place" in capsys.readouterr().err
+        assert "give its name or folder: --base" in capsys.readouterr().err
         assert lightpeft("predict", adapter, source, "--base", elsewhere) == 0
         check(table(capsys.readouterr().out), expected)
     finally:

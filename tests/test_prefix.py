@@ -256,7 +256,8 @@ def test_a_run_is_the_same_from_file_and_memory(tmp_path: Path, kind: tuple[str,
     file, memory, off = (tmp_path / place for place in ("file", "memory", "off"))
     assert comparable(file) == comparable(memory)
     assert comparable(file)["plan"] == comparable(off)["plan"]
-    assert ["computed once for 64 rows" in note for note in notes(file) + notes(memory)] == [True, True]
+    said = [note for note in notes(file) + notes(memory) if "linear probe" not in note]
+    assert ["computed once for 64 rows" in note for note in said] == [True, True]
     assert notes(off) == []
     assert not (file / "checkpoints").exists()
     if kind[0] == "llama":  # without dropout, so that nothing but float noise can differ

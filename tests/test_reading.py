@@ -218,7 +218,7 @@ def test_a_trainer_finds_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         trainer.train()
         assert trainer.light_plan is not None and len(trainer.light_plan.left_out) == 1
         weights.append(trained_weights(trainer.model))
-    assert caplog.text.count("leaves out 33% of the blocks: the task needs 2 of 3 blocks") == 1
+    assert caplog.text.count("drops 33% of the blocks: the task needs 2 of 3 blocks") == 1
     one, other = weights
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 
@@ -257,7 +257,7 @@ def test_what_a_trainer_cannot_ask(tmp_path: Path) -> None:
     assert "needs a training dataset with a length" in refusal(
         lambda: trainer_of(tmp_path, "auto", train_dataset=endless)
     )
-    assert "needs a loaded model; load it first" in refusal(lambda: trainer_of(tmp_path, "auto", model="name"))
+    assert "LightTrainer does not load a model by name" in refusal(lambda: trainer_of(tmp_path, "auto", model="name"))
 
 
 def test_where_nobody_finds_it(bench: Workbench, capsys: Any) -> None:

@@ -121,7 +121,7 @@ def test_stopped_run_says_so_and_goes_on(bench: Workbench, undisturbed: dict[str
     assert code == 130
     assert errors.count("\n") == 1
     assert errors.startswith("lightpeft: stopped")
-    assert "same command goes on" in errors
+    assert "same command again" in errors
     if checkpoint is not None:
         folder = bench.folder / name / "checkpoints" / "train"
         assert last_checkpoint(folder) == folder / f"checkpoint-{checkpoint}"

@@ -135,7 +135,9 @@ def test_what_cannot_be_had(
     assert "is a gated repository; request access" in refusal(lambda: load_light("me/gated"))
     assert "on the hub is not a light adapter: it has no lightpeft.json" in refusal(lambda: load_light("me/base"))
     assert "on the hub is not a merged light model: it has no merged.json" in refusal(lambda: load_merged("me/base"))
-    assert refusal(lambda: load_light(Path("me/light"))) == "light adapter folder me/light does not exist"
+    assert (
+        refusal(lambda: load_light(Path("me/light"))) == "light adapter folder me/light does not exist; check the path"
+    )
     assert "does not exist" in refusal(lambda: load_light("./me/light"))
     for verb, *options in (("predict", "--example", "a"), ("export", "out"), ("inspect",)):
         assert lightpeft(verb, "me/nothing", *options) == 2

@@ -62,3 +62,34 @@ def test_other_checks_get_the_prose_alone(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(style, "pages", lambda: [tmp_path / "a.md"])
     assert style.main(["--prose", str(tmp_path / "prose")]) == 1
     assert (tmp_path / "prose/a.md").read_text().split("\n")[:6] == ["", "", "", "", "", "[The cut] of code."]
+
+
+GONE = (
+    "in the form of nobody",
+    "sets rows aside, which these",
+    "takes {rows} rows at once",
+    "models that stay; beyond them",
+    "who has asked for `auto`",
+    "constant_answer",
+    "untouched_base",
+    "after_the_cut",
+    "in_the_end",
+    "as_it_is",
+    "untaught",
+    "doubt_of_tokens",
+    "_ups_of",
+    "_Forgiving",
+    "def instead(",
+    "def agreed(",
+    "def widened(",
+    "def remember(",
+    "def _made(",
+    "def _weigh(",
+)
+"""Words of a private vocabulary that names and messages had once."""
+
+
+@pytest.mark.parametrize("words", GONE)
+def test_words_of_our_own_are_gone(words: str) -> None:
+    found = [path for path in (ROOT / "src").rglob("*.py") if words in path.read_text(encoding="utf-8")]
+    assert not found

@@ -297,7 +297,7 @@ def test_models_of_a_switch_do_not_change(tmp_path: Path) -> None:
         ("merged", first.merge_adapter),
     )
     for what, change in changes:
-        assert f"shares its weights with other tasks and cannot be {what}; load_light gives" in refusal(change)
+        assert f"shares its weights with other tasks and cannot be {what}; use load_light" in refusal(change)
     assert first.eval() is first
     own = copy.deepcopy(first)
     assert type(own).__mro__[1] is LightModel and not shared_names(own, first)
@@ -319,7 +319,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     assert "belongs to another base: its fingerprint" in refusal(lambda: wrong["b"])
     switch = LightSwitch({"a": both["a"]})
     expected = logits(switch["a"])
-    assert "over the base" in refusal(lambda: switch.add("b", both["b"]))
+    assert "has the base" in refusal(lambda: switch.add("b", both["b"]))
     assert switch.names == ("a",) and logits(switch["a"]).equal(expected)
 
 

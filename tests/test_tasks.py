@@ -101,7 +101,7 @@ class TestReading:
             ("scalar.jsonl", '{"text": "a"}\n3\n', "line 2 is not a JSON object"),
             ("mixed.jsonl", '{"text": "a"}\n{"text": 3}\n', 'column "text" mixes types'),
             ("bad.parquet", "not parquet at all", "is not a readable Parquet file"),
-            ("rows.xlsx", "x", 'ends in ".xlsx"; it must be a .csv, .tsv, .json, .jsonl or .parquet file'),
+            ("rows.xlsx", "x", 'has the suffix ".xlsx"; give a .csv, .tsv, .json, .jsonl or .parquet file'),
         ],
     )
     def test_bad_files(self, tmp_path: Path, name: str, content: str, expected: str) -> None:
@@ -155,7 +155,7 @@ class TestHub:
         monkeypatch.setattr(datasets, "load_dataset", load)
         before = datasets.are_progress_bars_disabled()
         line = error_of(read_rows, "org/set", "data.train")
-        assert '"org/set"' in line and "hub was not reached" in line and "local" in line
+        assert '"org/set"' in line and "the hub cannot be reached" in line and "local" in line
         assert datasets.are_progress_bars_disabled() == before
 
 

@@ -553,9 +553,9 @@ def refused(bench: Workbench, capsys: pytest.CaptureFixture[str], **changes: Any
 
 def test_a_run_refuses(bench: Workbench, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     line = refused(bench, capsys, **{"training.teacher": str(tmp_path / "nowhere")})
-    assert f"there is no folder {tmp_path / 'nowhere'} here" in line
+    assert f"folder {tmp_path / 'nowhere'} does not exist" in line
     line = refused(bench, capsys, **{"training.teacher": str(bench.base)})
-    assert f"{bench.base} is BertModel, and task classification needs ForSequenceClassification" in line
+    assert f"{bench.base} is BertModel; task classification needs ForSequenceClassification" in line
     model = bench.folder / "teacher/model"
     config = json.loads((model / "config.json").read_text())
     for name, labels, part in (

@@ -51,7 +51,7 @@ class TestVocabulary:
 
     def test_a_tokenizer_of_next_to_nothing(self, tokenizer: PreTrainedTokenizerBase) -> None:
         text = refusal(lambda: check_vocabulary(tokenizer, LlamaConfig(vocab_size=32_000)))
-        assert text.startswith("the tokenizer knows 36 tokens, and the model has embeddings of 32,000:")
+        assert text.startswith("the tokenizer knows 36 tokens, and the model has 32,000 embeddings:")
         check_vocabulary(tokenizer, PretrainedConfig())  # a model that does not say
 
     def test_what_transformers_makes_up(self, tmp_path: Path) -> None:
@@ -87,6 +87,6 @@ def test_a_base_without_tokenizer_files_is_not_trained(
     capsys.readouterr()
     assert lightpeft("run", "--config", bench.yaml("bare", **settings)) == 2
     written = capsys.readouterr()
-    assert "the tokenizer knows 5 tokens, and the model has embeddings of 400" in written.err
+    assert "the tokenizer knows 5 tokens, and the model has 400 embeddings" in written.err
     assert written.err.count("\n") == 1
     assert not (tmp_path / "run").exists()

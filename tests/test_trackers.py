@@ -107,7 +107,7 @@ def test_evaluation_on_the_way(bench: Workbench) -> None:
     ("field", "value", "says"),
     [
         ("learning_rate", 1e-3, "trainer.learning_rate is determined by training.learning_rate; set that"),
-        ("num_train_epochs", 3, "trainer.num_train_epochs is training.epochs here"),
+        ("num_train_epochs", 3, "trainer.num_train_epochs is determined by training.epochs"),
         ("output_dir", "elsewhere", "trainer.output_dir is set by the run itself"),
         ("lr_schedule_type", "cosine", "unknown key trainer.lr_schedule_type; did you mean trainer.lr_scheduler_type?"),
         ("lr_scheduler_type", "zigzag", "trainer: zigzag is not a valid SchedulerType"),

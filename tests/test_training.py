@@ -205,7 +205,7 @@ def test_signal_ends_training_with_a_checkpoint(work: pipeline.Workspace, tmp_pa
     before = signal.getsignal(signal.SIGTERM)
     trainer = trainer_for(work, tmp_path)
     trainer.add_callback(Signal(2))
-    with pytest.raises(Interrupted, match="stopped at step 3; the same command goes on from there"):
+    with pytest.raises(Interrupted, match="stopped at step 3; run the same command again to resume"):
         run_training(trainer, None)
     assert last_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "checkpoint-3"
     assert signal.getsignal(signal.SIGTERM) is before

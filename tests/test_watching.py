@@ -168,7 +168,7 @@ class TestDoubtsOfRun:
         before, after = classes(80, 20), classes(60, 40)
         (line,) = doubts_of_run(watcher(base_model=before, final=after), {})
         assert line.startswith("accuracy 0.6000 on 100 test rows is worse than the base model's 0.8000 (p = ")
-        assert line.endswith("; train at a lower learning rate, or cut less (light.remove.blocks)")
+        assert line.endswith("; use a lower learning rate, or cut less (light.remove.blocks)")
         assert list(doubts_of_run(watcher(base_model=after, final=before), {})) == []
         assert list(doubts_of_run(watcher(base_model=before, final=classes(78, 22)), {})) == []  # by chance
 
