@@ -56,10 +56,10 @@ def foreign(archive: Path) -> list[str]:
 
 
 def readme_world(folder: Path) -> Iterator[list[str]]:
-    """Lay out what README names, in a folder, and hand out its program and its first command."""
+    """Lay out what README names, in a folder, and hand out its program and its first two commands: demo and run."""
     blocks = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     program = next(code for language, code in blocks if language == "python")
-    command = next(line for _, code in blocks for line in code.splitlines() if line.startswith("lightpeft "))
+    commands = [line for _, code in blocks for line in code.splitlines() if line.startswith("lightpeft ")]
     with (CACHE / "movie_reviews" / "train.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     rows = rows[:: len(rows) // ROWS][:ROWS]
@@ -70,7 +70,7 @@ def readme_world(folder: Path) -> Iterator[list[str]]:
     write(folder / "reviews.csv", [{"review": row["text"], "stars": row["label"]} for row in rows])
     (folder / "snippet.py").write_text(program, encoding="utf-8")
     yield ["python", "snippet.py"]
-    yield shlex.split(command)
+    yield from map(shlex.split, commands[:2])
 
 
 def write(path: Path, rows: list[dict[str, str | int]]) -> None:
