@@ -15,6 +15,7 @@ from tiny import (
     DROPPED,
     LAYOUTS,
     crossed,
+    inputs_for,
     make,
     masked,
     plan_for,
@@ -26,8 +27,11 @@ from torch import nn
 from training import one_light_training, student
 from workbench import Workbench, at_step, checksums, in_child, lightpeft, read, signalling
 
-from lightpeft import EarlyPruner, full_width, load_light, load_merged, save_merged
+from lightpeft import EarlyPruner, LightSwitch, full_width, load_light, load_merged, save_merged
+from lightpeft.app.exports.exporting import export_model
+from lightpeft.app.exports.graphs import sessions
 from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.checking import check
 from lightpeft.app.runs.trainers import LightRun
 from lightpeft.compat.peft import BaseTunerLayer
 from lightpeft.models.all_weights import trained_weights
@@ -93,6 +97,36 @@ def test_what_it_has_learned_is_no_peft_adapter(tmp_path: Path) -> None:
     assert "save_merged" in refusal(lambda: full_width(model))
 
 
+def test_tasks_share_what_none_of_them_trained(tmp_path: Path) -> None:
+    """Models of a switch have their own block weights over one copy of the embeddings."""
+    base = saved_base("bert", tmp_path / "base")
+    for index, task in enumerate(("first", "second"), 1):
+        model = light_over(from_folder("bert", base), train="all", seed=index)
+        with torch.no_grad():
+            for parameter in trained_weights(model).values():
+                parameter.add_(1e-2 * index)
+        model.save_pretrained(tmp_path / task)
+    places = {task: tmp_path / task for task in ("first", "second")}
+    switch = LightSwitch(places)
+    models = {task: switch[task] for task in places}
+    for task, folder in places.items():
+        assert logits(models[task]).equal(logits(load_light(folder)))
+    tables = [transformers_model(model).get_input_embeddings().weight.data_ptr() for model in models.values()]
+    own = [{p.data_ptr() for p in trained_weights(model).values()} for model in models.values()]
+    assert tables[0] == tables[1] and not own[0] & own[1]
+
+
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+def test_graphs_have_what_trained(form: str, tmp_path: Path) -> None:
+    model = light_over(make("bert"), train="all")
+    with torch.no_grad():
+        for parameter in trained_weights(model).values():
+            parameter.mul_(1.01)
+    export_model(model, tmp_path / "out", form)
+    found = sessions.load(form, tmp_path / "out").run(inputs_for(model))
+    assert relative_difference(found["logits"], logits(model)) < 1e-4
+
+
 # -- training ------------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +184,13 @@ def test_a_run_that_cuts_nothing_is_full_fine_tuning(bench: Workbench) -> None:
     assert lightpeft("run", "--config", bench.yaml("nothing", **SETTINGS, **{"light.remove.blocks": 0.0})) == 0
     report = read(bench.folder / "nothing" / "metrics.json")
     assert report["parameters"]["base_removed_ratio"] == 0 and report["metrics"]["accuracy"] > 0.7
+
+
+def test_check_counts_the_optimizer_of_all_weights(bench: Workbench) -> None:
+    kinds = [{}, {"light.train": "all"}]
+    few, all_weights = (check(pipeline.prepare(bench.config("checked", **kind))).stages["train"] for kind in kinds)
+    assert all_weights.holding.trained > 10 * few.holding.trained
+    assert all_weights.holding.weights < few.holding.weights
 
 
 def test_refused_before_anything_is_written(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,6 +29,7 @@ from lightpeft.app.exports.gguf.exporting import GgufFile
 from lightpeft.app.exports.gguf.vocabulary import pre_tokenizer_name
 from lightpeft.app.exports.gguf.writing import GgufType
 from lightpeft.app.runs import pipeline
+from lightpeft.models.all_weights import trained_weights
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
@@ -159,6 +160,15 @@ def test_rotary_embeddings_that_reach_further(
     rope: dict[str, Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     model = light(rope_parameters={"rope_theta": 10000.0, **rope}, max_position_embeddings=128)
+    assert difference(save_gguf(model, tmp_path, tokenizer), model, tokenizer) < CLOSE
+
+
+def test_weights_that_trained(tokenizer: Any, tmp_path: Path) -> None:
+    """Of a model whose weights all trained (`light.train: all`)."""
+    model = light(budget={**UNEVEN, "train": "all"})
+    with torch.no_grad():
+        for parameter in trained_weights(model).values():
+            parameter.mul_(1.01)
     assert difference(save_gguf(model, tmp_path, tokenizer), model, tokenizer) < CLOSE
 
 

@@ -44,6 +44,7 @@ from lightpeft import (
     load_merged,
     save_merged,
 )
+from lightpeft.app.evaluation.reports import evaluate_model
 from lightpeft.app.folders.opening import find_model
 from lightpeft.app.runs import pipeline
 from lightpeft.files import file_checksum
@@ -54,6 +55,7 @@ from lightpeft.models.vocabulary.tokenizer import cut_tokenizer
 from lightpeft.profiling.sizes import count_parameters
 from lightpeft.prune.light_model import LightModel
 from lightpeft.saving.adapter_files import DESCRIPTION
+from lightpeft.saving.kept_weights import KEPT_WEIGHTS
 from lightpeft.saving.tokens import VOCABULARY_FILE
 
 WORDS = [
@@ -541,6 +543,16 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     test[0]["text"] += " actor"
     write_rows(bench.test, test)
     return bench
+
+
+def test_a_run_that_trains_all_weights(bench: Workbench) -> None:
+    """Embeddings are neither trained nor saved; the folder gives the same answers again."""
+    light = {"light.remove.vocabulary": "task", "light.train": "all"}
+    result = pipeline.run(bench.config("all", **light))
+    adapter = bench.folder / "all" / "adapter"
+    assert not [key for key in load_file(adapter / KEPT_WEIGHTS) if "embed" in key]
+    again = evaluate_model(adapter, {"data": {"test": str(bench.test), "max_length": 32}})["model"]
+    assert again["metrics"]["loss"] == pytest.approx(result["metrics"]["loss"], rel=1e-5)
 
 
 def test_a_whole_run(bench: Workbench) -> None:
