@@ -39,7 +39,7 @@ from lightpeft.app.runs.workspace import Workspace
 from lightpeft.config import LightConfig, override_light
 from lightpeft.errors import LightPeftError
 from lightpeft.files import read_json, write_json
-from lightpeft.models.families.registry import block_specs
+from lightpeft.models.families.family_table import block_specs
 from lightpeft.models.loading import quiet_libraries
 from lightpeft.plans.structure import BlockSpec
 

@@ -30,7 +30,7 @@ from lightpeft.app.tasks.loading import task_facts
 from lightpeft.config import merge_settings
 from lightpeft.config.validation import load_yaml
 from lightpeft.errors import require
-from lightpeft.models.families.registry import block_specs
+from lightpeft.models.families.family_table import block_specs
 from lightpeft.models.loading import LoadedModel
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.records import PrunePlan

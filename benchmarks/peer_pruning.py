@@ -26,11 +26,11 @@ from lightpeft.app.runs.pipeline import Workspace
 from lightpeft.config import LightConfig, override_light
 from lightpeft.errors import require
 from lightpeft.models.arguments import change_arguments
-from lightpeft.models.families.registry import block_specs
-from lightpeft.models.linears.registry import dense_weight, is_linear
+from lightpeft.models.families.family_table import block_specs
+from lightpeft.models.linears.linear_kinds import dense_weight, is_linear
 from lightpeft.models.loading import LoadedModel
 from lightpeft.models.unwrap import base_linear, transformers_model
-from lightpeft.peft_kinds.sites.registry import find_sites
+from lightpeft.peft_kinds.sites.live_sites import find_sites
 from lightpeft.plans import scoring
 from lightpeft.plans.layout import squared_norms
 from lightpeft.plans.planning import make_plan

@@ -23,7 +23,7 @@ from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.bench import BUILDS, Made
 from lightpeft.app.runs.pipeline import Workspace
 from lightpeft.config import RunConfig
-from lightpeft.models.families.registry import block_lists
+from lightpeft.models.families.family_table import block_lists
 from lightpeft.models.unwrap import transformers_model
 
 LIGHT = BUILDS["light"]

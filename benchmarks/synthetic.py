@@ -28,7 +28,7 @@ from transformers import (
 from lightpeft.app.runs.workers import Worker
 from lightpeft.config import LightConfig
 from lightpeft.machine import autocasting
-from lightpeft.models.families.registry import block_specs
+from lightpeft.models.families.family_table import block_specs
 from lightpeft.profiling.comparing import alternate, ratio, summarize
 from lightpeft.profiling.flops import count_flops
 from lightpeft.profiling.memory import PeakMemory

@@ -38,7 +38,7 @@ from lightpeft.app.runs.reproduce.grid import slug
 from lightpeft.config import TrainingConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json
-from lightpeft.models.families.registry import block_specs
+from lightpeft.models.families.family_table import block_specs
 from lightpeft.plans.structure import SLOTS
 from lightpeft.profiling.memory import PeakMemory
 from lightpeft.profiling.sizes import folder_bytes, parameter_report

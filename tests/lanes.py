@@ -11,7 +11,7 @@ import pytest
 import transformers
 from packaging.version import Version
 
-from lightpeft.models.families.registry import FAMILIES
+from lightpeft.models.families.family_table import FAMILIES
 
 RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 FULL = os.environ.get("LIGHTPEFT_TESTS") == "all"

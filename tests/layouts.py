@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from lightpeft.app.tasks.entries.registry import ENTRIES
+from lightpeft.app.tasks.entries.task_entries import ENTRIES
 from lightpeft.app.tasks.kinds.base import Task
 
 WORDS = tuple(f"word{index}" for index in range(12))

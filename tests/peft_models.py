@@ -14,12 +14,12 @@ from tiny import (
 from torch import nn
 from transformers import PreTrainedModel
 
-from lightpeft.models.families.registry import block_specs
+from lightpeft.models.families.family_table import block_specs
 from lightpeft.peft_kinds.bottleneck import (
     BottleneckConfig,
     BottleneckLayer,
 )
-from lightpeft.peft_kinds.sites.registry import check_peft
+from lightpeft.peft_kinds.sites.live_sites import check_peft
 from lightpeft.plans.structure import SLOTS
 
 

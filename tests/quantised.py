@@ -12,7 +12,7 @@ import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from lightpeft.models.linears.registry import dense_weight, features, is_linear
+from lightpeft.models.linears.linear_kinds import dense_weight, features, is_linear
 
 
 def bnb_config(**settings: Any) -> Any:

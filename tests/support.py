@@ -38,10 +38,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from lightpeft import load_light
-from lightpeft.models.families.registry import FAMILIES, REFUSED, block_specs
+from lightpeft.models.families.family_table import FAMILIES, REFUSED, block_specs
 from lightpeft.models.families.spec import Family
 from lightpeft.peft_kinds.bottleneck import BottleneckConfig
-from lightpeft.peft_kinds.sites.registry import find_sites
+from lightpeft.peft_kinds.sites.live_sites import find_sites
 from lightpeft.plans.records import PrunePlan
 from lightpeft.plans.structure import BlockSpec
 from lightpeft.prune.light_model import as_light

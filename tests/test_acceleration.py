@@ -15,10 +15,10 @@ from transformers import TrainerCallback
 from workbench import Workbench
 
 from lightpeft.app.runs import pipeline
-from lightpeft.models.families.registry import block_specs
+from lightpeft.models.families.family_table import block_specs
 from lightpeft.peft_kinds.sites import fused
 from lightpeft.peft_kinds.sites.fused import fused_lora
-from lightpeft.peft_kinds.sites.registry import find_sites
+from lightpeft.peft_kinds.sites.live_sites import find_sites
 from lightpeft.profiling.flops import count_flops
 from lightpeft.prune.importance import ModuleObserver
 from lightpeft.training.acceleration import base_dropout

@@ -35,7 +35,7 @@ from lightpeft.app.runs.checking import check
 from lightpeft.app.runs.trainers import LightRun
 from lightpeft.compat.peft import BaseTunerLayer
 from lightpeft.models.all_weights import trained_weights
-from lightpeft.models.families.registry import block_lists
+from lightpeft.models.families.family_table import block_lists
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.prune.surgery import apply_plan

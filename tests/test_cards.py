@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from workbench import Workbench, lightpeft, read
 
 from lightpeft import LightModel, load_light, run, save_merged
-from lightpeft.app.tasks.entries.registry import ENTRIES
+from lightpeft.app.tasks.entries.task_entries import ENTRIES
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saving.cards import pipeline_tag

@@ -17,7 +17,7 @@ from workbench import Workbench, read
 
 from lightpeft import EarlyPruner, load_light, save_merged
 from lightpeft.app.runs import pipeline
-from lightpeft.models.families.registry import block_lists
+from lightpeft.models.families.family_table import block_lists
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling.sizes import count_parameters

@@ -35,7 +35,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from lightpeft import EarlyPruner, LightTrainer, load_light
 from lightpeft.compat.torch import has_hooks
 from lightpeft.errors import LightPeftError
-from lightpeft.models.families.registry import FAMILIES, REFUSED, block_specs, family_of, register_family
+from lightpeft.models.families.family_table import FAMILIES, REFUSED, block_specs, family_of, register_family
 from lightpeft.models.families.skeleton import random_inputs, skeleton
 from lightpeft.models.families.spec import Family
 from lightpeft.prune import discovery

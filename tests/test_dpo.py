@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl_settings import SETTINGS, WORDS, logits, tokenizer
 
 from lightpeft import EarlyPruner, load_light
-from lightpeft.peft_kinds.sites.registry import REFERENCE
+from lightpeft.peft_kinds.sites.live_sites import REFERENCE
 
 trl = pytest.importorskip("trl")
 

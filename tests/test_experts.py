@@ -36,9 +36,9 @@ from lightpeft.app.exports.graphs.exporting import save_graph
 from lightpeft.app.exports.graphs.runtimes import RUNTIMES
 from lightpeft.compat.peft import ParamWrapper
 from lightpeft.models.experts import ExpertLayer
-from lightpeft.models.families.registry import block_specs
+from lightpeft.models.families.family_table import block_specs
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.peft_kinds.sites.registry import find_sites
+from lightpeft.peft_kinds.sites.live_sites import find_sites
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import BlockSpec

@@ -35,10 +35,10 @@ from transformers import OlmoConfig, OlmoForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightpeft import EarlyPruner
-from lightpeft.models.families import decoders, encoder_decoders, encoders, registry
-from lightpeft.models.families.registry import FAMILIES, REFUSED, block_specs, family_of
+from lightpeft.models.families import decoders, encoder_decoders, encoders, family_table
+from lightpeft.models.families.family_table import FAMILIES, REFUSED, block_specs, family_of
 from lightpeft.models.families.spec import Family, Stack
-from lightpeft.peft_kinds.sites.registry import check_peft
+from lightpeft.peft_kinds.sites.live_sites import check_peft
 from lightpeft.plans.records import BlockPlan, block_parameters, removable_parameters, removed_in_block
 from lightpeft.plans.structure import SLOTS, BlockSpec
 from lightpeft.prune.surgery import apply_plan
@@ -211,11 +211,11 @@ def test_an_entry_is_checked_when_it_is_made() -> None:
 
 
 def test_the_family_that_the_documentation_adds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "FAMILIES", {k: v for k, v in FAMILIES.items() if k != "olmo"})
+    monkeypatch.setattr(family_table, "FAMILIES", {k: v for k, v in FAMILIES.items() if k != "olmo"})
     document = Path(__file__).parents[1] / "docs" / "reference" / "families.md"
     code = document.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     exec(compile(code, "documentation", "exec"), {})
-    assert set(registry.FAMILIES) - set(FAMILIES) <= {"olmo"} <= set(registry.FAMILIES)
+    assert set(family_table.FAMILIES) - set(FAMILIES) <= {"olmo"} <= set(family_table.FAMILIES)
     settings = {"intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 2}
     torch.manual_seed(0)
     model = with_lora(OlmoForCausalLM(OlmoConfig(**SIZES, **settings)).eval())

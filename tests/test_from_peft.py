@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 from transformers import TrainingArguments as Arguments
 
 from lightpeft import LightModel, load_light
-from lightpeft.models.families.registry import block_specs
+from lightpeft.models.families.family_table import block_specs
 from lightpeft.peft_kinds.bottleneck import BottleneckConfig
 from lightpeft.peft_kinds.sites.config_file import read_config
 from lightpeft.prune.light_model import as_light

@@ -27,7 +27,7 @@ from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.trainers import LightRun, WideRun
 from lightpeft.config import ModelConfig
-from lightpeft.peft_kinds.sites.registry import own_adapter
+from lightpeft.peft_kinds.sites.live_sites import own_adapter
 from lightpeft.prune.light_model import LightModel, as_light
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.prune.surgery import apply_plan

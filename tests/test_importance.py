@@ -14,10 +14,10 @@ from torch import Tensor
 from training import inputs, student
 
 from lightpeft.compat.torch import has_hooks
-from lightpeft.models.families.registry import block_specs
+from lightpeft.models.families.family_table import block_specs
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.base import Site
-from lightpeft.peft_kinds.sites.registry import find_sites
+from lightpeft.peft_kinds.sites.live_sites import find_sites
 from lightpeft.prune.importance import ModuleObserver, RankObserver
 
 

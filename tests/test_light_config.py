@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from lights import PLACES, nested, preset
 
-from lightpeft.app.tasks.entries.registry import ENTRIES
+from lightpeft.app.tasks.entries.task_entries import ENTRIES
 from lightpeft.app.tasks.kinds.completions import CompletionTask
-from lightpeft.app.tasks.kinds.registry import TASK_KINDS
+from lightpeft.app.tasks.kinds.task_kinds import TASK_KINDS
 from lightpeft.config import (
     PRESETS,
     WRITTEN,

@@ -23,11 +23,11 @@ from transformers import (
     T5Config,
 )
 
-from lightpeft.app.tasks.entries.registry import CONVERTERS, ENTRIES, check_entry, find_entry
+from lightpeft.app.tasks.entries.task_entries import CONVERTERS, ENTRIES, check_entry, find_entry
 from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.app.tasks.kinds.classification import ClassificationTask, label_names
 from lightpeft.app.tasks.kinds.likelihood import LikelihoodTask
-from lightpeft.app.tasks.kinds.registry import BY_LIKELIHOOD, TASK_KINDS, task_class
+from lightpeft.app.tasks.kinds.task_kinds import BY_LIKELIHOOD, TASK_KINDS, task_class
 from lightpeft.app.tasks.loading import convert, load_task, restore_task, task_facts
 from lightpeft.app.tasks.metrics import METRICS
 from lightpeft.app.tasks.rows.reading import HUB_NAME

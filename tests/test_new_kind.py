@@ -21,7 +21,7 @@ from workbench import BAD, GOOD, NEUTRAL, Workbench, lightpeft, read
 from lightpeft.app.evaluation.reports import evaluate_model
 from lightpeft.app.tasks.answers import Columns, Outcome, answers_of, require_finite
 from lightpeft.app.tasks.kinds.base import Task
-from lightpeft.app.tasks.kinds.registry import TASK_KINDS
+from lightpeft.app.tasks.kinds.task_kinds import TASK_KINDS
 from lightpeft.app.tasks.loading import load_task, run_settings, task_facts
 from lightpeft.app.tasks.respondent import Respondent
 from lightpeft.app.tasks.rows.columns import check_strings, values

@@ -34,8 +34,8 @@ from lightpeft.app.folders.opening import find_light
 from lightpeft.app.runs import bench as benching
 from lightpeft.config import ModelConfig
 from lightpeft.models import loading
+from lightpeft.models.linears.linear_kinds import dense_weight
 from lightpeft.models.linears.on_disk import is_on_disk
-from lightpeft.models.linears.registry import dense_weight
 from lightpeft.models.on_disk import has_weights_on_disk
 from lightpeft.models.task_heads import CAUSAL_LM
 from lightpeft.models.unwrap import base_layer

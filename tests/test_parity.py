@@ -39,7 +39,7 @@ from torch import Tensor
 from lightpeft.compat.torch import has_hooks
 from lightpeft.compat.transformers import attention_of
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.peft_kinds.sites.registry import find_sites
+from lightpeft.peft_kinds.sites.live_sites import find_sites
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.masks import UnitMasks

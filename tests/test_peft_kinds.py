@@ -17,9 +17,9 @@ from workbench import Workbench, lightpeft, read
 from lightpeft import load_light
 from lightpeft.app.runs import pipeline
 from lightpeft.config import RunConfig, load_config, run_config_from_dict
-from lightpeft.models.families.registry import block_specs
+from lightpeft.models.families.family_table import block_specs
 from lightpeft.peft_kinds.kinds import projections
-from lightpeft.peft_kinds.sites.registry import find_sites
+from lightpeft.peft_kinds.sites.live_sites import find_sites
 from lightpeft.recipe.wrapping import with_allowed_modules
 
 

@@ -34,13 +34,13 @@ from tiny import (
 from torch import Tensor, nn
 
 from lightpeft import EarlyPruner, load_light
-from lightpeft.models.families.registry import block_specs
+from lightpeft.models.families.family_table import block_specs
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.base import Site
 from lightpeft.peft_kinds.sites.config_file import read_config
 from lightpeft.peft_kinds.sites.dora import DoraSite
 from lightpeft.peft_kinds.sites.ia3 import Ia3Site
-from lightpeft.peft_kinds.sites.registry import find_sites
+from lightpeft.peft_kinds.sites.live_sites import find_sites
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.importance import ModuleObserver
 from lightpeft.prune.light_model import as_light

@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from lightpeft import profiling
 from lightpeft.compat.transformers import attention_of
 from lightpeft.errors import LightPeftError
-from lightpeft.models.families.registry import block_specs
+from lightpeft.models.families.family_table import block_specs
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.profiling.comparing import Spread, alternate, ratio, summarize
 from lightpeft.profiling.flops import Flops, count_flops, kv_cache_bytes

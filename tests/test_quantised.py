@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lightpeft import EarlyPruner
 from lightpeft.adapters.light_adapter import load_light
 from lightpeft.models.linears.bitsandbytes import logical_numel, prepare_quantised
-from lightpeft.models.linears.registry import dense_weight, features, is_linear, slice_linear, stored_weight
+from lightpeft.models.linears.linear_kinds import dense_weight, features, is_linear, slice_linear, stored_weight
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
 

@@ -12,9 +12,9 @@ from lights import light_of
 from tiny import batch, make, relative_difference, with_lora
 
 from lightpeft.config.light import ModuleCriterion, RankCriterion, UnitCriterion
-from lightpeft.models.families.registry import block_specs
+from lightpeft.models.families.family_table import block_specs
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.peft_kinds.sites.registry import find_sites
+from lightpeft.peft_kinds.sites.live_sites import find_sites
 from lightpeft.plans import scoring
 from lightpeft.plans.structure import MASKED
 from lightpeft.prune.importance import ModuleObserver

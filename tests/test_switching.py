@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from lightpeft import LightModel, LightSwitch, load_light, save_merged
 from lightpeft.app.folders import switching
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.peft_kinds.sites.registry import check_peft
+from lightpeft.peft_kinds.sites.live_sites import check_peft
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
 

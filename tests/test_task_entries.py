@@ -16,11 +16,11 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 from lightpeft.adapters.light_adapter import load_light
 from lightpeft.app.evaluation.scores import evaluate
 from lightpeft.app.runs import pipeline
-from lightpeft.app.tasks.entries.registry import ENTRIES
+from lightpeft.app.tasks.entries.task_entries import ENTRIES
 from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.app.tasks.kinds.multiple_choice import MultipleChoiceByLikelihood, MultipleChoiceTask
-from lightpeft.app.tasks.kinds.registry import BY_LIKELIHOOD
 from lightpeft.app.tasks.kinds.regression import RegressionTask
+from lightpeft.app.tasks.kinds.task_kinds import BY_LIKELIHOOD
 from lightpeft.app.tasks.loading import restore_task
 from lightpeft.config import RunConfig, run_config_from_dict
 

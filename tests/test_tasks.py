@@ -22,7 +22,7 @@ from lightpeft.app.tasks.rows.reading import is_local, read_rows
 from lightpeft.app.tasks.tokens import check_max_length
 from lightpeft.config import DataConfig, TaskEntry
 from lightpeft.errors import LightPeftError
-from lightpeft.models.families.registry import max_positions
+from lightpeft.models.families.family_table import max_positions
 from lightpeft.models.tokenizers import ensure_pad_token
 
 TEXTS = ['plain, with "quotes"', "two\nlines\tand a tab", "NA", "1984", "déjà vu 电影"]

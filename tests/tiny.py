@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 
 from lightpeft.compat.peft import names_of_experts
 from lightpeft.errors import LightPeftError
-from lightpeft.models.families.registry import block_specs
+from lightpeft.models.families.family_table import block_specs
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.kinds import projections
 from lightpeft.peft_kinds.sites.bottleneck import BottleneckSite
-from lightpeft.peft_kinds.sites.registry import find_sites
+from lightpeft.peft_kinds.sites.live_sites import find_sites
 from lightpeft.plans import planning
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import BlockPlan, EstimationRecord, PrunePlan

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from lightpeft.adapters.streaming import Stream
 from lightpeft.errors import require
-from lightpeft.models.families.registry import block_specs
+from lightpeft.models.families.family_table import block_specs
 from lightpeft.models.vocabulary.cutting import check_whole, vocabulary_of
 from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.plans.records import PrunePlan

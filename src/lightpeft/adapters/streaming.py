@@ -25,7 +25,7 @@ from lightpeft.compat.torch import set_without_hooks, with_own_parameters
 from lightpeft.compat.transformers import Checkpoint, mark_read, one_at_a_time, with_reader
 from lightpeft.errors import require
 from lightpeft.models.experts import ExpertLayer
-from lightpeft.models.linears.registry import slice_linear, stored_weight
+from lightpeft.models.linears.linear_kinds import slice_linear, stored_weight
 from lightpeft.models.tensors import Reading, SharedTensors, check_files, on_disk
 from lightpeft.models.vocabulary.cutting import rows_by_token
 from lightpeft.models.vocabulary.kept import Vocabulary

@@ -30,7 +30,7 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import check_config, check_weights, parsing
 from lightpeft.machine import processes
 from lightpeft.models import hub
-from lightpeft.models.families.registry import check_not_refused
+from lightpeft.models.families.family_table import check_not_refused
 from lightpeft.models.linears.bitsandbytes import prepare_quantised
 from lightpeft.models.on_disk import weights_on_disk
 from lightpeft.models.task_heads import CAUSAL_LM, TaskHead

@@ -21,8 +21,8 @@ from lightpeft.files.foreign import parsing
 from lightpeft.peft_kinds.sites.base import Site
 from lightpeft.peft_kinds.sites.bottleneck import BottleneckSite
 from lightpeft.peft_kinds.sites.ia3 import Ia3Site
+from lightpeft.peft_kinds.sites.live_sites import check_config
 from lightpeft.peft_kinds.sites.lora import LoraSite
-from lightpeft.peft_kinds.sites.registry import check_config
 from lightpeft.plans.structure import SLOTS, BlockSpec
 
 PeftFields = dict[str, Any]

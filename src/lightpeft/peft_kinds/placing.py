@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from lightpeft.config import RunConfig
 from lightpeft.errors import require
 from lightpeft.files.foreign import parsing
-from lightpeft.models.families.registry import block_specs
+from lightpeft.models.families.family_table import block_specs
 from lightpeft.models.loading import LoadedModel
 from lightpeft.peft_kinds.kinds import ModulePlaces, kind_named
-from lightpeft.peft_kinds.sites.registry import leave_experts
+from lightpeft.peft_kinds.sites.live_sites import leave_experts
 from lightpeft.plans.structure import BlockSpec
 
 

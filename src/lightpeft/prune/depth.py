@@ -10,9 +10,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lightpeft.errors import require
-from lightpeft.models.families.registry import block_lists
+from lightpeft.models.families.family_table import block_lists
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.peft_kinds.sites.registry import refresh_config
+from lightpeft.peft_kinds.sites.live_sites import refresh_config
 
 
 def leave_out(model: nn.Module, stay: int) -> None:

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import parsing
+from lightpeft.models.families.family_table import FAMILIES, REFUSED, block_specs, check_not_refused, register_family
 from lightpeft.models.families.proposal import propose_families
-from lightpeft.models.families.registry import FAMILIES, REFUSED, block_specs, check_not_refused, register_family
 from lightpeft.models.families.skeleton import one_line, random_inputs, run, skeleton, skeleton_config
 from lightpeft.models.families.spec import Family
 from lightpeft.models.unwrap import transformers_model

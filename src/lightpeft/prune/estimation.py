@@ -20,11 +20,11 @@ from torch import Tensor
 from lightpeft.config import LightConfig, fill_defaults
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import explain_content_errors, read_json, read_tensors, write_json, write_tensors
-from lightpeft.models.families.registry import block_specs
+from lightpeft.models.families.family_table import block_specs
 from lightpeft.models.sharding import whole
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.base import Site
-from lightpeft.peft_kinds.sites.registry import check_peft, find_sites
+from lightpeft.peft_kinds.sites.live_sites import check_peft, find_sites
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.plans.scoring import Criterion, Facts, MaskGradients, Unit, criteria
 from lightpeft.plans.structure import MASKED, MaskedUnit

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lightpeft.compat.stand_ins import StandIn
 from lightpeft.errors import require
 from lightpeft.models.experts import ExpertLayer
-from lightpeft.models.linears.registry import stored_weight
+from lightpeft.models.linears.linear_kinds import stored_weight
 from lightpeft.models.unwrap import base_layer, base_linear, transformers_model
 from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.plans.structure import BlockSpec

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightpeft.models.experts import ExpertLayer
-from lightpeft.models.linears.registry import dense_weight
+from lightpeft.models.linears.linear_kinds import dense_weight
 from lightpeft.models.unwrap import base_linear, transformers_model
 from lightpeft.peft_kinds.sites.base import ReportOutputs, Site
 from lightpeft.plans import scoring

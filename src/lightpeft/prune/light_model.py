@@ -14,7 +14,7 @@ from lightpeft.models.all_weights import trained_weights
 from lightpeft.models.repositories import Token
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary.cutting import vocabulary_of
-from lightpeft.peft_kinds.sites.registry import own_adapter
+from lightpeft.peft_kinds.sites.live_sites import own_adapter
 from lightpeft.plans.records import PrunePlan
 
 

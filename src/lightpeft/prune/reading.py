@@ -19,7 +19,7 @@ from lightpeft.compat.transformers import class_names
 from lightpeft.errors import require
 from lightpeft.machine import autocasting
 from lightpeft.models.families.decoders import DECODERS
-from lightpeft.models.families.registry import block_lists
+from lightpeft.models.families.family_table import block_lists
 from lightpeft.models.patching import in_mode
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.profiling.live import Batch, device_of, move_batch

@@ -15,14 +15,14 @@ from lightpeft.machine import preserve_random_state
 from lightpeft.models.all_weights import train_all
 from lightpeft.models.arguments import change_arguments
 from lightpeft.models.experts import ExpertLayer
-from lightpeft.models.families.registry import block_specs, family_of
+from lightpeft.models.families.family_table import block_specs, family_of
 from lightpeft.models.families.spec import Family
 from lightpeft.models.linears.kinds import slice_parameter
-from lightpeft.models.linears.registry import slice_linear
+from lightpeft.models.linears.linear_kinds import slice_linear
 from lightpeft.models.on_disk import bring_weights_in
 from lightpeft.models.unwrap import base_linear, transformers_model
 from lightpeft.peft_kinds.sites.base import Site
-from lightpeft.peft_kinds.sites.registry import drop_reference, find_sites, merge_site, refresh_config, remove_site
+from lightpeft.peft_kinds.sites.live_sites import drop_reference, find_sites, merge_site, refresh_config, remove_site
 from lightpeft.plans.layout import cut_dim, head_channels, kept_channels, kept_experts
 from lightpeft.plans.planning import check_experts
 from lightpeft.plans.records import BlockPlan, PrunePlan, check_fit

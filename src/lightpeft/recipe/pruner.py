@@ -15,11 +15,11 @@ from lightpeft.compat.accelerate import keep_loss_undivided
 from lightpeft.compat.fsdp import out_of_fsdp
 from lightpeft.config import Light, LightConfig, cut_of_writer, override_light
 from lightpeft.errors import require
-from lightpeft.models.families.registry import block_specs
+from lightpeft.models.families.family_table import block_specs
 from lightpeft.models.linears.bitsandbytes import prepare_quantised
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary.cutting import vocabulary_of
-from lightpeft.peft_kinds.sites.registry import check_peft, leave_experts
+from lightpeft.peft_kinds.sites.live_sites import check_peft, leave_experts
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.prune.discovery import ensure_family

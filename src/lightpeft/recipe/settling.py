@@ -18,7 +18,7 @@ from lightpeft.errors import require
 from lightpeft.models.on_disk import has_weights_on_disk
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.kinds import kind_of
-from lightpeft.peft_kinds.sites.registry import own_adapter
+from lightpeft.peft_kinds.sites.live_sites import own_adapter
 from lightpeft.prune.length import remove_nothing_if_short
 from lightpeft.prune.light_model import LightModel
 from lightpeft.recipe.depth import with_depth

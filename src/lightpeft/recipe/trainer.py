@@ -34,8 +34,8 @@ from lightpeft.prune.learning import unlearned_warning
 from lightpeft.prune.length import fit_stage
 from lightpeft.prune.light_model import LightModel
 from lightpeft.recipe.arguments import trainer_kwargs, with_dense_reference
+from lightpeft.recipe.callback import LightCallback, report_cut
 from lightpeft.recipe.checkpoints import LightCheckpoints
-from lightpeft.recipe.course import LightCallback, report_cut
 from lightpeft.recipe.naming import with_loaded_model
 from lightpeft.recipe.parallel import broadcast_from_main
 from lightpeft.recipe.pruner import EarlyPruner, cut

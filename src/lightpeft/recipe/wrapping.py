@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError, one_line, require
-from lightpeft.models.families.registry import block_specs
+from lightpeft.models.families.family_table import block_specs
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.kinds import ModulePlaces, kind_of, projections
-from lightpeft.peft_kinds.sites.registry import find_sites, refresh_config, remove_site
+from lightpeft.peft_kinds.sites.live_sites import find_sites, refresh_config, remove_site
 from lightpeft.prune.discovery import ensure_family
 
 _PLACES = ("target_modules", "exclude_modules", "feedforward_modules")

@@ -16,7 +16,7 @@ from lightpeft.config import ModelConfig
 from lightpeft.config.validation import check_values, from_dict
 from lightpeft.errors import require
 from lightpeft.files import explain_content_errors
-from lightpeft.models.families.registry import family_of
+from lightpeft.models.families.family_table import family_of
 from lightpeft.models.families.spec import Stack
 from lightpeft.models.loading import CUTTABLE, quantisation_method
 from lightpeft.models.unwrap import transformers_model

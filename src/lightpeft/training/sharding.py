@@ -18,7 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 from lightpeft.errors import require
 from lightpeft.machine import autocasting, sharding_launched
-from lightpeft.models.families.registry import block_lists
+from lightpeft.models.families.family_table import block_lists
 from lightpeft.models.patching import override_forward
 from lightpeft.models.sharding import is_sharded, reshard
 from lightpeft.models.unwrap import transformers_model

@@ -23,14 +23,14 @@ from lightpeft.app.folders.forms import Found, Wanted
 from lightpeft.app.folders.opening import find_model
 from lightpeft.app.tasks.answers import Answers, MeanMetric, Metric, Outcome
 from lightpeft.app.tasks.kinds.base import Task
-from lightpeft.app.tasks.kinds.registry import task_class
+from lightpeft.app.tasks.kinds.task_kinds import task_class
 from lightpeft.app.tasks.loading import load_task, run_settings
 from lightpeft.app.tasks.tokens import check_max_length, check_tokens
 from lightpeft.config import RunConfig, merge_settings, run_config_from_dict
 from lightpeft.errors import require
 from lightpeft.files import write_json
 from lightpeft.machine import autocast_dtype
-from lightpeft.models.families.registry import max_positions
+from lightpeft.models.families.family_table import max_positions
 from lightpeft.models.task_heads import CAUSAL_LM, is_decoder
 from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token
 from lightpeft.models.unwrap import transformers_model

@@ -37,7 +37,7 @@ from lightpeft.files import (
     write_tensors,
 )
 from lightpeft.machine import accelerator, preserve_random_state
-from lightpeft.models.families.registry import max_positions
+from lightpeft.models.families.family_table import max_positions
 from lightpeft.models.task_heads import CLASSIFICATION, MULTIPLE_CHOICE, REGRESSION
 from lightpeft.models.tokenizers import check_vocabulary
 from lightpeft.training.teaching import split_over_processes, with_teacher_logits

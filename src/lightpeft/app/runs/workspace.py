@@ -25,7 +25,7 @@ from lightpeft.config import WRITTEN, RunConfig, Tolerance, TrainingConfig, cut_
 from lightpeft.errors import require
 from lightpeft.files import explain_content_errors, read_json
 from lightpeft.machine import autocast_dtype, check_precision, has_bf16, processes, sharding_launched
-from lightpeft.models.families.registry import max_positions
+from lightpeft.models.families.family_table import max_positions
 from lightpeft.models.loading import LoadedModel, load_model_config, load_tokenizer, supports_checkpointing
 from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token
 from lightpeft.models.vocabulary.closure import kept_tokens

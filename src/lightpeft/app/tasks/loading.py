@@ -10,10 +10,10 @@ from datasets import Dataset
 from transformers import PretrainedConfig
 
 from lightpeft.app.tasks.entries.converting import convert_rows, source_columns
-from lightpeft.app.tasks.entries.registry import ENTRIES, check_entry, converter, find_entry
+from lightpeft.app.tasks.entries.task_entries import ENTRIES, check_entry, converter, find_entry
 from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.app.tasks.kinds.likelihood import LikelihoodTask
-from lightpeft.app.tasks.kinds.registry import TASK_KINDS, task_class
+from lightpeft.app.tasks.kinds.task_kinds import TASK_KINDS, task_class
 from lightpeft.app.tasks.rows.sources import Split, read_splits
 from lightpeft.app.tasks.rows.splitting import limit_rows, split_rows
 from lightpeft.config import DataConfig, TaskEntry

@@ -18,7 +18,7 @@ from lightpeft.compat.transformers import ACT2FN
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.families.skeleton import random_inputs, run
 from lightpeft.models.families.spec import Family, Stack
-from lightpeft.models.linears.registry import features, is_linear
+from lightpeft.models.linears.linear_kinds import features, is_linear
 from lightpeft.plans.structure import SLOTS, role_named
 
 _HEAD_KEYS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "attention_heads")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightpeft.compat.peft import BaseTunerLayer
 from lightpeft.compat.transformers import ACT2FN
 from lightpeft.errors import LightPeftError, require
-from lightpeft.models.linears.registry import features
+from lightpeft.models.linears.linear_kinds import features
 from lightpeft.peft_kinds.bottleneck.config import LEARNED, BottleneckConfig
 
 NO_MERGE = (

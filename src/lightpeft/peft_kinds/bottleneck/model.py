@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from lightpeft.compat.peft import BaseTuner
 from lightpeft.errors import LightPeftError, require
-from lightpeft.models.families.registry import block_specs
+from lightpeft.models.families.family_table import block_specs
 from lightpeft.peft_kinds.bottleneck.config import BottleneckConfig
 from lightpeft.peft_kinds.bottleneck.layer import NO_MERGE, BottleneckLayer
 from lightpeft.peft_kinds.bottleneck.registration import PREFIX

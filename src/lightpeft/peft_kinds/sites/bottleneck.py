@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightpeft.errors import require
-from lightpeft.models.linears.registry import slice_linear
+from lightpeft.models.linears.linear_kinds import slice_linear
 from lightpeft.peft_kinds.bottleneck import Bottleneck, BottleneckConfig, BottleneckLayer
 from lightpeft.peft_kinds.bottleneck.registration import BOTTLENECK
 from lightpeft.peft_kinds.sites.base import ReportOutputs, Site, Tensors

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from lightpeft.compat.peft import forget_norms
 from lightpeft.errors import require
 from lightpeft.models.linears.kinds import slice_parameter
-from lightpeft.models.linears.registry import dense_weight
+from lightpeft.models.linears.linear_kinds import dense_weight
 from lightpeft.peft_kinds.sites.base import ReportOutputs, Tensors, observe_pair
 from lightpeft.peft_kinds.sites.lora import DOWN, UP, LoraSite
 

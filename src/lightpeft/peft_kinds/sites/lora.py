@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightpeft.compat.peft import LoraLayer
 from lightpeft.errors import LightPeftError, require
-from lightpeft.models.linears.registry import slice_linear
+from lightpeft.models.linears.linear_kinds import slice_linear
 from lightpeft.peft_kinds.sites.base import ReportOutputs, Site, Tensors, observe_pair, spread
 
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")

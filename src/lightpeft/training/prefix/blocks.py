@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightpeft.compat.transformers import computed_once
-from lightpeft.models.families.registry import block_lists
+from lightpeft.models.families.family_table import block_lists
 from lightpeft.models.patching import in_mode, override_forward
 from lightpeft.models.unwrap import transformers_model
 

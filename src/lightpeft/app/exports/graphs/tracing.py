@@ -11,8 +11,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightpeft.compat.transformers import class_names
 from lightpeft.errors import require
-from lightpeft.models.families.registry import family_of
-from lightpeft.models.linears.registry import features, is_linear
+from lightpeft.models.families.family_table import family_of
+from lightpeft.models.linears.linear_kinds import features, is_linear
 from lightpeft.models.task_heads import is_decoder
 
 _TRACED_ROWS, _TRACED_LENGTH = 3, 7

@@ -17,12 +17,12 @@ from lightpeft.app.runs.workspace import Workspace
 from lightpeft.config import LightConfig, RunConfig, override_light
 from lightpeft.errors import require
 from lightpeft.machine import accelerator, autocast_dtype, autocasting
-from lightpeft.models.families.registry import block_specs
+from lightpeft.models.families.family_table import block_specs
 from lightpeft.models.loading import load_model_config, untrained_model
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary.cutting import cut_model
 from lightpeft.peft_kinds.placing import add_peft
-from lightpeft.peft_kinds.sites.registry import find_sites
+from lightpeft.peft_kinds.sites.live_sites import find_sites
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.plans.structure import MASKED, BlockSpec

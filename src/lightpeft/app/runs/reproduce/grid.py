@@ -12,7 +12,7 @@ from typing import Any
 
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs.reproduce.arms import ARMS, Arm, NestedSettings
-from lightpeft.app.tasks.entries.registry import find_entry
+from lightpeft.app.tasks.entries.task_entries import find_entry
 from lightpeft.config import RunConfig, merge_settings, run_config_from_dict
 from lightpeft.config.validation import load_yaml, short_repr, unknown_key
 from lightpeft.errors import LightPeftError, require

@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset, Features
 
-from lightpeft.app.tasks.kinds.registry import TASK_KINDS
+from lightpeft.app.tasks.kinds.task_kinds import TASK_KINDS
 from lightpeft.app.tasks.rows.columns import is_template, place
 from lightpeft.config import TaskEntry
 from lightpeft.errors import LightPeftError, nearest, require

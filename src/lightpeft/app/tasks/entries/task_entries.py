@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from lightpeft.app.tasks.entries import choice_qa, glue, superglue, text_qa
 from lightpeft.app.tasks.entries.converting import Convert, template_columns
-from lightpeft.app.tasks.kinds.registry import TASK_KINDS
+from lightpeft.app.tasks.kinds.task_kinds import TASK_KINDS
 from lightpeft.app.tasks.metrics import METRICS
 from lightpeft.app.tasks.rows.columns import is_template
 from lightpeft.config import DataConfig, TaskEntry
