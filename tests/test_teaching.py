@@ -560,7 +560,7 @@ def test_a_run_refuses(bench: Workbench, capsys: pytest.CaptureFixture[str], tmp
     config = json.loads((model / "config.json").read_text())
     for name, labels, part in (
         ("turned", ["positive", "negative"], "has the labels positive, negative, and the data have negative, positive"),
-        ("renamed", ["bad", "good"], "has the labels bad, good, and the data have negative, positive"),
+        ("renamed", ["bad", "good"], "has 2 classes (bad, good), but the data have 2 labels (negative, positive)"),
     ):
         other = shutil.copytree(model, tmp_path / name)
         numbered = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}

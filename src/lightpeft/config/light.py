@@ -295,7 +295,8 @@ class LightConfig:
     """The PEFT modules to keep."""
     train: Train | None = None
     """Weights that train after pruning. peft: those of the PEFT modules; all: PEFT is merged, and all remaining weights
-    train except embeddings and the head of a language model. Unset: peft."""
+    train except embeddings and the head of a language model. With all, runs that classify smooth labels by 0.1; in
+    Python, `TrainingArguments` decide. Unset: peft."""
     rates: Rates = field(default_factory=Rates)
     """Learning rates and dropout."""
     after: After = field(default_factory=After)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,6 +19,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     PretrainedConfig,
 )
+
+DEFAULT_LABEL = re.compile(r"LABEL_\d+")
+"""Class names that transformers gives where a task has none."""
 
 
 def _anywhere(config: PretrainedConfig) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from lightpeft.models.batches import IGNORED, TEACHER_LOGITS, without_labels
 from lightpeft.models.loading import load_model
 from lightpeft.models.patching import in_mode
 from lightpeft.models.sharding import without_graph
-from lightpeft.models.task_heads import TaskHead
+from lightpeft.models.task_heads import DEFAULT_LABEL, TaskHead
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.profiling.live import device_of, move_batch
 from lightpeft.saving.adapter_files import DESCRIPTION
@@ -44,7 +43,6 @@ from lightpeft.training.teaching import (
 Teacher = nn.Module | str | os.PathLike[str]
 """A model, or the folder of one: a light adapter, a merged light model, a PEFT adapter, or a transformers model, which
 may also be a name on the hub."""
-_DEFAULT_LABEL = re.compile(r"LABEL_\d+")
 
 
 def add_teacher_logits(trainer: Host, teacher: Teacher) -> Any:
@@ -137,7 +135,7 @@ def _check_teacher(teacher: nn.Module, student: PreTrainedModel, output_kind: Ou
         require(theirs.num_labels == ours.num_labels, f"{counts}; use a teacher with the same labels")
     if output_kind in ("classes", "tokens"):
         orders = [[names.id2label[i] for i in range(names.num_labels)] for names in (theirs, ours)]
-        named = not any(all(_DEFAULT_LABEL.fullmatch(str(label)) for label in order) for order in orders)
+        named = not any(all(DEFAULT_LABEL.fullmatch(str(label)) for label in order) for order in orders)
         listed = " and the model ".join(", ".join(map(str, order)) for order in orders)
         require(
             not named or orders[0] == orders[1], f"{name} has the labels {listed}; use the same labels in one order"

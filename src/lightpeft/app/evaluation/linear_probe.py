@@ -24,6 +24,7 @@ from lightpeft.app.evaluation.milestones import LOWER_IS_BETTER
 from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.evaluation.scores import Scores, scores_of
 from lightpeft.app.tasks.kinds.base import Task
+from lightpeft.app.tasks.respondent import OutputsOnly
 from lightpeft.console.progress import exact_duration
 from lightpeft.errors import require
 from lightpeft.models.task_heads import CLASSIFICATION, is_decoder
@@ -120,16 +121,10 @@ def _fit_regression(embedded: np.ndarray, labels: Sequence[int]) -> Any:
 
 
 @dataclass(frozen=True)
-class _FixedLogits:
+class _FixedLogits(OutputsOnly):
     """A `Respondent` that returns fixed logits, so that a task scores them like those of a model."""
 
     logits: Tensor
 
     def outputs(self, encoded: Dataset, description: str) -> Iterator[tuple[Sequence[int], dict[str, Tensor], Any]]:
         yield range(len(encoded)), {}, SimpleNamespace(logits=self.logits)
-
-    def next_logits(self, encoded: Dataset, description: str) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
-        raise NotImplementedError
-
-    def texts(self, encoded: Dataset, max_new_tokens: int, *, one_line: bool = False) -> list[str]:
-        raise NotImplementedError

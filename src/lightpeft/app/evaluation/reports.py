@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,13 +30,11 @@ from lightpeft.errors import require
 from lightpeft.files import write_json
 from lightpeft.machine import autocast_dtype
 from lightpeft.models.families.family_table import max_positions
-from lightpeft.models.task_heads import CAUSAL_LM, is_decoder
+from lightpeft.models.task_heads import CAUSAL_LM, DEFAULT_LABEL, is_decoder
 from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.profiling.sizes import parameter_report
 
-UNNAMED = re.compile(r"LABEL_\d+")
-"""Default name of a class in transformers."""
 TOKEN_SUMS = ("loss", "right", "tokens")
 """Names of a text's sums in language modelling: cross-entropy in nats, correct tokens, tokens."""
 SHOWN_LABELS = 5
@@ -180,16 +177,17 @@ def class_order(classes: Sequence[str], labels: Sequence[str], name: str) -> lis
     numbers = [str(number) for number in range(len(classes))]
     if set(labels) <= set(numbers):
         return numbers
-    unnamed = all(UNNAMED.fullmatch(name) for name in classes) and len(classes) == len(labels)
+    unnamed = all(DEFAULT_LABEL.fullmatch(name) for name in classes) and len(classes) == len(labels)
     require(
         unnamed,
-        f"{name} has {len(classes)} classes ({_join_names(classes)}), but the data have {len(labels)} labels "
-        f"({_join_names(labels)}); give rows with the model's labels, or a model that was trained on these",
+        f"{name} has {len(classes)} classes ({join_names(classes)}), but the data have {len(labels)} labels "
+        f"({join_names(labels)}); give rows with the model's labels, or a model that was trained on these",
     )
     return list(labels)
 
 
-def _join_names(names: Sequence[str]) -> str:
+def join_names(names: Sequence[str]) -> str:
+    """Return the first `SHOWN_LABELS` names, for an error message."""
     return ", ".join(names[:SHOWN_LABELS]) + (", ..." if len(names) > SHOWN_LABELS else "")
 
 

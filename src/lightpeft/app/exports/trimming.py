@@ -1,4 +1,4 @@
-"""A transformers model with the tokens of some texts alone, written: smaller embeddings without a run."""
+"""Trim the vocabulary of a transformers model to the tokens of some texts, without a run."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from lightpeft.models.vocabulary.live import cut_vocabulary
 from lightpeft.saving.whole_config import CONFIG_FILE
 
 AT_ONCE = 1024
-"""Texts that are tokenised at a time."""
+"""Texts per call of the tokenizer."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large a model is."""
+    """Tokens, parameters and bytes of a model."""
 
     tokens: int
     parameters: int
@@ -37,7 +37,7 @@ class Size:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Size:
-        """Of a live model; tied weights count once."""
+        """Measure a live model; tied weights count once."""
         weights = [*model.parameters()]
         tokens = model.config.get_text_config().vocab_size
         total_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
@@ -46,25 +46,28 @@ class Size:
 
 @dataclass(frozen=True)
 class Trimmed:
-    """What was done."""
+    """Result of `trim`: sizes before and after."""
 
     before: Size
     after: Size
     untrained: Sequence[str]
-    """Modules of which the checkpoint had no weights, so that they are random."""
+    """Modules without weights in the checkpoint, which are random."""
 
 
 def trim(name: str, folder: str | Path, data: str, column: str | None = None, *, allow_pickle: bool = False) -> Trimmed:
-    """Write a model and its tokenizer with the tokens that some texts take, for `from_pretrained`.
+    """Write a model and its tokenizer with only the tokens of some texts, for `from_pretrained`.
 
-    Texts whose tokens all stay give the same outputs as before. Others come in more pieces.
+    Texts whose tokens all stay give the same outputs as before. Other texts are split into more tokens.
+
+    Example:
+        trim("sentence-transformers/all-MiniLM-L6-v2", "small", "reviews.csv", "review")
 
     Args:
         name: folder of a transformers model, or its name on the hub.
-        folder: new or empty.
+        folder: output folder; it must be new or empty.
         data: text lines (.txt), a table (.csv, .tsv, .json, .jsonl, .parquet), or a data set of the hub.
-        column: the one with the texts; None: every text of a row counts.
-        allow_pickle: read pickled weights where there are no others; weights alone are unpickled.
+        column: column with the texts; None: every text of a row counts.
+        allow_pickle: accept pickled weights, of which only tensors are unpickled.
 
     Raises:
         LightPeftError: the rows have no token that the model knows, the folder is not empty, it is no transformers
@@ -102,7 +105,7 @@ def _texts_of(rows: Dataset, column: str | None) -> Iterator[str]:
 
 
 def _texts_in(value: Any) -> Iterator[str]:
-    """Every text in a value, such as those of a list of messages."""
+    """Yield every text in a nested value, such as a list of chat messages."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):
@@ -111,7 +114,7 @@ def _texts_in(value: Any) -> Iterator[str]:
 
 
 def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, data: str) -> list[set[int]]:
-    """The tokens of the texts, a set for each few of them."""
+    """Return the token ids of the texts, one set per `AT_ONCE` texts."""
     parts = (texts[start : start + AT_ONCE] for start in range(0, len(texts), AT_ONCE))
     sets = [{token for row in tokenizer(part)["input_ids"] for token in row} for part in parts]
     known = set().union(*sets) - set(tokenizer.all_special_ids)
@@ -120,7 +123,7 @@ def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, data: str) -> 
 
 
 def _own_head(config: PretrainedConfig, name: str) -> TaskHead:
-    """What the model was saved with."""
+    """Return the class that the model was saved with, as a task head."""
     (architecture, *_) = config.architectures or ("AutoModel",)
     known = getattr(transformers, architecture, None)
     require(known is not None, f"{name} is a {architecture}, which transformers does not have; it cannot be trimmed")

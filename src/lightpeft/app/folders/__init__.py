@@ -1,1 +1,1 @@
-"""What a folder holds (a run, an adapter, a merged or whole model), and how it is opened."""
+"""Find and open folders: a run, an adapter, a merged or whole model."""

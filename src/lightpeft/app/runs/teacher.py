@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from lightpeft.app.evaluation.reports import class_order, join_names
 from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.folders.forms import Found, Wanted, WholeModel
 from lightpeft.app.folders.opening import find_model
@@ -45,7 +45,6 @@ from lightpeft.training.teaching import split_over_processes, with_teacher_logit
 TEACHABLE = (CLASSIFICATION, REGRESSION, MULTIPLE_CHOICE)
 """Task heads whose logits a student can learn."""
 _LOGITS, _FACTS = "logits.safetensors", "teacher.json"
-_GENERIC_LABEL = re.compile(r"LABEL_\d+")
 
 
 def check_teachable(config: RunConfig, task: Task) -> None:
@@ -166,18 +165,11 @@ def _check_architecture(found: Found, task: Task) -> None:
 
 def _check_labels(found: Found, task: Task) -> None:
     """Require that the teacher has the classes of the task, in the same order."""
-    classes, labels = found.class_names, task.labels
-    if task.head.outputs != "classes" or classes is None:
+    if task.head.outputs != "classes" or found.class_names is None:
         return
-    both = f"{found.name} has the labels {_join_names(classes)}, and the data have {_join_names(labels)}"
-    require(len(classes) == len(labels), f"{both}; give a teacher of the same labels")
-    numbered = labels == [str(number) for number in range(len(labels))]
-    unnamed = numbered or all(_GENERIC_LABEL.fullmatch(name) for name in classes)
-    require(unnamed or classes == labels, f"{both}; give a teacher of the same labels in the same order")
-
-
-def _join_names(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if names[5:] else "")
+    order = class_order(found.class_names, task.labels, found.name)
+    both = f"{found.name} has the labels {join_names(order)}, and the data have {join_names(task.labels)}"
+    require(order == task.labels, f"{both}; give a teacher of the same labels in the same order")
 
 
 def _read_logits(run: RunFolder, fingerprint: str) -> list[Tensor] | None:

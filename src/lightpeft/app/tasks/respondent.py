@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lightpeft.app.tasks.answers import require_finite
+from lightpeft.errors import LightPeftError
 from lightpeft.models.batches import IGNORED
 
 
@@ -44,6 +45,18 @@ class Respondent(Protocol):
             LightPeftError: there is no row, or logits of a chosen token are not finite.
         """
         ...
+
+
+class OutputsOnly:
+    """Base of a `Respondent` that has outputs of a task's own head, and generates no text."""
+
+    def next_logits(self, encoded: Dataset, description: str) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
+        """Raise `LightPeftError`: there is no language-model head."""
+        raise LightPeftError("there is no language-model head to score tokens with; use a task with a head of its own")
+
+    def texts(self, encoded: Dataset, max_new_tokens: int, *, one_line: bool = False) -> list[str]:
+        """Raise `LightPeftError`: there is no language-model head."""
+        raise LightPeftError("there is no language-model head to generate text; use a task with a head of its own")
 
 
 def row_logits(respondent: Respondent, encoded: Dataset) -> list[Tensor]:

