@@ -32,7 +32,7 @@ def _demo(output: str = "runs/demo", cache: str | None = None) -> None:
 
 DEMO = Verb(
     "demo",
-    "Train MiniLM on movie reviews with plain LoRA and with lightpeft, and compare them: two minutes on two cores.",
+    "Train MiniLM on movie reviews with plain LoRA and with lightpeft, and compare them: about a minute on two cores.",
     _demo,
     options=(
         Option("--output", "Folder of the two runs.", default="runs/demo"),
