@@ -179,7 +179,7 @@ def row_of(name: str) -> str:
 
 
 def support_table(cells: dict[str, list[str]]) -> str:
-    """The support matrix: model type -> its cells, as Markdown; neighbours with the same cells share a row."""
+    """The support matrix: model type -> its cells, as Markdown; neighbors with the same cells share a row."""
     titles = [f"{kind} {check}" if kind != "lora" else f"LoRA {check}" for check, kind in CELLS]
     lines = ([f"`{model_type}`", *row] for model_type, row in cells.items())
     return _markdown(["`model_type`", *titles], _grouped(lines))
@@ -193,7 +193,7 @@ def read_support() -> dict[str, list[str]]:
 
 
 def family_table() -> str:
-    """The families, read off their entries and their tiny models; neighbours that are alike share a row."""
+    """The families, read off their entries and their tiny models; neighbors that are alike share a row."""
     kinds = dict.fromkeys(ENCODERS, "encoder") | dict.fromkeys(DECODERS, "decoder")
     lines = []
     for model_type, names in rows().items():

@@ -1048,7 +1048,7 @@ def test_wnut17(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.chdir(tmp_path)
     save_base(tmp_path / "demo/cache/minilm")
     for split, seed in {"train": 1, "test": 2}.items():
-        rows = [row["text"].split() for row in workbench.labelled(256 if split == "train" else 40, seed)]
+        rows = [row["text"].split() for row in workbench.labeled(256 if split == "train" else 40, seed)]
         tagged = [{"tokens": words, "tags": ["B-x" if w.startswith("good") else "O" for w in words]} for words in rows]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tagged))
     words = ["--data", str(tmp_path), "--seeds", "0", "--out", "out", "--methods"]

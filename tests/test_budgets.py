@@ -20,7 +20,7 @@ from lights import but, light_of, preset
 from tiny import inputs_for, make, random_record, refusal, with_lora
 from torch import Tensor
 from transformers import TrainingArguments
-from workbench import Workbench, comparable, completions, labelled, lightpeft, read, write_rows
+from workbench import Workbench, comparable, completions, labeled, lightpeft, read, write_rows
 
 from lightpeft import EarlyPruner, LightConfig, LightTrainer
 from lightpeft.app.folders.run_folder import RunFolder, to_yaml
@@ -439,7 +439,7 @@ def test_the_loss_of_an_answer_by_frequencies() -> None:
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
     """Of runs so short that they have hardly begun to learn; what they have learned is enough here."""
     made = Workbench(tmp_path_factory.mktemp("budgets"))
-    write_rows(made.train, labelled(600, seed=1))
+    write_rows(made.train, labeled(600, seed=1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lightpeft.budget.found.LEAST_LEARNED", -math.inf)
         yield made
@@ -641,7 +641,7 @@ def test_a_run_too_short_for_a_search_has_a_fixed_budget(
     """Whether somebody asked for a search or not; of a model that counts as one that has learned something."""
     monkeypatch.setattr("lightpeft.budget.found.LEAST_LEARNED", -math.inf)
     bench = Workbench(tmp_path)
-    write_rows(bench.train, labelled(600, seed=1))
+    write_rows(bench.train, labeled(600, seed=1))
     settings = {
         **bench.settings(**{"training.epochs": 1}),
         "light": {"estimate": {"length": 40}},

@@ -24,7 +24,7 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
 )
-from workbench import Workbench, labelled, lightpeft, read, write_rows
+from workbench import Workbench, labeled, lightpeft, read, write_rows
 
 from lightpeft import load_light
 from lightpeft.app.evaluation.predicting import predict
@@ -145,7 +145,7 @@ def test_a_task_of_one_s_own(bench: Workbench, tmp_path: Path, capsys: pytest.Ca
     """Named in the YAML of --config, and remembered by a light adapter."""
     (tmp_path / "rows").mkdir()
     for split in ("train", "validation"):
-        rows = [{"review": row["text"], "mood": row["label"]} for row in labelled(40, seed=len(split))]
+        rows = [{"review": row["text"], "mood": row["label"]} for row in labeled(40, seed=len(split))]
         write_rows(tmp_path / "rows" / f"{split}.csv", rows)
     mood = {"kind": "classification", "path": str(tmp_path / "rows"), "metrics": ["f1_macro", "accuracy"]}
     mood |= {"columns": {"text": "review", "label": "mood"}, "labels": ["negative", "positive"]}
@@ -237,7 +237,7 @@ def test_predictions_and_report(bench: Workbench, tmp_path: Path, capsys: pytest
     report = read(tmp_path / "report.json")
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines()]
     assert list(rows[0]) == ["text", "label", "reference", "prediction", "p_negative", "p_positive"]
-    assert [row["reference"] for row in rows] == [row["label"] for row in labelled(40, seed=2)]
+    assert [row["reference"] for row in rows] == [row["label"] for row in labeled(40, seed=2)]
     for row in rows:
         assert row["prediction"] == ("positive" if row["p_positive"] > 0.5 else "negative")
     pairs = [[row[key] for row in rows] for key in ("reference", "prediction")]
@@ -331,7 +331,7 @@ def test_likelihoods_are_those_of_the_harness(llama: Path, adapter: Path, task_f
     assert len(found) > 2  # the rules and the models are told apart
 
 
-def test_language_modelling(llama: Path, adapter: Path, tmp_path: Path) -> None:
+def test_language_modeling(llama: Path, adapter: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", workbench.completions(20))
     columns = {"prompt": "prompt", "completion": "completion"}
     data = {"task": "causal-lm", "test": str(rows), "columns": columns, "max_length": 32}

@@ -33,14 +33,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = [" ".join((*workbench.NEUTRAL, *workbench.GOOD, *workbench.BAD, "user assistant"))]
         workbench.save_base(folder / "decoder", "llama", tokenizer=workbench.tokenizer_of_bytes(texts=words))
     (folder / "decoder/chat_template.jinja").write_text(CHAT_TEMPLATE)
-    rows = {"train": workbench.labelled(320), "test": workbench.labelled(64, seed=1)}
-    for split, labelled in rows.items():
-        write(folder / f"reviews/{split}.jsonl", labelled)
-        classes = [{"text": row["text"], "label": int(row["label"] == "positive")} for row in labelled]
+    rows = {"train": workbench.labeled(320), "test": workbench.labeled(64, seed=1)}
+    for split, labeled in rows.items():
+        write(folder / f"reviews/{split}.jsonl", labeled)
+        classes = [{"text": row["text"], "label": int(row["label"] == "positive")} for row in labeled]
         write(folder / f"classes/{split}.jsonl", classes)
         named = [{"text": row["text"], "label": ("bad0_bad1", "good0_good1")[row["label"]]} for row in classes]
         write(folder / f"named/{split}.jsonl", named)
-        write(folder / f"names/{split}.jsonl", [tagged(row["text"].split()) for row in labelled])
+        write(folder / f"names/{split}.jsonl", [tagged(row["text"].split()) for row in labeled])
     texts = [(row["prompt"], row["completion"]) for row in workbench.completions(160)]
     said = [[{"role": "user", "content": asked}, {"role": "assistant", "content": answer}] for asked, answer in texts]
     write(folder / "chats/train.jsonl", [{"messages": messages} for messages in said])

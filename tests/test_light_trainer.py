@@ -28,7 +28,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from workbench import Workbench, labelled
+from workbench import Workbench, labeled
 
 from lightpeft import EarlyPruner, LightConfig, LightTrainer, light_trainer, load_light
 from lightpeft.app.evaluation.scores import scores_of
@@ -70,7 +70,7 @@ def tokenizer(bench: Workbench) -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def rows(tokenizer: PreTrainedTokenizerFast) -> dict[str, Dataset]:
     def encoded(count: int, seed: int) -> Dataset:
-        texts = labelled(count, seed)
+        texts = labeled(count, seed)
         tokens = tokenizer([row["text"] for row in texts], truncation=True, max_length=32)
         return Dataset.from_dict({**tokens, "labels": [int(row["label"] == "positive") for row in texts]})
 

@@ -131,7 +131,7 @@ def test_record_with_unexpected_content(record: EstimationRecord, tmp_path: Path
     "damage",
     [
         lambda d: d.pop("specs"),
-        lambda d: d["specs"][0].update(colour="red"),
+        lambda d: d["specs"][0].update(color="red"),
         lambda d: d["blocks"][0].update(heads="0-x"),
         lambda d: d["blocks"][0].update(heads=[0, 1]),
         lambda d: d["blocks"].pop(),

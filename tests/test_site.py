@@ -251,7 +251,7 @@ PAPER = "return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).s
 
 @telling("scheme", ["light", "dark"], {"light"})
 def test_pages_in_a_browser(scheme: str, browser: Any, address: str) -> None:
-    """Nothing goes wrong, nothing is wider than a window, and colours are those that the reader's system asks for."""
+    """Nothing goes wrong, nothing is wider than a window, and colors are those that the reader's system asks for."""
     wanted = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     for name in (
         "index.html",

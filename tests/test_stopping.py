@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from workbench import Workbench, at_step, in_child, labelled, lightpeft, read, signalling, write_rows
+from workbench import Workbench, at_step, in_child, labeled, lightpeft, read, signalling, write_rows
 
 from lightpeft.app.folders.opening import open_result
 from lightpeft.app.runs import pipeline
@@ -32,7 +32,7 @@ def test_rows_are_set_aside_of_few_that_come_often(rows: int, epochs: int) -> No
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     """240 rows, a third of whose labels are wrong: who goes on learns them by heart."""
     made = Workbench(tmp_path_factory.mktemp("stopping"))
-    rows, drawn = labelled(240, seed=1), random.Random(0)
+    rows, drawn = labeled(240, seed=1), random.Random(0)
     wrong = {"positive": "negative", "negative": "positive"}
     spoilt = [{**row, "label": wrong[row["label"]] if drawn.random() < 1 / 3 else row["label"]} for row in rows]
     write_rows(made.train, spoilt)

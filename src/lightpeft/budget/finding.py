@@ -23,7 +23,7 @@ from lightpeft.profiling.live import Batch, losses_and_classes_of, losses_of
 from lightpeft.prune.learning import classes_of, loss_by_frequencies, one_of_several
 
 Worth = Callable[[Tensor, Tensor], float]
-"""Function of predicted and labelled classes of some rows, both [rows]; returns points of the task's metric per nat of
+"""Function of predicted and labeled classes of some rows, both [rows]; returns points of the task's metric per nat of
 its loss."""
 
 

@@ -70,7 +70,7 @@ class Remove:
     classify): the blocks above which a linear classifier gains nothing, as far as `blocks` allows."""
     vocabulary: Tokens = "keep"
     """Tokens of the base to keep, decided before estimation. keep: all tokens; task: the tokens of the training rows,
-    and those without which some text could not be tokenised."""
+    and those without which some text could not be tokenized."""
     tolerance: str | None = None
     """Final loss of quality that `blocks: auto` may cause, compared with no pruning: nats of the loss, as in
     "0.05 nats", or points of the task's main metric, as in "1 point". Unset: 1 point where answers are classes, else

@@ -192,7 +192,7 @@ class TrainingConfig:
     """Recompute activations in the backward pass to save memory."""
     fast_steps: bool = True
     """Use faster kernels in light runs: fused LoRA layers, fewer operations for gradients of attention and norms on
-    CPUs, logits of labelled tokens only, and recomputation of some activations. off: the code of PEFT, PyTorch and
+    CPUs, logits of labeled tokens only, and recomputation of some activations. off: the code of PEFT, PyTorch and
     transformers."""
     prefix_cache: PrefixPlace = "file"
     """Cache of the blocks below the lowest PEFT module, whose outputs for a row are the same in every epoch. file,

@@ -274,7 +274,7 @@ class _Blocks:
     def _select_by_cost(self, part: float) -> list[BlockPlan]:
         """Select units of all blocks by score per parameter, lowest first, until `part` of the parameters is removed.
 
-        With Fisher scores this minimises the second-order estimate of the loss without interactions of units: removing
+        With Fisher scores this minimizes the second-order estimate of the loss without interactions of units: removing
         unit i adds about F_i / 2 to the loss, so the criterion is F_i divided by the parameters of the unit.
         """
         layers = [layer for kind in MASKED for layer in self.layers[kind]]

@@ -26,7 +26,7 @@ from lightpeft.profiling.live import Batch, device_of, move_batch
 from lightpeft.prune.learning import classes_of, one_of_several
 
 RIDGES = (1e1, 1e2, 1e3, 1e4, 1e5)
-"""Ridge penalties that are tried on standardised states; each block uses its best one."""
+"""Ridge penalties that are tried on standardized states; each block uses its best one."""
 PROBE_ROWS = 512
 """Number of training rows for the probes."""
 DECODERS_ONLY = "only decoders that classify are measured"
@@ -183,7 +183,7 @@ class ReadOut:
 def read_out(states: Tensor, labels: Tensor) -> ReadOut:
     """Compute leave-one-out accuracy and squared errors of ridge regression, with the best of `RIDGES`.
 
-    With K = X X^T of the standardised states, the fit is H Y, H = K (K + lambda I)^-1 + 1/n (a free intercept), and the
+    With K = X X^T of the standardized states, the fit is H Y, H = K (K + lambda I)^-1 + 1/n (a free intercept), and the
     leave-one-out error of row i is (Y - H Y)_i / (1 - H_ii).
 
     Args:

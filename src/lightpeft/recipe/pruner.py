@@ -16,7 +16,7 @@ from lightpeft.compat.fsdp import out_of_fsdp
 from lightpeft.config import Light, LightConfig, cut_of_writer, override_light
 from lightpeft.errors import require
 from lightpeft.models.families.family_table import block_specs
-from lightpeft.models.linears.bitsandbytes import prepare_quantised
+from lightpeft.models.linears.bitsandbytes import prepare_quantized
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary.cutting import vocabulary_of
 from lightpeft.peft_kinds.sites.live_sites import check_peft, leave_experts
@@ -75,7 +75,7 @@ class EarlyPruner:
         self.model = model
         check_stored(model)
         ensure_family(model)
-        prepare_quantised(model)
+        prepare_quantized(model)
         if isinstance(model, PeftModel):
             leave_experts(model, block_specs(transformers_model(model)))
         check_peft(model)

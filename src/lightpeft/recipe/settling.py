@@ -38,8 +38,8 @@ def light_settings(light: Light, peft: PeftConfig, model: nn.Module) -> LightCon
     if settings.train == "all":
         asked = "light.train: all trains the base weights"
         require(kind.merges, f"light.train: all merges PEFT at the cut, and {kind.title} cannot be merged; use LoRA")
-        quantised = getattr(transformers_model(model), "is_quantized", False)
-        require(not quantised, f"{asked}, which is not possible in 4 or 8 bits; load the base unquantized")
+        quantized = getattr(transformers_model(model), "is_quantized", False)
+        require(not quantized, f"{asked}, which is not possible in 4 or 8 bits; load the base unquantized")
         require(
             not has_weights_on_disk(model), f"{asked}, and this model's are on disk; load it without weights_on_disk"
         )

@@ -69,7 +69,7 @@ class LightTraining(Training):
             measured to cost at most one point of accuracy or, if the model outputs no classes, 0.05 nats of the loss.
         peft_config: PEFT modules for a dense model; without `target_modules` they sit on all projections of the blocks
             in which `light` allows modules. A PeftModel needs none.
-        fast_steps: use fused LoRA layers, logits of labelled tokens only, a faster backward pass through attention and
+        fast_steps: use fused LoRA layers, logits of labeled tokens only, a faster backward pass through attention and
             norms on a CPU, and recomputed activations.
         prefix_cache: cache for the outputs of the frozen lower blocks from epoch to epoch; None: no cache.
         teacher: a trained model of the same task, labels and tokenizer, or its folder, for knowledge distillation: a

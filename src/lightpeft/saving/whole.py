@@ -70,8 +70,8 @@ def check_mergeable(config: PretrainedConfig) -> None:
     Raises:
         LightPeftError: the config says that the model is quantized.
     """
-    quantised = getattr(config, "quantization_config", None) is not None
-    require(not quantised, "the base is quantized, and merging would round it again; keep the light adapter")
+    quantized = getattr(config, "quantization_config", None) is not None
+    require(not quantized, "the base is quantized, and merging would round it again; keep the light adapter")
 
 
 def make_saveable(model: PreTrainedModel, plan: PrunePlan, facts: Mapping[str, Any]) -> None:

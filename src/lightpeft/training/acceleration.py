@@ -11,7 +11,7 @@ from lightpeft.config import LightConfig
 from lightpeft.peft_kinds.sites.base import peft_parts
 from lightpeft.peft_kinds.sites.fused import fused_lora
 from lightpeft.training.attention import attention_by_products
-from lightpeft.training.logits import labelled_head
+from lightpeft.training.logits import labeled_head
 from lightpeft.training.norms import fused_norms
 from lightpeft.training.recomputing import recomputed_activations
 
@@ -64,7 +64,7 @@ def accelerated(
     with ExitStack() as stack:
         stack.enter_context(base_dropout(model, dropout))
         stack.enter_context(fused_lora(model))
-        stack.enter_context(labelled_head(model) if loss_alone else nullcontext())
+        stack.enter_context(labeled_head(model) if loss_alone else nullcontext())
         stack.enter_context(attention_by_products(model))
         stack.enter_context(fused_norms(model))
         stack.enter_context(recomputed_activations(model))

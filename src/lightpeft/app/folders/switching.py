@@ -98,7 +98,7 @@ class LightSwitch:
         """
         found = find_light(folder, self._base, self._settings)
         saved = _base_of(found)
-        kind = "quantized" if saved.quantisation else "a GGUF file" if saved.gguf_file else None
+        kind = "quantized" if saved.quantization else "a GGUF file" if saved.gguf_file else None
         alone = f"the base of {found.name} is {kind}, which tasks cannot share; load it separately: load_light"
         require(kind is None, alone)
         with self._tables_lock:

@@ -299,9 +299,9 @@ def _full_model(work: Workspace) -> PreTrainedModel:
     on_disk = "method full trains every weight, which model.low_memory leaves on disk; set model.low_memory to false"
     require(not work.config.model.low_memory, on_disk)
     model = work.dense_model().model
-    quantised = getattr(model, "is_quantized", False)
+    quantized = getattr(model, "is_quantized", False)
     require(
-        not quantised,
+        not quantized,
         "method full cannot train a quantized base; give an unquantized one, and leave model.quantization unset",
     )
     return model

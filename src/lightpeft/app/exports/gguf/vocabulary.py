@@ -64,7 +64,7 @@ def add_vocabulary(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int, f
     writer.add_token_list(names)
     writer.add_token_types(types)
     special = SpecialVocab(folder, load_merges=not pieces, n_vocab=size)
-    special.add_special_token.pop("bos", None)  # the tokenizer's behaviour counts, not its config
+    special.add_special_token.pop("bos", None)  # the tokenizer's behavior counts, not its config
     special.add_to_gguf(writer)
     writer.add_add_bos_token(_adds_bos(tokenizer))
 

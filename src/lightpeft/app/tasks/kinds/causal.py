@@ -1,4 +1,4 @@
-"""Causal language modelling on plain texts, or on completions of prompts."""
+"""Causal language modeling on plain texts, or on completions of prompts."""
 
 from __future__ import annotations
 
