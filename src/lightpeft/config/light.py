@@ -70,7 +70,7 @@ class Remove:
     classify): the blocks above which a linear classifier gains nothing, as far as `blocks` allows."""
     vocabulary: Tokens = "keep"
     """Tokens of the base to keep, decided before estimation. keep: all tokens; task: the tokens of the training rows,
-    and those without which some text could not be tokenized."""
+    and those that other texts need to be tokenized at all."""
     tolerance: str | None = None
     """Final loss of quality that `blocks: auto` may cause, compared with no pruning: nats of the loss, as in
     "0.05 nats", or points of the task's main metric, as in "1 point". Unset: 1 point where answers are classes, else
@@ -83,8 +83,8 @@ class Remove:
     """Unit of removal under grouped-query attention. group: whole KV groups; balanced: query heads, equally many of
     every group. Unset: group, or balanced for models that generate their answers."""
     multiple_of: int | None = None
-    """Round FFN widths to the nearest multiple of this number (1: exact counts; 8 and more: fast kernels); widths of
-    experts are always multiples of 8. Unset: 8."""
+    """Round FFN widths to the nearest multiple of this number, because kernels are fast for multiples of 8 (1: exact
+    counts). Widths of experts are always multiples of 8. Unset: 8."""
 
     def __post_init__(self) -> None:
         _check_shares(self, "light.remove.", "blocks", *SHARES, "depth")
@@ -217,7 +217,8 @@ class After:
     """Result to save and evaluate. light: the pruned model; full: its trained weights as a plain PEFT adapter over the
     unpruned base; both: each of the two."""
     full_width_steps: float = 0.0
-    """Fraction of the run's steps, its last ones, that train at full width (keep: full or both), in [0, 1)."""
+    """Fraction of the run's steps, at its end, that train the adapter over the unpruned base (keep: full or both), in
+    [0, 1)."""
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -274,7 +275,7 @@ READ_AFTERWARDS = frozenset(f"after.{each.name}" for each in dataclasses.fields(
 
 @dataclass(kw_only=True)
 class LightConfig:
-    """Settings of Light-PEFT. Sections may be given as mappings.
+    """Settings of Light-PEFT; sections may be given as mappings.
 
     Light-PEFT estimates importance, prunes, and fine-tunes (Gu et al. 2024, https://arxiv.org/abs/2406.03792).
 
