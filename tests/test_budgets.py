@@ -607,7 +607,7 @@ def test_passes_of_a_search_are_those_that_it_makes(unit: Any, monkeypatch: pyte
     """Rows that the model and its copies are called with are counted, and are those of the count."""
     trainer = trainer_of(tmp_path, but(LIGHT, tolerance="2 nats"))
     monkeypatch.setattr(trainer, "light_tolerance", lambda: Tolerance(2, unit))
-    monkeypatch.setattr(trainer, "light_points_a_nat", lambda classes, right: float(len(classes) == len(right)))
+    monkeypatch.setattr(trainer, "light_points_per_nat", lambda classes, right: float(len(classes) == len(right)))
     rows: dict[str, int] = {"forward": 0, "trained": 0}
     find = type(trainer).find_light_budget
 

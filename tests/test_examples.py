@@ -182,7 +182,7 @@ def test_switch_tasks(run: Run, home: Path) -> None:
         reviews(run, home, output)
     tasks = ("reviews=out/reviews/adapter", "more=out/more/adapter")
     texts = ("--text", "good1 good2 word3 good0", "--text", "bad1 bad2 word3 bad0")
-    printed = run("switch_tasks", *tasks, "--model", "encoder", "--most", 1, *texts).splitlines()
+    printed = run("switch_tasks", *tasks, "--model", "encoder", "--cache_size", 1, *texts).splitlines()
     classes = [number(line, r"-> class (\d)") for line in printed[:4]]
     assert classes == [1, 1, 0, 0], printed
     assert re.fullmatch("in memory: (reviews|more) of reviews, more", printed[4])

@@ -259,7 +259,7 @@ def test_scores_in_half_precision(dtype: torch.dtype, device: str) -> None:
         estimator.stop()
         records.append(estimator.record())
     for kind in ("heads", "neurons"):
-        pairs = torch.stack([torch.cat(record.of_blocks(kind, "taylor")) for record in records])
+        pairs = torch.stack([torch.cat(record.block_scores(kind, "taylor")) for record in records])
         alike, sizes = float(torch.corrcoef(pairs)[0, 1]), pairs.norm(dim=1)
         said = f"{kind}: scores in {dtype} on {device}, beside those in float32,"
         assert alike > 0.98, f"{said} correlate {alike:.3f}"

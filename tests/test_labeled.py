@@ -163,9 +163,9 @@ def test_half_precision_in_which_small_gradients_vanish_goes_the_usual_way() -> 
 def test_inside_a_trainer(tmp_path: Path, accumulation: int) -> None:
     """The loss is a mean over the tokens of the whole optimizer step, which `Trainer` counts."""
     losses = []
-    for loss_alone in (False, True):
+    for loss_only in (False, True):
         model = student("llama-gqa")
-        with accelerated(model, loss_alone=loss_alone):
+        with accelerated(model, loss_only=loss_only):
             run = trainer(model, tmp_path, max_steps=6, logging_steps=1, gradient_accumulation_steps=accumulation)
             run.train()
         losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])

@@ -282,7 +282,7 @@ def test_a_training_too_short_to_estimate_cuts_nothing(
     """Where the amount was to be found; PEFT then trains as it would alone."""
     monkeypatch.setattr("lightpeft.prune.length.LEAST_EXAMPLES", 256)
     trainer = builds.trainer(light=None)
-    assert trainer.light_config == preset("fast").removing_nothing()
+    assert trainer.light_config == preset("fast").without_pruning()
     assert "cuts nothing of the base: estimation scores" in caplog.text
     names = [name for name, _ in trainer.model.named_modules() if name.endswith("lora_A") and ".layer.0." in name]
     assert names, "modules sit in all blocks"

@@ -53,6 +53,9 @@ def full_width(light: LightModel, base: PreTrainedModel | None = None, *, is_tra
             light model's record of its base.
         is_trainable: True: adapter weights stay trainable; False: they are frozen, and the model is in eval mode.
 
+    Returns:
+        The model with an ordinary PEFT adapter.
+
     Raises:
         LightPeftError: the base is another one, cannot be loaded, or lacks weights that the adapter does not contain;
             or all weights trained (`light.train: all`).

@@ -68,7 +68,7 @@ def nested_plans(
     made, reason, gone = 0, "no budgets are given", removed_parameters((), record.left_out)
     for part in sorted(parts):
         try:
-            plan = make_plan(record, light.removing(part))
+            plan = make_plan(record, light.with_blocks(part))
         except LightPeftError as error:
             reason = str(error)
             continue

@@ -99,7 +99,7 @@ class Remove:
             Tolerance.read(self.tolerance)
 
     @property
-    def says_how_much(self) -> bool:
+    def has_amount(self) -> bool:
         """True if an amount is given: `blocks` or any share."""
         return any(getattr(self, name) is not None for name in AMOUNTS)
 
@@ -282,6 +282,9 @@ class LightConfig:
     Example:
         light = LightConfig(preset="accurate", remove={"blocks": 0.4})
         trainer = LightTrainer(model, args, peft_config=lora, light=light, train_dataset=rows)
+
+    Raises:
+        LightPeftError: a value is invalid, or two settings exclude each other.
     """
 
     preset: Preset | None = None
@@ -322,7 +325,7 @@ class LightConfig:
         return self.remove.blocks == "auto"
 
     @property
-    def chooses(self) -> bool:
+    def uses_scores(self) -> bool:
         """True if scores decide what is removed (units, PEFT modules or ranks); else estimation is not needed."""
         return self.cuts_blocks or bool(self.modules.remove or self.modules.remove_ranks)
 
@@ -342,7 +345,7 @@ class LightConfig:
             raise LightPeftError("light.remove.blocks is auto, which is measured after estimation; give a number here")
         return self.remove.blocks
 
-    def removing(self, blocks: float | Literal["auto"]) -> LightConfig:
+    def with_blocks(self, blocks: float | Literal["auto"]) -> LightConfig:
         """Return a copy that removes this fraction of the blocks, in place of any shares."""
         return replace(self, remove=replace(self.remove, blocks=blocks, heads=None, neurons=None, experts=None))
 
@@ -354,13 +357,13 @@ class LightConfig:
         """Return a copy with this `remove.depth`."""
         return replace(self, remove=replace(self.remove, depth=depth))
 
-    def with_whole_modules(self) -> LightConfig:
+    def with_all_modules(self) -> LightConfig:
         """Return a copy that keeps all PEFT modules with all ranks, and trains only these (`train: peft`)."""
         return replace(self, modules=replace(self.modules, remove=0.0, remove_ranks=0.0), train="peft")
 
-    def removing_nothing(self) -> LightConfig:
+    def without_pruning(self) -> LightConfig:
         """Return a copy without pruning: PEFT modules in all blocks, with all ranks, at the plain learning rate."""
-        whole = replace(self.removing(0.0), modules=Modules(blocks=1.0, remove=0.0, remove_ranks=0.0))
+        whole = replace(self.with_blocks(0.0), modules=Modules(blocks=1.0, remove=0.0, remove_ranks=0.0))
         own = replace(whole, rates=replace(self.rates, scale=1.0, estimation_scale=1.0))
         return whole if self.train == "all" else own
 

@@ -219,6 +219,9 @@ class RunConfig:
     Example:
         config = RunConfig(model=ModelConfig(name="base"), data=DataConfig(train="rows.csv"), output="runs/rows")
         lightpeft.run(config)
+
+    Raises:
+        LightPeftError: a value is invalid, or two settings exclude each other.
     """
 
     method: MethodName = "light"
@@ -271,18 +274,24 @@ class RunConfig:
         return peft_settings(self.peft)
 
     @property
-    def way(self) -> Method:
+    def method_spec(self) -> Method:
         """The fine-tuning method, with its properties."""
         return METHODS[self.method]
 
     @property
     def unused(self) -> tuple[str, ...]:
         """Prefixes of the names of settings that the run ignores."""
-        return (*self.way.unused, *self.light.unused)
+        return (*self.method_spec.unused, *self.light.unused)
 
 
 def load_config(path: str | Path) -> RunConfig:
-    """Read a `RunConfig` from a YAML file.
+    """Read the settings of a run from a YAML file.
+
+    Args:
+        path: the file. Settings that it does not contain get their defaults.
+
+    Returns:
+        The settings.
 
     Example:
         config = load_config("run.yaml")

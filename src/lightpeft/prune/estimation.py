@@ -195,7 +195,7 @@ class Estimator:
 
     def _check_gradients(self, record: EstimationRecord) -> None:
         """Raise `LightPeftError` if some blocks had no gradients, since a plan would remove them without evidence."""
-        parts = zip(*(record.of_blocks(kind, "fisher") for kind in MASKED), strict=True)
+        parts = zip(*(record.block_scores(kind, "fisher") for kind in MASKED), strict=True)
         reached = [any(bool(scores.any()) for scores in of_block) for of_block in parts]
         require(
             any(reached) or not bool(self._overflowed),

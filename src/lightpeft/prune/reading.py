@@ -58,7 +58,11 @@ class FoundDepth:
         return 1 - self.enough / len(self.error)
 
     def within(self, blocks: float | str | None) -> float:
-        """Return `depth`, limited to whole blocks within `light.remove.blocks` if that is a number."""
+        """Return `depth`, limited to whole blocks within `light.remove.blocks` if that is a number.
+
+        Args:
+            blocks: the setting.
+        """
         count = len(self.error)
         return self.depth if blocks is None or isinstance(blocks, str) else min(self.depth, int(blocks * count) / count)
 
@@ -100,8 +104,11 @@ def find_depth(model: nn.Module, batches: Iterable[Batch], autocast: torch.dtype
             `attention_mask`, all tokens are real.
         autocast: half precision of the forward pass; None: no autocast.
 
+    Returns:
+        The accuracy at each block, and the number of blocks that the task needs.
+
     Raises:
-        LightPeftError: the labels are no class numbers, or all equal.
+        LightPeftError: the labels are not class numbers, or all are equal.
     """
     states, labels = states_by_block(model, batches, autocast)
     found = [read_out(of_block, labels) for of_block in states]
@@ -124,8 +131,11 @@ def states_by_block(
         batches: batches of training rows, with class numbers as `labels` [rows].
         autocast: half precision of the forward pass; None: no autocast.
 
+    Returns:
+        The accuracy at each block, and the number of blocks that the task needs.
+
     Raises:
-        LightPeftError: the labels are no class numbers, or all equal.
+        LightPeftError: the labels are not class numbers, or all are equal.
     """
     inner = transformers_model(model)
     first = not _is_decoder(inner)

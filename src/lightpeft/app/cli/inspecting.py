@@ -49,7 +49,7 @@ def inspect(name: str | Path) -> list[Table]:
 
 def _run(run: RunFolder) -> list[Table]:
     """Return the tables for the result of the last finished stage of a run."""
-    light = run.config.way.prunes
+    light = run.config.method_spec.prunes
     if light and run.has("train"):
         return _model(find_folder(run.adapter))
     if light and run.has("plan"):

@@ -50,7 +50,7 @@ def check_in_memory(work: Workspace) -> None:
     )
     require(model.quantization is None and not stored, quantized)
     require(not model.low_memory, "check supports weights in memory only; set model.low_memory to false")
-    require(work.config.way.has_peft, "check does not support method full; set method to light or plain")
+    require(work.config.method_spec.has_peft, "check does not support method full; set method to light or plain")
 
 
 def with_peft(work: Workspace, config: RunConfig) -> PeftModel:

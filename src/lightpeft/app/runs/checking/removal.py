@@ -33,7 +33,7 @@ def expected_light(work: Workspace) -> LightConfig:
     light = work.config.light
     if why_fixed(work) is None:
         return light
-    return light.removing(fixed_budget(work.tolerance.unit == "points"))
+    return light.with_blocks(fixed_budget(work.tolerance.unit == "points"))
 
 
 def expected_removal(work: Workspace) -> Iterator[str]:

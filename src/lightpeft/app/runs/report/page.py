@@ -103,7 +103,7 @@ def _title(config: RunConfig) -> str:
     base = config.model.name.rstrip("/").rpartition("/")[2] or config.model.name
     rows = "/".join((config.data.path or config.data.train).rstrip("/").split("/")[-2:])
     task = f"{config.data.task} ({rows})" if rows else config.data.task
-    method = f"{config.method} ({config.peft_type})" if config.way.has_peft else config.method
+    method = f"{config.method} ({config.peft_type})" if config.method_spec.has_peft else config.method
     return f"{base}, {task}: {method}"
 
 
