@@ -533,7 +533,7 @@ def test_a_task_without_classes_has_no_points(tmp_path: Path, capsys: pytest.Cap
     [
         ({"sharded": True}, "copies the model, and FSDP shards it"),
         ({"rows": None}, "the training dataset has no length"),
-        ({"rows": 511}, "needs 512 training rows, and there are 511"),
+        ({"rows": 511}, "needs 512 training rows, but there are 511"),
         ({"rows": 512}, None),
     ],
 )

@@ -360,7 +360,7 @@ def test_refusals(bench: Workbench, llama: Path, tmp_path: Path) -> None:
             {},
             "has 2 classes (negative, positive), but the data have 2 labels (x, y)",
         ),
-        (light, language, {}, "bert is no causal language model, which causal-lm needs"),
+        (light, language, {}, "bert is not a causal language model, which causal-lm needs"),
         (light, choice(tmp_path), {}, "was trained for classification and cannot answer multiple-choice"),
         (bench.folder / "plain" / "adapter", choice(tmp_path), {}, "PEFT's task type SEQ_CLS"),
         (base, rows_of(bench), {}, "no weights for classifier, so its answers to classification would be random"),

@@ -415,9 +415,11 @@ def test_biases_of_the_whole_base() -> None:
 
 
 def test_models_that_are_no_peft_model() -> None:
-    assert_refused(make("bert"), "BertForSequenceClassification is no PeftModel; give a model from peft.get_peft_model")
+    assert_refused(
+        make("bert"), "BertForSequenceClassification is not a PeftModel; pass a model from peft.get_peft_model"
+    )
     mixed = get_peft_model(make("bert"), lora(), mixed=True)
-    assert_refused(mixed, "PeftMixedModel is no PeftModel; give a model from peft.get_peft_model")
+    assert_refused(mixed, "PeftMixedModel is not a PeftModel; pass a model from peft.get_peft_model")
 
 
 def test_several_adapters() -> None:

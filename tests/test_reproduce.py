@@ -423,7 +423,7 @@ def test_a_folder_belongs_to_one_grid(bench: Workbench, finished: Path, tmp_path
     before = stamps(finished)
     shorter = {**yaml.safe_load((bench.folder / "grid.yaml").read_text())["run"], "peft": {"r": 2}}
     file = grid_file(tmp_path / "grid.yaml", bench, run=shorter)
-    with pytest.raises(LightPeftError, match=r"is the run of another config \(it differs in peft"):
+    with pytest.raises(LightPeftError, match=r"holds a run with other settings \(it differs in peft"):
         reproduce(file, finished, launch=in_this_process)
     assert stamps(finished) == before
 

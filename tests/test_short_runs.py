@@ -27,7 +27,7 @@ def test_cells_of_both_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     fixed = read(out / "cells/budgets-movies-64-light-40%-0.json")
     assert fixed["removed"] == 0.4 and fixed["stopped"] is None and fixed["steps"] == 80
     first = read(out / "cells/first-movies-280-light-0.json")
-    assert "and there are 184" in first["unmeasured"]
+    assert "but there are 184" in first["unmeasured"]
     assert first["cpu_seconds"] > 0 and 0 < first["accuracy"] <= 1
     assert not (out / "cells/first-banking77-300-light-0.json").exists()  # its rows are in no folder that was given
     before = stamps(out / "cells")

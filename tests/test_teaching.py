@@ -538,7 +538,9 @@ def test_a_trainer_refuses_other_names_and_answers_that_are_none(tmp_path: Path)
     assert "row 24 of the training rows: teacher_logits is empty" in said(make("bert"), None, none)
     own = said(make("bert"), make("bert", 7), cls=OwnLoss)
     assert "LightOwnLoss has a loss of its own, which ignores a teacher" in own
-    assert "teacher_weight is 0; it lies in (0, 1]" in refusal(lambda: trainer("classes", tmp_path, teacher_weight=0))
+    assert "teacher_weight is 0; it must be in (0, 1]" in refusal(
+        lambda: trainer("classes", tmp_path, teacher_weight=0)
+    )
 
 
 def refused(bench: Workbench, capsys: pytest.CaptureFixture[str], **changes: Any) -> str:

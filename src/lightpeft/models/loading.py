@@ -237,7 +237,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     longest, inputs = tokenizer.model_max_length, tokenizer.model_input_names
     fits = isinstance(longest, (int, float)) and not isinstance(longest, bool) and longest >= 1
     says = f"the tokenizer of model {name} has"
-    require(fits, f"{says} model_max_length {short_repr(longest)}, which is no number of tokens; fix its files")
+    require(fits, f"{says} model_max_length {short_repr(longest)}, which is not a number of tokens; correct its files")
     known = isinstance(inputs, (list, tuple)) and "input_ids" in inputs and all(isinstance(n, str) for n in inputs)
     require(known, f"{says} model_input_names {short_repr(inputs)}; it must be a list of names with input_ids")
 

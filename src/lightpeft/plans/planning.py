@@ -72,7 +72,7 @@ def make_plan(record: EstimationRecord, light: Light, order: Order | None = None
     if light.remove.depth == "auto":
         light = _use_measured_depth(light, record)
     too_deep = light.blocks_left(len(specs)) < len(record.blocks)
-    gone = f"light.remove.depth {light.remove.depth} drops blocks that were there during estimation"
+    gone = f"light.remove.depth {light.remove.depth} drops blocks that were present during estimation"
     require(not too_deep, f"{gone}; estimate again with this depth")
     for spec in record.blocks:
         check_experts(spec, light)

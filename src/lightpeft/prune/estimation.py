@@ -199,8 +199,8 @@ class Estimator:
         reached = [any(bool(scores.any()) for scores in of_block) for of_block in parts]
         require(
             any(reached) or not bool(self._overflowed),
-            f"all {self.steps} steps of estimation overflowed, as a gradient scaler's first steps in float16 do; "
-            "estimate for longer",
+            f"all {self.steps} steps of estimation overflowed, as the first steps of a gradient scaler in float16 do; "
+            "raise light.estimate.length",
         )
         missed = [
             block.label or str(block.index) for block, found in zip(self.blocks, reached, strict=True) if not found

@@ -67,8 +67,8 @@ class EarlyPruner:
             model: a model from `peft.get_peft_model`. `prune` cuts it in place. The constructor already removes the
                 blocks that `light.remove.depth` drops and the PEFT modules that `light.modules.blocks` does not allow.
             light: fraction of the blocks to remove, such as 0.4, a preset's name, or settings (`LightConfig`, or a
-                mapping of its fields); None: a fixed budget for a model that classifies, and no cut of the base for others,
-                because a loop cannot search for a budget as `LightTrainer` does.
+                mapping of its fields); None: a fixed budget for a model that classifies, and no cut of the base for
+                others, because a loop cannot search for a budget as `LightTrainer` does.
             estimator: function that makes the `Estimator` from the model and its settings.
 
         Raises:

@@ -125,7 +125,7 @@ class LightTraining(Training):
         peft = peft_config_of(self._peft_model)
         self.light_config = settings_of_trainer(light, peft, self._peft_model, options)
         check_light(self, sharded=self._sharding.fsdp)
-        require(0 < teacher_weight <= 1, f"teacher_weight is {teacher_weight}; it lies in (0, 1]")
+        require(0 < teacher_weight <= 1, f"teacher_weight is {teacher_weight}; it must be in (0, 1]")
         self._teaching.weight = teacher_weight
         if teacher is not None:
             self.train_dataset = add_teacher_logits(self, teacher)

@@ -129,7 +129,7 @@ class RunFolder:
         differing = self._changed_settings()
         require(
             not differing,
-            f"output {self.path} is the run of another config (it differs in {', '.join(differing)}); give another "
+            f"output {self.path} holds a run with other settings (it differs in {', '.join(differing)}); give another "
             "output, the same settings to resume, or --overwrite to start again",
         )
 

@@ -114,7 +114,7 @@ def leave_plan(run: RunFolder) -> PrunePlan:
     result = make_plan(EstimationRecord.load(run.estimation), light_with_budget(run))
     if run.has("plan") and run.has("prune"):
         unchanged = PrunePlan.load(run.plan) == result
-        require(unchanged, f"{run.path} was pruned by another plan already; set another output for this budget")
+        require(unchanged, f"{run.path} was already pruned with another plan; set another output for this budget")
         return result
     if processes().is_main_process:
         result.save(run.plan)

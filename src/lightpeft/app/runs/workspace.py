@@ -344,8 +344,8 @@ def check_steps(config: RunConfig, donor: RunFolder, record: EstimationRecord) -
     there = record.meta.get("rows_a_step", rows)
     require(
         there == rows,
-        f"the estimation of {donor.path} took {there} rows per step, and this run takes {rows}; start as many "
-        "processes as that run had",
+        f"the estimation of {donor.path} used a global batch of {there} rows, and this run uses {rows}; start as "
+        "many processes as that run",
     )
 
 
