@@ -69,7 +69,7 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class TaskEntry:
-    """A task of your own: its rows, columns, answers and metrics.
+    """A task of your own, with its rows, columns, answers and metrics.
 
     Built-in tasks are entries in `lightpeft.app.tasks`; your own entries are below `tasks` in the run's YAML.
 
@@ -117,7 +117,7 @@ class TaskEntry:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Data of the task: local files or a hub data set, and the roles of its columns.
+    """Rows of the task, from local files or a hub data set, and the roles of their columns.
 
     Example:
         DataConfig(train="reviews.csv", columns={"text": "review", "label": "stars"})
@@ -214,7 +214,7 @@ class TrainingConfig:
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """A whole run in one folder: estimation, plan, surgery, fine-tuning and evaluation.
+    """A whole run in one folder, from estimation to evaluation.
 
     Example:
         config = RunConfig(model=ModelConfig(name="base"), data=DataConfig(train="rows.csv"), output="runs/rows")
