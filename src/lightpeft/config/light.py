@@ -45,7 +45,7 @@ def _check_rate(value: float | None, name: str) -> None:
 
 @dataclass(kw_only=True)
 class Remove:
-    """Amount to remove from the base, and the units to remove.
+    """The amount to remove from the base, and the units to remove.
 
     These settings control the masked early pruning of the foundation model in Gu et al. 2024.
 
@@ -148,7 +148,7 @@ class Estimate:
 
 @dataclass(kw_only=True)
 class Modules:
-    """PEFT modules and ranks that train after pruning.
+    """The PEFT modules and ranks that train after pruning.
 
     These settings control the multi-granularity early pruning of PEFT in Gu et al. 2024.
 
