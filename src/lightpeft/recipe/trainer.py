@@ -64,6 +64,7 @@ class LightTraining(Training):
     accepted.
 
     Args:
+        model: a dense transformers model with `peft_config`, or a PeftModel. It is cut in place.
         light: fraction of the blocks to remove, such as 0.4, "auto", a preset's name, or settings (`LightConfig`, or a
             mapping of its fields); None: no cut of a model that generates text; for others the largest cut that is
             measured to cost at most one point of accuracy or, if the model outputs no classes, 0.05 nats of the loss.

@@ -88,8 +88,10 @@ def run(
         Interrupted: a signal stopped the run; the same call continues it.
 
     Example:
+        ```python
         metrics = run(load_config("run.yaml"))
         print(metrics["metrics"]["accuracy"])
+        ```
     """
     work = prepare(config, overwrite=overwrite)
     donor = None if estimation is None else find_estimation(config, Path(estimation))

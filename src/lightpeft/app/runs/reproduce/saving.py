@@ -35,7 +35,13 @@ def write_results(out: Path, results: Results) -> None:
 
 
 def read_results(path: str | Path) -> Results:
-    """Read a results.json, also of older versions that measured less.
+    """Read the results of a grid, also those of older versions, which measured less.
+
+    Args:
+        path: a results.json.
+
+    Returns:
+        One row per model, task and method, with the values of all seeds, and the reports of all runs.
 
     Raises:
         LightPeftError: the file is missing or damaged, or holds something else.
