@@ -106,7 +106,7 @@ def test_help_shows_what_unset_settings_stand_for(capsys: pytest.CaptureFixture[
             described = text[text.index(f"--light.{section}.{name} ") :]
             shown_value = "null" if value is None else value
             assert described[described.index("default: ") :].startswith(f"default: {shown_value})")
-    assert "--light LIGHT Part of the blocks to remove such as 0.4, auto, a preset's name, or all of" in text
+    assert "--light LIGHT Part of the blocks' parameters to remove, such as 0.4; auto; the name of a preset; or" in text
 
 
 MISNAMED = {
