@@ -228,9 +228,9 @@ def needs_table(found: Check) -> Table:
     for name in (
         "steps",
         "frozen\nweights",
-        "trained,\noptimizer",
-        "activations,\ngradients",
-        "kernels,\ngaps",
+        "trained +\noptimizer",
+        "activations +\ngradients",
+        "library\noverhead",
         "total",
         "GFLOPs\nper step",
     ):
