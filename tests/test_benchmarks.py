@@ -25,6 +25,7 @@ import numpy as np
 import peer_cells
 import peer_methods
 import peer_pruning
+import peer_tables
 import peers
 import plots
 import publishing
@@ -554,6 +555,13 @@ def test_names_of_points_overlap_neither_each_other_nor_a_point() -> None:
     for point in points:
         x, y = axes.transData.transform((point.x, point.y))
         assert not any(box.contains(x, y) for box in boxes)
+
+
+def test_a_plot_of_peers_says_how_much_each_of_them_removes() -> None:
+    figure = peer_tables.plot(json.loads((ROOT / "benchmarks/minilm_default.peers.results.json").read_text()))
+    for axes in figure.axes:
+        names = {text.get_text() for text in axes.texts if text.get_text()}
+        assert {"LoRA on q, v", "lightpeft fast, 40%", "lightpeft default, 60%"} <= names
 
 
 def test_plots_can_be_read_on_a_phone() -> None:

@@ -661,7 +661,7 @@ def test_a_run_too_short_for_a_search_has_a_fixed_budget(
     ("learned", "blocks", "why"),
     [
         (0.3, SHORT, "light: auto cuts 40% of the blocks, a fixed budget for short runs: few"),
-        (0.01, 0.0, "light: auto cuts nothing of the blocks: few, and estimation taught the model hardly more"),
+        (0.01, 0.0, "light: auto cuts nothing of the blocks: few, and after estimation the model is hardly better"),
         (None, 0.0, "light: auto cuts nothing of the blocks: few, and a fixed budget is for classifiers only"),
     ],
 )

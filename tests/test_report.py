@@ -183,6 +183,7 @@ def test_contents_of_a_light_run(bench: Workbench) -> None:
         "Units kept in each layer",
         "Training loss",
         "Quality on the test rows",
+        "Quality over the run",
         "Parameters",
         "Time and memory",
         "Loss at each budget",
@@ -192,6 +193,9 @@ def test_contents_of_a_light_run(bench: Workbench) -> None:
     for spec, kept in run.plan.parts:
         assert f"{len(kept.heads)}/{spec.heads}" in found.text and f"{len(kept.neurons)}/{spec.neurons}" in found.text
     assert "Estimation ends" in found.text and "Training at full width" in found.text
+    assert run.report.milestones
+    for moment, values in run.report.milestones.metrics.items():
+        assert f"{moment.replace('_', ' ')} {100 * values['accuracy']:.1f}%" in found.text
     for point in run.curve["points"]:
         assert f"{100 * point['removed_of_blocks']:.1f}% {point['rise']:+.3f}" in found.text
     assert f"lightpeft run --config {bench.folder}/light/config.yaml --output {bench.folder}/light_again" in found.text

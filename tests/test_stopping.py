@@ -79,7 +79,7 @@ def test_check_says_so(bench: Workbench) -> None:
     settings = {**AUTO, "light.remove.blocks": "auto"}
     lines = list(check(pipeline.prepare(bench.config("checked", **settings))).summary())
     assert lines[0] == (
-        "removes 40% of the blocks, or nothing if estimation teaches nothing: a budget search needs 512 training "
-        "rows, but there are 200"
+        "removes 40% of the blocks, or nothing if the loss hardly falls in estimation: a budget search needs 512 "
+        "training rows, but there are 200"
     )
-    assert lines[1] == "stops before its 208 steps are over if the loss on 40 held-out rows rises"
+    assert lines[1] == "stops before the last of its 208 steps if the loss on 40 held-out rows stops falling"

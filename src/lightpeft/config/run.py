@@ -136,16 +136,16 @@ class DataConfig:
     path: str | None = None
     """Folder with the task's own splits as files, in the hub's columns, instead of the hub."""
     train: str = ""
-    """Training rows: a .csv, .tsv, .json, .jsonl or .parquet file, or a hub data set as `name[/config][:split]`.
-    Required if `task` is a kind; for a task by name it replaces the task's own rows."""
+    """Training rows: a .csv, .tsv, .json, .jsonl or .parquet file, or a hub data set as `name[/config][:split]`. A
+    task by name has rows of its own, which these replace; other tasks need this setting."""
     test: str | None = None
     """Rows for evaluation, in the same form. Unset: `test_fraction` of the training rows is held out."""
     test_fraction: Annotated[float, Within(above=0, below=1)] = 0.2
     """Fraction of the training rows held out when `test` is unset; the same rows for every seed of the run."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Column of the kind -> column of the data, or a template such as "{premise} {hypothesis}". Columns of the kind
-    that are not listed here are read from columns of the same name, except text_pair, prompt and completion, which
-    are read only if they are listed. docs/reference/tasks.md has the columns of every kind."""
+    """Column of the task -> its name in the data, such as text: review and label: stars, or a template such as
+    "{premise} {hypothesis}". A column without an entry has the same name in the data; text_pair, prompt and completion
+    are read only with an entry. docs/reference/tasks.md lists the columns of every kind of task."""
     max_length: Annotated[int, Within(least=2, most=_MOST_TOKENS)] = 128
     """Maximum number of tokens of a row; limited by the model. Longer contexts are read in windows (span)."""
     null_threshold: float | None = None

@@ -87,7 +87,7 @@ class Check:
             alone = f"weights and optimizer state take {(self.available - self.left) / 2**30:.1f} GiB"
             yield f"  {alone} at any batch size: set model.dtype, model.quantization or model.low_memory"
         if self.prefix_bytes:
-            yield f"the prefix cache takes {decimal(self.prefix_bytes)} (training.prefix_cache: file, memory or off)"
+            yield f"the prefix cache takes {decimal(self.prefix_bytes)} (training.prefix_cache: memory, file or off)"
         if "train" in self.stages:
             together = "estimation and training compute" if "estimate" in self.stages else "training computes"
             yield f"{together} {self.flops_of_plain:.2f} times the floating-point operations of plain PEFT"
