@@ -30,7 +30,7 @@ PLACES = {
 """File -> the one line that has the version."""
 DATE = re.compile(r"^date-released: .+\n", re.MULTILINE)
 STEPS = """
-Left to do, with the accounts ("A release" in CONTRIBUTING.md):
+Left to do, with the accounts ("Release" in CONTRIBUTING.md):
     git diff                                  # the version, its date and nothing else
     git commit --all --message "Version {version}"
     git tag --sign v{version} --message "Version {version}"
