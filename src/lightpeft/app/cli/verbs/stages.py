@@ -29,7 +29,7 @@ def _run(given: dict[str, Any], **options: Any) -> None:
     screen.say("next:")
     screen.say(f"  lightpeft predict {folder} new_rows.csv --output answers.csv")
     screen.say(f"  lightpeft report {folder}  # one HTML page about this run")
-    if config.way.prunes:
+    if config.method_spec.prunes:
         screen.say(f"  lightpeft inspect {folder}  # what each layer has kept")
         screen.say(f"  lightpeft export {folder} exported --form onnx  # or merged, peft, gguf, openvino")
 
