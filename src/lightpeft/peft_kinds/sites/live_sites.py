@@ -33,7 +33,7 @@ def check_peft(model: nn.Module) -> None:
     """Check before training that a model can be pruned correctly.
 
     Raises:
-        LightPeftError: the model is no PeftModel, has an unsupported PEFT type or variant, several adapters, or merged
+        LightPeftError: the model is not a PeftModel, has an unsupported PEFT type or variant, several adapters, or merged
             or disabled ones.
     """
     if not isinstance(model, PeftModel):
