@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from adapters import light_over
+from documents import blocks
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from tiny import ALL, every_family, make, plan_for
@@ -22,7 +24,10 @@ from lightpeft.config import DataConfig, TaskEntry
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saving.cards import pipeline_tag
+from lightpeft.saving.on_hub import LIGHT_ADAPTER, MERGED_MODEL
 from lightpeft.saving.picture import plan_picture
+
+ROOT = Path(__file__).parents[1]
 
 
 def card_in(folder: Path) -> tuple[ModelCard, Any]:
@@ -153,6 +158,25 @@ def test_cards_where_nothing_is_removed_say_so(tmp_path: Path) -> None:
     save_merged(light, tmp_path / "cut")
     card, data = card_in(tmp_path / "cut")
     assert "# Pruned model" in card.text and "pruning" in data.tags
+
+
+def test_the_entry_for_the_hub_is_about_these_cards(tmp_path: Path) -> None:
+    """docs/reference/hub_library.md: library, tag, loaders, files and addresses."""
+    light = light_over(make("bert"))
+    light.save_pretrained(tmp_path / "light")
+    save_merged(light, tmp_path / "merged")
+    entry, snippet = blocks(ROOT / "docs/reference/hub_library.md", "ts")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+    assert f'repoUrl: "{project["Repository"]}"' in entry and f'docsUrl: "{project["Documentation"]}"' in entry
+    for form, loader in (("light", "load_light"), ("merged", "load_merged")):
+        card, data = card_in(tmp_path / form)
+        assert entry.startswith(f"\t{data.library_name}: {{")
+        assert ("merged" in data.tags) == (form == "merged")
+        code = snippet.split("`")[3].replace("${loader}", loader).replace("${model.id}", "this folder")
+        assert code in card.text
+    counted = re.findall(r'path:"([^"]+)"', entry)
+    assert counted == [LIGHT_ADAPTER.marker, MERGED_MODEL.marker]
+    assert snippet.startswith("export const lightpeft = ") and 'tags.includes("merged") ? "load_merged"' in snippet
 
 
 @every_family(ALL)

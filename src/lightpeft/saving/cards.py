@@ -110,7 +110,8 @@ def _metadata(facts: Mapping[str, Any], plan: PrunePlan, form: CardForm, licence
     if rows := _rows(facts):
         known["datasets"] = sorted({_data_set(name)["dataset_type"] for name in rows.values()})
     kind = facts["peft_type"].lower() if facts.get("peft_type") else None
-    tags = [tag for tag in ("lightpeft", "light-peft", plan.cuts_blocks and "pruning", "peft", kind) if tag]
+    merged = form.relation == "finetune" and form.library == "lightpeft" and "merged"  # the hub's snippet reads it
+    tags = [tag for tag in ("lightpeft", "light-peft", plan.cuts_blocks and "pruning", merged, "peft", kind) if tag]
     return ModelCardData(library_name=form.library, pipeline_tag=task, tags=tags, **known)
 
 
