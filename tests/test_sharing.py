@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +16,7 @@ import datasets
 import pytest
 from adapters import light_over, logits
 from huggingface_hub import ModelCard, constants
+from lanes import thorough
 from local_hub import LocalHub, local_hub
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import DROPPED, make, refusal
@@ -278,6 +282,20 @@ def test_verbs_refuse_in_one_line(
             assert lightpeft(*verb) == 2
             assert reason in one_line(capsys), verb
     assert not list(empty.iterdir())
+
+
+@thorough
+def test_a_shell_s_own_settings(hub: LocalHub, home: Path, tmp_path: Path) -> None:
+    """HF_ENDPOINT and HF_TOKEN, in a process that knows nothing else of this hub; and its exit codes."""
+    hub.add("me/gated", home / "light", gated=True)
+    path = os.pathsep.join([str(Path(__file__).parents[1] / "src"), os.environ.get("PYTHONPATH", "")])
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": path}
+    command = [sys.executable, "-m", "lightpeft", "inspect", "me/gated"]
+    for token, code, said in ((hub.stranger, 2, "me/gated is a gated repository"), (hub.token, 0, "me/gated")):
+        environment = {**os.environ, **settings, "HF_TOKEN": token}
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert said in (done.stderr if code else done.stdout) and "Traceback" not in done.stderr
 
 
 # -- to the hub --------------------------------------------------------------------------------------------------
