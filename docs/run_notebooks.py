@@ -21,8 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "examples" / "notebooks"
 MODELS = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Folder in the cache -> name on the hub."""
-BAR = re.compile(r"<progress.*?</progress>\s*|<style>.*?</style>\s*", re.DOTALL)
-"""Parts of a trainer's table that are no table."""
+PROGRESS = re.compile(r"<progress.*?</progress>|<style>.*?</style>|\[\d+/\d+ [^\]]*\]", re.DOTALL)
+"""Parts of a trainer's table that are no table: its bar, and the seconds on a machine that may be busy."""
+TAG = re.compile(r"<[^>]*>")
 
 
 def surroundings(folder: Path, cache: Path) -> Path:
@@ -63,8 +64,12 @@ def _kept(outputs: list[Any]) -> Iterator[Any]:
         if output.output_type == "stream" and output.name == "stderr":
             continue
         data = output.get("data", {})
+        if "time left" in data.get("text/plain", ""):
+            continue
         if "text/html" in data:
-            data["text/html"] = BAR.sub("", data["text/html"])
+            data["text/html"] = PROGRESS.sub("", data["text/html"])
+            if not TAG.sub("", data["text/html"]).strip():
+                continue
         if "image/png" in data:  # the words beside a picture say its type alone
             data.pop("text/plain", None)
         yield output

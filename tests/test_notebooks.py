@@ -46,7 +46,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (cache / "smollm2/chat_template.jinja").write_text(CHAT_TEMPLATE)
     for name in ("movie_reviews", "socialiqa"):
         (cache / name).mkdir()
-    workbench.write_rows(cache / "movie_reviews/train.csv", workbench.labelled(1600))
+    workbench.write_rows(cache / "movie_reviews/train.csv", workbench.labelled(2600))
     for split, count in (("train", 96), ("test", 8)):
         workbench.write_rows(cache / f"socialiqa/{split}.jsonl", workbench.completions(count))
     return surroundings(tmp_path_factory.mktemp("repository"), cache)
@@ -77,7 +77,7 @@ def test_every_cell_runs(path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
     elif path.stem == "chat":
         assert found[1] < found[0]
     else:
-        assert found[2] < found[0]
+        assert found[2] < found[1], "the loss after the cut is won back"
 
 
 @books
