@@ -127,7 +127,7 @@ class Repository:
     @contextmanager
     def _explain_errors(self) -> Iterator[None]:
         """Turn errors of the hub's client into one line."""
-        missing = f"there is no folder {self.name} here, and"
+        missing = f"folder {self.name} does not exist, and"
         token = "log in (hf auth login), or give a token"
         try:
             yield

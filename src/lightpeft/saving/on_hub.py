@@ -39,10 +39,10 @@ def folder_of(place: str | Path, form: RepositoryForm, revision: str | None = No
         return found
     if huggingface_hub.is_offline_mode():
         lacking = f"{repository} is not in the hub's cache, and the hub cannot be reached"
-        raise LightPeftError(f"there is no folder {place} here, and {lacking}")
+        raise LightPeftError(f"folder {place} does not exist, and {lacking}")
     other = repository.form_of(LIGHT_ADAPTER, MERGED_MODEL, PEFT_ADAPTER)
     if other is not None:
         kinds = f"a {other.what}, not a {form.what}"
         raise LightPeftError(f"{repository} on the hub is {kinds}; load it with {other.loader}")
     lacking = f"{repository} on the hub is not a {form.what}: it has no {form.marker}"
-    raise LightPeftError(f"there is no folder {place} here, and {lacking}")
+    raise LightPeftError(f"folder {place} does not exist, and {lacking}")

@@ -37,7 +37,7 @@ def check_peft(model: nn.Module) -> None:
             or disabled ones.
     """
     if not isinstance(model, PeftModel):
-        raise LightPeftError(f"{type(model).__name__} is no PeftModel; give a model from peft.get_peft_model")
+        raise LightPeftError(f"{type(model).__name__} is not a PeftModel; pass a model from peft.get_peft_model")
     nested = isinstance(model.get_base_model(), PeftModel)
     require(not nested, "the PeftModel contains another PeftModel; merge or unload the inner adapter first")
     own_adapter(model)

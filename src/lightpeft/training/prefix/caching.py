@@ -214,7 +214,7 @@ def obstacle(rows: Any, collator: Collate) -> str | None:
     Collating some rows twice finds collators that draw random numbers. The random state is restored afterwards.
     """
     if not isinstance(rows, Dataset) or "input_ids" not in rows.column_names or not len(rows):
-        return "the rows are no dataset of tokens (datasets.Dataset with input_ids)"
+        return "the rows are not a datasets.Dataset with input_ids"
     if rows.format["type"] == "custom":
         return "the rows have a transform, which may change the tokens of a row each time"
     picked = _fetch_rows(rows, range(min(_TRIED_ROWS, len(rows))))
