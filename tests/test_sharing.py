@@ -272,7 +272,7 @@ def test_verbs_refuse_in_one_line(
         "me/gated": "me/gated is a gated repository; request access on its page, then log in (hf auth login)",
         "me/nothing": "no such repository on the hub",
         "me/plain": "me/plain is a PEFT adapter",
-        "me/newer": "has schema version 3, and this lightpeft reads versions up to 2; upgrade lightpeft",
+        "me/newer": "has schema version 3, but this lightpeft reads versions up to 2; upgrade lightpeft",
     }
     (empty := tmp_path / "empty").mkdir()
     monkeypatch.chdir(empty)
