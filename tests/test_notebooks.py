@@ -48,7 +48,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (cache / name).mkdir()
     workbench.write_rows(cache / "movie_reviews/train.csv", workbench.labelled(2600))
     for split, count in (("train", 96), ("test", 8)):
-        workbench.write_rows(cache / f"socialiqa/{split}.jsonl", workbench.completions(count))
+        rows = [{**row, "question": row["prompt"]} for row in workbench.completions(count)]
+        workbench.write_rows(cache / f"socialiqa/{split}.jsonl", rows)
     return surroundings(tmp_path_factory.mktemp("repository"), cache)
 
 
