@@ -150,7 +150,7 @@ dist: .venv-release/.installed
 	$(RELEASE)/python -m build --outdir dist plugins/vllm
 	$(RELEASE)/twine check --strict dist/*
 
-test-release: dist fetch
+test-release: dist
 	$(RELEASE)/python .ci/try_packages.py dist build/release
 
 check-repository: .venv-release/.installed
