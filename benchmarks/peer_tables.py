@@ -94,7 +94,8 @@ def plot(results: dict[str, Any]) -> Figure:
         label = "samples/s, plain LoRA = 1 (right is better)"
         panels.append(plots.Panel(f"inference, merged weights, batch {size}", label, quality, by_speed))
     seeds = f"{len(results['seeds'])} seed{'s' * (len(results['seeds']) > 1)}"
-    title = f"{Path(results['config']).stem}, {seeds}; percent: blocks removed\nbars: standard deviation, quartiles"
+    meaning = "percent: removed parameters of the blocks\nbars: standard deviation, quartiles"
+    title = f"{Path(results['config']).stem}, {seeds}\n{meaning}"
     return plots.scatter(panels, title)
 
 

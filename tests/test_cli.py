@@ -320,6 +320,15 @@ def test_settings_of_a_run_folder(bench: Workbench, capsys: pytest.CaptureFixtur
 # -- results -----------------------------------------------------------------------------------------------------
 
 
+def test_a_run_says_what_to_do_with_its_result(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = bench.folder / "run"
+    assert lightpeft("run", "--run", folder) == 0
+    lines = capsys.readouterr().out.splitlines()
+    verbs = [line.split()[1:3] for line in lines[lines.index("next:") + 1 :]]
+    assert verbs == [[verb, str(folder)] for verb in ("predict", "report", "inspect", "export")]
+    assert set(next(zip(*verbs, strict=True))) <= set(VERBS)
+
+
 def test_inspect_shows_a_plan_layer_by_layer(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
     folder = bench.folder / "run"
     plan = shown(capsys, "inspect", folder / "plan.json")

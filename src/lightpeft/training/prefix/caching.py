@@ -117,8 +117,8 @@ def cache_prefix(
         return None
     file = None if settings.place == "memory" else folder / _FILE
     store = StateStore(caching.lengths, width, dtype, file)
-    what = f"frozen blocks ({blocks}) computed once for {len(rows)} rows"
-    announce(f"prefix cache: {what}, {decimal(size)} of {where}")
+    what = f"{blocks} frozen block{'s' * (blocks > 1)} computed once for {len(rows)} rows"
+    announce(f"prefix cache: {what}; their outputs take {decimal(size)} of {where}")
     try:
         caching.fill(store)
     except OSError as error:
