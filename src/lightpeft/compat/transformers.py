@@ -29,7 +29,7 @@ except ImportError:
 try:
     from transformers.loss.loss_utils import ForCausalLMLoss
 except ImportError as _error:
-    ForCausalLMLoss = missing("The loss of labelled tokens alone", _error)
+    ForCausalLMLoss = missing("The loss of labeled tokens alone", _error)
 try:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 except ImportError:
@@ -82,7 +82,7 @@ class Checkpoint:
 
     files: Sequence[str]
     """Weight files."""
-    quantised: bool
+    quantized: bool
     """True if the weights are quantized, or will be on loading."""
     _load: Callable[..., Any]
     _tensors: Mapping[str, Any] | None

@@ -1,4 +1,4 @@
-"""Language-model head in training: logits of labelled tokens only, some tokens at a time."""
+"""Language-model head in training: logits of labeled tokens only, some tokens at a time."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from lightpeft.training.token_scores import REPORTED, token_scores
 
 
 @contextmanager
-def labelled_head(model: nn.Module, *, loss_alone: bool = True) -> Iterator[None]:
-    """Compute the logits of labelled tokens only while a causal language model trains inside the block.
+def labeled_head(model: nn.Module, *, loss_only: bool = True) -> Iterator[None]:
+    """Compute the logits of labeled tokens only while a causal language model trains inside the block.
 
     Prompts and padding have no labels, and a vocabulary is much wider than a hidden state: the head and the softmax
     take a good part of a step's time and most of its memory. The loss is the same up to the order of its sum. The
-    model's output then has `logits` of shape [1, labelled tokens, vocabulary].
+    model's output then has `logits` of shape [1, labeled tokens, vocabulary].
 
     If the head is frozen and its logits go directly to the loss, cross-entropy is chunked: logits, loss and the
-    gradient of hidden states are computed for some tokens at a time, and `logits` has shape [1, labelled tokens, 0].
+    gradient of hidden states are computed for some tokens at a time, and `logits` has shape [1, labeled tokens, 0].
     TRL's SFT and DPO ask for log-probabilities in place of logits (`fused_lm_head`); they are computed in the same way.
 
     Models without such a head, or whose logits do not go to transformers' loss, are unchanged, and so are calls without
@@ -38,7 +38,7 @@ def labelled_head(model: nn.Module, *, loss_alone: bool = True) -> Iterator[None
 
     Args:
         model: a transformers model, or a PeftModel around one.
-        loss_alone: False if others than the loss may read logits. Calls that ask for log-probabilities get none.
+        loss_only: False if others than the loss may read logits. Calls that ask for log-probabilities get none.
     """
     inner = transformers_model(model)
     head = language_head(inner)
@@ -46,13 +46,13 @@ def labelled_head(model: nn.Module, *, loss_alone: bool = True) -> Iterator[None
     if head is None or way is None:
         yield
         return
-    labelled = _LabelledHead(head, way, loss_alone=loss_alone)
+    labeled = _LabeledHead(head, way, loss_only=loss_only)
     handles = [
-        inner.register_forward_pre_hook(labelled.begin, with_kwargs=True),
-        inner.register_forward_hook(labelled.end),
+        inner.register_forward_pre_hook(labeled.begin, with_kwargs=True),
+        inner.register_forward_hook(labeled.end),
     ]
     try:
-        with override_loss(inner, labelled.loss), override_forward(head, labelled.project):
+        with override_loss(inner, labeled.loss), override_forward(head, labeled.project):
             yield
     finally:
         for handle in handles:
@@ -119,25 +119,25 @@ def _fused_answer(inner: Any, head: nn.Linear, logits: Tensor) -> tuple[type[Any
     return (type(answer), reported) if same and "is_top1" in reported and {*reported} <= {*REPORTED} else (None, ())
 
 
-class _LabelledHead:
+class _LabeledHead:
     """Replacements for one model's head and loss."""
 
-    def __init__(self, head: nn.Linear, way: _WayToLoss, *, loss_alone: bool) -> None:
+    def __init__(self, head: nn.Linear, way: _WayToLoss, *, loss_only: bool) -> None:
         """
         Args:
             way: how the head's logits go to the loss.
-            loss_alone: False to change only calls that ask for log-probabilities.
+            loss_only: False to change only calls that ask for log-probabilities.
         """
-        self._head, self._way, self._loss_alone = head, way, loss_alone
+        self._head, self._way, self._loss_only = head, way, loss_only
         self._project: Callable[[Tensor], Tensor] = head.forward
         self._next: Tensor | None = None
         """Label of each position's next token, [rows, length]; None: compute logits of all tokens."""
         self._fused = False
         """True if the current call gets log-probabilities."""
         self._labels: Tensor | None = None
-        """Labels of labelled tokens, [labelled tokens]; None: the current call computes logits of all tokens."""
+        """Labels of labeled tokens, [labeled tokens]; None: the current call computes logits of all tokens."""
         self._scores: tuple[Tensor, dict[str, Tensor]] | None = None
-        """Result of `token_scores` for the labelled tokens; None: not computed."""
+        """Result of `token_scores` for the labeled tokens; None: not computed."""
 
     def begin(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -145,11 +145,11 @@ class _LabelledHead:
         """Forward pre-hook of the model: note which tokens have labels, and ask for logits in any case."""
         labels, asked = kwargs.get("labels"), bool(kwargs.get(_FUSED))
         elsewhere = kwargs.get("shift_labels") is not None or kwargs.get("logits_to_keep")
-        of_labels_alone = not elsewhere and isinstance(labels, Tensor) and labels.dim() == 2
+        of_labels_only = not elsewhere and isinstance(labels, Tensor) and labels.dim() == 2
         chunked = self._way.answer is not None and self._chunked_dtype() is not None
-        self._fused = asked and of_labels_alone and chunked
+        self._fused = asked and of_labels_only and chunked
         self._next = self._labels = self._scores = None
-        if self._fused or (of_labels_alone and not asked and self._loss_alone and module.training):
+        if self._fused or (of_labels_only and not asked and self._loss_only and module.training):
             assert labels is not None
             self._next = pad(labels, (0, 1), value=IGNORED)[:, 1:]
         if not self._fused:
@@ -173,12 +173,12 @@ class _LabelledHead:
         )
 
     def project(self, hidden: Tensor) -> Tensor:
-        """Forward of the head: [rows, length, hidden] -> [1, labelled tokens, vocabulary], or logits of all tokens."""
+        """Forward of the head: [rows, length, hidden] -> [1, labeled tokens, vocabulary], or logits of all tokens."""
         if self._next is None or hidden.shape[:-1] != self._next.shape:
             return self._project(hidden)
         following = self._next.to(hidden.device)
-        labelled = following != IGNORED
-        hidden, self._labels = hidden[labelled], following[labelled]
+        labeled = following != IGNORED
+        hidden, self._labels = hidden[labeled], following[labeled]
         dtype = self._chunked_dtype()
         if dtype is None:
             return self._project(hidden)[None]
@@ -206,7 +206,7 @@ class _LabelledHead:
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Replacement for transformers' loss, over labelled tokens.
+        """Replacement for transformers' loss, over labeled tokens.
 
         Args:
             num_items_in_batch: number of labels that the sum is divided by; None: the labels of this call.

@@ -63,10 +63,11 @@ class _TokenScores(torch.autograd.Function):
                 logits = nn.functional.linear(states, weight, bias)
                 scores = torch.log_softmax(logits, -1, dtype=torch.float32)
                 torch.gather(scores, -1, wanted, out=of_labels)
+                probabilities = scores.exp() if reported else scores.exp_()
                 for name, place in zip(reported, told, strict=True):
-                    place.copy_(_report(name, logits, scores, wanted))
+                    place.copy_(_report(name, logits, scores, probabilities, wanted))
                 if trains:
-                    of_logits = scores.exp_().scatter_add_(-1, wanted, scores.new_full(wanted.shape, -1.0))
+                    of_logits = probabilities.scatter_add_(-1, wanted, scores.new_full(wanted.shape, -1.0))
                     torch.mm(logits.copy_(of_logits), weight, out=back)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(of for name, of in zip(reported, others, strict=True) if name != "entropy"))
@@ -89,17 +90,17 @@ def _dtype_of(name: str) -> torch.dtype:
     return torch.bool if name == "is_top1" else torch.float32
 
 
-def _report(name: str, logits: Tensor, scores: Tensor, wanted: Tensor) -> Tensor:
+def _report(name: str, logits: Tensor, scores: Tensor, probabilities: Tensor, wanted: Tensor) -> Tensor:
     """Compute one of `REPORTED` for some tokens, [tokens].
 
     Args:
-        logits, scores: logits and log-probabilities, [tokens, vocabulary].
+        logits, scores, probabilities: logits, log-probabilities and probabilities, [tokens, vocabulary].
         wanted: labels, [tokens, 1].
     """
     if name == "is_top1":
-        return logits.argmax(-1) == wanted.squeeze(-1)
+        return scores.argmax(-1) == wanted.squeeze(-1)
     if name == "mean_logits":
         return logits.mean(-1, dtype=torch.float32)
     if name == "log_sum_sq_probs":
         return torch.logsumexp(2 * scores, -1)
-    return -torch.linalg.vecdot(scores.exp(), scores)
+    return -torch.linalg.vecdot(probabilities, scores)

@@ -24,7 +24,7 @@ from lightpeft.models.head import lone_head, skip_head
 from lightpeft.models.patching import in_mode
 from lightpeft.models.sharding import without_graph
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.peft_kinds.sites.answering import fused_answers
+from lightpeft.peft_kinds.sites.inference import fused_inference
 
 MOST_LOGIT_BYTES = 2**28
 """Most bytes of a language model's logits in memory at once, in float32; a single row may need more."""
@@ -98,7 +98,7 @@ class BatchedModel:
             with without_graph(self.model), autocasting(device, self.autocast), skip_head(head):
                 return batch, self.model(**inputs, **nothing_kept)
 
-        with in_mode(self.model, training=False), fused_answers(self.model):
+        with in_mode(self.model, training=False), fused_inference(self.model):
             size = self.batch_size or usual_batch_size(device, encoded["length"][order[0]])
             batches = in_batches(order, compute, size)
             for rows, (batch, output) in bars.progress(batches, math.ceil(len(order) / size), description):
@@ -108,7 +108,7 @@ class BatchedModel:
         """Return the text that the model generates after every row's tokens (`generate_texts`)."""
         _require_rows(encoded)
         assert self.collator.tokenizer is not None
-        with in_mode(self.model, training=False), fused_answers(self.model):
+        with in_mode(self.model, training=False), fused_inference(self.model):
             return generate_texts(
                 self.model,
                 encoded["input_ids"][:],
