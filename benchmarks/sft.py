@@ -25,7 +25,14 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from publishing import markdown_table, report, say
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from trl import SFTConfig, SFTTrainer
 
 from lightpeft import LightTrainer, accelerated, light_trainer
@@ -49,20 +56,29 @@ class Arm:
     """A trainer, the modules that it trains, and what is around its `train()`."""
 
     def __init__(
-        self, trainer: Any, *, everywhere: bool = True, around: Around = lambda _: nullcontext(), **settings: Any
+        self,
+        trainer: Any,
+        *,
+        everywhere: bool = True,
+        packed: bool = False,
+        around: Around = lambda _: nullcontext(),
+        **settings: Any,
     ) -> None:
         """
         Args:
             trainer: class of the trainer.
             everywhere: True for LoRA on all projections, False on q and v.
+            packed: True for a batch as one sequence without padding, whose rows transformers keeps apart.
             settings: of its arguments, beside what all arms have.
         """
-        self.trainer, self.everywhere, self.around, self.settings = trainer, everywhere, around, settings
+        self.trainer, self.everywhere, self.packed = trainer, everywhere, packed
+        self.around, self.settings = around, settings
 
 
 LIGHT = "LightTrainer"
 ARMS: dict[str, Arm] = {
     LIGHT: Arm(LightTrainer),
+    "LightTrainer, rows packed": Arm(LightTrainer, packed=True),
     "light_trainer(SFTTrainer), without gradient checkpointing": Arm(
         light_trainer(SFTTrainer), gradient_checkpointing=False
     ),
@@ -103,7 +119,7 @@ def trainer_of(arm: Arm, work: Workspace, model: PeftModel, rows: Dataset, clock
         "output_dir": folder,
         "max_steps": len(rows) // config.training.batch_size,
         "per_device_train_batch_size": config.training.batch_size,
-        "learning_rate": float(config.training.learning_rate),
+        "learning_rate": work.rate,
         "bf16": autocast_dtype(config.training) is torch.bfloat16,
         "use_cpu": True,
         "save_strategy": "no",
@@ -119,7 +135,8 @@ def trainer_of(arm: Arm, work: Workspace, model: PeftModel, rows: Dataset, clock
         arguments: Any = SFTConfig(**{"max_length": config.data.max_length, **settings})
     else:
         arguments = TrainingArguments(**settings)
-        options["data_collator"] = DataCollatorForSeq2Seq(work.tokenizer)
+        padded = DataCollatorForSeq2Seq(work.tokenizer)
+        options["data_collator"] = DataCollatorWithFlattening() if arm.packed else padded
     if arm.trainer.__name__.startswith("Light"):
         options["light"] = 0
     return arm.trainer(model=model, args=arguments, **options)
