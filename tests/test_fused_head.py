@@ -24,6 +24,8 @@ from lightpeft.training.logits import labeled_head
 
 trl = pytest.importorskip("trl")
 trl_models = pytest.importorskip("trl.trainer.utils")
+if not hasattr(trl_models, "add_fused_lm_head"):
+    pytest.skip("this release of TRL asks models for logits", allow_module_level=True)
 
 OF_SFT = ("log_probs", "entropy", "is_top1")
 OF_DPO = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
