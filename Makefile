@@ -11,7 +11,7 @@ WORKERS ?= 2
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-all coverage test-faults test-vllm test-deepspeed test-gpu test-core test-lowest test-axolotl test-newest \
-	fetch docs lint format clean dist test-release check-repository release
+	fetch docs notebooks lint format clean dist test-release check-repository release
 
 help:
 	@echo "make demo         set up .venv and run lightpeft demo: a real model and real rows, lightpeft beside plain LoRA"
@@ -27,6 +27,7 @@ help:
 	@echo "make test-axolotl the same tests with the versions that axolotl pins, in .venv-axolotl"
 	@echo "make test-newest  the same tests with the newest versions there are, pre-releases included, in .venv-newest"
 	@echo "make docs         the documentation as a site, in build/site"
+	@echo "make notebooks    run examples/notebooks on the real small models, and keep what they print"
 	@echo "make lint         ruff (lint and format), mypy, import-linter, and the style of the documentation"
 	@echo "make format       rewrite the sources in ruff's format"
 	@echo "make dist         sdist and wheel of lightpeft and of its plug-in for vLLM, in dist, checked by twine"
@@ -113,6 +114,10 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/python docs/make_settings.py
 	$(BIN)/python docs/make_site.py
 
+notebooks: $(VENV)/.installed-dev
+	$(BIN)/python demo/fetch.py --decoder --qa
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python docs/run_notebooks.py
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -145,7 +150,7 @@ dist: .venv-release/.installed
 	$(RELEASE)/python -m build --outdir dist plugins/vllm
 	$(RELEASE)/twine check --strict dist/*
 
-test-release: dist fetch
+test-release: dist
 	$(RELEASE)/python .ci/try_packages.py dist build/release
 
 check-repository: .venv-release/.installed

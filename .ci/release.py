@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -29,7 +30,7 @@ PLACES = {
 """File -> the one line that has the version."""
 DATE = re.compile(r"^date-released: .+\n", re.MULTILINE)
 STEPS = """
-Left to do, with the accounts ("A release" in CONTRIBUTING.md):
+Left to do, with the accounts ("Release" in CONTRIBUTING.md):
     git diff                                  # the version, its date and nothing else
     git commit --all --message "Version {version}"
     git tag --sign v{version} --message "Version {version}"
@@ -62,6 +63,24 @@ def prepare(root: Path, version: str, date: str) -> None:
     texts[CHANGELOG] = texts[CHANGELOG].replace(UNRELEASED, f"{UNRELEASED}\n## [{version}] - {date}\n", 1)
     for name, text in texts.items():
         (root / name).write_text(text, encoding="utf-8")
+
+
+def committed(root: Path) -> None:
+    """Refuse a tree with changes: `git restore .`, which takes a version back, would take them with it.
+
+    Raises:
+        ReleaseError: a tracked file is changed.
+    """
+    words = ["git", "diff", "--name-only", "HEAD"]
+    changed = subprocess.run(words, cwd=root, check=True, capture_output=True, text=True).stdout.splitlines()
+    if changed:
+        raise ReleaseError(f"{changed[0]} is changed and not committed; commit it, or put it aside with git stash")
+
+
+def start(root: Path, version: str) -> None:
+    """Write the version and today's date."""
+    committed(root)
+    prepare(root, version, f"{datetime.now(UTC):%Y-%m-%d}")
 
 
 def check(root: Path, tag: str) -> None:
@@ -126,7 +145,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", metavar="VERSION", help="show what a maintainer does then")
     asked = parser.parse_args(arguments)
     does: dict[str, Callable[[str], str | None]] = {
-        "version": lambda version: prepare(ROOT, version, f"{datetime.now(UTC):%Y-%m-%d}"),
+        "version": lambda version: start(ROOT, version),
         "tag": lambda tag: check(ROOT, tag),
         "notes": lambda tag: notes(ROOT, tag),
         "steps": lambda version: STEPS.format(version=version),

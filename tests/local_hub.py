@@ -1,6 +1,7 @@
 """A hub on this machine: repositories in memory, behind the few addresses that huggingface_hub asks for models.
 
-The client is the real one, so that its cache, its errors and its commits are what they are with the hub.
+The client is the real one, so that its cache, its errors and its commits are what they are with the hub. As there, the
+description of a gated repository is public and its files are not, and weights lie behind a redirect.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,7 +56,9 @@ class LocalHub:
 
     url: str = ""
     token: str = "hf_of_the_owner"
-    """Of the account that may write, and read what is private."""
+    """Of the account that may write, and read what is private or gated."""
+    stranger: str = "hf_of_somebody_else"
+    """Of an account that may do neither."""
     repositories: dict[str, Repository] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
 
@@ -71,7 +75,8 @@ class LocalHub:
 
     def downloads(self) -> set[str]:
         """Names of the files that were asked for."""
-        return {path.rpartition("/")[2] for path in self.asked if path.startswith("GET") and "/resolve/" in path}
+        loaded = (path for path in self.asked if path.startswith("GET storage/") or re.match("GET .*/resolve/", path))
+        return {path.rpartition("/")[2] for path in loaded}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -106,12 +111,19 @@ class _Handler(BaseHTTPRequestHandler):
                 self._api(f"{owner}/{name}", rest)
             case [owner, name, "resolve", revision, *file]:
                 self._resolve(f"{owner}/{name}", revision, "/".join(file))
+            case ["storage", owner, name, commit, *file]:
+                content = self.hub.repositories[f"{owner}/{name}"].commits[commit]["/".join(file)]
+                self._answer(200, content, "application/octet-stream", {})
             case _:
                 self._error(404, "RepoNotFound")
 
     @property
     def _owner(self) -> bool:
         return self.headers.get("Authorization") == f"Bearer {self.hub.token}"
+
+    @property
+    def _known(self) -> bool:
+        return self._owner or self.headers.get("Authorization") == f"Bearer {self.hub.stranger}"
 
     def _create(self) -> None:
         if not self._owner:
@@ -129,13 +141,10 @@ class _Handler(BaseHTTPRequestHandler):
         """The repository, if it may be read; else the answer is given."""
         repository = self.hub.repositories.get(name)
         if repository is None or (repository.private and not self._owner):
-            self._error(404 if self._owner else 401, "RepoNotFound")
+            self._error(404 if self._known else 401, "RepoNotFound")
             return None
         if repository.broken:
             self._error(500, "")
-            return None
-        if repository.gated and not self._owner:
-            self._error(403, "GatedRepo")
             return None
         return repository
 
@@ -189,14 +198,20 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self._readable(name)
         if repository is None:
             return None
+        if repository.gated and not self._owner:
+            return self._error(403 if self._known else 401, "GatedRepo")
         commit = repository.found(revision)
         if commit is None:
             return self._error(404, "RevisionNotFound")
         content = repository.commits[commit].get(file)
         if content is None:
             return self._error(404, "EntryNotFound", {"X-Repo-Commit": commit})
-        etag = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit}
-        return self._answer(200, content, "application/octet-stream", etag)
+        etag = f'"{hashlib.sha256(content).hexdigest()}"'
+        if file.endswith(".safetensors"):
+            storage = self.hub.url.replace("127.0.0.1", "localhost")  # another machine to the client
+            where = {"Location": f"{storage}/storage/{name}/{commit}/{file}", "X-Repo-Commit": commit}
+            return self._answer(302, b"", "", where | {"X-Linked-ETag": etag, "X-Linked-Size": str(len(content))})
+        return self._answer(200, content, "application/octet-stream", {"ETag": etag, "X-Repo-Commit": commit})
 
     def _json(self, data: Any, code: int = 200) -> None:
         self._answer(code, json.dumps(data).encode(), "application/json", {})

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from adapters import light_over
+from documents import blocks
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from tiny import ALL, every_family, make, plan_for
@@ -16,9 +19,15 @@ from workbench import Workbench, lightpeft, read
 
 from lightpeft import LightModel, load_light, run, save_merged
 from lightpeft.app.tasks.entries.task_entries import ENTRIES
+from lightpeft.app.tasks.rows.sources import hub_rows
+from lightpeft.config import DataConfig, TaskEntry
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saving.cards import pipeline_tag
+from lightpeft.saving.on_hub import LIGHT_ADAPTER, MERGED_MODEL
+from lightpeft.saving.picture import plan_picture
+
+ROOT = Path(__file__).parents[1]
 
 
 def card_in(folder: Path) -> tuple[ModelCard, Any]:
@@ -53,7 +62,10 @@ def test_the_card_of_a_run(bench: Workbench) -> None:
     assert f"| accuracy | {result.metric_value:.4g} | {low:.4g} to {high:.4g} |" in card.text
     assert load_light(adapter).light_intervals["accuracy"] == [low, high]
     assert "| task | classification: `negative`, `positive` |" in card.text
-    assert str(load_light(adapter).light_plan) in card.text
+    assert (
+        str(load_light(adapter).light_plan) in card.text and plan_picture(load_light(adapter).light_plan) in card.text
+    )
+    assert "| data | trained on rows of its author, tested on rows of its author |" in card.text
     assert str(bench.folder) not in card.content, "a local path says nothing elsewhere"
     assert "| base | `base` (`BertForSequenceClassification`, a folder of its author) |" in card.text
 
@@ -94,13 +106,44 @@ def test_a_base_on_the_hub(tmp_path: Path) -> None:
 
 def test_a_data_set_on_the_hub(tmp_path: Path) -> None:
     light = light_over(make("bert"), {"accuracy": 0.75})
-    task = {"entry": {**vars(ENTRIES["sst2"]), "path": None}, "labels": ["negative", "positive"]}
+    rows = hub_rows(ENTRIES["sst2"], DataConfig(task="sst2"))
+    task = {"entry": vars(ENTRIES["sst2"]), "labels": ["negative", "positive"], "rows": rows}
     as_light(light, light.light_plan, {"accuracy": 0.75}, task).save_pretrained(tmp_path)
-    _, data = card_in(tmp_path)
+    card, data = card_in(tmp_path)
+    assert data.datasets == ["nyu-mll/glue"]
+    assert "| data | trained on `nyu-mll/glue/sst2:train`, tested on `nyu-mll/glue/sst2:validation` |" in card.text
     (result,) = data.eval_results
     owner_name, config = ENTRIES["sst2"].hub.rsplit("/", 1)  # type: ignore[union-attr]
     assert (result.dataset_type, result.dataset_config, result.dataset_name) == (owner_name, config, "sst2")
     assert result.dataset_split == "validation"
+
+
+def test_only_rows_on_the_hub_are_named(tmp_path: Path) -> None:
+    """What a run names comes before the rows of its task, and a file of the author has no name elsewhere."""
+    (file := tmp_path / "mine.csv").touch()
+    entry, whole = ENTRIES["sst2"], {"train": "nyu-mll/glue/sst2:train", "test": "nyu-mll/glue/sst2:validation"}
+    assert hub_rows(entry, DataConfig(task="sst2")) == whole
+    assert hub_rows(entry, DataConfig(task="sst2", path=str(tmp_path))) == {}
+    assert hub_rows(entry, DataConfig(task="sst2", train=str(file))) == {}
+    assert hub_rows(entry, DataConfig(task="sst2", train="me/rows", test=str(file))) == {"train": "me/rows"}
+    assert hub_rows(TaskEntry(), DataConfig(train="me/rows:train")) == dict.fromkeys(("train", "test"), "me/rows:train")
+
+
+def test_the_picture_shows_how_much_stays() -> None:
+    light = light_over(make("bert"), heads=0.5, neurons=0.75)
+    title, *rows = plan_picture(light.light_plan).splitlines()
+    assert title.split() == ["layer", "heads", "neurons"] and len(rows) == len(light.light_plan.specs)
+    for row, (spec, kept) in zip(rows, light.light_plan.parts, strict=True):
+        heads, neurons = re.findall(r"([█░]+) +(\d+/\d+)", row)
+        assert heads[1] == f"{len(kept.heads)}/{spec.heads}" and neurons[1] == f"{len(kept.neurons)}/{spec.neurons}"
+        for bar, part in ((heads[0], len(kept.heads) / spec.heads), (neurons[0], len(kept.neurons) / spec.neurons)):
+            assert len(bar) == 20 and abs(bar.count("█") / 20 - part) <= 1 / 40 + 1e-9
+
+
+def test_a_block_that_is_gone_is_empty() -> None:
+    plan = replace(light_over(make("bert"), heads=0.5).light_plan, blocks=())
+    for row in plan_picture(plan).splitlines()[1:]:
+        assert "█" not in row and row.count("░") == 40
 
 
 def test_cards_where_nothing_is_removed_say_so(tmp_path: Path) -> None:
@@ -115,6 +158,25 @@ def test_cards_where_nothing_is_removed_say_so(tmp_path: Path) -> None:
     save_merged(light, tmp_path / "cut")
     card, data = card_in(tmp_path / "cut")
     assert "# Pruned model" in card.text and "pruning" in data.tags
+
+
+def test_the_entry_for_the_hub_is_about_these_cards(tmp_path: Path) -> None:
+    """docs/reference/hub_library.md: library, tag, loaders, files and addresses."""
+    light = light_over(make("bert"))
+    light.save_pretrained(tmp_path / "light")
+    save_merged(light, tmp_path / "merged")
+    entry, snippet = blocks(ROOT / "docs/reference/hub_library.md", "ts")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+    assert f'repoUrl: "{project["Repository"]}"' in entry and f'docsUrl: "{project["Documentation"]}"' in entry
+    for form, loader in (("light", "load_light"), ("merged", "load_merged")):
+        card, data = card_in(tmp_path / form)
+        assert entry.startswith(f"\t{data.library_name}: {{")
+        assert ("merged" in data.tags) == (form == "merged")
+        code = snippet.split("`")[3].replace("${loader}", loader).replace("${model.id}", "this folder")
+        assert code in card.text
+    counted = re.findall(r'path:"([^"]+)"', entry)
+    assert counted == [LIGHT_ADAPTER.marker, MERGED_MODEL.marker]
+    assert snippet.startswith("export const lightpeft = ") and 'tags.includes("merged") ? "load_merged"' in snippet
 
 
 @every_family(ALL)

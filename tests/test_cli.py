@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from workbench import Workbench, lightpeft
 
@@ -149,9 +148,8 @@ def test_version_for_a_bug_report(capsys: pytest.CaptureFixture[str]) -> None:
     first, *lines = capsys.readouterr().out.splitlines()
     assert first == f"lightpeft {__version__}"
     told = dict(line.split(": ", 1) for line in lines)
-    assert told["torch"] == torch.__version__ and told["peft"] == version("peft")
     assert told["python"] == platform.python_version() and told["os"] and told["cpu"] and told["memory"].endswith("iB")
-    assert all(told[name] == version(name) for name in ("accelerate", "datasets", "numpy", "tokenizers", "trl"))
+    assert all(told[name] == version(name) for name in ("torch", "peft", "accelerate", "datasets", "tokenizers"))
     assert "vllm" not in told  # which cannot be installed beside lightpeft
 
 

@@ -21,7 +21,8 @@ import lightpeft
 ROOT = Path(__file__).parents[1]
 RELEASE = runpy.run_path(str(ROOT / ".ci" / "release.py"))
 TRIED = runpy.run_path(str(ROOT / ".ci" / "try_packages.py"))
-prepare, check, notes, Refused = (RELEASE[name] for name in ("prepare", "check", "notes", "ReleaseError"))
+prepare, check, notes, committed = (RELEASE[name] for name in ("prepare", "check", "notes", "committed"))
+Refused = RELEASE["ReleaseError"]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 CHANGES = "# Changelog\n\n## [Unreleased]\n\n- All is new.\n"
 
@@ -158,6 +159,22 @@ def test_tags_of_something_else(tree: Path) -> None:
         check(tree, "v7.1.0")
     with pytest.raises(Refused, match=r"says nothing of v0\.1\.0"):
         check(tree, f"v{lightpeft.__version__}")
+
+
+def test_a_release_begins_with_all_committed(tree: Path) -> None:
+    """`git restore .` takes a version back, and must take back nothing else."""
+
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *words], cwd=tree, check=True)
+
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "all")
+    (tree / "beside").write_text("not tracked")
+    committed(tree)
+    (tree / "CITATION.cff").write_text("title: mine\n")
+    with pytest.raises(Refused, match=r"CITATION\.cff is changed and not committed; commit it, or put it aside"):
+        committed(tree)
 
 
 @pytest.mark.parametrize("arguments", [[], ["0.2.0", "--tag", "v0.2.0"], ["--tag", "v99.0.0"], ["99"]], ids=" ".join)

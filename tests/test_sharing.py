@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
 from adapters import light_over, logits
 from huggingface_hub import ModelCard, constants
+from lanes import thorough
 from local_hub import LocalHub, local_hub
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import DROPPED, make, refusal
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
-from workbench import Workbench, lightpeft
+from workbench import Workbench, lightpeft, tokenizer_of_word_pieces
 
-from lightpeft import LightModel, load_light, load_merged, push_to_hub, run, save_merged
+from lightpeft import LightModel, light_tokenizer, load_light, load_merged, push_to_hub, run, save_merged
 from lightpeft.errors import LightPeftError
 from lightpeft.models import hub as reaching
 
@@ -62,6 +68,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     light.save_pretrained(folder / "light")
     save_merged(light, folder / "merged")
     light_over(classifier(folder / "base"), **DROPPED).save_pretrained(folder / "other")
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
+    get_peft_model(classifier(folder / "base"), lora).save_pretrained(folder / "plain")
     return folder
 
 
@@ -111,13 +119,71 @@ def test_revisions(name: str, hub: LocalHub, home: Path) -> None:
     assert "is a folder" in refusal(lambda: load_light(home / "light", revision="main"))
 
 
-def test_a_private_one_needs_a_token(hub: LocalHub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.add("me/light", home / "light", private=True)
-    said = refusal(lambda: load_light("me/light"))
-    assert "no such repository on the hub; if it is private, log in (hf auth login), or give a token" in said
-    assert load_light("me/light", token=hub.token).light_plan
+@pytest.mark.parametrize(("form", "load"), [("light", load_light), ("merged", load_merged)])
+@pytest.mark.parametrize(
+    ("closed", "reason"),
+    [
+        ("private", "no such repository on the hub; if it is private, log in (hf auth login), or give a token"),
+        ("gated", "is a gated repository; request access on its page, then log in (hf auth login), or give a token"),
+    ],
+)
+def test_a_closed_one_needs_a_token(
+    form: str, load: Any, closed: str, reason: str, hub: LocalHub, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without one, and with one of somebody who was not let in."""
+    hub.add("me/model", home / form, **{closed: True})
+    assert reason in refusal(lambda: load("me/model"))
+    assert reason in refusal(lambda: load("me/model", token=hub.stranger))
+    assert not hub.downloads()
+    assert load("me/model", token=hub.token).light_plan
     monkeypatch.setenv("HF_TOKEN", hub.token)
-    assert load_light("me/light").light_plan
+    assert load("me/model").light_plan
+
+
+def test_a_merged_model_in_a_revision(hub: LocalHub, home: Path) -> None:
+    hub.add("me/merged", home / "merged", branch="v2")
+    hub.add("me/merged", home / "base")
+    assert load_merged("me/merged", revision="v2").light_plan == load_merged("me/merged@v2").light_plan
+    assert "is not a merged light model" in refusal(lambda: load_merged("me/merged"))
+
+
+@pytest.fixture
+def over_closed(hub: LocalHub, home: Path, tmp_path: Path) -> LocalHub:
+    """The hub with "me/light", whose base has the name of a gated repository on the hub."""
+    base = classifier(home / "base")
+    base.config.name_or_path = "me/base"
+    light_over(base).save_pretrained(tmp_path / "light-on-hub")
+    hub.add("me/light", tmp_path / "light-on-hub")
+    hub.add("me/base", with_words(home, tmp_path), gated=True)
+    return hub
+
+
+def with_words(home: Path, folder: Path) -> Path:
+    """The base, with a tokenizer."""
+    place = shutil.copytree(home / "base", folder / "base-on-hub")
+    tokenizer_of_word_pieces().save_pretrained(place)
+    return place
+
+
+def test_a_gated_base_needs_the_token_too(over_closed: LocalHub, capsys: pytest.CaptureFixture[str]) -> None:
+    said = "it is a gated repository; request access on its page, then log in (hf auth login), or give a token"
+    for load in (load_light, light_tokenizer):
+        assert said in refusal(lambda load=load: load("me/light"))  # type: ignore[misc]
+    assert lightpeft("export", "me/light", "out") == 2
+    line = one_line(capsys)
+    assert line.startswith("lightpeft: me/light needs its base model: ") and said in line and not Path("out").exists()
+    token = over_closed.token
+    assert load_light("me/light", token=token).light_plan
+    assert load_light("me/light", token=token, low_memory=True).light_plan
+    assert light_tokenizer("me/light", token=token)("good1")["input_ids"]
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """What went to stderr, which is one line beside the client's progress, while nothing went to stdout."""
+    out, errors = capsys.readouterr()
+    lines = [line for line in errors.splitlines() if line and not line.startswith("Fetching")]
+    assert out == "" and len(lines) == 1, out + errors
+    return lines[0]
 
 
 def test_what_cannot_be_had(
@@ -143,6 +209,23 @@ def test_what_cannot_be_had(
         assert lightpeft(verb, "me/nothing", *options) == 2
         errors = capsys.readouterr().err
         assert errors.count("\n") == 1 and "no such repository on the hub" in errors, errors
+
+
+def test_another_form_is_named(hub: LocalHub, home: Path) -> None:
+    for form in ("light", "merged", "plain"):
+        hub.add(f"me/{form}", home / form)
+    assert refusal(lambda: load_light("me/merged")) == (
+        "me/merged on the hub is a merged light model, not a light adapter; load it with load_merged"
+    )
+    assert refusal(lambda: load_merged("me/light")) == (
+        "me/light on the hub is a light adapter, not a merged light model; load it with load_light"
+    )
+    for load, form in ((load_light, "light adapter"), (load_merged, "merged light model")):
+        assert refusal(lambda load=load: load("me/plain@main")) == (  # type: ignore[misc]
+            f"me/plain@main on the hub is a plain PEFT adapter, not a {form}; "
+            "load it with peft.PeftModel.from_pretrained"
+        )
+    assert "adapter_model.safetensors" not in hub.downloads(), "weights are left where they are"
 
 
 # -- the command line --------------------------------------------------------------------------------------------
@@ -173,6 +256,46 @@ def test_verbs_take_names(hub: LocalHub, bench: Workbench, capsys: pytest.Captur
     rows = ("--data.test", bench.test, "--data.train", bench.train)
     assert lightpeft("evaluate", "me/adapter", *rows, "--compare", "me/merged@main") == 0
     assert "me/merged@main" in capsys.readouterr().out
+
+
+def test_verbs_refuse_in_one_line(
+    hub: LocalHub, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Repositories that are gated or missing, plain PEFT adapters and newer formats; and nothing is written."""
+    newer = shutil.copytree(home / "light", tmp_path / "newer-on-hub")
+    description = json.loads((newer / "lightpeft.json").read_text())
+    (newer / "lightpeft.json").write_text(json.dumps({**description, "schema_version": 3, "more": 1}))
+    for name, folder in {"plain": home / "plain", "newer": newer}.items():
+        hub.add(f"me/{name}", folder)
+    hub.add("me/gated", home / "light", gated=True)
+    reasons = {
+        "me/gated": "me/gated is a gated repository; request access on its page, then log in (hf auth login)",
+        "me/nothing": "no such repository on the hub",
+        "me/plain": "me/plain is a PEFT adapter",
+        "me/newer": "has schema version 3, but this lightpeft reads versions up to 2; upgrade lightpeft",
+    }
+    (empty := tmp_path / "empty").mkdir()
+    monkeypatch.chdir(empty)
+    for name, reason in reasons.items():
+        predict = ("predict", name, "--example", "a", "--output", "out.csv")
+        for verb in (predict, ("export", name, "out"), ("inspect", name)):
+            assert lightpeft(*verb) == 2
+            assert reason in one_line(capsys), verb
+    assert not list(empty.iterdir())
+
+
+@thorough
+def test_a_shell_s_own_settings(hub: LocalHub, home: Path, tmp_path: Path) -> None:
+    """HF_ENDPOINT and HF_TOKEN, in a process that knows nothing else of this hub; and its exit codes."""
+    hub.add("me/gated", home / "light", gated=True)
+    path = os.pathsep.join([str(Path(__file__).parents[1] / "src"), os.environ.get("PYTHONPATH", "")])
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": path}
+    command = [sys.executable, "-m", "lightpeft", "inspect", "me/gated"]
+    for token, code, said in ((hub.stranger, 2, "me/gated is a gated repository"), (hub.token, 0, "me/gated")):
+        environment = {**os.environ, **settings, "HF_TOKEN": token}
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert said in (done.stderr if code else done.stdout) and "Traceback" not in done.stderr
 
 
 # -- to the hub --------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import parsing
 from lightpeft.models.loading import base_names, check_checkpoint, keep_own_names, quiet_transformers, record_origin
+from lightpeft.models.repositories import Token
 from lightpeft.saving.description import BaseFacts
 
 
@@ -42,6 +43,7 @@ def load_base(
     dtype: str | torch.dtype = "auto",
     attn_implementation: str | None = None,
     stream: Stream | None = None,
+    token: Token = None,
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load the base of a light adapter, dense or through a stream, with the head of the adapter's training.
 
@@ -51,6 +53,7 @@ def load_base(
         dtype: data type of the weights; "auto": as in training.
         attn_implementation: attention backend; None: the default of the base.
         stream: reads tensor by tensor and keeps only what the plan keeps; None: load the dense model.
+        token: access token for the hub; None: that of the logged-in account, if any.
 
     Returns:
         The model, and the names of weights that its checkpoint lacks.
@@ -74,7 +77,7 @@ def load_base(
             dtype=saved.dtype if dtype == "auto" else dtype,
             key_mapping=names,
             output_loading_info=True,
-            **_check_files(model, failed, instead),
+            **_check_files(model, token, failed, instead),
             **saved.config.arguments(),
             **options,
         )
@@ -83,9 +86,9 @@ def load_base(
     return loaded, sorted(info["missing_keys"])
 
 
-def _check_files(model: ModelConfig, failed: str, instead: str) -> dict[str, Any]:
+def _check_files(model: ModelConfig, token: Token, failed: str, instead: str) -> dict[str, Any]:
     """Check the files of a base, and return the arguments to load it safely; an error line names the base."""
     try:
-        return check_checkpoint(model, weights=True)
+        return check_checkpoint(model, weights=True, token=token)
     except LightPeftError as error:
         raise LightPeftError(f"{failed}: {error}; {instead}") from error

@@ -17,11 +17,10 @@ from lightpeft.adapters.streaming import Stream
 from lightpeft.config import ModelConfig
 from lightpeft.errors import require
 from lightpeft.files import read_json, write_json, write_text
-from lightpeft.models import repositories
+from lightpeft.models.repositories import Token
 from lightpeft.models.tensors import SharedTensors
 from lightpeft.prune.light_model import LightModel, as_light
 from lightpeft.saving.adapter_files import (
-    ADAPTER_ON_HUB,
     DESCRIPTION,
     Saved,
     card_of,
@@ -31,6 +30,7 @@ from lightpeft.saving.adapter_files import (
 )
 from lightpeft.saving.cards import CARD
 from lightpeft.saving.description import base_facts, facts_of
+from lightpeft.saving.on_hub import LIGHT_ADAPTER, folder_of
 from lightpeft.saving.tokens import tokenizer_over
 
 
@@ -57,7 +57,7 @@ def load_light(
     allow_pickle: bool = False,
     low_memory: bool = False,
     revision: str | None = None,
-    token: repositories.Token = None,
+    token: Token = None,
 ) -> LightModel:
     """Load a light adapter over a fresh base.
 
@@ -75,7 +75,7 @@ def load_light(
             never the dense model; needs an unquantized base in safetensors files.
         revision: branch, tag or commit of the adapter on the hub; None: the main branch. The base is loaded in the
             revision of the adapter's own record.
-        token: hub token for the adapter; None: that of the logged-in account, if any.
+        token: hub token for the adapter and its base; None: that of the logged-in account, if any.
 
     Returns:
         The light model.
@@ -91,7 +91,7 @@ def load_light(
         logits = light(**tokenizer("a warm, funny film", return_tensors="pt")).logits  # [1, classes]
         ```
     """
-    saved = read_saved(repositories.folder_of(folder, ADAPTER_ON_HUB, revision, token))
+    saved = read_saved(folder_of(folder, LIGHT_ADAPTER, revision, token))
     stream = None
     if low_memory:
         in_memory = "low_memory reads the base from disk, and base= is a model in memory; leave low_memory out"
@@ -100,7 +100,9 @@ def load_light(
     if isinstance(base, nn.Module):
         return _make_light(saved, cast(PreTrainedModel, base), is_trainable=is_trainable, device=device)
     place = replace(saved.base.place(cast(Any, base)), trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-    dense, lacking = load_base(saved.base, place, dtype=dtype, attn_implementation=attn_implementation, stream=stream)
+    dense, lacking = load_base(
+        saved.base, place, dtype=dtype, attn_implementation=attn_implementation, stream=stream, token=token
+    )
     return _make_light(saved, dense, lacking, stream, is_trainable=is_trainable, device=device)
 
 
@@ -167,7 +169,7 @@ def light_tokenizer(
     *,
     trust_remote_code: bool = False,
     revision: str | None = None,
-    token: repositories.Token = None,
+    token: Token = None,
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a light adapter: that of its base, without tokens that the adapter has cut.
 
@@ -176,7 +178,7 @@ def light_tokenizer(
         base: name or folder of the base; None: the base that the adapter names.
         trust_remote_code: run Python code that comes with the base, if it needs any.
         revision: branch, tag or commit of the adapter on the hub; None: the main branch.
-        token: hub token for the adapter; None: that of the logged-in account, if any.
+        token: hub token for the adapter and its base; None: that of the logged-in account, if any.
 
     Returns:
         The tokenizer.
@@ -190,7 +192,8 @@ def light_tokenizer(
         batch = tokenizer(["a warm, funny film"], return_tensors="pt")
         ```
     """
-    folder = repositories.folder_of(folder, ADAPTER_ON_HUB, revision, token)
+    folder = folder_of(folder, LIGHT_ADAPTER, revision, token)
     description, path = read_description(folder), Path(folder)
     place = base_facts(description, path / DESCRIPTION).place(base)
-    return tokenizer_over(replace(place, trust_remote_code=trust_remote_code), vocabulary_in(path, description))
+    place = replace(place, trust_remote_code=trust_remote_code)
+    return tokenizer_over(place, vocabulary_in(path, description), token)

@@ -23,8 +23,8 @@ from lightpeft.files import (
     explain_content_errors,
 )
 from lightpeft.files.foreign import parsing
-from lightpeft.models import repositories
 from lightpeft.models.loading import check_checkpoint
+from lightpeft.models.repositories import Token
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.discovery import ensure_family
@@ -36,10 +36,10 @@ from lightpeft.saving.description import (
     facts_of,
     without_metrics,
 )
+from lightpeft.saving.on_hub import MERGED_MODEL, folder_of
 from lightpeft.saving.tokens import tokenizer_of
 from lightpeft.saving.whole import (
     MERGED,
-    MERGED_ON_HUB,
     check_mergeable,
     make_saveable,
     native_config,
@@ -128,7 +128,7 @@ def load_merged(
     device: str | torch.device | None = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
-    token: repositories.Token = None,
+    token: Token = None,
 ) -> PreTrainedModel:
     """Load a merged light model: a plain transformers model, pruned, in eval mode.
 
@@ -155,7 +155,7 @@ def load_merged(
         model = load_merged("merged", device="cuda")
         ```
     """
-    folder = repositories.folder_of(folder, MERGED_ON_HUB, revision, token)
+    folder = folder_of(folder, MERGED_MODEL, revision, token)
     description = read_merged(folder)
     facts = {name: value for name, value in description.items() if name not in ("schema_version", "checksums")}
     with explain_content_errors(folder / MERGED):

@@ -221,13 +221,13 @@ def forget_renaming(model: PreTrainedModel, mapping: Mapping[str, str]) -> None:
     model._weight_conversions = [each for each in conversions if not mapping.keys() & set(each.source_patterns)]
 
 
-def has_adapter(name: str, revision: str) -> bool:
+def has_adapter(name: str, revision: str, token: str | bool | None = None) -> bool:
     """Return True if a model on the hub or in a folder has a PEFT adapter beside it, which transformers would load."""
     try:
         from transformers.utils.peft_utils import find_adapter_config_file
     except ImportError:
         return (Path(name) / "adapter_config.json").exists()
-    return find_adapter_config_file(name, revision=revision) is not None
+    return find_adapter_config_file(name, revision=revision, token=token) is not None
 
 
 # Models

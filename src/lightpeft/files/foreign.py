@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import GatedRepoError
 
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files import parse_json, read_text
 
+GATED = "a gated repository; request access on its page, then log in (hf auth login), or give a token"
+"""Reason and remedy where the hub refuses a repository's files."""
 _KERNEL = re.compile(r"\w*_implementation")
 """Settings that may name code on the hub, as owner/name, instead of an implementation of transformers."""
 _KERNELS = ("use_kernels", "kernel_config")
@@ -39,6 +42,8 @@ def parsing(what: str, instead: str = "") -> Iterator[None]:
 
 def reason_of(error: BaseException) -> str:
     """Return the message of a library's error on one line, with its type where the message alone is unclear."""
+    if isinstance(error.__cause__, GatedRepoError):  # transformers' error names it and says much more
+        return f"it is {GATED}"
     text = one_line(error, 300)
     return text if isinstance(error, (OSError, ValueError, RuntimeError)) and text else f"{type(error).__name__} {text}"
 

@@ -33,6 +33,7 @@ from lightpeft.models import hub
 from lightpeft.models.families.family_table import check_not_refused
 from lightpeft.models.linears.bitsandbytes import prepare_quantized
 from lightpeft.models.on_disk import weights_on_disk
+from lightpeft.models.repositories import Token
 from lightpeft.models.task_heads import CAUSAL_LM, TaskHead
 
 _QUANTIZED: dict[str, dict[str, Any]] = {
@@ -206,27 +207,33 @@ def quantization_method(settings: Mapping[str, Any]) -> str:
     return str(settings.get("quant_method", "unknown method")).rpartition(".")[2].lower()
 
 
-def load_model_config(config: ModelConfig) -> PretrainedConfig:
+def load_model_config(config: ModelConfig, token: Token = None) -> PretrainedConfig:
     """Load the model's configuration.
+
+    Args:
+        token: access token for the hub; None: that of the logged-in account, if any.
 
     Raises:
         LightPeftError: there is no such model, or its files are damaged.
     """
     with _explain_errors(config):
-        return AutoConfig.from_pretrained(config.name, **check_checkpoint(config))
+        return AutoConfig.from_pretrained(config.name, **check_checkpoint(config, token=token))
 
 
-def load_tokenizer(config: ModelConfig, own: PretrainedConfig | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    config: ModelConfig, own: PretrainedConfig | None = None, token: Token = None
+) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer.
 
     Args:
         own: configuration of the model, if transformers cannot find it itself; None: it can.
+        token: access token for the hub; None: that of the logged-in account, if any.
 
     Raises:
         LightPeftError: there is no tokenizer, or its files are damaged.
     """
     with _explain_errors(config):
-        options = check_checkpoint(config)
+        options = check_checkpoint(config, token=token)
         tokenizer = AutoTokenizer.from_pretrained(config.name, **({} if own is None else {"config": own}), **options)
     _check_tokenizer(tokenizer, config.name)
     return tokenizer
@@ -242,11 +249,12 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     require(known, f"{says} model_input_names {short_repr(inputs)}; it must be a list of names with input_ids")
 
 
-def check_checkpoint(config: ModelConfig, weights: bool = False) -> dict[str, Any]:
+def check_checkpoint(config: ModelConfig, weights: bool = False, token: Token = None) -> dict[str, Any]:
     """Check a model's files before transformers reads them.
 
     Args:
         weights: whether weights will be read.
+        token: access token for the hub; None: that of the logged-in account, if any.
 
     Returns:
         Arguments for transformers' `from_pretrained`.
@@ -260,7 +268,7 @@ def check_checkpoint(config: ModelConfig, weights: bool = False) -> dict[str, An
     looks_local = config.name.startswith((".", "/", "~")) or config.name.count("/") > 1
     require(folder.is_dir() or not looks_local, f"model folder {config.name} does not exist")
     hub.go_offline_if_unreachable(config.name)
-    place = {"revision": config.revision or "main"}
+    place: dict[str, Any] = {"revision": config.revision or "main", "token": token}
     if config.gguf_file is None:
         settings, _ = PretrainedConfig.get_config_dict(config.name, **place)
         check_config(settings, f"model {config.name}")

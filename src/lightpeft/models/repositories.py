@@ -12,7 +12,7 @@ import huggingface_hub
 from huggingface_hub import errors
 
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files.foreign import reason_of
+from lightpeft.files.foreign import GATED, reason_of
 from lightpeft.models.hub import NAME_PART, go_offline_if_unreachable
 
 Token = str | bool | None
@@ -41,6 +41,8 @@ class RepositoryForm:
     """Name of the file that identifies the form."""
     files: tuple[str, ...]
     """Name patterns of all files to download, the marker included; subfolders are not downloaded."""
+    loader: str
+    """Name of the function that loads it, in messages."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,14 @@ class Repository:
                 return self._download_files(form, marker.parent.name)
         return None
 
+    def form_of(self, *forms: RepositoryForm) -> RepositoryForm | None:
+        """Return the first form that the repository has; None if it has none of them. Only markers are downloaded.
+
+        Raises:
+            LightPeftError: there is no such repository or revision, or the token gives no access to it.
+        """
+        return next((form for form in forms if self._download_marker(form) is not None), None)
+
     def _download_files(self, form: RepositoryForm, commit: str) -> Path:
         """Download all files of a form from one commit."""
         with self._explain_errors():
@@ -122,29 +132,10 @@ class Repository:
         try:
             yield
         except errors.GatedRepoError as error:
-            asked = f"{self.name} is a gated repository; request access on its page, then {token}"
-            raise LightPeftError(asked) from error
+            raise LightPeftError(f"{self.name} is {GATED}") from error
         except errors.RepositoryNotFoundError as error:
             raise LightPeftError(f"{missing} no such repository on the hub; if it is private, {token}") from error
         except errors.RevisionNotFoundError as error:
             raise LightPeftError(f"{missing} {self.name} on the hub has no revision {self.revision}") from error
         except Exception as error:
             raise LightPeftError(f"{self} cannot be downloaded from the hub: {reason_of(error)}") from error
-
-
-def folder_of(place: str | Path, form: RepositoryForm, revision: str | None = None, token: Token = None) -> Path:
-    """Return the folder of a path, or download the model of a hub name and return its folder.
-
-    Raises:
-        LightPeftError: `place` is a name, and there is no such model; a path is not checked.
-    """
-    repository = Repository.named(place, revision, token)
-    if repository is None:
-        return Path(place)
-    found = repository.folder(form)
-    if found is None:
-        lacking = f"{repository} on the hub is not a {form.what}: it has no {form.marker}"
-        if huggingface_hub.is_offline_mode():
-            lacking = f"{repository} is not in the hub's cache, and the hub cannot be reached"
-        raise LightPeftError(f"folder {place} does not exist, and {lacking}")
-    return found

@@ -11,7 +11,6 @@ from peft import PeftConfig
 
 from lightpeft.errors import require
 from lightpeft.files import check_file, explain_content_errors, file_checksum, read_json, write_json
-from lightpeft.models import repositories
 from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.peft_kinds.sites.config_file import hide_config
 from lightpeft.plans.records import PrunePlan
@@ -24,8 +23,6 @@ from lightpeft.saving.tokens import VOCABULARY_FILE, read_vocabulary, write_voca
 DESCRIPTION = "lightpeft.json"
 FILES = ("adapter_config.json", "adapter_model.safetensors", KEPT_WEIGHTS, VOCABULARY_FILE)
 """Files that a light adapter may have besides its description."""
-ADAPTER_ON_HUB = repositories.RepositoryForm("light adapter", DESCRIPTION, (DESCRIPTION, *FILES))
-"""Form of a light adapter's repository on the hub."""
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from lightpeft.errors import LightPeftError
 from lightpeft.files import read_text
 from lightpeft.models.hub import is_hub_name
 from lightpeft.plans.records import PrunePlan
+from lightpeft.saving.picture import plan_picture
 
 CARD = "README.md"
 THIS_FOLDER = "this folder"
@@ -90,6 +91,7 @@ def model_card(facts: Mapping[str, Any], plan: PrunePlan, form: CardForm) -> str
         *(_its_base(facts) if form.relation == "adapter" else ()),
         *(_shell(facts, form) if form.language == "python" else ()),
         "## What is left of the base",
+        f"```\n{plan_picture(plan)}\n```",
         f"```\n{plan}\n```",
         "## Quality",
         "\n".join(_quality_table(facts)),
@@ -105,8 +107,11 @@ def _metadata(facts: Mapping[str, Any], plan: PrunePlan, form: CardForm, license
         known |= {"base_model": base["id"], "base_model_relation": form.relation}
     if results:
         known |= {"model_name": f"{_base_name(base).rpartition('/')[2]}-light", "eval_results": results}
+    if rows := _rows(facts):
+        known["datasets"] = sorted({_data_set(name)["dataset_type"] for name in rows.values()})
     kind = facts["peft_type"].lower() if facts.get("peft_type") else None
-    tags = [tag for tag in ("lightpeft", "light-peft", plan.cuts_blocks and "pruning", "peft", kind) if tag]
+    merged = form.relation == "finetune" and form.library == "lightpeft" and "merged"  # the hub's snippet reads it
+    tags = [tag for tag in ("lightpeft", "light-peft", plan.cuts_blocks and "pruning", merged, "peft", kind) if tag]
     return ModelCardData(library_name=form.library, pipeline_tag=task, tags=tags, **known)
 
 
@@ -124,13 +129,26 @@ def _results(facts: Mapping[str, Any]) -> Iterator[EvalResult]:
     """Yield the metrics as evaluation results of the hub; none if the hub has no name for the task."""
     task, entry = pipeline_tag(facts["base"]["architecture"]), _task_entry(facts) or TaskEntry()
     rows: dict[str, Any] = {"dataset_type": "custom", "dataset_name": entry.name or "rows of its author"}
-    if entry.hub and not entry.path:
-        owner, name, *config = entry.hub.split("/")
-        rows |= {"dataset_type": f"{owner}/{name}", "dataset_split": entry.test}
-        rows |= {"dataset_config": config[0]} if config else {}
+    if tested := _rows(facts).get("test"):
+        rows |= {"dataset_name": entry.name or tested, **_data_set(tested)}
     for metric, value in facts["metrics"].items():
         if task is not None and metric not in _COUNTS and isinstance(value, (int, float)):
             yield EvalResult(task_type=task, metric_type=metric, metric_value=value, **rows)
+
+
+def _rows(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Return "train" and "test" -> name of the rows on the hub; a part whose rows are files has none."""
+    rows = facts["task"].get("rows")
+    named = rows if isinstance(rows, Mapping) else {}
+    return {part: named[part] for part in ("train", "test") if isinstance(named.get(part), str)}
+
+
+def _data_set(rows: str) -> dict[str, str]:
+    """Return the fields of an evaluation result for rows on the hub, named as owner/name[/config][:split]."""
+    place, _, split = rows.partition(":")
+    owner, name, config, *_ = *place.split("/"), "", ""
+    fields = {"dataset_type": f"{owner}/{name}" if name else owner, "dataset_config": config, "dataset_split": split}
+    return {field: value for field, value in fields.items() if value}
 
 
 def _task_entry(facts: Mapping[str, Any]) -> TaskEntry | None:
@@ -153,6 +171,9 @@ def _table(facts: Mapping[str, Any], plan: PrunePlan, license: str | None) -> It
         labels = ", ".join(f"`{label}`" for label in list(facts["task"].get("labels", ()))[:20])
         named = f" `{task.name}`" if task.name else ""
         yield f"| task | {task.kind}{named}{f': {labels}' if labels else ''} |"
+        places = {"train": "rows of its author", "test": "rows of its author"}
+        places |= {part: f"`{name}`" for part, name in _rows(facts).items()}
+        yield f"| data | trained on {places['train']}, tested on {places['test']} |"
     parts = f"{plan.removed_ratio:.1%}; {plan.removed_of_blocks:.1%} of the transformer blocks'"
     removed = f"{plan.removed_parameters:,} of {plan.base_parameters:,} parameters ({parts})"
     yield f"| removed | {removed if plan.cuts_blocks else 'nothing of the transformer blocks'} |"

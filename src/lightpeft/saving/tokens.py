@@ -16,7 +16,7 @@ from lightpeft.config import ModelConfig
 from lightpeft.errors import require
 from lightpeft.files import explain_content_errors, read_tensors
 from lightpeft.models.loading import load_model_config, load_tokenizer
-from lightpeft.models.repositories import TOKENIZER
+from lightpeft.models.repositories import TOKENIZER, Token
 from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token
 from lightpeft.models.vocabulary.cutting import vocabulary_of
 from lightpeft.models.vocabulary.kept import Vocabulary
@@ -67,16 +67,17 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
         return Vocabulary.from_bits(tensors["kept"], int(size))
 
 
-def tokenizer_over(model: ModelConfig, vocabulary: Vocabulary | None) -> PreTrainedTokenizerBase:
+def tokenizer_over(model: ModelConfig, vocabulary: Vocabulary | None, token: Token = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a base, cut to the kept tokens, with a padding token.
 
     Args:
         model: name or folder of the base.
         vocabulary: kept tokens; None: all.
+        token: access token for the hub; None: that of the logged-in account, if any.
 
     Raises:
         LightPeftError: the base is missing, or has another tokenizer.
     """
-    tokenizer = load_tokenizer(model)
-    ensure_pad_token(tokenizer, load_model_config(model))
+    tokenizer = load_tokenizer(model, token=token)
+    ensure_pad_token(tokenizer, load_model_config(model, token))
     return tokenizer if vocabulary is None else cut_tokenizer(tokenizer, vocabulary)

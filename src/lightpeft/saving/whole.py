@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lightpeft.errors import require
 from lightpeft.files import check_file, explain_content_errors, file_checksum, read_json, replacing_folder, write_json
-from lightpeft.models import repositories
+from lightpeft.models.repositories import Token
 from lightpeft.plans.records import PrunePlan
 from lightpeft.saving.cards import CARD, CardForm, loading_code, model_card, transformers_loading_code, whole_model_form
 from lightpeft.saving.description import base_facts, per_layer_config
@@ -27,19 +27,6 @@ from lightpeft.saving.whole_config import CONFIG_FILE, nest_config
 
 MERGED = "merged.json"
 """Description file of a merged light model."""
-MERGED_ON_HUB = repositories.RepositoryForm(
-    "merged light model",
-    MERGED,
-    (
-        MERGED,
-        CONFIG_FILE,
-        "generation_config.json",
-        "*.safetensors",
-        "*.safetensors.index.json",
-        *repositories.TOKENIZER,
-    ),
-)
-"""Form of a merged light model's repository on the hub."""
 WHOLE_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 """Weight files that transformers writes; those of a previously saved model are deleted."""
 
@@ -139,7 +126,7 @@ def push_whole(
     *,
     private: bool | None = None,
     revision: str | None = None,
-    token: repositories.Token = None,
+    token: Token = None,
     commit_message: str | None = None,
     **options: Any,
 ) -> str:

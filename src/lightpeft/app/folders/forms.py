@@ -34,9 +34,9 @@ from lightpeft.models.vocabulary.cutting import cut_config
 from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.light_model import LightModel
-from lightpeft.saving import adapter_files, whole
 from lightpeft.saving.adapter_files import DESCRIPTION, read_description, vocabulary_in
 from lightpeft.saving.description import base_facts
+from lightpeft.saving.on_hub import LIGHT_ADAPTER, MERGED_MODEL
 from lightpeft.saving.peft_adapter import (
     check_adapter_fit,
     load_adapter,
@@ -230,7 +230,7 @@ class WholeModel(Found):
 class MergedModel(Found):
     """A light model with merged PEFT weights, written by `save_merged`."""
 
-    form = whole.MERGED_ON_HUB.what
+    form = MERGED_MODEL.what
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -268,7 +268,7 @@ class _Adapter(Found):
             return load_model_config(self.model)
         except LightPeftError as error:
             raise LightPeftError(
-                f"{self.folder} needs its base model: {error}; give its name or folder: --base"
+                f"{self.name} needs its base model: {error}; give its name or folder: --base"
             ) from error
 
 
@@ -276,7 +276,7 @@ class _Adapter(Found):
 class LightAdapter(_Adapter):
     """A light adapter: a plan and PEFT weights, written by `LightModel.save_pretrained`."""
 
-    form = adapter_files.ADAPTER_ON_HUB.what
+    form = LIGHT_ADAPTER.what
 
     @classmethod
     def find(cls, place: Path, base: str | None, settings: Mapping[str, Any]) -> Self:

@@ -26,14 +26,14 @@ from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import check_sealed, read_json
 from lightpeft.models.loading import LoadedModel, load_model
-from lightpeft.models.repositories import Repository, RepositoryForm
+from lightpeft.models.repositories import Repository
 from lightpeft.models.tokenizers import ensure_pad_token
 from lightpeft.models.vocabulary.cutting import cut_model
 from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.prune.discovery import ensure_family
-from lightpeft.saving import adapter_files, whole
 from lightpeft.saving.adapter_files import DESCRIPTION
-from lightpeft.saving.peft_adapter import ADAPTER_CONFIG, PICKLED, WEIGHTS
+from lightpeft.saving.on_hub import LIGHT_ADAPTER, MERGED_MODEL, PEFT_ADAPTER
+from lightpeft.saving.peft_adapter import ADAPTER_CONFIG, PICKLED
 from lightpeft.saving.whole import MERGED
 
 _FORMS: dict[str, type[Found]] = {
@@ -89,9 +89,9 @@ def find_saved(name: str | Path, base: str | None = None, settings: Mapping[str,
     repository, settings = Repository.named(name), settings or {}
     if repository is None:
         return None
-    weights = (WEIGHTS, PICKLED) if settings.get("allow_pickle") else (WEIGHTS,)
-    plain = RepositoryForm(PeftAdapter.form, ADAPTER_CONFIG, (ADAPTER_CONFIG, *weights))
-    downloaded = repository.folder(adapter_files.ADAPTER_ON_HUB, whole.MERGED_ON_HUB, plain)
+    pickled = (PICKLED,) if settings.get("allow_pickle") else ()
+    plain = replace(PEFT_ADAPTER, files=(*PEFT_ADAPTER.files, *pickled))
+    downloaded = repository.folder(LIGHT_ADAPTER, MERGED_MODEL, plain)
     return None if downloaded is None else replace(find_folder(downloaded, base, settings), name=str(name))
 
 

@@ -14,7 +14,7 @@ from lightpeft.app.tasks.entries.task_entries import ENTRIES, check_entry, conve
 from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.app.tasks.kinds.likelihood import LikelihoodTask
 from lightpeft.app.tasks.kinds.task_kinds import TASK_KINDS, task_class
-from lightpeft.app.tasks.rows.sources import Split, read_splits
+from lightpeft.app.tasks.rows.sources import Split, hub_rows, read_splits
 from lightpeft.app.tasks.rows.splitting import limit_rows, split_rows
 from lightpeft.config import DataConfig, TaskEntry
 from lightpeft.config.validation import from_dict
@@ -98,6 +98,7 @@ def task_facts(task: Task) -> dict[str, Any]:
         "answer": "likelihood" if isinstance(task, LikelihoodTask) else "head",
         "likelihood": task.config.likelihood,
         "labels": task.labels,
+        "rows": hub_rows(task.entry, task.config),
         **{name: getattr(task.config, name) for name in READING},
     }
 
@@ -106,7 +107,7 @@ def run_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return nested settings of a `RunConfig` that name the task in `facts`; empty if there are no facts.
 
     Args:
-        facts: the result of `task_facts`. It does not say where the rows are.
+        facts: the result of `task_facts`; where the rows were is left out.
     """
     if not facts:
         return {}

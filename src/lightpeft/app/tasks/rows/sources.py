@@ -71,6 +71,20 @@ def read_splits(entry: TaskEntry, config: DataConfig, train: bool = True) -> Spl
     return _read_hub_splits(entry, train) if path is None else _read_folder(Path(path).expanduser(), entry, train)
 
 
+def hub_rows(entry: TaskEntry, config: DataConfig) -> dict[str, str]:
+    """Return "train" and "test" -> name of the rows on the hub, as [owner/]name[/config][:split].
+
+    Rows that `read_splits` reads from files are left out, since paths say nothing elsewhere.
+    """
+    if config.train:
+        named = {"train": config.train, "test": config.test or config.train}
+    elif config.path or entry.path or entry.hub is None:
+        return {}
+    else:
+        named = {"train": f"{entry.hub}:{entry.train}", "test": f"{entry.hub}:{entry.test or entry.train}"}
+    return {part: name for part, name in named.items() if not is_local(name)}
+
+
 def _read_setting(source: str, setting: str) -> Split:
     """Read the rows that the setting names."""
     rows = read_rows(source, setting)
