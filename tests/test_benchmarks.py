@@ -33,6 +33,7 @@ import pytest
 import row_counts
 import row_order
 import serving
+import sft
 import siblings
 import steps
 import synthetic
@@ -1157,6 +1158,25 @@ def test_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(results["values"]) == set(results["memory_bytes"])
     assert results["run_time_ratio"][writers.PLAIN][0]["median"] == 1
     assert all(sum(share.values()) == pytest.approx(1) for share in results["shares"].values())
+
+
+# -- sft.py ------------------------------------------------------------------------------------------------------------
+
+
+def test_sft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arms train on the same batches: their losses agree where their modules do."""
+    bench = Workbench(tmp_path / "bench", "llama", "causal-lm")
+    monkeypatch.chdir(tmp_path)
+    config = bench.yaml("tiny", **{"peft.lora_dropout": 0.0})
+    words = [str(config), "--rounds", "1", "--steps", "1", "--out", str(tmp_path / "out.json")]
+    assert sft.main(words) == 0
+    found = read(tmp_path / "out.json")["results"]
+    assert set(found["seconds_per_step"]) == set(found["memory_bytes"]) == set(sft.ARMS)
+    everywhere = [loss for name, loss in found["loss"].items() if sft.ARMS[name].everywhere]
+    elsewhere = [loss for name, loss in found["loss"].items() if not sft.ARMS[name].everywhere]
+    assert everywhere == pytest.approx([everywhere[0]] * len(everywhere), rel=2e-3)
+    assert elsewhere == pytest.approx([elsewhere[0]] * len(elsewhere), rel=2e-3)
+    assert everywhere[0] != pytest.approx(elsewhere[0], rel=1e-4)
 
 
 def test_shapes_count_their_parameters() -> None:

@@ -1,4 +1,4 @@
-"""The language-modeling head where labels are: losses and gradients are the usual ones, and fewer logits are made."""
+"""The language-modelling head where labels are: losses and gradients are the usual ones, and fewer logits are made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from training import student, trainer
 from lightpeft import accelerated
 from lightpeft.compat.torch import has_hooks
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.training import logits as training_logits
+from lightpeft.training import token_scores
 from lightpeft.training.logits import labeled_head
 
 Learned = tuple[Tensor, dict[str, Tensor]]
@@ -54,8 +54,8 @@ def widths() -> Callable[[PeftModel], list[int]]:
 @pytest.fixture
 def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of no more than five tokens are in memory at a time."""
-    monkeypatch.setattr(training_logits, "_LOGIT_BYTES_ON_CPU", 0)
-    monkeypatch.setattr(training_logits, "_LEAST_CHUNK", 5)
+    monkeypatch.setattr(token_scores, "_LOGIT_BYTES_ON_CPU", 0)
+    monkeypatch.setattr(token_scores, "_LEAST_CHUNK", 5)
 
 
 def check_inside(model: PeftModel, data: dict[str, Tensor], *, bf16: bool) -> None:

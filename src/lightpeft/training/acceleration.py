@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from torch import nn
 
@@ -50,8 +50,8 @@ def accelerated(
     Args:
         model: a transformers model or a PeftModel, dense or pruned.
         dropout: dropout probability for the base, in place of its own; None: its own.
-        loss_only: True if only the loss reads a language model's logits in training (TRL's trainers may read them
-            too), so that logits of tokens without a label are not computed.
+        loss_only: True if only the loss reads a language model's logits in training, so that logits of tokens without
+            a label are not computed. TRL's SFT and DPO, which ask for log-probabilities, need no logits either way.
 
     Example:
         ```python
@@ -64,7 +64,7 @@ def accelerated(
     with ExitStack() as stack:
         stack.enter_context(base_dropout(model, dropout))
         stack.enter_context(fused_lora(model))
-        stack.enter_context(labeled_head(model) if loss_only else nullcontext())
+        stack.enter_context(labeled_head(model, loss_only=loss_only))
         stack.enter_context(attention_by_products(model))
         stack.enter_context(fused_norms(model))
         stack.enter_context(recomputed_activations(model))
