@@ -1,0 +1,79 @@
+"""Completions of shared prompts: a prompt is computed once, and each of its completions goes on from its KV cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from lightpeft.models.batches import IGNORED
+from lightpeft.models.unwrap import transformers_model
+
+_NEEDED = {"attention_mask", "position_ids", "use_cache"}
+"""Arguments of a model that can go on from the cache of a padded batch, beside the cache."""
+_CACHES = ("cache", "past_key_values")
+"""Names of the cache, as argument and in the output; newer releases of transformers have the first."""
+
+
+def can_go_on(model: nn.Module) -> bool:
+    """Return whether a model computes the tokens behind a prompt from the prompt's KV cache."""
+    accepted = _accepted(model)
+    return _NEEDED <= accepted and not accepted.isdisjoint(_CACHES)
+
+
+def _accepted(model: nn.Module) -> set[str]:
+    return set(inspect.signature(transformers_model(model).forward).parameters)
+
+
+def completed(
+    model: nn.Module, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], owners: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Return the outputs that predict each token of the completions, and these tokens.
+
+    Prompts are padded on the left, so that each is followed by its completions, and completions on the right.
+
+    Args:
+        prompts: token ids, at least one each.
+        completions: token ids, at least one each.
+        owners: index of the prompt of each completion.
+
+    Returns:
+        `logits` of the model, [completions, longest completion, ...] on its device, and labels on the host,
+        [completions, longest completion], with -100 behind the end of a completion.
+    """
+    device = next(model.parameters()).device
+    owner = torch.tensor(owners, device=device)
+    tokens, real = _padded(prompts, "left", device)
+    output = model(**_inputs(tokens, real, real.cumsum(-1) - 1), use_cache=True, **_last_only(model))
+    states = output.logits[:, -1:][owner]
+    if max(map(len, completions)) > 1:
+        name = next(name for name in _CACHES if name in _accepted(model))
+        cache = getattr(output, name)
+        cache.batch_select_indices(owner)
+        read, also_real = _padded([ids[:-1] for ids in completions], "right", device)
+        places = real.sum(-1, keepdim=True)[owner] + torch.arange(read.shape[1], device=device)
+        inputs = _inputs(read, torch.cat([real[owner], also_real], 1), places)
+        further = model(**inputs, **{name: cache}, use_cache=True)
+        states = torch.cat([states, further.logits], 1)
+    labels = pad_sequence([torch.tensor(ids) for ids in completions], batch_first=True, padding_value=IGNORED)
+    return states, labels
+
+
+def _inputs(tokens: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": tokens, "attention_mask": mask, "position_ids": positions.clamp_min(0)}
+
+
+def _last_only(model: nn.Module) -> dict[str, Any]:
+    """Return the argument that limits logits to the last place, if the model has it."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in _accepted(model) else {}
+
+
+def _padded(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return token ids with zeros as padding, and the mask of real ones: [rows, longest row] each."""
+    tokens = pad_sequence([torch.tensor(ids, dtype=torch.long) for ids in rows], batch_first=True, padding_side=side)
+    real = pad_sequence([torch.ones(len(ids), dtype=torch.long) for ids in rows], batch_first=True, padding_side=side)
+    return tokens.to(device), real.to(device)
