@@ -96,22 +96,23 @@ class BatchedModel:
             rows_of.setdefault(prompt, []).append(row)
         groups = sorted(rows_of.values(), key=lambda rows: -starts[rows[0]])
         device = next(self.model.parameters()).device
+        size = self.batch_size or usual_batch_size(device, max(encoded["length"]))
+        full = min(size, len(groups))  # where memory runs out, fewer prompts and fewer completions are left together
 
-        def compute(chosen: Sequence[int]) -> tuple[list[int], tuple[Tensor, Tensor]]:
+        def compute(chosen: Sequence[int]) -> list[tuple[list[int], Tensor, Tensor]]:
             of_prompt = [groups[number] for number in chosen]
             rows = [row for group in of_prompt for row in group]
             prompts = [columns["input_ids"][group[0]][: starts[group[0]]] for group in of_prompt]
             completions = [columns["input_ids"][row][starts[row] :] for row in rows]
             owners = [index for index, group in enumerate(of_prompt) for _ in group]
             with without_graph(self.model), autocasting(device, self.autocast), skip_head(head):
-                return rows, completed(self.model, prompts, completions, owners)
+                parts = completed(self.model, prompts, completions, owners, max(1, size * len(chosen) // full))
+                return [([rows[index] for index in indices], states, labels) for indices, states, labels in parts]
 
         with in_mode(self.model, training=False), fused_answers(self.model):
-            size = self.batch_size or usual_batch_size(device, max(encoded["length"]))
-            at_once = max(1, size // max(map(len, groups)))
-            batches = in_batches(range(len(groups)), compute, at_once)
-            for _, (rows, found) in bars.progress(batches, math.ceil(len(groups) / at_once), description):
-                yield rows, *found
+            batches = in_batches(range(len(groups)), compute, size)
+            for _, parts in bars.progress(batches, math.ceil(len(groups) / size), description):
+                yield from parts
 
     def _forward_batches(
         self,

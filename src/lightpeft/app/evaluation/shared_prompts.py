@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,9 +31,13 @@ def _accepted(model: nn.Module) -> set[str]:
 
 
 def completed(
-    model: nn.Module, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], owners: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Return the outputs that predict each token of the completions, and these tokens.
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    owners: Sequence[int],
+    at_once: int,
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Yield the outputs that predict each token of the completions, and these tokens, longest completions first.
 
     Prompts are padded on the left, so that each is followed by its completions, and completions on the right.
 
@@ -40,27 +45,31 @@ def completed(
         prompts: token ids, at least one each.
         completions: token ids, at least one each.
         owners: index of the prompt of each completion.
+        at_once: most completions in a forward pass, of about the same length.
 
-    Returns:
-        `logits` of the model, [completions, longest completion, ...] on its device, and labels on the host,
-        [completions, longest completion], with -100 behind the end of a completion.
+    Yields:
+        Indices of completions; `logits` of the model, [completions, longest of them, ...] on its device; and labels on
+        the host, [completions, longest of them], with -100 behind the end of a completion.
     """
     device = next(model.parameters()).device
-    owner = torch.tensor(owners, device=device)
     tokens, real = _padded(prompts, "left", device)
     output = model(**_inputs(tokens, real, real.cumsum(-1) - 1), use_cache=True, **_last_only(model))
-    states = output.logits[:, -1:][owner]
-    if max(map(len, completions)) > 1:
-        name = next(name for name in _CACHES if name in _accepted(model))
-        cache = getattr(output, name)
-        cache.batch_select_indices(owner)
-        read, also_real = _padded([ids[:-1] for ids in completions], "right", device)
-        places = real.sum(-1, keepdim=True)[owner] + torch.arange(read.shape[1], device=device)
-        inputs = _inputs(read, torch.cat([real[owner], also_real], 1), places)
-        further = model(**inputs, **{name: cache}, use_cache=True)
-        states = torch.cat([states, further.logits], 1)
-    labels = pad_sequence([torch.tensor(ids) for ids in completions], batch_first=True, padding_value=IGNORED)
-    return states, labels
+    order = sorted(range(len(completions)), key=lambda index: -len(completions[index]))
+    for start in range(0, len(order), at_once):
+        chosen = order[start : start + at_once]
+        owner = torch.tensor([owners[index] for index in chosen], device=device)
+        rows = [completions[index] for index in chosen]
+        states = output.logits[:, -1:][owner]
+        if len(rows[0]) > 1:
+            name = next(name for name in _CACHES if name in _accepted(model))
+            cache = copy.deepcopy(getattr(output, name))  # a cache is changed by what goes on from it
+            cache.batch_select_indices(owner)
+            read, also_real = _padded([ids[:-1] for ids in rows], "right", device)
+            places = real.sum(-1, keepdim=True)[owner] + torch.arange(read.shape[1], device=device)
+            inputs = _inputs(read, torch.cat([real[owner], also_real], 1), places)
+            states = torch.cat([states, model(**inputs, **{name: cache}, use_cache=True).logits], 1)
+        labels = pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True, padding_value=IGNORED)
+        yield chosen, states, labels
 
 
 def _inputs(tokens: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:
