@@ -27,6 +27,9 @@ from lightpeft.models.sharding import without_graph
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.answering import fused_answers
 
+COMPLETIONS, MOST_CACHED_TOKENS = 128, 2**14
+"""Most completions of shared prompts in a forward pass, which reads few tokens of each, and most tokens in their KV
+caches, unless a batch size is given."""
 MOST_LOGIT_BYTES = 2**28
 """Most bytes of a language model's logits in memory at once, in float32; a single row may need more."""
 
@@ -96,7 +99,9 @@ class BatchedModel:
             rows_of.setdefault(prompt, []).append(row)
         groups = sorted(rows_of.values(), key=lambda rows: -starts[rows[0]])
         device = next(self.model.parameters()).device
-        size = self.batch_size or usual_batch_size(device, max(encoded["length"]))
+        longest = max(encoded["length"])
+        size = self.batch_size or usual_batch_size(device, longest)
+        together = self.batch_size or max(size, min(COMPLETIONS, MOST_CACHED_TOKENS // longest))
         full = min(size, len(groups))  # where memory runs out, fewer prompts and fewer completions are left together
 
         def compute(chosen: Sequence[int]) -> list[tuple[list[int], Tensor, Tensor]]:
@@ -106,7 +111,7 @@ class BatchedModel:
             completions = [columns["input_ids"][row][starts[row] :] for row in rows]
             owners = [index for index, group in enumerate(of_prompt) for _ in group]
             with without_graph(self.model), autocasting(device, self.autocast), skip_head(head):
-                parts = completed(self.model, prompts, completions, owners, max(1, size * len(chosen) // full))
+                parts = completed(self.model, prompts, completions, owners, max(1, together * len(chosen) // full))
                 return [([rows[index] for index in indices], states, labels) for indices, states, labels in parts]
 
         with in_mode(self.model, training=False), fused_answers(self.model):
