@@ -61,9 +61,9 @@ class Gated(nn.Module):
 
     def gate(self, logits: Tensor) -> Tensor:
         """Between 0 and 1, with noise in training; up to the threshold it is closed."""
-        centre = opening(logits)
-        noise = NOISE * torch.randn_like(centre) if self.training else 0.0
-        return (centre + noise).clamp(0, 1) * (self.training or centre > self.threshold)
+        center = opening(logits)
+        noise = NOISE * torch.randn_like(center) if self.training else 0.0
+        return (center + noise).clamp(0, 1) * (self.training or center > self.threshold)
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., columns] -> [..., rows]."""
@@ -151,7 +151,7 @@ def steer(model: Any, specs: Sequence[BlockSpec], wanted: int, whole: int) -> No
     gated = [module for module in model.modules() if isinstance(module, Gated)]
     target = (wanted / whole) ** 0.5
 
-    def penalise(module: Any, _: Any, output: Any) -> None:
+    def penalize(module: Any, _: Any, output: Any) -> None:
         nonlocal target
         if module.training and output.loss is not None:
             sides = [opening(side) / SPREAD for each in gated for side in (each.rows, each.columns)]
@@ -159,7 +159,7 @@ def steer(model: Any, specs: Sequence[BlockSpec], wanted: int, whole: int) -> No
             output.loss = output.loss + WEIGHT * (expected - target).abs().mean()
             target = min(1.0, max(0.0, target + PACE * (wanted - left(model, specs)) / whole))
 
-    model.register_forward_hook(penalise)
+    model.register_forward_hook(penalize)
 
 
 # -- cells -------------------------------------------------------------------------------------------------------------

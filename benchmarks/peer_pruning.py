@@ -124,9 +124,7 @@ def by_magnitude(work: Workspace, model: PreTrainedModel, goal: Goal) -> tuple[B
 def _plan(model: PreTrainedModel, light: LightConfig, criterion: str, seed: int) -> PrunePlan:
     """A plan of the run's counts and scopes; it knows one PEFT module that stays whatever happens."""
     estimate = {"criterion": criterion, "module_criterion": "random", "rank_criterion": "random"}
-    plain = override_light(
-        light.with_whole_modules().with_depth(0.0), {"estimate": estimate, "modules": {"blocks": 1.0}}
-    )
+    plain = override_light(light.with_all_modules().with_depth(0.0), {"estimate": estimate, "modules": {"blocks": 1.0}})
     return make_plan(_record(model, seed), plain)
 
 

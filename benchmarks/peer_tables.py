@@ -94,7 +94,8 @@ def plot(results: dict[str, Any]) -> Figure:
         label = "samples/s, plain LoRA = 1 (right is better)"
         panels.append(plots.Panel(f"inference, merged weights, batch {size}", label, quality, by_speed))
     seeds = f"{len(results['seeds'])} seed{'s' * (len(results['seeds']) > 1)}"
-    title = f"{Path(results['config']).stem}, {seeds}\nbars: standard deviation, quartiles"
+    meaning = "percent: removed parameters of the blocks\nbars: standard deviation, quartiles"
+    title = f"{Path(results['config']).stem}, {seeds}\n{meaning}"
     return plots.scatter(panels, title)
 
 
@@ -104,4 +105,6 @@ def _around(values: Mapping[str, float]) -> tuple[float, tuple[float, float]]:
 
 def _point(method: dict[str, Any], x: float, x_range: tuple[float, float]) -> plots.Point:
     y, y_range = _around({name: 100 * value for name, value in method["quality"].items()})
-    return plots.Point(method["label"], method["kind"], x, y, x_range, y_range)
+    removed = method["parameters"]["removed_of_blocks"]
+    label = f"{method['label']}, {removed:.0%}" if removed else method["label"]
+    return plots.Point(label, method["kind"], x, y, x_range, y_range)

@@ -1,4 +1,4 @@
-"""Plots of the benchmarks: colour-blind-safe (Okabe and Ito), every series told apart by its marker as well."""
+"""Plots of the benchmarks: color-blind-safe (Okabe and Ito), every series told apart by its marker as well."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ STYLES: dict[str, dict[str, str]] = {
     "pruned": {"color": "#E69F00", "marker": "s"},
     "light": {"color": "#D55E00", "marker": "D"},
 }
-"""Kind of method -> colour and marker."""
+"""Kind of method -> color and marker."""
 KINDS = {"plain": "dense model", "pruned": "pruned before training", "light": "lightpeft"}
 TEXT_COLORS = {"plain": "#00548A", "pruned": "#8A5F00", "light": "#A84A00"}
-"""The same colours, dark enough for small letters on white."""
+"""The same colors, dark enough for small letters on white."""
 _PHONE = 4.7
 """Inches."""
 _LETTERS = 10

@@ -62,7 +62,7 @@ def subjects_of(config: RunConfig) -> subjects.Subjects:
 
 
 def _cut(config: RunConfig, part: float) -> RunConfig:
-    return replace(config, light=config.light.removing(part))
+    return replace(config, light=config.light.with_blocks(part))
 
 
 def _pruned_by_the_same(config: RunConfig, folder: Path, donor: RunConfig) -> RunConfig:

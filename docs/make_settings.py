@@ -1,4 +1,4 @@
-"""Write docs/reference/settings.md: every setting with its type, its default and what it is, as the classes say it.
+"""Write docs/reference/settings.md: every setting with its type, its default and its docstring.
 
 The page has what `lightpeft run --help-all` has, from the same place. `make docs` writes it anew; a test compares it
 with what would be written.
@@ -18,12 +18,12 @@ from lightpeft.config import TaskEntry
 PAGE = Path(__file__).parent / "reference" / "settings.md"
 HEAD = """# Settings
 
-This page lists every setting of a run, with its type and its default. In YAML `training.epochs` is `epochs` below
-`training`; on the command line it is `--training.epochs`. Keys of a mapping are set in the same way
-(`--data.columns.text review`, `--peft.r 16`, `--trainer.optim sgd`). [Defaults](training.md) explains the
-settings that a run chooses by itself.
+This page lists every setting of a run, with its type and default. In YAML, `training.epochs` is the key `epochs`
+below `training`; on the command line it is `--training.epochs`. Keys of a mapping are set in the same way
+(`--data.columns.text review`, `--peft.r 16`, `--trainer.optim sgd`). Defaults of `light` are those of LoRA on a
+classifier; [defaults](training.md) explains how they depend on the run.
 
-`docs/make_settings.py` makes this page from the classes.
+`docs/make_settings.py` generates this page from the classes.
 """
 
 
@@ -35,8 +35,9 @@ def page() -> str:
 
 
 def _table(part: Section) -> Iterator[str]:
-    yield f"## {part.title}\n"
-    yield "| setting | type | default | what it is |"
+    whole = next((option for option in part.options if dataclasses.is_dataclass(option.type)), None)
+    yield f"## {part.title}\n" if whole is None else f"## `{whole.target}`: {part.title[0].lower()}{part.title[1:]}\n"
+    yield "| setting | type | default | description |"
     yield "|---|---|---|---|"
     for option in part.options:
         if dataclasses.is_dataclass(option.type):

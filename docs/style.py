@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-DONE = ("README.md", "CHANGELOG.md", "CODE_OF_CONDUCT.md", "docs/**/*.md", "benchmarks/README.md", "examples/README.md")
+DONE = (
+    "README.md",
+    "CHANGELOG.md",
+    "CODE_OF_CONDUCT.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "docs/**/*.md",
+    "benchmarks/README.md",
+    "examples/README.md",
+)
 """Pages in plain English, as patterns. Add a page here when its prose is edited."""
 GENERATED = ("docs/reference/settings.md",)
 

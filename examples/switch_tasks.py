@@ -17,7 +17,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("tasks", nargs="+", metavar="NAME=FOLDER", help="light adapters that classify texts")
 parser.add_argument("--model", default="google-bert/bert-base-uncased", help="their base")
 parser.add_argument("--text", action="append", help="to be classified; may be given several times")
-parser.add_argument("--most", type=int, default=2, help="models that stay in memory")
+parser.add_argument("--cache_size", type=int, default=2, help="models to keep in memory")
 options = parser.parse_args()
 
 texts = options.text or ["A wonderful film.", "Stocks fell on Monday."]
@@ -32,8 +32,8 @@ def classify(task, text):
     return f"{task}: {text} -> class {scores.argmax().item()} ({scores.max().item():.0%})"
 
 
-with LightSwitch(folders, base=options.model, most=options.most) as switch, ThreadPoolExecutor(4) as pool:
+with LightSwitch(folders, base=options.model, cache_size=options.cache_size) as switch, ThreadPoolExecutor(4) as pool:
     requests = [(task, text) for text in texts for task in switch]
     for answer in pool.map(classify, *zip(*requests, strict=True)):
         print(answer)
-    print(f"in memory: {', '.join(switch.kept)} of {', '.join(switch.names)}")
+    print(f"in memory: {', '.join(switch.cached)} of {', '.join(switch.names)}")

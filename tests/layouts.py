@@ -35,7 +35,7 @@ def sentence(draw: random.Random, *inside: str, words: int = 4) -> str:
     return " ".join(chosen) + "."
 
 
-def labelled(*texts: str, classes: int = 2) -> Callable[[int, random.Random], Row]:
+def labeled(*texts: str, classes: int = 2) -> Callable[[int, random.Random], Row]:
     """Rows of GLUE's form: text columns, a label of so many classes, and a number."""
 
     def row(index: int, draw: random.Random) -> Row:
@@ -233,21 +233,21 @@ def web_questions(index: int, draw: random.Random) -> Row:
 
 
 LAYOUTS: dict[str, Callable[[int, random.Random], Row]] = {
-    "cola": labelled("sentence"),
-    "sst2": labelled("sentence"),
-    "mrpc": labelled("sentence1", "sentence2"),
+    "cola": labeled("sentence"),
+    "sst2": labeled("sentence"),
+    "mrpc": labeled("sentence1", "sentence2"),
     "stsb": stsb,
-    "qqp": labelled("question1", "question2"),
-    "mnli": labelled("premise", "hypothesis", classes=3),
-    "qnli": labelled("question", "sentence"),
-    "rte": labelled("sentence1", "sentence2"),
-    "wnli": labelled("sentence1", "sentence2"),
-    "boolq": labelled("question", "passage"),
-    "cb": labelled("premise", "hypothesis", classes=3),
+    "qqp": labeled("question1", "question2"),
+    "mnli": labeled("premise", "hypothesis", classes=3),
+    "qnli": labeled("question", "sentence"),
+    "rte": labeled("sentence1", "sentence2"),
+    "wnli": labeled("sentence1", "sentence2"),
+    "boolq": labeled("question", "passage"),
+    "cb": labeled("premise", "hypothesis", classes=3),
     "copa": copa,
     "multirc": multirc,
     "record": record,
-    "superglue_rte": labelled("premise", "hypothesis"),
+    "superglue_rte": labeled("premise", "hypothesis"),
     "wic": wic,
     "wsc": wsc,
     "arc_easy": arc,

@@ -179,7 +179,7 @@ def row_of(name: str) -> str:
 
 
 def support_table(cells: dict[str, list[str]]) -> str:
-    """The support matrix: model type -> its cells, as Markdown; neighbours with the same cells share a row."""
+    """The support matrix: model type -> its cells, as Markdown; neighbors with the same cells share a row."""
     titles = [f"{kind} {check}" if kind != "lora" else f"LoRA {check}" for check, kind in CELLS]
     lines = ([f"`{model_type}`", *row] for model_type, row in cells.items())
     return _markdown(["`model_type`", *titles], _grouped(lines))
@@ -193,7 +193,7 @@ def read_support() -> dict[str, list[str]]:
 
 
 def family_table() -> str:
-    """The families, read off their entries and their tiny models; neighbours that are alike share a row."""
+    """The families, read off their entries and their tiny models; neighbors that are alike share a row."""
     kinds = dict.fromkeys(ENCODERS, "encoder") | dict.fromkeys(DECODERS, "decoder")
     lines = []
     for model_type, names in rows().items():
@@ -239,7 +239,7 @@ def _ffn(family: Family) -> str:
     tables = [tuple(slot for slot in table if slot.startswith("ffn")) for table in stack.tables]
     dense = "; or ".join(dict.fromkeys(filter(None, map(names.get, tables))))
     experts = "routed experts" if stack.experts else ""
-    return f"{experts}, {dense} where there is another FFN" if experts and dense else experts or dense
+    return f"{experts}, and {dense} of other FFNs" if experts and dense else experts or dense
 
 
 LOWEST = (5, 5)
@@ -251,13 +251,13 @@ def _notes(model_type: str) -> str:
     stack = family.stacks[0]
     notes = []
     if len(family.stacks) > 1:
-        notes.append("encoder, decoder and cross-attention are blocks of their own")
+        notes.append("encoder, decoder and cross-attention are separate blocks")
     if stack.wide_norms:
-        notes.append("q and k have a norm over all heads: their rows stay, what follows the norm is cut")
+        notes.append("q and k have a norm over all heads: their rows stay, and heads are cut after the norm")
     if stack.position_bias:
-        notes.append("one table of position biases a stack; every block looks up those of its own heads")
+        notes.append("one table of position biases per stack; every block selects those of its heads")
     notes += [
-        f"attention takes a `{name}` with one entry a head; every block selects those of its own heads"
+        f"attention takes a `{name}` with one entry per head; every block selects those of its heads"
         for name in stack.per_head_arguments
     ]
     notes += [f"needs `{key}={value}`" for key, value in family.needs.items()]

@@ -15,7 +15,7 @@ from single_steps import LINEAR, count_layers, mix, two_adapters, watch
 from tiny import GENERATORS, LAYOUTS, inputs_for, make, relative_difference, with_lora, without_dropout
 from torch import Tensor, nn
 
-from lightpeft import fused_answers
+from lightpeft import fused_inference
 from lightpeft.peft_kinds.sites import answering
 
 RANKS = {"rank 1": {"r": 1, "lora_alpha": 3}, "rank 3": {"r": 3, "lora_alpha": 7}}
@@ -47,7 +47,7 @@ def test_answers_are_those_of_peft(name: str, settings: dict[str, Any], calls: l
     inputs = inputs_for(model)
     with torch.no_grad():
         expected = logits(model, inputs)
-        with fused_answers(model):
+        with fused_inference(model):
             found = logits(model, inputs)
             with torch.inference_mode():
                 assert logits(model, inputs).equal(found)
@@ -79,7 +79,7 @@ def test_half_precision(autocast: bool, settings: dict[str, Any], calls: list[to
             x = x.to(torch.bfloat16)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             peft = torch.stack([query(x), key(x)])
-            with fused_answers(model):
+            with fused_inference(model):
                 found = torch.stack([query(x), key(x)])
     assert calls == [torch.bfloat16] * 2 and found.dtype == peft.dtype
     assert (found.float() - exact).norm() <= (peft.float() - exact).norm()
@@ -91,7 +91,7 @@ def test_writes_what_peft_writes(name: str) -> None:
     inputs = inputs_for(model, "left", generate=True)
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     expected = model.generate(**inputs, **settings)
-    with fused_answers(model):
+    with fused_inference(model):
         assert model.generate(**inputs, **settings).equal(expected)
 
 
@@ -99,7 +99,7 @@ def left_to_peft(model: PeftModel, change: Callable[[PeftModel], Any]) -> bool:
     """Whether a model gives inside a block what it gives outside, to the last bit, when it was changed inside."""
     inputs = inputs_for(model)
     with torch.no_grad():
-        with fused_answers(model):
+        with fused_inference(model):
             change(model)
             found = logits(model, inputs)
         return found.equal(logits(model, inputs))
@@ -142,7 +142,7 @@ def test_gradients_are_left_to_peft(calls: list[torch.dtype]) -> None:
     model = with_lora(make("bert"))
     inputs = inputs_for(model)
     expected = logits(model, inputs)
-    with fused_answers(model):
+    with fused_inference(model):
         found = logits(model, inputs)
     assert found.equal(expected) and found.requires_grad and not calls
 
@@ -159,7 +159,7 @@ def test_an_input_that_has_changed_is_another(autocast: bool) -> None:
 
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = asked()
-        with fused_answers(model):
+        with fused_inference(model):
             assert relative_difference(asked().float(), expected.float()) < (0.02 if autocast else 1e-6)
 
 
@@ -173,7 +173,7 @@ def test_nothing_is_left(autocast: bool) -> None:
     query.register_forward_pre_hook(lambda module, given: seen.append(weakref.ref(given[0])))
     gc.disable()
     try:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast), fused_answers(model):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast), fused_inference(model):
             logits(model, inputs_for(model))
             assert seen and all(reference() is None for reference in seen)
     finally:
@@ -194,7 +194,7 @@ def test_threads_ask_one_model() -> None:
                 if relative_difference(logits(model, batches[place]), expected[place]) > 1e-5:
                     wrong.append(place)
 
-    with fused_answers(model):
+    with fused_inference(model):
         threads = [threading.Thread(target=ask, args=(place,)) for place in range(len(batches))]
         for thread in threads:
             thread.start()

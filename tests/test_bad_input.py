@@ -15,7 +15,7 @@ import torch
 from workbench import (
     Rows,
     Workbench,
-    labelled,
+    labeled,
     lightpeft,
     read,
     stamps,
@@ -206,13 +206,13 @@ def test_rows_that_no_table_holds(bench: Workbench, refused: Refused, tmp_path: 
 
 @pytest.mark.parametrize("label", ["1e19", "-1e40", "inf", "1" * 400])
 def test_numbers_that_no_loss_can_square(bench: Workbench, refused: Refused, label: str) -> None:
-    rows = [{**row, "label": label if i == 4 else "1"} for i, row in enumerate(labelled(20))]
+    rows = [{**row, "label": label if i == 4 else "1"} for i, row in enumerate(labeled(20))]
     line = rows_with(bench, refused, rows, **{"data.task": "regression", "data.test": None})
     assert 'row 5 (the header not counted), column "label"' in line and "regression needs one" in line
 
 
 def parquet(file: Path, metadata: Any = None, **columns: pyarrow.Array) -> Path:
-    rows = labelled(20)
+    rows = labeled(20)
     usual = {name: pyarrow.array([row[name] for row in rows]) for name in ("text", "label")}
     table = pyarrow.table(usual | columns)
     if metadata is not None:

@@ -25,6 +25,7 @@ import numpy as np
 import peer_cells
 import peer_methods
 import peer_pruning
+import peer_tables
 import peers
 import plots
 import publishing
@@ -557,6 +558,13 @@ def test_names_of_points_overlap_neither_each_other_nor_a_point() -> None:
         assert not any(box.contains(x, y) for box in boxes)
 
 
+def test_a_plot_of_peers_says_how_much_each_of_them_removes() -> None:
+    figure = peer_tables.plot(json.loads((ROOT / "benchmarks/minilm_default.peers.results.json").read_text()))
+    for axes in figure.axes:
+        names = {text.get_text() for text in axes.texts if text.get_text()}
+        assert {"LoRA on q, v", "lightpeft fast, 40%", "lightpeft default, 60%"} <= names
+
+
 def test_plots_can_be_read_on_a_phone() -> None:
     """360 pixels wide, they have letters of 10 pixels or more, and panels one below the other."""
     points = [plots.Point("a method", "light", 1.0, 2.0, (0.9, 1.1), (1.9, 2.1))]
@@ -1049,7 +1057,7 @@ def test_wnut17(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.chdir(tmp_path)
     save_base(tmp_path / "demo/cache/minilm")
     for split, seed in {"train": 1, "test": 2}.items():
-        rows = [row["text"].split() for row in workbench.labelled(256 if split == "train" else 40, seed)]
+        rows = [row["text"].split() for row in workbench.labeled(256 if split == "train" else 40, seed)]
         tagged = [{"tokens": words, "tags": ["B-x" if w.startswith("good") else "O" for w in words]} for words in rows]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tagged))
     words = ["--data", str(tmp_path), "--seeds", "0", "--out", "out", "--methods"]

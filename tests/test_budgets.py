@@ -20,7 +20,7 @@ from lights import but, light_of, preset
 from tiny import inputs_for, make, random_record, refusal, with_lora
 from torch import Tensor
 from transformers import TrainingArguments
-from workbench import Workbench, comparable, completions, labelled, lightpeft, read, write_rows
+from workbench import Workbench, comparable, completions, labeled, lightpeft, read, write_rows
 
 from lightpeft import EarlyPruner, LightConfig, LightTrainer
 from lightpeft.app.folders.run_folder import RunFolder, to_yaml
@@ -439,7 +439,7 @@ def test_the_loss_of_an_answer_by_frequencies() -> None:
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
     """Of runs so short that they have hardly begun to learn; what they have learned is enough here."""
     made = Workbench(tmp_path_factory.mktemp("budgets"))
-    write_rows(made.train, labelled(600, seed=1))
+    write_rows(made.train, labeled(600, seed=1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lightpeft.budget.found.LEAST_LEARNED", -math.inf)
         yield made
@@ -533,7 +533,7 @@ def test_a_task_without_classes_has_no_points(tmp_path: Path, capsys: pytest.Cap
     [
         ({"sharded": True}, "copies the model, and FSDP shards it"),
         ({"rows": None}, "the training dataset has no length"),
-        ({"rows": 511}, "needs 512 training rows, and there are 511"),
+        ({"rows": 511}, "needs 512 training rows, but there are 511"),
         ({"rows": 512}, None),
     ],
 )
@@ -607,7 +607,7 @@ def test_passes_of_a_search_are_those_that_it_makes(unit: Any, monkeypatch: pyte
     """Rows that the model and its copies are called with are counted, and are those of the count."""
     trainer = trainer_of(tmp_path, but(LIGHT, tolerance="2 nats"))
     monkeypatch.setattr(trainer, "light_tolerance", lambda: Tolerance(2, unit))
-    monkeypatch.setattr(trainer, "light_points_a_nat", lambda classes, right: float(len(classes) == len(right)))
+    monkeypatch.setattr(trainer, "light_points_per_nat", lambda classes, right: float(len(classes) == len(right)))
     rows: dict[str, int] = {"forward": 0, "trained": 0}
     find = type(trainer).find_light_budget
 
@@ -641,7 +641,7 @@ def test_a_run_too_short_for_a_search_has_a_fixed_budget(
     """Whether somebody asked for a search or not; of a model that counts as one that has learned something."""
     monkeypatch.setattr("lightpeft.budget.found.LEAST_LEARNED", -math.inf)
     bench = Workbench(tmp_path)
-    write_rows(bench.train, labelled(600, seed=1))
+    write_rows(bench.train, labeled(600, seed=1))
     settings = {
         **bench.settings(**{"training.epochs": 1}),
         "light": {"estimate": {"length": 40}},
@@ -661,7 +661,7 @@ def test_a_run_too_short_for_a_search_has_a_fixed_budget(
     ("learned", "blocks", "why"),
     [
         (0.3, SHORT, "light: auto cuts 40% of the blocks, a fixed budget for short runs: few"),
-        (0.01, 0.0, "light: auto cuts nothing of the blocks: few, and estimation taught the model hardly more"),
+        (0.01, 0.0, "light: auto cuts nothing of the blocks: few, and after estimation the model is hardly better"),
         (None, 0.0, "light: auto cuts nothing of the blocks: few, and a fixed budget is for classifiers only"),
     ],
 )

@@ -122,7 +122,7 @@ def test_the_hub_knows_what_every_family_does(name: str) -> None:
     assert pipeline_tag(type(make(name)).__name__) is not None
 
 
-def test_the_licence_of_the_base(minilm: Path, tmp_path: Path) -> None:
+def test_the_license_of_the_base(minilm: Path, tmp_path: Path) -> None:
     """As the card in its folder says."""
     base = AutoModelForSequenceClassification.from_pretrained(minilm)
     model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"]))
@@ -130,4 +130,4 @@ def test_the_licence_of_the_base(minilm: Path, tmp_path: Path) -> None:
     apply_plan(model, plan)
     as_light(model, plan).save_pretrained(tmp_path)
     card, data = card_in(tmp_path)
-    assert data.license == "apache-2.0" and "| licence of the base | `apache-2.0` |" in card.text
+    assert data.license == "apache-2.0" and "| license of the base | `apache-2.0` |" in card.text

@@ -78,7 +78,7 @@ def test_the_prompt_is_what_comes_before_the_last_answer() -> None:
     [
         (FORGETFUL, CHAT, "row 1: the chat template changes message 2 when later ones follow.* {% generation %}"),
         (STRICT, [{"role": "system", "content": "now"}, *CHAT], "row 1: .* rejects the messages: begin with the user"),
-        (PLAIN, CHAT[1:], "row 1: the first message is the assistant's"),
+        (PLAIN, CHAT[1:], "row 1: the first message is from the assistant"),
     ],
 )
 def test_templates_that_cannot_do_it(template: str, chat: list[dict[str, str]], message: str) -> None:

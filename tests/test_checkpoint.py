@@ -222,7 +222,7 @@ def test_an_edited_description(edit: Callable[[dict[str, Any]], Any], light: Pat
     description = json.loads(path.read_text())
     edit(description)
     path.write_text(json.dumps(description))
-    assert refusal(lambda: load_light(light)) == f"{path} was altered or damaged"
+    assert refusal(lambda: load_light(light)) == f"{path} was altered or damaged; restore the original file"
 
 
 def test_a_file_that_nothing_reads(light: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_file_that_nothing_reads(light: Path) -> None:
 
 def test_an_unknown_schema_version(light: Path) -> None:
     sealed(light, lambda d: d.update(schema_version=3))
-    assert "schema version 3, and this lightpeft reads versions up to 2; upgrade" in refusal(lambda: load_light(light))
+    assert "schema version 3, but this lightpeft reads versions up to 2; upgrade" in refusal(lambda: load_light(light))
 
 
 def rewrite_tensors(light: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:

@@ -106,7 +106,7 @@ def test_help_shows_what_unset_settings_stand_for(capsys: pytest.CaptureFixture[
             described = text[text.index(f"--light.{section}.{name} ") :]
             shown_value = "null" if value is None else value
             assert described[described.index("default: ") :].startswith(f"default: {shown_value})")
-    assert "--light LIGHT Part of the blocks to remove such as 0.4, auto, a preset's name, or all of" in text
+    assert "--light LIGHT Part of the blocks' parameters to remove, such as 0.4; auto; the name of a preset; or" in text
 
 
 MISNAMED = {
@@ -320,6 +320,15 @@ def test_settings_of_a_run_folder(bench: Workbench, capsys: pytest.CaptureFixtur
 # -- results -----------------------------------------------------------------------------------------------------
 
 
+def test_a_run_says_what_to_do_with_its_result(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = bench.folder / "run"
+    assert lightpeft("run", "--run", folder) == 0
+    lines = capsys.readouterr().out.splitlines()
+    verbs = [line.split()[1:3] for line in lines[lines.index("next:") + 1 :]]
+    assert verbs == [[verb, str(folder)] for verb in ("predict", "report", "inspect", "export")]
+    assert set(next(zip(*verbs, strict=True))) <= set(VERBS)
+
+
 def test_inspect_shows_a_plan_layer_by_layer(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
     folder = bench.folder / "run"
     plan = shown(capsys, "inspect", folder / "plan.json")
@@ -332,8 +341,8 @@ def test_inspect_shows_a_plan_layer_by_layer(bench: Workbench, capsys: pytest.Ca
 def test_inspect_shows_an_adapter_and_a_run(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
     folder = bench.folder / "run"
     adapter = shown(capsys, "inspect", folder / "adapter")
-    assert "BertForSequenceClassification" in adapter
-    assert "accuracy" in adapter
+    assert "BertForSequenceClassification" in adapter and "None" not in adapter
+    assert "accuracy" in adapter and "test rows" in adapter
     assert adapter.count("3/4") == 4
     assert shown(capsys, "inspect", folder) == adapter
     pruned = shown(capsys, "inspect", folder / "pruned")
@@ -344,7 +353,7 @@ def test_inspect_shows_the_plan_of_an_unfinished_run(bench: Workbench, capsys: p
     file, folder = bench.yaml("unfinished"), bench.folder / "unfinished"
     assert lightpeft("estimate", "--config", file) == 0
     estimated = shown(capsys, "inspect", folder)
-    assert "scored_examples" in estimated
+    assert "scored examples" in estimated
     assert "plan by the budget of the run" in estimated
     assert shown(capsys, "inspect", folder / "estimation") == estimated
     assert lightpeft("plan", "--config", file) == 0

@@ -442,7 +442,7 @@ def test_reading_weights(base: Path) -> None:
     with needed_for("load_merged and load_light(low_memory=True): cutting a model before its weights are read"):
         model = of_transformers.with_reader(BertForSequenceClassification, read).from_pretrained(base)
         assert type(model) is BertForSequenceClassification
-        assert [Path(file).name for file in seen[0].files] == ["model.safetensors"] and not seen[0].quantised
+        assert [Path(file).name for file in seen[0].files] == ["model.safetensors"] and not seen[0].quantized
         expected = load_file(base / "model.safetensors")
         assert all(tensor.equal(expected[name]) for name, tensor in model.state_dict().items())
 
@@ -480,15 +480,15 @@ def test_reading_tensors_one_at_a_time(base: Path) -> None:
         assert len(readers) >= len(stored) and set(readers) == {threading.main_thread().name}
 
 
-def test_quantised_checkpoints_are_known(base: Path) -> None:
+def test_quantized_checkpoints_are_known(base: Path) -> None:
     pytest.importorskip("bitsandbytes")
     seen: list[bool] = []
 
     def read(model: PreTrainedModel, checkpoint: Checkpoint) -> Any:
-        seen.append(checkpoint.quantised)
+        seen.append(checkpoint.quantized)
         return checkpoint.load(model)
 
-    with needed_for("the line that low_memory cannot read quantised weights"):
+    with needed_for("the line that low_memory cannot read quantized weights"):
         loader = of_transformers.with_reader(BertForSequenceClassification, read)
         loader.from_pretrained(base, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
         assert seen == [True]
@@ -668,7 +668,7 @@ def library() -> Any:
 def four_bits(library: Any, double: bool = False, rows: int = ROWS, dtype: torch.dtype = torch.float32) -> Any:
     layer = library.nn.Linear4bit(COLUMNS, rows, bias=False, compress_statistics=double, quant_type="nf4")
     layer.weight.data = layer.weight.data.to(dtype)
-    return layer.to("cpu").requires_grad_(False)  # which quantises
+    return layer.to("cpu").requires_grad_(False)  # which quantizes
 
 
 def eight_bits(library: Any) -> Any:
@@ -685,7 +685,7 @@ def test_types_of_layers(library: Any) -> None:
         assert isinstance(four, bnb.class_of_layers("Linear4bit"))
         assert bnb.quant_state(four.weight).shape == (ROWS, COLUMNS)
         assert bnb.quant_state(eight.weight) is None and bnb.quant_state(torch.ones(2)) is None
-        assert bnb.quant_state(library.nn.Linear4bit(8, 8).weight) is None, "nothing quantised it yet"
+        assert bnb.quant_state(library.nn.Linear4bit(8, 8).weight) is None, "nothing quantized it yet"
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -697,9 +697,9 @@ def test_codes_and_scales(library: Any, double: bool) -> None:
         assert packed.dtype == torch.uint8 and len(packed) == weight.shape.numel() == ROWS * COLUMNS // 2
         assert len(scales) == ROWS * COLUMNS // state.blocksize
         expected = library.functional.dequantize_4bit(weight.data, state).float()
-        dense = bnb.dequantised(packed, scales, state).view(ROWS, COLUMNS)
+        dense = bnb.dequantized(packed, scales, state).view(ROWS, COLUMNS)
         torch.testing.assert_close(dense, expected, atol=1e-6, rtol=0)
-        assert bnb.unquantised_dtype(state) == torch.float32
+        assert bnb.unquantized_dtype(state) == torch.float32
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -713,15 +713,15 @@ def test_weights_packed_for_cpus(library: Any, double: bool) -> None:
         unpacked, rounded = bnb.codes(layer.weight)
         assert unpacked.equal(packed)
         torch.testing.assert_close(rounded, scales, atol=0, rtol=2**-8)
-        assert bnb.unquantised_dtype(state) == torch.float32
+        assert bnb.unquantized_dtype(state) == torch.float32
 
 
 @pytest.mark.parametrize("double", [False, True])
-def test_quantising_as_before(library: Any, double: bool) -> None:
+def test_quantizing_as_before(library: Any, double: bool) -> None:
     with needed_for("cutting weights in 4 bits"):
         layer = four_bits(library, double, dtype=torch.bfloat16)
         old, dense = bnb.quant_state(layer.weight), torch.randn(4, COLUMNS)
-        layer.weight = bnb.quantised_like(layer.weight, dense, layer)
+        layer.weight = bnb.quantized_like(layer.weight, dense, layer)
         new = bnb.quant_state(layer.weight)
         assert old.dtype == torch.bfloat16
         assert (new.shape, new.dtype, new.quant_type, new.blocksize) == (
@@ -731,7 +731,7 @@ def test_quantising_as_before(library: Any, double: bool) -> None:
             old.blocksize,
         )
         assert new.nested == double
-        error = bnb.dequantised(*bnb.codes(layer.weight), new).view(4, COLUMNS) - dense
+        error = bnb.dequantized(*bnb.codes(layer.weight), new).view(4, COLUMNS) - dense
         assert error.norm() < 0.12 * dense.norm()
 
 
@@ -760,7 +760,7 @@ def test_row_scales(library: Any, ran: bool) -> None:
         dense = layer.weight.data.float() * bnb.row_scales(layer)[:, None] / 127
         torch.testing.assert_close(layer(x), x @ dense.T, atol=0.2, rtol=0.1)
         index = torch.tensor([1, 3])
-        bnb.set_row_quantised(layer, layer.weight.data[index], bnb.row_scales(layer)[index])
+        bnb.set_row_quantized(layer, layer.weight.data[index], bnb.row_scales(layer)[index])
         assert bnb.row_scales(layer).shape == (2,)
         torch.testing.assert_close(layer(x), x @ dense[index].T, atol=0.2, rtol=0.1)
 

@@ -27,7 +27,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from workbench import Workbench, labelled
+from workbench import Workbench, labeled
 
 from lightpeft import LightTrainer, light_trainer
 from lightpeft.training.prefix import FrozenPrefix, PrefixCache, cache_prefix
@@ -62,7 +62,7 @@ def tokenizer(bench: Workbench) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def rows(tokenizer: PreTrainedTokenizerFast) -> Dataset:
-    texts = labelled(32, 1)
+    texts = labeled(32, 1)
     tokens = tokenizer([row["text"] for row in texts], truncation=True, max_length=32)
     labels = [int(row["label"] == "positive") for row in texts]
     return Dataset.from_dict({**tokens, "labels": labels, "text": [row["text"] for row in texts]})
@@ -77,7 +77,7 @@ def blanked(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def own_columns(batch: dict[str, Any]) -> dict[str, Any]:
-    """What a transform that tokenises as it goes gives: no column of the data set is left."""
+    """What a transform that tokenizes as it goes gives: no column of the data set is left."""
     ids = [[2, *(4 + len(word) for word in text.split()), 3] for text in batch["text"]]
     return {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": batch["labels"]}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import workbench
-from workbench import labelled, lightpeft, save_base, write_rows
+from workbench import labeled, lightpeft, save_base, write_rows
 
 from lightpeft.app.cli.verbs import VERBS
 from lightpeft.app.runs.demo import fetching
@@ -105,7 +105,7 @@ def test_both_runs_side_by_side(
     save_base(cache / "minilm")
     (cache / "movie_reviews").mkdir()
     for name, count in (("train", 1600), ("test", 100)):
-        write_rows(cache / f"movie_reviews/{name}.csv", labelled(count, seed=len(name)))
+        write_rows(cache / f"movie_reviews/{name}.csv", labeled(count, seed=len(name)))
     monkeypatch.setattr(fetching, "READY", {name: file_checksum(cache / name) for name in READY})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert lightpeft("demo", "--output", runs) == 0

@@ -66,7 +66,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / "demo/cache/smollm2/chat_template.jinja").write_text(CHAT_TEMPLATE)
         for cached, name in (("minilm", ENCODER), ("smollm2", DECODER)):  # folders of these names come before the hub
             shutil.copytree(folder / f"demo/cache/{cached}", folder / name)
-        rows = workbench.labelled(160)
+        rows = workbench.labeled(160)
         (folder / "demo/cache/movie_reviews").mkdir()
         for name in ("train", "test"):
             workbench.write_rows(folder / f"demo/cache/movie_reviews/{name}.csv", rows)
@@ -113,7 +113,7 @@ def write_splits(folder: Path, rows: Callable[[int], list[dict[str, Any]]]) -> N
 
 def classes(count: int) -> list[dict[str, Any]]:
     """Texts with numbers for labels."""
-    return [{"text": row["text"], "label": int(row["label"] == "positive")} for row in workbench.labelled(count)]
+    return [{"text": row["text"], "label": int(row["label"] == "positive")} for row in workbench.labeled(count)]
 
 
 def pairs(count: int) -> list[dict[str, Any]]:

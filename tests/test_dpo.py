@@ -70,8 +70,8 @@ def test_estimate_prune_and_train_on(model: PeftModel, tmp_path: Path, checkpoin
     estimation.train()
     record = pruner.record()
     assert record.meta["steps"] == 4
-    assert all(scores.max() > 0 for scores in record.of_blocks("neurons", "taylor"))
-    assert record.of_modules("ratio").gt(0).all() and record.of_modules("taylor").gt(0).all()
+    assert all(scores.max() > 0 for scores in record.block_scores("neurons", "taylor"))
+    assert record.module_scores("ratio").gt(0).all() and record.module_scores("taylor").gt(0).all()
     assert reference_logits(model).equal(base), "the reference of estimation is the base"
 
     light = pruner.prune()

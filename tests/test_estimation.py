@@ -89,16 +89,16 @@ def test_scores_equal_the_definitions() -> None:
         estimator.step()
     record = estimator.record()
     taylor, fisher, mask = (
-        torch.cat(record.of_blocks("heads", name) + record.of_blocks("neurons", name))
+        torch.cat(record.block_scores("heads", name) + record.block_scores("neurons", name))
         for name in ("taylor", "fisher", "mask")
     )
     torch.testing.assert_close(taylor, (masks * gradients).abs().mean(0), rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(fisher, gradients.square().mean(0), rtol=1e-4, atol=1e-9)
     assert mask.equal(estimator.masks.values.abs())
-    for site, scores in zip(estimator.sites, record.of_ranks("taylor"), strict=True):
+    for site, scores in zip(estimator.sites, record.rank_scores("taylor"), strict=True):
         down, up = site.down * site.down.grad, site.up * site.up.grad
         torch.testing.assert_close(scores, (down.mean(1).abs() + up.mean(0).abs()).detach())
-    for site, scores in zip(estimator.sites, record.of_ranks("magnitude"), strict=True):
+    for site, scores in zip(estimator.sites, record.rank_scores("magnitude"), strict=True):
         torch.testing.assert_close(scores, (site.down.norm(dim=1) * site.up.norm(dim=0)).detach())
     assert record.meta["steps"] == 2
     assert record.meta["scored_steps"] == 1
@@ -115,7 +115,7 @@ def test_scores_are_means_over_steps_of_the_second_half() -> None:
     for seed in (2, 3):
         model(**batch(rows=8, length=20, seed=seed, labels=True)).loss.backward()
         sums += estimator.masks.take_gradients().absolute
-    scores = torch.cat(whole.of_blocks("heads", "taylor") + whole.of_blocks("neurons", "taylor"))
+    scores = torch.cat(whole.block_scores("heads", "taylor") + whole.block_scores("neurons", "taylor"))
     torch.testing.assert_close(scores, sums / 2, rtol=1e-4, atol=1e-7)
 
 
@@ -134,7 +134,7 @@ def test_ratios_are_measured_every_so_many_steps(monkeypatch: pytest.MonkeyPatch
     for step in due:
         model(**batches[step])
     ratios, tokens = observer.sums
-    torch.testing.assert_close(found.of_modules("ratio"), ratios / tokens, rtol=1e-4, atol=0)
+    torch.testing.assert_close(found.module_scores("ratio"), ratios / tokens, rtol=1e-4, atol=0)
     assert found.meta["ratio_tokens"] == tokens.max()
 
 
@@ -182,9 +182,9 @@ def test_bfloat16_autocast_is_close_to_float32() -> None:
             estimator.step()
         records.append(estimator.record())
     for kind, criterion in (("heads", "taylor"), ("neurons", "taylor")):
-        a, b = (torch.cat(record.of_blocks(kind, criterion)) for record in records)
+        a, b = (torch.cat(record.block_scores(kind, criterion)) for record in records)
         assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.98
-    torch.testing.assert_close(*(r.of_modules("ratio") for r in records), rtol=0.05, atol=0)
+    torch.testing.assert_close(*(r.module_scores("ratio") for r in records), rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

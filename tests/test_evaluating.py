@@ -24,7 +24,7 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
 )
-from workbench import Workbench, labelled, lightpeft, read, write_rows
+from workbench import Workbench, labeled, lightpeft, read, write_rows
 
 from lightpeft import load_light
 from lightpeft.app.evaluation.predicting import predict
@@ -145,7 +145,7 @@ def test_a_task_of_one_s_own(bench: Workbench, tmp_path: Path, capsys: pytest.Ca
     """Named in the YAML of --config, and remembered by a light adapter."""
     (tmp_path / "rows").mkdir()
     for split in ("train", "validation"):
-        rows = [{"review": row["text"], "mood": row["label"]} for row in labelled(40, seed=len(split))]
+        rows = [{"review": row["text"], "mood": row["label"]} for row in labeled(40, seed=len(split))]
         write_rows(tmp_path / "rows" / f"{split}.csv", rows)
     mood = {"kind": "classification", "path": str(tmp_path / "rows"), "metrics": ["f1_macro", "accuracy"]}
     mood |= {"columns": {"text": "review", "label": "mood"}, "labels": ["negative", "positive"]}
@@ -237,7 +237,7 @@ def test_predictions_and_report(bench: Workbench, tmp_path: Path, capsys: pytest
     report = read(tmp_path / "report.json")
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines()]
     assert list(rows[0]) == ["text", "label", "reference", "prediction", "p_negative", "p_positive"]
-    assert [row["reference"] for row in rows] == [row["label"] for row in labelled(40, seed=2)]
+    assert [row["reference"] for row in rows] == [row["label"] for row in labeled(40, seed=2)]
     for row in rows:
         assert row["prediction"] == ("positive" if row["p_positive"] > 0.5 else "negative")
     pairs = [[row[key] for row in rows] for key in ("reference", "prediction")]
@@ -331,7 +331,7 @@ def test_likelihoods_are_those_of_the_harness(llama: Path, adapter: Path, task_f
     assert len(found) > 2  # the rules and the models are told apart
 
 
-def test_language_modelling(llama: Path, adapter: Path, tmp_path: Path) -> None:
+def test_language_modeling(llama: Path, adapter: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", workbench.completions(20))
     columns = {"prompt": "prompt", "completion": "completion"}
     data = {"task": "causal-lm", "test": str(rows), "columns": columns, "max_length": 32}
@@ -360,7 +360,7 @@ def test_refusals(bench: Workbench, llama: Path, tmp_path: Path) -> None:
             {},
             "has 2 classes (negative, positive), but the data have 2 labels (x, y)",
         ),
-        (light, language, {}, "bert is no causal language model, which causal-lm needs"),
+        (light, language, {}, "bert is not a causal language model, which causal-lm needs"),
         (light, choice(tmp_path), {}, "was trained for classification and cannot answer multiple-choice"),
         (bench.folder / "plain" / "adapter", choice(tmp_path), {}, "PEFT's task type SEQ_CLS"),
         (base, rows_of(bench), {}, "no weights for classifier, so its answers to classification would be random"),
@@ -405,7 +405,8 @@ def test_a_pruned_model_that_was_merged(bench: Workbench, tmp_path: Path) -> Non
 def test_an_export(bench: Workbench, tmp_path: Path, source: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The export of a run or of a light adapter gets the numbers of the run, and answers new rows, without the base."""
     assert lightpeft("export", bench.folder / source, tmp_path / "merged") == 0
-    assert f"wrote a whole model that needs no base to {tmp_path / 'merged'}" in capsys.readouterr().out
+    written = capsys.readouterr().out
+    assert f"wrote a whole model that needs no base to {tmp_path / 'merged'}; load it with " in written
     elsewhere = bench.base.rename(bench.folder / "moved_base")
     try:
         report = evaluate_model(tmp_path / "merged", rows_of(bench))

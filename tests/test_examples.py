@@ -33,14 +33,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = [" ".join((*workbench.NEUTRAL, *workbench.GOOD, *workbench.BAD, "user assistant"))]
         workbench.save_base(folder / "decoder", "llama", tokenizer=workbench.tokenizer_of_bytes(texts=words))
     (folder / "decoder/chat_template.jinja").write_text(CHAT_TEMPLATE)
-    rows = {"train": workbench.labelled(320), "test": workbench.labelled(64, seed=1)}
-    for split, labelled in rows.items():
-        write(folder / f"reviews/{split}.jsonl", labelled)
-        classes = [{"text": row["text"], "label": int(row["label"] == "positive")} for row in labelled]
+    rows = {"train": workbench.labeled(320), "test": workbench.labeled(64, seed=1)}
+    for split, labeled in rows.items():
+        write(folder / f"reviews/{split}.jsonl", labeled)
+        classes = [{"text": row["text"], "label": int(row["label"] == "positive")} for row in labeled]
         write(folder / f"classes/{split}.jsonl", classes)
         named = [{"text": row["text"], "label": ("bad0_bad1", "good0_good1")[row["label"]]} for row in classes]
         write(folder / f"named/{split}.jsonl", named)
-        write(folder / f"names/{split}.jsonl", [tagged(row["text"].split()) for row in labelled])
+        write(folder / f"names/{split}.jsonl", [tagged(row["text"].split()) for row in labeled])
     texts = [(row["prompt"], row["completion"]) for row in workbench.completions(160)]
     said = [[{"role": "user", "content": asked}, {"role": "assistant", "content": answer}] for asked, answer in texts]
     write(folder / "chats/train.jsonl", [{"messages": messages} for messages in said])
@@ -182,7 +182,7 @@ def test_switch_tasks(run: Run, home: Path) -> None:
         reviews(run, home, output)
     tasks = ("reviews=out/reviews/adapter", "more=out/more/adapter")
     texts = ("--text", "good1 good2 word3 good0", "--text", "bad1 bad2 word3 bad0")
-    printed = run("switch_tasks", *tasks, "--model", "encoder", "--most", 1, *texts).splitlines()
+    printed = run("switch_tasks", *tasks, "--model", "encoder", "--cache_size", 1, *texts).splitlines()
     classes = [number(line, r"-> class (\d)") for line in printed[:4]]
     assert classes == [1, 1, 0, 0], printed
     assert re.fullmatch("in memory: (reviews|more) of reviews, more", printed[4])

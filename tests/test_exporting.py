@@ -289,7 +289,7 @@ def test_biases_of_lora_on_layers_without_one(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_quantised_base(tmp_path: Path) -> None:
+def test_a_quantized_base(tmp_path: Path) -> None:
     light = light_over(make("bert"))
     light.config.quantization_config = SimpleNamespace()
     assert "keep the light adapter" in refusal(lambda: save_merged(light, tmp_path / "out"))
@@ -297,9 +297,9 @@ def test_a_quantised_base(tmp_path: Path) -> None:
 
 
 def test_what_is_no_merged_model(tmp_path: Path) -> None:
-    assert "is no merged light model" in refusal(lambda: load_merged(tmp_path))
+    assert "is not a merged light model" in refusal(lambda: load_merged(tmp_path))
     light_over(make("bert")).save_pretrained(tmp_path)
-    assert "is no merged light model" in refusal(lambda: load_merged(tmp_path))
+    assert "is not a merged light model" in refusal(lambda: load_merged(tmp_path))
 
 
 def altered(merged: Path, change: Any) -> str:

@@ -282,7 +282,7 @@ def test_families_that_are_not_listed() -> None:
 
 
 class Packed(nn.Module):
-    """Stands in for a quantised layer that is no Linear at all."""
+    """Stands in for a quantized layer that is no Linear at all."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -290,7 +290,7 @@ class Packed(nn.Module):
 
 
 def integers(linear: nn.Linear) -> nn.Linear:
-    """A subclass of Linear in the guise of a quantised layer: its weight holds integers."""
+    """A subclass of Linear in the guise of a quantized layer: its weight holds integers."""
     weight = linear.weight.detach().to(torch.int8)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear
@@ -303,10 +303,10 @@ def eighths(linear: nn.Linear) -> nn.Linear:
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["bare", "peft"])
-@pytest.mark.parametrize("quantise", [integers, eighths, Packed], ids=["integers", "fp8", "other"])
-def test_layers_of_an_unknown_kind(quantise: Callable[[nn.Linear], nn.Module], peft: bool) -> None:
+@pytest.mark.parametrize("quantize", [integers, eighths, Packed], ids=["integers", "fp8", "other"])
+def test_layers_of_an_unknown_kind(quantize: Callable[[nn.Linear], nn.Module], peft: bool) -> None:
     model = make("llama-gqa")
-    model.model.layers[1].mlp.up_proj = quantise(model.model.layers[1].mlp.up_proj)
+    model.model.layers[1].mlp.up_proj = quantize(model.model.layers[1].mlp.up_proj)
     if peft:
         get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
     text = refusal(lambda: block_specs(model))
@@ -415,9 +415,11 @@ def test_biases_of_the_whole_base() -> None:
 
 
 def test_models_that_are_no_peft_model() -> None:
-    assert_refused(make("bert"), "BertForSequenceClassification is no PeftModel; give a model from peft.get_peft_model")
+    assert_refused(
+        make("bert"), "BertForSequenceClassification is not a PeftModel; pass a model from peft.get_peft_model"
+    )
     mixed = get_peft_model(make("bert"), lora(), mixed=True)
-    assert_refused(mixed, "PeftMixedModel is no PeftModel; give a model from peft.get_peft_model")
+    assert_refused(mixed, "PeftMixedModel is not a PeftModel; pass a model from peft.get_peft_model")
 
 
 def test_several_adapters() -> None:

@@ -70,7 +70,7 @@ def test_json_carries_its_schema_and_a_checksum(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text())))
     assert read_json(path)["x"] == 1, "how it is laid out does not matter"
     path.write_text(path.read_text().replace("three", "four"))
-    assert refused(lambda: read_json(path)) == f"{path} was altered or damaged"
+    assert refused(lambda: read_json(path)) == f"{path} was altered or damaged; restore the original file"
 
 
 JSON = st.recursive(
@@ -95,7 +95,10 @@ def test_whatever_is_written_is_read_back_or_refused(tmp_path_factory: pytest.Te
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b'{"schema_version": 99}', "schema version 99, and this lightpeft reads versions up to 2; upgrade lightpeft"),
+        (
+            b'{"schema_version": 99}',
+            "schema version 99, but this lightpeft reads versions up to 2; upgrade lightpeft",
+        ),
         (b'{"schema_version": "1"}', "schema version 1"),
         (b'{"schema_version": true}', "schema version True"),
         (b'{"schema_version": 2}', "was altered or damaged"),
@@ -161,7 +164,7 @@ def test_a_sealed_folder(tmp_path: Path) -> None:
     (tmp_path / "below/b").write_text("c")
     assert "below/b was altered or damaged" in refused(lambda: check_sealed(tmp_path))
     (tmp_path / "below/b").unlink()
-    assert "is incomplete: below/b is missing" in refused(lambda: check_sealed(tmp_path))
+    assert "is incomplete: below/b is missing; copy it again" in refused(lambda: check_sealed(tmp_path))
     for outside in ("../x", "/etc/passwd"):
         write_json(tmp_path / "checksums.json", {"files": {outside: "0"}})
         assert "names a file outside it" in refused(lambda: check_sealed(tmp_path))

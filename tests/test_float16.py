@@ -90,7 +90,7 @@ def test_scores_are_of_the_loss_before_scaling(tmp_path: Path, family: str, scal
         for name in ("half", "whole")
     )
     for kind in ("heads", "neurons"):
-        found, expected = (torch.cat(record.of_blocks(kind, "taylor")) for record in (half, whole))
+        found, expected = (torch.cat(record.block_scores(kind, "taylor")) for record in (half, whole))
         assert relative_difference(found, expected) < 0.02, kind
 
 
@@ -103,7 +103,7 @@ def test_steps_that_overflow_are_left_out(tmp_path: Path, scalers: Scalers) -> N
     record = pipeline.estimate(work)
     (scaler,) = scalers.made
     assert 1 < scaler.get_scale() < scalers.first
-    taylor = torch.cat(record.of_blocks("neurons", "taylor"))
+    taylor = torch.cat(record.block_scores("neurons", "taylor"))
     assert torch.isfinite(taylor).all() and taylor.max() > 0
     assert record.meta["steps"] == 16
 

@@ -128,7 +128,7 @@ def test_a_run_that_lost_a_process_in_training(bench: Workbench, capsys: pytest.
     assert ends[0][1].splitlines()[-1].startswith(f"lightpeft: {LOST}") and "Traceback" not in ends[0][1]
     left = checksums(bench.folder / name)
     assert lightpeft("run", "--config", config) == 2, "by one, which takes other steps"
-    assert "took 8 rows per step, and this run takes 4" in capsys.readouterr().err
+    assert "used a global batch of 8 rows, and this run uses 4" in capsys.readouterr().err
     assert checksums(bench.folder / name) == left
     ends = in_children(2, lambda rank: None, "run", "--config", config, engine="fsdp2")
     assert [code for code, _ in ends] == [0, 0], ends
@@ -141,5 +141,5 @@ def test_an_estimation_by_other_steps_is_not_taken(bench: Workbench, capsys: pyt
     for code, line in in_children(
         2, lambda rank: None, "run", "--config", config, "--estimation", bench.folder / "donor"
     ):
-        assert code == 2 and "took 8 rows per step, and this run takes 16" in line
+        assert code == 2 and "used a global batch of 8 rows, and this run uses 16" in line
     assert not (bench.folder / "taker").exists()

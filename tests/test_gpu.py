@@ -16,7 +16,7 @@ import torch
 from lanes import thorough
 from lights import light_of
 from peft import PeftModel
-from quantised import CONFIGS, SIZES, densified
+from quantized import CONFIGS, SIZES, densified
 from single_steps import gradients
 from support import logits
 from tiny import DROPPED, LAYOUTS, USUAL, inputs_for, make, masked, plan_for, relative_difference, with_lora
@@ -28,7 +28,7 @@ from workbench import Workbench
 
 from lightpeft import load_light, run
 from lightpeft.machine import autocasting, has_bf16
-from lightpeft.models.linears.bitsandbytes import prepare_quantised
+from lightpeft.models.linears.bitsandbytes import prepare_quantized
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling.live import move_batch, trainable
 from lightpeft.profiling.memory import PeakMemory
@@ -259,7 +259,7 @@ def test_scores_in_half_precision(dtype: torch.dtype, device: str) -> None:
         estimator.stop()
         records.append(estimator.record())
     for kind in ("heads", "neurons"):
-        pairs = torch.stack([torch.cat(record.of_blocks(kind, "taylor")) for record in records])
+        pairs = torch.stack([torch.cat(record.block_scores(kind, "taylor")) for record in records])
         alike, sizes = float(torch.corrcoef(pairs)[0, 1]), pairs.norm(dim=1)
         said = f"{kind}: scores in {dtype} on {device}, beside those in float32,"
         assert alike > 0.98, f"{said} correlate {alike:.3f}"
@@ -347,21 +347,21 @@ NARROW = {"hidden_size": 160, "intermediate_size": 224, "head_dim": 16}
 """Sizes that are no multiples of a block of 64, which kernels treat apart."""
 
 
-def load_quantised(folder: Path, kind: str, device: str) -> Any:
+def load_quantized(folder: Path, kind: str, device: str) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=CONFIGS[kind](), dtype=torch.float32, device_map={"": device}
     )
-    prepare_quantised(model)
+    prepare_quantized(model)
     return model
 
 
 @everywhere
 @pytest.mark.parametrize("sizes", [SIZES, NARROW], ids=["whole blocks", "narrow"])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_quantised_bases(kind: str, sizes: dict[str, Any], device: str, tmp_path: Path) -> None:
+def test_quantized_bases(kind: str, sizes: dict[str, Any], device: str, tmp_path: Path) -> None:
     """Cut, it computes with the weights that it stands for, learns, and is loaded to the last bit."""
     make("llama-gqa", **sizes).save_pretrained(tmp_path / "base")
-    model = with_lora(load_quantised(tmp_path / "base", kind, device), lora_dropout=0.0)
+    model = with_lora(load_quantized(tmp_path / "base", kind, device), lora_dropout=0.0)
     plan = plan_for(model, heads=0.5, neurons=0.5, modules=0.3, multiple_of=64 if sizes is SIZES else 1)
     apply_plan(model, plan)
     inputs = given(model, device)
@@ -377,7 +377,7 @@ def test_quantised_bases(kind: str, sizes: dict[str, Any], device: str, tmp_path
     assert losses[-1] < 0.9 * losses[0], f"{kind} on {device}: the loss went from {losses[0]:.3f} to {losses[-1]:.3f}"
     expected = logits(model.eval(), inputs)
     as_light(model, plan).save_pretrained(tmp_path / "light")
-    loaded = load_light(tmp_path / "light", base=load_quantised(tmp_path / "base", kind, device))
+    loaded = load_light(tmp_path / "light", base=load_quantized(tmp_path / "base", kind, device))
     found = logits(loaded, inputs)
     assert found.equal(expected), f"{kind} on {device}, loaded: {relative_difference(found, expected):.2e}"
 

@@ -30,7 +30,7 @@ from tiny import (
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.exporters import ExportedModel
-from workbench import Rows, Workbench, checksums, labelled, lightpeft, write_rows
+from workbench import Rows, Workbench, checksums, labeled, lightpeft, write_rows
 
 from lightpeft import LightModel, export_model
 from lightpeft.adapters.merging import merged_copy
@@ -237,7 +237,7 @@ def answered(folder: Path, form: str) -> float:
     """Accuracy of a graph, by the tokenizer and the names of the labels beside it."""
     tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
     session, right = sessions.load(form, folder, exact=False), 0
-    rows = labelled(40, seed=2)
+    rows = labeled(40, seed=2)
     for row in rows:
         logits = session.run(dict(tokenizer([row["text"]], return_tensors="pt")))["logits"]
         right += config.id2label[int(logits.argmax())] == row["label"]
@@ -249,7 +249,7 @@ def test_what_int8_costs_is_said(
 ) -> None:
     """Of a graph that always answers the other class, and not of one that is always right."""
     monkeypatch.setattr(measuring, "TIMED_ROWS", 2)
-    run, right = finished.folder / "run", [row["label"] == "positive" for row in labelled(40, seed=2)]
+    run, right = finished.folder / "run", [row["label"] == "positive" for row in labeled(40, seed=2)]
     own = read_json(run / "metrics.json")["metrics"]["accuracy"]
 
     class Told(sessions.Session):
@@ -297,9 +297,9 @@ def test_what_is_not_measured(finished: Workbench, tmp_path: Path) -> None:
         return refusal(lambda: measuring.measure_graph(found, RUNTIMES["onnx"], tmp_path, "int8"))
 
     assert "adapter is not the folder of a run" in reason(run / "adapter")
-    assert "causal-lm uses the language-modelling head" in reason(writer.folder / "run")
+    assert "causal-lm uses the language-modeling head" in reason(writer.folder / "run")
     assert "set model.low_memory to false" in reason(run, low_memory=True)
-    with rows_of_test(finished, labelled(30, seed=2)):
+    with rows_of_test(finished, labeled(30, seed=2)):
         assert "the run was measured on 40 test rows, but its data now have 30" in reason(run)
     assert "does not run in ONNX Runtime" in reason(run), "there is no graph"
     assert not (tmp_path / "measured.json").exists()
@@ -327,7 +327,7 @@ def with_adapters() -> LightModel:
     return as_light(model, plan)
 
 
-def quantised() -> Any:
+def quantized() -> Any:
     light = light_over(make("bert", **SHALLOW))
     light.get_base_model().config.quantization_config = {}
     return light
@@ -340,7 +340,7 @@ def quantised() -> Any:
         (lambda: light_over(make("vit")), {}, "a model that reads text, and vit does not"),
         (by_length, {}, "cannot be traced for ONNX Runtime; export it as merged"),
         (with_adapters, {}, "cannot be merged"),
-        (quantised, {}, "the base is quantized"),
+        (quantized, {}, "the base is quantized"),
         (
             lambda: light_over(make("bert")),
             {"dtype": "q8_0"},

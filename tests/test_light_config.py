@@ -197,7 +197,7 @@ def test_every_entry_of_the_table_names_a_page_or_a_paper_that_is_there(rule: An
 def test_the_task_and_the_kind_of_peft_say_what_is_unset(data: dict[str, Any], like: LightConfig) -> None:
     light = run_config_from_dict(data).light
     assert light == like
-    assert run_config_from_dict({**data, "light": 0.3}).light == like.removing(0.3)
+    assert run_config_from_dict({**data, "light": 0.3}).light == like.with_blocks(0.3)
     assert like.remove.blocks == (0.0 if like.preset == "accurate" else "auto")
     written = run_config_from_dict({**data, "light": "fast"}).light
     assert (written.preset, written.cuts_blocks) == ("fast", like.cuts_blocks), "no preset but paper says an amount"
@@ -249,8 +249,8 @@ def test_settings_over_others() -> None:
     assert override_light(light, None) == light
     assert override_light(light, 0.2) == preset("fast", blocks=0.2, criterion="taylor")
     assert override_light(light, LightConfig(remove=light_config(nested(heads=0.5)).remove)).remove.blocks is None
-    assert light.removing_nothing().chooses is False
-    assert light.with_whole_modules().chooses and not light.removing(0.0).with_whole_modules().chooses
+    assert light.without_pruning().uses_scores is False
+    assert light.with_all_modules().uses_scores and not light.with_blocks(0.0).with_all_modules().uses_scores
 
 
 def test_given_values_win_over_the_preset() -> None:

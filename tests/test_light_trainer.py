@@ -28,7 +28,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from workbench import Workbench, labelled
+from workbench import Workbench, labeled
 
 from lightpeft import EarlyPruner, LightConfig, LightTrainer, light_trainer, load_light
 from lightpeft.app.evaluation.scores import scores_of
@@ -70,7 +70,7 @@ def tokenizer(bench: Workbench) -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def rows(tokenizer: PreTrainedTokenizerFast) -> dict[str, Dataset]:
     def encoded(count: int, seed: int) -> Dataset:
-        texts = labelled(count, seed)
+        texts = labeled(count, seed)
         tokens = tokenizer([row["text"] for row in texts], truncation=True, max_length=32)
         return Dataset.from_dict({**tokens, "labels": [int(row["label"] == "positive") for row in texts]})
 
@@ -282,7 +282,7 @@ def test_a_training_too_short_to_estimate_cuts_nothing(
     """Where the amount was to be found; PEFT then trains as it would alone."""
     monkeypatch.setattr("lightpeft.prune.length.LEAST_EXAMPLES", 256)
     trainer = builds.trainer(light=None)
-    assert trainer.light_config == preset("fast").removing_nothing()
+    assert trainer.light_config == preset("fast").without_pruning()
     assert "cuts nothing of the base: estimation scores" in caplog.text
     names = [name for name, _ in trainer.model.named_modules() if name.endswith("lora_A") and ".layer.0." in name]
     assert names, "modules sit in all blocks"

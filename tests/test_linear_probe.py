@@ -18,7 +18,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoModel, AutoTokenizer, BertConfig, LlamaConfig, T5Config
-from workbench import Workbench, labelled, lightpeft, read, save_base, tokenizer_of_word_pieces, write_rows
+from workbench import Workbench, labeled, lightpeft, read, save_base, tokenizer_of_word_pieces, write_rows
 
 from lightpeft.app.evaluation import linear_probe
 from lightpeft.app.evaluation.scores import Scores
@@ -53,7 +53,7 @@ def embedded(bench: Workbench, texts: Sequence[str]) -> np.ndarray:
 @pytest.fixture(scope="module")
 def by_hand(bench: Workbench) -> float:
     """Accuracy of the same regression, in scikit-learn's own words."""
-    rows = {"train": labelled(64, seed=1), "test": labelled(40, seed=2)}
+    rows = {"train": labeled(64, seed=1), "test": labeled(40, seed=2)}
     x = {name: embedded(bench, [row["text"] for row in of]) for name, of in rows.items()}
     y = {name: [row["label"] for row in of] for name, of in rows.items()}
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
@@ -107,7 +107,7 @@ def test_pairs(tmp_path: Path) -> None:
     """The second text tells the classes apart, and the first one does not."""
     bench = Workbench(tmp_path)
     for file, count, seed in ((bench.train, 64, 1), (bench.test, 40, 2)):
-        rows = labelled(count, seed)
+        rows = labeled(count, seed)
         write_rows(file, [{"first": "word1 word2", "second": row["text"], "label": row["label"]} for row in rows])
     columns = {"text": "first", "text_pair": "second", "label": "label"}
     found = pipeline.run(bench.config("run", **UNTAUGHT, **{"data.columns": columns}))["linear_probe"]
@@ -120,7 +120,7 @@ def test_texts_are_means_over_their_own_tokens(bench: Workbench) -> None:
     base = work.dense_model().model.train()
     asked = replace(work.asking(base), model=base.base_model)
     rows = linear_probe._embed(asked, work.test_rows)
-    assert np.allclose(rows, embedded(bench, [row["text"] for row in labelled(40, seed=2)]), atol=0.02)
+    assert np.allclose(rows, embedded(bench, [row["text"] for row in labeled(40, seed=2)]), atol=0.02)
     assert base.base_model.training
 
 
@@ -193,9 +193,9 @@ def test_classes_may_be_rare(counts: Sequence[int]) -> None:
 
 def test_a_class_that_no_training_row_has_has_a_finite_loss(tmp_path: Path) -> None:
     bench = Workbench(tmp_path)
-    rows = [row | {"label": "neither"} for row in labelled(2, seed=3)]
-    write_rows(bench.train, [*labelled(30, seed=1), *rows])
-    write_rows(bench.test, labelled(40, seed=2))
+    rows = [row | {"label": "neither"} for row in labeled(2, seed=3)]
+    write_rows(bench.train, [*labeled(30, seed=1), *rows])
+    write_rows(bench.test, labeled(40, seed=2))
     work = pipeline.prepare(bench.config("run"))
     base, some = work.dense_model().model, work.train_rows.filter(lambda row: row["labels"] != 1)
     found = linear_probe.linear_probe(work.asking(base), base, work.task, some, work.test_rows)

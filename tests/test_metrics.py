@@ -48,7 +48,7 @@ THREE = Answers([0, 1, 1, 2, 2, 2], [0, 1, 2, 2, 2, 0])
             {"f1": (1 + 2 * 1 / (3 + 1)) / 2, "exact_match": 0.5},
         ),
         (
-            "language_modelling",
+            "language_modeling",
             Answers([(2.0, 1, 4), (4.0, 3, 4)], [None, None]),
             {"perplexity": math.exp(6 / 8), "loss": 6 / 8, "accuracy": 0.5},
         ),

@@ -432,12 +432,12 @@ class TestWhoAnswers:
                 "multiple-choice",
                 "auto",
                 EsmConfig(),
-                "esm has no multiple-choice head and is no causal language model, and multiple-choice",
+                "esm has no multiple-choice head and is not a causal language model, and multiple-choice",
             ),
-            ("causal-lm", "auto", BertConfig(), "bert is no causal language model, which causal-lm needs"),
+            ("causal-lm", "auto", BertConfig(), "bert is not a causal language model, which causal-lm needs"),
             ("span", "auto", GemmaConfig(), "gemma has no question answering head, which span needs"),
-            ("generation", "auto", BertConfig(), "bert is no causal language model, which generation needs"),
-            ("chat", "auto", T5Config(), "t5 is no causal language model, which chat needs"),
+            ("generation", "auto", BertConfig(), "bert is not a causal language model, which generation needs"),
+            ("chat", "auto", T5Config(), "t5 is not a causal language model, which chat needs"),
         ],
     )
     def test_what_cannot_be(self, kind: Any, answer: Any, model: PretrainedConfig, says: str) -> None:

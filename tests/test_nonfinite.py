@@ -13,7 +13,7 @@ from lanes import telling
 from questions import write_jsonl
 from safetensors.torch import load_file, save_file
 from tiny import refusal
-from workbench import NEUTRAL, NOTICE, SPECIAL, Workbench, labelled, lightpeft, save_base, write_rows
+from workbench import NEUTRAL, NOTICE, SPECIAL, Workbench, labeled, lightpeft, save_base, write_rows
 
 from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.tasks.answers import require_finite
@@ -102,7 +102,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     bench = Workbench(tmp_path_factory.mktemp("nonfinite"))
     poisoned(bench.base)
     for path, count in ((bench.train, 64), (bench.test, 40)):
-        rows = [{**row, "text": row["text"].replace(POISON, SAFE)} for row in labelled(count)]
+        rows = [{**row, "text": row["text"].replace(POISON, SAFE)} for row in labeled(count)]
         write_rows(path, rows)
     write_rows(bench.folder / "clean.csv", rows)
     rows[1]["text"] += f" {POISON}"

@@ -272,7 +272,7 @@ def refused(folder: Path, architecture: Any = BertModel, **options: Any) -> str:
     return refusal(lambda: loaded(folder, architecture, on_disk=True, **options))
 
 
-def test_quantised_bases(tmp_path: Path) -> None:
+def test_quantized_bases(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     saved(tmp_path, "bert")
     text = "low_memory cannot read a quantized base; load it without low_memory"

@@ -69,7 +69,7 @@ def test_a_run_has_the_peft_that_was_asked_for(done: Path) -> None:
 def test_another_peft_is_another_run(done: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
     for other in ("lora", {"type": "lora", "lora_bias": True}):
         assert lightpeft("run", "--config", bench.yaml("other", peft=other, output=str(done))) == 2
-        assert "is the run of another config (it differs in peft" in capsys.readouterr().err
+        assert "holds a run with other settings (it differs in peft" in capsys.readouterr().err
 
 
 def test_evaluate_and_predict_say_what_the_run_measured(done: Path, bench: Workbench, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_modules_in_the_upper_blocks_only(bench: Workbench, peft: str) -> None:
     record = EstimationRecord.load(folder / "estimation")
     assert {site.block for site in record.sites} == {1}
     for criterion in ("taylor", "fisher"):
-        for scores in (*record.of_blocks("heads", criterion), *record.of_blocks("neurons", criterion)):
+        for scores in (*record.block_scores("heads", criterion), *record.block_scores("neurons", criterion)):
             assert (scores > 0).all()
     plan = PrunePlan.load(folder / "plan.json")
     assert set(plan.sites) == {site.name for site in record.sites}

@@ -343,7 +343,7 @@ def test_a_part_of_the_blocks_that_floors_forbid_says_what_can_be_reached() -> N
 def test_a_depth_that_was_not_estimated() -> None:
     assert make_plan(make_record(layers=2, left_out=1), light_of(depth=1 / 3)).left_out
     with pytest.raises(
-        LightPeftError, match=r"depth 0\.333\d+ drops blocks that were there during estimation; estimate again"
+        LightPeftError, match=r"depth 0\.333\d+ drops blocks that were present during estimation; estimate again"
     ):
         make_plan(make_record(layers=3), light_of(depth=1 / 3))
 

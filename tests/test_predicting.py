@@ -15,7 +15,7 @@ import pytest
 import torch
 from tiny import refusal
 from transformers import AutoTokenizer
-from workbench import Workbench, labelled, lightpeft, read, write_rows
+from workbench import Workbench, labeled, lightpeft, read, write_rows
 
 from lightpeft import load_light
 from lightpeft.app.evaluation.predicting import predict
@@ -24,7 +24,7 @@ from lightpeft.app.runs import pipeline
 
 LABELS = ["negative", "positive"]
 METHODS = ("light", "plain", "full")
-TEXTS = [row["text"] for row in labelled(17, seed=9)]
+TEXTS = [row["text"] for row in labeled(17, seed=9)]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_tables_in_and_out(bench: Workbench, expected: np.ndarray, tmp_path: Pat
 def test_columns_are_called_the_same_in_predict_and_evaluate(
     bench: Workbench, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [{"sentence": row["text"], "label": row["label"]} for row in labelled(40, seed=2)]
+    rows = [{"sentence": row["text"], "label": row["label"]} for row in labeled(40, seed=2)]
     source, run = write_rows(tmp_path / "rows.csv", rows), bench.folder / "run" / "adapter"
     assert lightpeft("predict", run, source, option, "sentence", "--output", tmp_path / "out.csv") == 0
     predicted = table((tmp_path / "out.csv").read_text(encoding="utf-8"))
@@ -181,7 +181,7 @@ def test_a_run_that_says_nothing_of_its_task(halves: Workbench, tmp_path: Path) 
 
 def test_pairs(tmp_path: Path) -> None:
     bench = Workbench(tmp_path)
-    pairs = [{**row, "second": other["text"]} for row, other in zip(labelled(40), labelled(40, seed=3), strict=True)]
+    pairs = [{**row, "second": other["text"]} for row, other in zip(labeled(40), labeled(40, seed=3), strict=True)]
     train = write_rows(tmp_path / "pairs.csv", pairs)
     changes = {"data.train": str(train), "data.test": None, "data.columns.text_pair": "second"}
     pipeline.run(bench.config("pairs", **changes))
@@ -197,7 +197,7 @@ def test_another_text_column_by_likelihood(tmp_path: Path) -> None:
     """A language model that scores label words takes its texts from any column, as a head does."""
     bench = Workbench(tmp_path, "llama")
     words = {"positive": "good0", "negative": "bad0"}  # labels that the tokenizer knows
-    write_rows(bench.train, [{**row, "label": words[row["label"]]} for row in labelled(64)])
+    write_rows(bench.train, [{**row, "label": words[row["label"]]} for row in labeled(64)])
     pipeline.run(
         bench.config(
             "run",

@@ -138,7 +138,7 @@ def test_pruning_twice() -> None:
 
 
 def test_what_is_no_peft_model() -> None:
-    with pytest.raises(LightPeftError, match="is no PeftModel; give a model"):
+    with pytest.raises(LightPeftError, match="is not a PeftModel; pass a model"):
         EarlyPruner(make("bert"))  # type: ignore[arg-type]
 
 

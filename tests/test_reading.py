@@ -14,7 +14,7 @@ from tiny import inputs_for, make, refusal, with_lora, without_dropout
 from torch import Tensor, nn
 from training import chunks, dataset, trained_weights
 from transformers import TrainingArguments
-from workbench import Workbench, forked, labelled, lightpeft, read, write_rows
+from workbench import Workbench, forked, labeled, lightpeft, read, write_rows
 
 from lightpeft import EarlyPruner, LightTrainer, find_depth
 from lightpeft.app.runs import depth, pipeline
@@ -166,7 +166,7 @@ def test_a_run_says_if_ridge_regression_is_as_good(bench: Workbench, monkeypatch
 def test_rows_of_one_class_tell_no_depth(bench: Workbench, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Though the data have two: by chance, the rows that are looked at are alike."""
     last = int(torch.randperm(64, generator=torch.Generator().manual_seed(0))[-1])
-    rows = [{**row, "label": "positive" if number == last else "negative"} for number, row in enumerate(labelled(64))]
+    rows = [{**row, "label": "positive" if number == last else "negative"} for number, row in enumerate(labeled(64))]
     monkeypatch.setattr(depth, "PROBE_ROWS", 8)
     path = bench.yaml("alike", **AUTO, **{"data.train": str(write_rows(bench.folder / "alike.csv", rows))})
     assert lightpeft("run", "--config", path) == 2

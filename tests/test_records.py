@@ -85,12 +85,12 @@ def test_record_round_trip(record: EstimationRecord, tmp_path: Path) -> None:
 
 
 def test_record_answers_by_kind_and_criterion(record: EstimationRecord) -> None:
-    assert [len(scores) for scores in record.of_blocks("heads", "taylor")] == [4, 4, 4]
-    assert [len(scores) for scores in record.of_blocks("neurons", "random")] == [48, 48, 48]
-    assert record.of_modules("ratio").shape == (len(record.sites),)
-    assert [len(scores) for scores in record.of_ranks("magnitude")] == [4] * len(record.sites)
+    assert [len(scores) for scores in record.block_scores("heads", "taylor")] == [4, 4, 4]
+    assert [len(scores) for scores in record.block_scores("neurons", "random")] == [48, 48, 48]
+    assert record.module_scores("ratio").shape == (len(record.sites),)
+    assert [len(scores) for scores in record.rank_scores("magnitude")] == [4] * len(record.sites)
     with pytest.raises(LightPeftError) as error:
-        record.of_modules("mask")
+        record.module_scores("mask")
     assert 'no scores "modules/mask"' in message(error) and "modules/ratio" in message(error)
 
 
@@ -131,7 +131,7 @@ def test_record_with_unexpected_content(record: EstimationRecord, tmp_path: Path
     "damage",
     [
         lambda d: d.pop("specs"),
-        lambda d: d["specs"][0].update(colour="red"),
+        lambda d: d["specs"][0].update(color="red"),
         lambda d: d["blocks"][0].update(heads="0-x"),
         lambda d: d["blocks"][0].update(heads=[0, 1]),
         lambda d: d["blocks"].pop(),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from workbench import Workbench, checksums, edit, labelled, lightpeft, read, write_rows
+from workbench import Workbench, checksums, edit, labeled, lightpeft, read, write_rows
 
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import curve, pipeline
@@ -183,6 +183,7 @@ def test_contents_of_a_light_run(bench: Workbench) -> None:
         "Units kept in each layer",
         "Training loss",
         "Quality on the test rows",
+        "Quality over the run",
         "Parameters",
         "Time and memory",
         "Loss at each budget",
@@ -192,6 +193,9 @@ def test_contents_of_a_light_run(bench: Workbench) -> None:
     for spec, kept in run.plan.parts:
         assert f"{len(kept.heads)}/{spec.heads}" in found.text and f"{len(kept.neurons)}/{spec.neurons}" in found.text
     assert "Estimation ends" in found.text and "Training at full width" in found.text
+    assert run.report.milestones
+    for moment, values in run.report.milestones.metrics.items():
+        assert f"{moment.replace('_', ' ')} {100 * values['accuracy']:.1f}%" in found.text
     for point in run.curve["points"]:
         assert f"{100 * point['removed_of_blocks']:.1f}% {point['rise']:+.3f}" in found.text
     assert f"lightpeft run --config {bench.folder}/light/config.yaml --output {bench.folder}/light_again" in found.text
@@ -305,7 +309,7 @@ class TestAutoBudget:
     def test_of_a_real_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("lightpeft.budget.room.SEARCH_FRACTION", 100.0)
         bench = Workbench(tmp_path)
-        write_rows(bench.train, labelled(600, seed=1))
+        write_rows(bench.train, labeled(600, seed=1))
         fisher = {"light.estimate.criterion": "fisher"}
         auto = {"light.remove.blocks": "auto"}
         pipeline.run(bench.config("run", **fisher, **auto, **{"training.epochs": 0.5}))
@@ -358,7 +362,7 @@ def test_many_blocks_stay_on_one_screen(bench: Workbench) -> None:
         assert len(drawing.__html__()) < 100_000
 
 
-def test_a_drawing_has_the_pages_colours_and_no_names() -> None:
+def test_a_drawing_has_the_pages_colors_and_no_names() -> None:
     @STYLED
     def draw() -> str:
         drawing = Drawing(100, 80, "a <figure> & more", grid="both")
@@ -449,9 +453,9 @@ return [...document.querySelectorAll("body *")]
     .map(each => each.outerHTML.slice(0, 200));
 """
 """Elements that stick out of the window, but for what scrolls in its own place."""
-COLOURS = """
+COLORS = """
 const style = getComputedStyle(document.body);
-return [style.backgroundColor, style.color].map(colour => colour.match(/\\d+/g).slice(0, 3).map(Number));
+return [style.backgroundColor, style.color].map(color => color.match(/\\d+/g).slice(0, 3).map(Number));
 """
 """Of paper and ink, as numbers."""
 SHRUNK = """
@@ -475,7 +479,7 @@ def test_in_a_browser(bench: Workbench, browser: Any, tmp_path: Path, name: str,
     assert browser.get_log("browser") == []
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.execute_script(WIDER) == []
-    paper, ink = map(sum, browser.execute_script(COLOURS))
+    paper, ink = map(sum, browser.execute_script(COLORS))
     assert (paper > ink) == (scheme == "light")
     sizes = browser.execute_script(SHRUNK)
     assert sizes and min(sizes) > 0.9  # letters stay legible

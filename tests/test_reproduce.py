@@ -42,7 +42,7 @@ from lightpeft.app.runs.reproduce import (
     ARMS,
     Results,
     Row,
-    joined,
+    join_results,
     load_grid,
     markdown_table,
     read_results,
@@ -427,7 +427,7 @@ def test_a_folder_belongs_to_one_grid(bench: Workbench, finished: Path, tmp_path
     before = stamps(finished)
     shorter = {**yaml.safe_load((bench.folder / "grid.yaml").read_text())["run"], "peft": {"r": 2}}
     file = grid_file(tmp_path / "grid.yaml", bench, run=shorter)
-    with pytest.raises(LightPeftError, match=r"is the run of another config \(it differs in peft"):
+    with pytest.raises(LightPeftError, match=r"holds a run with other settings \(it differs in peft"):
         reproduce(file, finished, launch=in_this_process)
     assert stamps(finished) == before
 
@@ -617,7 +617,7 @@ def test_results_of_the_repository_are_read(path: Path) -> None:
 def test_published_results_are_those_of_their_grid(name: str, tmp_path: Path) -> None:
     grid = GRIDS[0].parents[1] / name
     published = read_results(grid.with_suffix(".results.json"))
-    results = joined(grid.with_suffix(".yaml"), [grid.with_suffix(".results.json")], tmp_path)
+    results = join_results(grid.with_suffix(".yaml"), [grid.with_suffix(".results.json")], tmp_path)
     assert [row.quality for row in results.rows] == [row.quality for row in published.rows]
 
 
@@ -663,13 +663,13 @@ def test_parts_of_a_grid_are_one_table(tmp_path: Path) -> None:
     """As if all had run in one folder; of what two parts have, the first one's counts."""
     file = grid_file(tmp_path / "grid.yaml", seeds=[0, 1])
     one, other = parts(file, tmp_path)
-    results = joined(file, [one, other.parent], tmp_path / "whole")
+    results = join_results(file, [one, other.parent], tmp_path / "whole")
     assert read_results(tmp_path / "whole/results.json") == results
     lora, light = results.rows
     assert (lora.seeds, lora.quality) == ([0, 1], [0.5, 0.61]), "seed 0 is the first part's"
     assert light.difference == [0.0, 0.0]
     assert list(results.reports) == [cell.name for cell in load_grid(file).cells(tmp_path)]
-    assert joined(file, [other, one], tmp_path / "other").rows[0].quality == [0.51, 0.61]
+    assert join_results(file, [other, one], tmp_path / "other").rows[0].quality == [0.51, 0.61]
 
 
 def test_parts_that_were_spread_over_devices(tmp_path: Path) -> None:
@@ -679,7 +679,7 @@ def test_parts_that_were_spread_over_devices(tmp_path: Path) -> None:
     for cell in cells:
         fake_report(cell.config, 0.5)
     write_results(out, summarize(grid, cells))
-    assert len(joined(file, [out], tmp_path / "whole").rows) == 2
+    assert len(join_results(file, [out], tmp_path / "whole").rows) == 2
 
 
 def test_a_part_of_another_grid_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -697,12 +697,12 @@ def test_a_part_of_another_grid_is_refused(tmp_path: Path, capsys: pytest.Captur
         (file, tmp_path / "none", "none does not exist"),
     ):
         with pytest.raises(LightPeftError, match=message):
-            joined(grid, [part], tmp_path / "whole")
+            join_results(grid, [part], tmp_path / "whole")
     altered = read_json(one)
     altered["reports"]["tiny/words/lora/0"].setdefault("config", {})["later"] = 1
     write_json(tmp_path / "altered.json", altered)
     with pytest.raises(LightPeftError, match=r"cannot read cell .*lora/0.*later"):
-        joined(file, [tmp_path / "altered.json"], tmp_path / "whole")
+        join_results(file, [tmp_path / "altered.json"], tmp_path / "whole")
     with pytest.raises(SystemExit) as stopped:
         cli.main(["reproduce", str(file), "--join", str(one), "--only", "seed=0"])
     assert stopped.value.code == 2 and "--join runs no cell" in capsys.readouterr().err

@@ -85,7 +85,7 @@ MISFITS: dict[str, dict[str, Any]] = {
     "light.modules.blocks": {"light.modules.blocks": 0.5},
     "data.max_length": {"data.max_length": 16},
     "share no estimation; both must be light": {"method": "plain"},
-    "blocks that were there during estimation": {"light.remove.depth": 0.5},
+    "blocks that were present during estimation": {"light.remove.depth": 0.5},
 }
 
 

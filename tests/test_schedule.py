@@ -151,7 +151,7 @@ def test_a_part_of_the_run_is_longer_for_its_examples_and_a_number_of_steps_is_n
     with pytest.raises(LightPeftError, match="too few for a reliable plan, which needs 256"):
         fit_stage(light_of(length=0.1), pace, 80)
     light, unable = remove_nothing_if_short(light_of(blocks="auto", length=0.1), pace, 80)
-    assert unable is not None and not light.chooses and light.rates.scale == 1
+    assert unable is not None and not light.uses_scores and light.rates.scale == 1
     assert remove_nothing_if_short(light_of(blocks="auto", length=0.1), pace, 400)[1] is None
     assert remove_nothing_if_short(light_of(length=0.1), pace, 80) == (light_of(length=0.1), None), (
         "what is asked for is refused"

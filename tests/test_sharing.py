@@ -105,7 +105,7 @@ def test_revisions(name: str, hub: LocalHub, home: Path) -> None:
     commit = hub.repositories["me/light"].branches["v2"]
     assert load_light("me/light", revision=commit).light_plan == plans[1]
     assert refusal(lambda: load_light("me/light", revision="v3")) == (
-        "there is no folder me/light here, and me/light on the hub has no revision v3"
+        "folder me/light does not exist, and me/light on the hub has no revision v3"
     )
     assert "name different revisions" in refusal(lambda: load_light("me/light@v2", revision="main"))
     assert "is a folder" in refusal(lambda: load_light(home / "light", revision="main"))
@@ -126,7 +126,7 @@ def test_what_cannot_be_had(
     hub.add("me/base", home / "base")
     hub.add("me/gated", home / "light", gated=True)
     assert refusal(lambda: load_light("me/nothing")) == (
-        "there is no folder me/nothing here, and no such repository on the hub; "
+        "folder me/nothing does not exist, and no such repository on the hub; "
         "if it is private, log in (hf auth login), or give a token"
     )
     hub.add("me/broken", home / "light", broken=True)
@@ -215,7 +215,7 @@ def test_weights_of_before_go(owner: LocalHub, home: Path) -> None:
 def test_what_is_not_sent(hub: LocalHub, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = refusal(lambda: push_to_hub(home / "light", "me/light"))
     assert said.startswith("cannot upload me/light to the hub: ") and "log in (hf auth login)" in said
-    assert "is no light adapter or merged light model" in refusal(lambda: push_to_hub(home / "base", "me/base"))
+    assert "is not a light adapter or merged light model" in refusal(lambda: push_to_hub(home / "base", "me/base"))
     damaged = shutil.copytree(home / "light", tmp_path / "damaged")
     (damaged / "adapter_model.safetensors").write_bytes(b"x")
     assert "altered or damaged" in refusal(lambda: push_to_hub(damaged, "me/light", token=hub.token))

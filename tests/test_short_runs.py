@@ -8,14 +8,14 @@ import pytest
 import short_runs
 import workbench
 from short_runs import Cell
-from workbench import labelled, read, stamps
+from workbench import labeled, read, stamps
 
 
 def test_cells_of_both_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command of README says nothing of budget and length; a fixed budget trains to its end."""
     monkeypatch.setattr(workbench, "POSITIONS", 128)
     base, out = workbench.save_base(tmp_path / "base"), tmp_path / "out"
-    rated = [(name, labelled(400, seed=number)) for number, name in enumerate(short_runs.SOURCES)]
+    rated = [(name, labeled(400, seed=number)) for number, name in enumerate(short_runs.SOURCES)]
     monkeypatch.setattr(short_runs, "ratings", lambda: iter(rated))
     cells = {
         "budgets": [Cell("budgets", "movies", 64, "light", 0.4), Cell("budgets", "movies", 64, "plain")],
@@ -27,7 +27,7 @@ def test_cells_of_both_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     fixed = read(out / "cells/budgets-movies-64-light-40%-0.json")
     assert fixed["removed"] == 0.4 and fixed["stopped"] is None and fixed["steps"] == 80
     first = read(out / "cells/first-movies-280-light-0.json")
-    assert "and there are 184" in first["unmeasured"]
+    assert "but there are 184" in first["unmeasured"]
     assert first["cpu_seconds"] > 0 and 0 < first["accuracy"] <= 1
     assert not (out / "cells/first-banking77-300-light-0.json").exists()  # its rows are in no folder that was given
     before = stamps(out / "cells")
@@ -46,5 +46,5 @@ def test_near_neutral_ratings_are_left_out(tmp_path: Path) -> None:
 
 
 def test_the_task_with_eight_classes_has_rows_of_every_source() -> None:
-    rows = short_runs.eight({name: labelled(60, seed=number) for number, name in enumerate(short_runs.SOURCES)})
+    rows = short_runs.eight({name: labeled(60, seed=number) for number, name in enumerate(short_runs.SOURCES)})
     assert len(rows) == 4 * 60 and len({row["label"] for row in rows}) == 8

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -104,6 +106,27 @@ def test_every_public_name_has_one_place_in_the_reference() -> None:
     public = [name.removeprefix("lightpeft.") for name in placed if name.count(".") == 1]
     assert sorted(public) == sorted(lightpeft.__all__)
     assert len(placed) == len(set(placed))
+
+
+def documented() -> list[tuple[str, Any]]:
+    """Every name of the API pages with its object."""
+    pages = sorted((ROOT / "docs/reference/api").glob("*.md"))
+    names = [name.rpartition(".") for page in pages for name in PLACED.findall(page.read_text(encoding="utf-8"))]
+    return [(f"{home}.{name}", getattr(importlib.import_module(home), name)) for home, _, name in names]
+
+
+def test_docstrings_of_the_api_stand_alone() -> None:
+    """With an example, and for a function all arguments and the result."""
+    lacking = []
+    for name, value in documented():
+        text = inspect.getdoc(value) or ""
+        wanted = [] if value is LightPeftError else ["Example"]
+        if inspect.isfunction(value) and name != "lightpeft.light_trainer":
+            signature = inspect.signature(inspect.unwrap(value))
+            wanted += [f"  {argument}: " for argument in signature.parameters]
+            wanted += ["Returns:"] * (str(signature.return_annotation) not in ("None", "Iterator[None]"))
+        lacking += [f"{name}: {part.strip()}" for part in wanted if part not in text]
+    assert not lacking
 
 
 SETTING = re.compile(r"(?<![\w.-])(?:light|training|data|tasks\.NAME)(?:\.[a-z_]+)+(?![\w(])")
@@ -251,7 +274,7 @@ PAPER = "return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).s
 
 @telling("scheme", ["light", "dark"], {"light"})
 def test_pages_in_a_browser(scheme: str, browser: Any, address: str) -> None:
-    """Nothing goes wrong, nothing is wider than a window, and colours are those that the reader's system asks for."""
+    """Nothing goes wrong, nothing is wider than a window, and colors are those that the reader's system asks for."""
     wanted = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     for name in (
         "index.html",

@@ -68,7 +68,7 @@ def fill_cache(folder: Path) -> Path:
     workbench.save_base(folder / "minilm", "bert")
     (folder / "movie_reviews").mkdir()
     for name, count in (("train", 1600), ("test", 200)):
-        workbench.write_rows(folder / "movie_reviews" / f"{name}.csv", workbench.labelled(count, seed=len(name)))
+        workbench.write_rows(folder / "movie_reviews" / f"{name}.csv", workbench.labeled(count, seed=len(name)))
     return folder
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from workbench import Workbench, at_step, in_child, labelled, lightpeft, read, signalling, write_rows
+from workbench import Workbench, at_step, in_child, labeled, lightpeft, read, signalling, write_rows
 
 from lightpeft.app.folders.opening import open_result
 from lightpeft.app.runs import pipeline
@@ -32,7 +32,7 @@ def test_rows_are_set_aside_of_few_that_come_often(rows: int, epochs: int) -> No
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     """240 rows, a third of whose labels are wrong: who goes on learns them by heart."""
     made = Workbench(tmp_path_factory.mktemp("stopping"))
-    rows, drawn = labelled(240, seed=1), random.Random(0)
+    rows, drawn = labeled(240, seed=1), random.Random(0)
     wrong = {"positive": "negative", "negative": "positive"}
     spoilt = [{**row, "label": wrong[row["label"]] if drawn.random() < 1 / 3 else row["label"]} for row in rows]
     write_rows(made.train, spoilt)
@@ -79,7 +79,7 @@ def test_check_says_so(bench: Workbench) -> None:
     settings = {**AUTO, "light.remove.blocks": "auto"}
     lines = list(check(pipeline.prepare(bench.config("checked", **settings))).summary())
     assert lines[0] == (
-        "removes 40% of the blocks, or nothing if estimation teaches nothing: a budget search needs 512 training "
-        "rows, and there are 200"
+        "removes 40% of the blocks, or nothing if the loss hardly falls in estimation: a budget search needs 512 "
+        "training rows, but there are 200"
     )
-    assert lines[1] == "stops before its 208 steps are over if the loss on 40 held-out rows rises"
+    assert lines[1] == "stops before the last of its 208 steps if the loss on 40 held-out rows stops falling"

@@ -202,7 +202,7 @@ def test_a_projection_without_weights(lost: str, tmp_path: Path, monkeypatch: py
     assert f"cannot read the weights of {name}" in text and "without low_memory" in text
 
 
-def test_quantised_bases_and_gguf_files_are_refused(tmp_path: Path) -> None:
+def test_quantized_bases_and_gguf_files_are_refused(tmp_path: Path) -> None:
     light = saved(tmp_path, "bert")
     config: Any = transformers_model(light).config
     config.quantization_config = BitsAndBytesConfig(load_in_8bit=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -55,6 +56,17 @@ def test_the_pages_that_are_done_are_in_plain_english() -> None:
     assert style.pages() and not found, "\n".join(found)
 
 
+def test_every_page_is_checked() -> None:
+    """Those of the root, too; a generated page is made of docstrings."""
+    written = {
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        ROOT / "benchmarks/README.md",
+        ROOT / "examples/README.md",
+    }
+    assert written - set(style.pages()) == {ROOT / page for page in style.GENERATED}
+
+
 def test_other_checks_get_the_prose_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Line by line, so that a fault that proselint finds has its line."""
     (tmp_path / "a.md").write_text(f"# Title\n\n```\ncode\n```\n[The cut](x.md) of `y`.\n\n{LONG}.\n")
@@ -87,9 +99,15 @@ GONE = (
     "def _weigh(",
 )
 """Words of a private vocabulary that names and messages had once."""
+BRITISH = re.compile(r"quantis|labelled(?!by)|modelling|licence|colour|tokenis|normalis|initialis", re.IGNORECASE)
 
 
 @pytest.mark.parametrize("words", GONE)
 def test_words_of_our_own_are_gone(words: str) -> None:
     found = [path for path in (ROOT / "src").rglob("*.py") if words in path.read_text(encoding="utf-8")]
+    assert not found
+
+
+def test_names_are_spelt_as_the_libraries_spell_them() -> None:
+    found = [path for path in (ROOT / "src").rglob("*.py") if BRITISH.search(path.read_text(encoding="utf-8"))]
     assert not found

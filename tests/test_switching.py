@@ -158,26 +158,26 @@ def test_heads_of_several_sorts_share_the_base(tmp_path: Path) -> None:
 
 
 def test_the_one_asked_for_the_longest_time_ago_goes(tmp_path: Path) -> None:
-    switch = LightSwitch(over_one_base(tmp_path), most=2)
-    assert switch.names == tuple(switch) == ("first", "second", "third") and len(switch) == 3 and switch.kept == ()
+    switch = LightSwitch(over_one_base(tmp_path), cache_size=2)
+    assert switch.names == tuple(switch) == ("first", "second", "third") and len(switch) == 3 and switch.cached == ()
     first = weakref.ref(switch["first"])
     switch["second"]
-    assert switch["first"] is first() and switch.kept == ("second", "first")
+    assert switch["first"] is first() and switch.cached == ("second", "first")
     switch["third"]
-    assert switch.kept == ("first", "third")
+    assert switch.cached == ("first", "third")
     switch["second"]
-    assert switch.kept == ("third", "second") and first() is None, "nobody holds it, so it goes at once"
+    assert switch.cached == ("third", "second") and first() is None, "nobody holds it, so it goes at once"
 
 
 def test_a_model_lives_as_long_as_somebody_holds_it(tmp_path: Path) -> None:
     places = over_one_base(tmp_path)
-    switch = LightSwitch(places, most=1)
+    switch = LightSwitch(places, cache_size=1)
     first, expected = switch["first"], logits(load_light(places["first"]))
     switch["second"]
-    assert switch.kept == ("second",) and logits(first).equal(expected)
+    assert switch.cached == ("second",) and logits(first).equal(expected)
     assert shared_names(first, switch["second"]), "what has gone still shares"
     switch.remove("first")
-    assert "first" not in switch and switch.kept == ("second",) and logits(first).equal(expected)
+    assert "first" not in switch and switch.cached == ("second",) and logits(first).equal(expected)
 
 
 def test_closing_frees_everything(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_closing_frees_everything(tmp_path: Path) -> None:
         del models[1:]
         gc.collect()
         assert all(tensor() is not None for tensor in held)
-    assert len(switch) == 0 and switch.kept == ()
+    assert len(switch) == 0 and switch.cached == ()
     models.clear()
     assert not any(tensor() is not None for tensor in held), "the last model took them along"
     assert "the switch has no task first" in refusal(lambda: switch["first"])
@@ -247,7 +247,7 @@ def test_threads_that_switch_at_random_get_the_right_answers(name: str, tmp_path
     places = over_one_base(tmp_path, name, count=4)
     alone = {task: load_light(folder, dtype="bfloat16") for task, folder in places.items()}
     expected = {task: logits(model) for task, model in alone.items()}
-    switch = LightSwitch(places, most=2, dtype="bfloat16")
+    switch = LightSwitch(places, cache_size=2, dtype="bfloat16")
 
     def work(number: int) -> int:
         order = random.Random(number)
@@ -256,7 +256,7 @@ def test_threads_that_switch_at_random_get_the_right_answers(name: str, tmp_path
             model = switch[task]
             for _ in range(order.randrange(1, 4)):
                 assert logits(model).equal(expected[task]), task
-        return len(switch.kept)
+        return len(switch.cached)
 
     assert max(together(4, work)) <= 2
     assert len(loads) > 4, "models went and came back"
@@ -272,13 +272,13 @@ def test_loading_changes_nothing_that_others_compute_by(tmp_path: Path, monkeypa
 
 def test_a_load_that_fails_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     places = over_one_base(tmp_path)
-    switch = LightSwitch(places, most=2)
+    switch = LightSwitch(places, cache_size=2)
     first, second = switch["first"], switch["second"]
     weights = places["third"] / "adapter_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
     assert "adapter_model.safetensors" in refusal(lambda: switch["third"])
-    assert switch.kept == ("first", "second") and switch["first"] is first and switch["second"] is second
+    assert switch.cached == ("first", "second") and switch["first"] is first and switch["second"] is second
     weights.write_bytes(whole)
     assert logits(switch["third"]).equal(logits(load_light(places["third"])))
 
@@ -344,7 +344,7 @@ def test_a_base_that_changes_is_refused(tmp_path: Path) -> None:
 
 def test_settings_that_make_no_sense(tmp_path: Path) -> None:
     places = over_one_base(tmp_path, count=2)
-    assert "most is 0; set the cache size to at least 1 model" in refusal(lambda: LightSwitch(places, most=0))
+    assert "cache_size is 0; set it to at least 1 model" in refusal(lambda: LightSwitch(places, cache_size=0))
     switch = LightSwitch(places)
     assert "has no task frist; did you mean first?" in refusal(lambda: switch["frist"])
     assert "has no task frist" in refusal(lambda: switch.remove("frist"))

@@ -14,6 +14,7 @@ from lightpeft.app.cli.tables import (
     metrics_table,
     milestones_table,
     paired_table,
+    parameters_table,
     per_class_table,
     plan_table,
 )
@@ -71,13 +72,28 @@ def cells(table: Table) -> list[list[str]]:
 
 
 def test_metrics_with_intervals() -> None:
-    table = metrics_table({"accuracy": 0.8125, "tokens": 1234.0}, {"accuracy": (0.75, 0.875), "tokens": None}, "run[a]")
+    metrics = {"accuracy": 0.8125, "tokens": 1234.0, "examples": 40.0}
+    table = metrics_table(metrics, {"accuracy": (0.75, 0.875), "tokens": None}, "run[a]")
     assert text(table).startswith("run[a]")
     assert cells(table) == [
         ["metric", "value", "95% interval"],
         ["accuracy", "0.8125", "0.7500 to 0.8750"],
         ["tokens", "1,234", ""],
+        ["test rows", "40", ""],
     ]
+
+
+def test_parameters_have_names_that_need_no_explanation() -> None:
+    light = {"base_dense": 2000, "base": 1500, "base_removed_ratio": 0.25, "peft": 30, "head": 4, "trained": 34}
+    assert cells(parameters_table(light)) == [
+        ["base model, before the cut", "2,000"],
+        ["base model, after the cut", "1,500 (25.0% removed)"],
+        ["PEFT modules", "30"],
+        ["head, saved with them", "4"],
+        ["trained parameters", "34"],
+    ]
+    whole = {"base_dense": 2000, "base": 2000, "base_removed_ratio": 0.0, "peft": 0, "head": 0}
+    assert cells(parameters_table(whole)) == [["base model", "2,000"]]
 
 
 def test_two_models_side_by_side() -> None:

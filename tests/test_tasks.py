@@ -159,7 +159,7 @@ class TestHub:
         assert datasets.are_progress_bars_disabled() == before
 
 
-def labelled(tmp_path: Path, labels: list[Any], name: str = "train.jsonl", texts: list[Any] | None = None) -> str:
+def labeled(tmp_path: Path, labels: list[Any], name: str = "train.jsonl", texts: list[Any] | None = None) -> str:
     texts = texts or [f"text {i}" for i in range(len(labels))]
     return write_jsonl(tmp_path / name, [{"text": t, "label": v} for t, v in zip(texts, labels, strict=True)])
 
@@ -176,7 +176,7 @@ class TestClassification:
         ],
     )
     def test_label_sets(self, tmp_path: Path, labels: list[Any], expected: list[str]) -> None:
-        source = labelled(tmp_path, labels)
+        source = labeled(tmp_path, labels)
         task = load_task(DataConfig(train=source, test=source))
         assert isinstance(task, ClassificationTask)
         assert task.labels == expected
@@ -192,7 +192,7 @@ class TestClassification:
         assert "data.test row 1" in error_of(ClassificationTask.check, hidden, TaskEntry(), "data.test")
 
     def test_split_is_fixed_and_complete(self, tmp_path: Path) -> None:
-        source = labelled(tmp_path, [i % 2 for i in range(50)])
+        source = labeled(tmp_path, [i % 2 for i in range(50)])
         first, again = load_task(DataConfig(train=source)), load_task(DataConfig(train=source))
         assert first.test["text"][:] == again.test["text"][:]
         assert first.train["text"][:] == again.train["text"][:]
@@ -200,7 +200,7 @@ class TestClassification:
         assert sorted(first.train["text"][:] + first.test["text"][:]) == sorted(f"text {i}" for i in range(50))
 
     def test_limits(self, tmp_path: Path) -> None:
-        source = labelled(tmp_path, [i % 2 for i in range(50)])
+        source = labeled(tmp_path, [i % 2 for i in range(50)])
         task = load_task(DataConfig(train=source, test=source, limit_train=20, limit_test=3))
         assert len(task.test) == 3
         assert task.test["text"][:] != ["text 0", "text 1", "text 2"]
@@ -210,7 +210,7 @@ class TestClassification:
 
     def test_bad_rows(self, tmp_path: Path) -> None:
         def line(labels: list[Any], texts: list[Any] | None = None, **settings: Any) -> str:
-            return error_of(load_task, DataConfig(train=labelled(tmp_path, labels, texts=texts), **settings))
+            return error_of(load_task, DataConfig(train=labeled(tmp_path, labels, texts=texts), **settings))
 
         wrong = line([0, 1, 0], columns={"text": "txet"})
         assert 'data.columns.text is "txet"' in wrong and "text, label" in wrong and 'did you mean "text"?' in wrong
@@ -227,13 +227,13 @@ class TestClassification:
         assert "too few to hold out" in line([1])
 
     def test_unseen_test_labels(self, tmp_path: Path) -> None:
-        train, test = labelled(tmp_path, [0, 1, 0]), labelled(tmp_path, [0, 3, 2], "test.jsonl")
+        train, test = labeled(tmp_path, [0, 1, 0]), labeled(tmp_path, [0, 3, 2], "test.jsonl")
         line = error_of(load_task, DataConfig(train=train, test=test))
         assert 'labels that training lacks: "2", "3"' in line and 'training has "0", "1"' in line
 
     def test_encode_and_collate_for_bert(self, tmp_path: Path, minilm: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(str(minilm))
-        source = labelled(tmp_path, ["no", "yes"], texts=["hello world", "a " * 40])
+        source = labeled(tmp_path, ["no", "yes"], texts=["hello world", "a " * 40])
         task = load_task(DataConfig(train=source, test=source))
         encoded = cut_to(task, 12).encode(task.train, tokenizer)
         assert encoded.column_names == ["input_ids", "attention_mask", "length", "labels"]

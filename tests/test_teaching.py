@@ -44,7 +44,7 @@ from workbench import (
     at_step,
     in_child,
     in_children,
-    labelled,
+    labeled,
     lightpeft,
     read,
     save_base,
@@ -316,7 +316,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     changes = {"method": "full", "model.name": str(made.folder / "other"), "training.learning_rate": 3e-3}
     pipeline.run(made.config("teacher", **changes, **{"training.epochs": 10}))
     draw = random.Random(0)
-    spoilt = [{**row, "label": draw.choice(["positive", "negative"])} for row in labelled(64, seed=1)]
+    spoilt = [{**row, "label": draw.choice(["positive", "negative"])} for row in labeled(64, seed=1)]
     write_rows(made.train, spoilt)
     return made
 
@@ -347,7 +347,7 @@ def test_without_the_teacher_it_learns_nothing(bench: Workbench) -> None:
 def test_the_run_folder_has_what_the_teacher_predicts(bench: Workbench) -> None:
     """Row by row; rows that are set aside to stop by have none."""
     changes = {"training.epochs": "auto", "training.batch_size": 16, "method": "plain"}
-    rows = labelled(240, seed=4)
+    rows = labeled(240, seed=4)
     data = write_rows(bench.folder / "many.csv", rows)
     work = pipeline.prepare(taught(bench, "predicted", **changes, **{"data.train": str(data)}))
     assert work.held_rows is not None and len(work.train_rows) == 200
@@ -400,7 +400,7 @@ def test_two_processes_ask_it_for_half_of_the_rows_each(bench: Workbench) -> Non
 
 
 def test_it_is_asked_again_where_teacher_rows_or_file_are_others(bench: Workbench) -> None:
-    rows, teacher = labelled(20, seed=6), shutil.copytree(bench.folder / "teacher/model", bench.folder / "copied")
+    rows, teacher = labeled(20, seed=6), shutil.copytree(bench.folder / "teacher/model", bench.folder / "copied")
     data, calls = write_rows(bench.folder / "few.csv", rows), []
 
     def asked() -> int:
@@ -437,7 +437,7 @@ def test_a_finished_run_needs_its_teacher_no_more(bench: Workbench) -> None:
 def test_other_kinds(tmp_path: Path, kind: str) -> None:
     """A student of random labels gives what its teacher does."""
     base, draw = save_base(tmp_path / "base"), random.Random(0)
-    texts = [row["text"] for row in labelled(48, seed=5)]
+    texts = [row["text"] for row in labeled(48, seed=5)]
     if kind == "regression":
         rows = [{"text": text, "label": draw.random()} for text in texts]
     else:
@@ -538,7 +538,9 @@ def test_a_trainer_refuses_other_names_and_answers_that_are_none(tmp_path: Path)
     assert "row 24 of the training rows: teacher_logits is empty" in said(make("bert"), None, none)
     own = said(make("bert"), make("bert", 7), cls=OwnLoss)
     assert "LightOwnLoss has a loss of its own, which ignores a teacher" in own
-    assert "teacher_weight is 0; it lies in (0, 1]" in refusal(lambda: trainer("classes", tmp_path, teacher_weight=0))
+    assert "teacher_weight is 0; it must be in (0, 1]" in refusal(
+        lambda: trainer("classes", tmp_path, teacher_weight=0)
+    )
 
 
 def refused(bench: Workbench, capsys: pytest.CaptureFixture[str], **changes: Any) -> str:
@@ -572,7 +574,7 @@ def test_a_run_refuses(bench: Workbench, capsys: pytest.CaptureFixture[str], tmp
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     line = refused(bench, capsys, **{"training.teacher": str(broken)})
     assert "the teacher's logits of 64 of 64 rows are NaN or infinite (row 1, 2, 3, 4, 5, ...)" in line
-    rows = [{"text": row["text"], "label": index % 7} for index, row in enumerate(labelled(40))]
+    rows = [{"text": row["text"], "label": index % 7} for index, row in enumerate(labeled(40))]
     numbers = {"data.task": "regression", "data.train": str(write_rows(tmp_path / "numbers.csv", rows))}
     line = refused(bench, capsys, **numbers, **{"data.test": None})
     assert "was trained for classification and cannot answer regression" in line

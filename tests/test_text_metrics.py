@@ -19,7 +19,7 @@ from lightpeft.app.tasks.text_metrics import best, by_answerability, exact, norm
         ("Beyoncé", "beyoncé"),
     ],
 )
-def test_normalisation(text: str, expected: str) -> None:
+def test_normalization(text: str, expected: str) -> None:
     assert normalize_answer(text) == expected
 
 

@@ -62,7 +62,7 @@ def test_the_same_answers_from_fewer_tokens(
     rows_of = AutoModel.from_pretrained(small).get_input_embeddings().weight
     assert len(rows_of) == after
     other = AutoTokenizer.from_pretrained(small)("neutral words that no row had")["input_ids"]
-    assert max(other) < after, "other texts are still tokenised"
+    assert max(other) < after, "other texts are still tokenized"
 
 
 def test_every_text_of_a_row_counts_unless_a_column_is_named(encoder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Fewer tokens: what stays is as it was, every text can still be tokenised, and runs carry it to the end."""
+"""Fewer tokens: what stays is as it was, every text can still be tokenized, and runs carry it to the end."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def test_fewer_tokens_and_the_same_ids_for_what_needs_them(name: str) -> None:
 
 @every_tokenizer
 @given(text=st.text(max_size=40))
-def test_any_text_is_tokenised_without_an_unknown_where_there_was_none(name: str, text: str) -> None:
+def test_any_text_is_tokenized_without_an_unknown_where_there_was_none(name: str, text: str) -> None:
     whole, (small, _) = tokenizer_of(name), smaller(name)
     ids = ids_of(small, [text])[0]
     assert all(0 <= token < len(small) for token in ids)
@@ -219,7 +219,7 @@ def test_any_text_is_tokenised_without_an_unknown_where_there_was_none(name: str
 
 @every_tokenizer
 @given(data=st.data())
-def test_a_text_whose_tokens_stay_is_tokenised_as_before(name: str, data: st.DataObject) -> None:
+def test_a_text_whose_tokens_stay_is_tokenized_as_before(name: str, data: st.DataObject) -> None:
     """Texts put together from tokens that stay: some of them take tokens that do not, the others must be equal."""
     whole, (small, vocabulary) = tokenizer_of(name), smaller(name)
     pieces = [whole.convert_ids_to_tokens(token).removeprefix("##") for token in vocabulary.kept]

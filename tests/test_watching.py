@@ -72,7 +72,7 @@ class TestConstantAnswers:
         assert constant is not None and list(constant.predictions) == [best] * 3
         assert constant.references == references
 
-    def test_language_modelling_has_none(self) -> None:
+    def test_language_modeling_has_none(self) -> None:
         answers = Answers([(1.0, 2.0, 3.0)], [None])
         assert majority_answers(answers) is None
         assert majority_score(answers, task_of(CausalLMTask)) == {}
@@ -153,7 +153,7 @@ class TestDoubts:
         (line,) = told(Answers([value + 50 for value in right], right), task)
         assert " is worse than the majority baseline 133.2500 (always the mean, 19.5); " in line
 
-    def test_language_modelling_and_single_rows_tell_nothing(self) -> None:
+    def test_language_modeling_and_single_rows_tell_nothing(self) -> None:
         assert told(Answers([(1.0, 2.0, 3.0)] * 3, [None] * 3), task_of(CausalLMTask)) == []
         assert told(classes(0, 1), CLASSES) == []
 
@@ -270,7 +270,7 @@ def test_watching_changes_nothing(bench: Workbench, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("method", ["light", "plain", "full"])
 def test_a_base_that_can_answer_is_asked(llama: Workbench, method: str) -> None:
-    """The language-modelling head needs no training to answer."""
+    """The language-modeling head needs no training to answer."""
     pipeline.run(llama.config(method, method=method, **FEW))
     found = milestones(llama.folder / method)
     between = ["after_estimation", "after_pruning"] if method == "light" else []

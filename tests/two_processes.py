@@ -42,7 +42,7 @@ STEPS, ROWS = 3, 8
 learning.FEWEST_TELLING = 2 * ROWS  # of both processes, in the last window of two steps
 
 
-def loop(parts: int = 1, synchronise: str = "last", **options: Any) -> Estimator:
+def loop(parts: int = 1, synchronize: str = "last", **options: Any) -> Estimator:
     """A hand-written loop over this process's share of the rows, in `parts` backward passes a step."""
     model = student()
     parallel = DistributedDataParallel(model, **options)
@@ -53,7 +53,7 @@ def loop(parts: int = 1, synchronise: str = "last", **options: Any) -> Estimator
         rows = list(chunks(batch(rows=ROWS, length=20, seed=step, labels=True), ROWS // dist.get_world_size()))
         shares = list(chunks(rows[dist.get_rank()], ROWS // dist.get_world_size() // parts))
         for index, share in enumerate(shares):
-            wait = synchronise == "last" and index < parts - 1
+            wait = synchronize == "last" and index < parts - 1
             with parallel.no_sync() if wait else nullcontext():
                 (parallel(**share).loss / parts).backward()
         estimator.step()
@@ -141,7 +141,7 @@ def main(folder: Path) -> None:
         "ddp-static-graph": loop(static_graph=True),
         "accumulation-no-sync": loop(parts=2),
         "accumulation-bucket-view": loop(parts=2, gradient_as_bucket_view=True),
-        "accumulation-every-sync": loop(parts=2, synchronise="every"),
+        "accumulation-every-sync": loop(parts=2, synchronize="every"),
         "trainer": in_trainer(folder / "trainer", rows=4).estimator,
         "trainer-accumulation": in_trainer(folder / "trainer", rows=2, parts=2).estimator,
         "trainer-resumed": resumed_in_trainer(folder / "resumed").estimator,

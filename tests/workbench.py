@@ -168,7 +168,7 @@ def _around(model: Any, family: str) -> PreTrainedTokenizerFast:
 # -- data --------------------------------------------------------------------------------------------------------
 
 
-def labelled(count: int, seed: int = 0, longest: int = 12) -> Rows:
+def labeled(count: int, seed: int = 0, longest: int = 12) -> Rows:
     """Texts of 4 words and more with three telling words each, half of them positive."""
     draw = random.Random(seed)
     rows = []
@@ -183,7 +183,7 @@ def labelled(count: int, seed: int = 0, longest: int = 12) -> Rows:
 def completions(count: int, seed: int = 0) -> Rows:
     """Prompts and what follows: the same telling word three times."""
     rows = []
-    for index, row in enumerate(labelled(count, seed)):
+    for index, row in enumerate(labeled(count, seed)):
         words = GOOD if index % 2 else BAD
         rows.append({"prompt": row["text"], "completion": " ".join([words[0]] * 3)})
     return rows
@@ -210,7 +210,7 @@ class Workbench:
     def __init__(self, folder: Path, family: str = "bert", task: str = "classification") -> None:
         self.folder = folder
         self.base = save_base(folder / "base", family)
-        make, suffix = (labelled, "csv") if task == "classification" else (completions, "jsonl")
+        make, suffix = (labeled, "csv") if task == "classification" else (completions, "jsonl")
         self.train = write_rows(folder / f"train.{suffix}", make(64, seed=1))
         self.test = write_rows(folder / f"test.{suffix}", make(40, seed=2))
         self.task = task

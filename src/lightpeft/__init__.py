@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lightpeft.models.on_disk import weights_on_disk
     from lightpeft.models.vocabulary.live import cut_vocabulary
     from lightpeft.peft_kinds.bottleneck import BottleneckConfig
-    from lightpeft.peft_kinds.sites.answering import fused_answers
+    from lightpeft.peft_kinds.sites.inference import fused_inference
     from lightpeft.plans.planning import make_plan
     from lightpeft.plans.records import EstimationRecord, PrunePlan
     from lightpeft.prune.discovery import ensure_family
@@ -50,7 +50,7 @@ _HOMES = {
     "export_model": "app.exports.exporting",
     "find_depth": "prune.reading",
     "full_width": "adapters.full_width",
-    "fused_answers": "peft_kinds.sites.answering",
+    "fused_inference": "peft_kinds.sites.inference",
     "light_tokenizer": "adapters.light_adapter",
     "light_trainer": "recipe.trainer",
     "load_config": "config",
@@ -83,7 +83,7 @@ __all__ = [
     "export_model",
     "find_depth",
     "full_width",
-    "fused_answers",
+    "fused_inference",
     "light_tokenizer",
     "light_trainer",
     "load_config",

@@ -65,10 +65,10 @@ def load_base(
     names = base_names(architecture)
     failed, instead = f"base {model.name} cannot be loaded", "pass another name or folder as base="
     with parsing(failed, instead), quiet_transformers(), apart_from_other_threads():
-        if saved.quantisation:
+        if saved.quantization:
             with needed_for("A base in 4 or 8 bits"):
                 from transformers.quantizers import AutoQuantizationConfig
-            options["quantization_config"] = AutoQuantizationConfig.from_dict(saved.quantisation)
+            options["quantization_config"] = AutoQuantizationConfig.from_dict(saved.quantization)
         loaded, info = architecture.from_pretrained(
             model.name,
             dtype=saved.dtype if dtype == "auto" else dtype,

@@ -26,7 +26,7 @@ from lightpeft.config.validation import from_dict
 from lightpeft.errors import require
 from lightpeft.files import check_sealed, check_vacant, read_tensors, replacing_folder
 from lightpeft.files.foreign import parsing
-from lightpeft.models.linears.bitsandbytes import prepare_quantised
+from lightpeft.models.linears.bitsandbytes import prepare_quantized
 from lightpeft.models.loading import load_model_config
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary.cutting import vocabulary_of
@@ -52,6 +52,9 @@ def full_width(light: LightModel, base: PreTrainedModel | None = None, *, is_tra
         base: the dense model that it was made from, into which PEFT modules are put; None: load it again from the
             light model's record of its base.
         is_trainable: True: adapter weights stay trainable; False: they are frozen, and the model is in eval mode.
+
+    Returns:
+        The model with an ordinary PEFT adapter.
 
     Raises:
         LightPeftError: the base is another one, cannot be loaded, or lacks weights that the adapter does not contain;
@@ -177,7 +180,7 @@ def _load_expanded(
         config: configuration of the light adapter.
         tensors: weights of the light adapter, as PEFT saves them, on the CPU.
     """
-    prepare_quantised(dense)
+    prepare_quantized(dense)
     model, wide = _expand(dense, plan, config, tensors)
     set_peft_model_state_dict(model, wide)
     if not is_trainable:

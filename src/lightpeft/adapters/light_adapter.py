@@ -77,6 +77,9 @@ def load_light(
             revision of the adapter's own record.
         token: hub token for the adapter; None: that of the logged-in account, if any.
 
+    Returns:
+        The light model.
+
     Raises:
         LightPeftError: the hub has no such adapter; a file is missing, altered, or of a newer schema; or the base is
             another one, or one that `low_memory` cannot read. Nothing is loaded in part.
@@ -174,6 +177,9 @@ def light_tokenizer(
         trust_remote_code: run Python code that comes with the base, if it needs any.
         revision: branch, tag or commit of the adapter on the hub; None: the main branch.
         token: hub token for the adapter; None: that of the logged-in account, if any.
+
+    Returns:
+        The tokenizer.
 
     Raises:
         LightPeftError: a file is missing or altered, or the base is missing or another one.

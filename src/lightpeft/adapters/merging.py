@@ -143,6 +143,9 @@ def load_merged(
         revision: branch, tag or commit on the hub; None: the main branch.
         token: hub token; None: that of the logged-in account, if any.
 
+    Returns:
+        The model, of its transformers class.
+
     Raises:
         LightPeftError: a file is missing, damaged or of a newer schema, or the weights do not fit the plan; or the hub
             has no such model.

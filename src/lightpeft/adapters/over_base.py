@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lightpeft.adapters.right_base import check_base, check_missing_weights, check_structure
 from lightpeft.adapters.streaming import Stream
 from lightpeft.errors import require
-from lightpeft.models.linears.bitsandbytes import prepare_quantised
+from lightpeft.models.linears.bitsandbytes import prepare_quantized
 from lightpeft.models.tensors import SharedTensors
 from lightpeft.models.vocabulary.cutting import check_whole, cut_model
 from lightpeft.plans.records import PrunePlan
@@ -49,7 +49,7 @@ def over_base(
     check_missing_weights(lacking, saved.config, str(folder))
     if saved.vocabulary is not None:
         cut_model(dense, saved.vocabulary)
-    prepare_quantised(dense)
+    prepare_quantized(dense)
     if not fits:
         _check_tensors(dense, plan, saved.config, folder)
     apply_plan(dense, plan)
@@ -83,7 +83,7 @@ def stream_of(saved: Saved, device: str | torch.device | None, shared: SharedTen
         LightPeftError: the base is quantized, or a GGUF file.
     """
     folder, base = saved.folder, saved.base
-    kind = "quantized" if base.quantisation else "a GGUF file" if base.gguf_file else None
+    kind = "quantized" if base.quantization else "a GGUF file" if base.gguf_file else None
     require(kind is None, f"the base of {folder} is {kind}, which low_memory cannot read; load without low_memory")
 
     def check(model: PreTrainedModel) -> None:

@@ -48,7 +48,9 @@ def push_to_hub(
     check = next((check for marker, check in _CHECKS.items() if (folder / marker).is_file()), None)
     if check is None:
         lacking = f"it has no {' and no '.join(_CHECKS)}"
-        raise LightPeftError(f"{folder} is no light adapter or merged light model: {lacking}; pass the model's folder")
+        raise LightPeftError(
+            f"{folder} is not a light adapter or merged light model: {lacking}; pass the model's folder"
+        )
     check(folder)
 
     def link(place: Path) -> None:

@@ -64,16 +64,18 @@ def nested_plans(
     Raises:
         LightPeftError: a budget is not in (0, 1), or no plan can be made of any.
     """
-    require(all(0 < part < 1 for part in parts), "budgets must be parts of the blocks in (0, 1), such as 0.1 0.2 0.4")
+    require(
+        all(0 < part < 1 for part in parts), "budgets must be fractions of the blocks in (0, 1), such as 0.1 0.2 0.4"
+    )
     made, reason, gone = 0, "no budgets are given", removed_parameters((), record.left_out)
     for part in sorted(parts):
         try:
-            plan = make_plan(record, light.removing(part))
+            plan = make_plan(record, light.with_blocks(part))
         except LightPeftError as error:
             reason = str(error)
             continue
         if plan.removed_parameters == gone:
-            reason = "the blocks that light.remove.depth drops are as much already"
+            reason = "light.remove.depth already drops as many blocks"
             continue
         made, gone = made + 1, plan.removed_parameters
         yield part, plan

@@ -23,7 +23,7 @@ from lightpeft.profiling.live import Batch, losses_and_classes_of, losses_of
 from lightpeft.prune.learning import classes_of, loss_by_frequencies, one_of_several
 
 Worth = Callable[[Tensor, Tensor], float]
-"""Function of predicted and labelled classes of some rows, both [rows]; returns points of the task's metric per nat of
+"""Function of predicted and labeled classes of some rows, both [rows]; returns points of the task's metric per nat of
 its loss."""
 
 
@@ -51,7 +51,7 @@ def find_budget(
         LightPeftError: the model returns no loss, or no plan can be made for any budget.
     """
     # a cut of ranks throws away what they have learned, which hides all else
-    light = light.with_whole_modules()
+    light = light.with_all_modules()
     gone = gone_before(record)
     parts = [round(gone + part * (1 - gone), 3) for part in SEARCH_BUDGETS]
     plans = dict(nested_plans(record, light, parts))
@@ -66,7 +66,7 @@ def find_budget(
         copy = len(search.probed) + (1 if blocks is None else 2)
         said = f"{blocks:.0%} of the blocks cut" if blocks else "nothing cut"
         announce(f"light: auto, probe {copy} of at most {1 + PROBES}: {said}, {probe.steps} training steps")
-        return probe.losses(model, None if blocks is None else make_plan(record, light.removing(blocks)))
+        return probe.losses(model, None if blocks is None else make_plan(record, light.with_blocks(blocks)))
 
     chance = chance_of(model, probe.held[: len(losses)])
     learned = None if chance is None else 1 - float(losses.mean()) / max(chance, 1e-6)

@@ -89,7 +89,7 @@ class FoundBudget:
         if self.unmeasured is not None:
             why = "a fixed budget is for classifiers only"
             if self.learned is not None:
-                why = "estimation taught the model hardly more than the label frequencies"
+                why = "after estimation the model is hardly better than the label frequencies"
             to_cut = "set a number, such as light: 0.2, to cut anyway"
             return f"light: auto cuts nothing of the blocks: {self.unmeasured}, and {why}; {to_cut}"
         part = "" if self.of_plain is None else f", {self.of_plain:.0%} of the computation of plain PEFT's run"
@@ -97,7 +97,7 @@ class FoundBudget:
         allowed = f"the tolerance is {tolerance_in_words(self.tolerance, self.points_a_nat)}"
         if not self.probed:
             most = max(self.before)
-            why = f"even a cut of {most:.0%} does not surely raise the loss (by {self._in_words(self.before[most])})"
+            why = f"even a cut of {most:.0%} does not clearly raise the loss (by {self._in_words(self.before[most])})"
             if self.learned is not None and not has_learned(self.learned):
                 why = "the model is hardly better than the label frequencies"
             longer = "estimation was too short; raise light.estimate.length, or set a number to cut"

@@ -86,7 +86,7 @@ class Probe:
         optimizer = torch.optim.AdamW(parameters, lr=self.rate, weight_decay=self.weight_decay)
         schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(_WARMUP * self.steps), self.steps)
         scaler = torch.amp.GradScaler(device.type, enabled=self.autocast is torch.float16)
-        acceleration = light_steps(model, self.light, fast=self.fast, loss_alone=True)
+        acceleration = light_steps(model, self.light, fast=self.fast, loss_only=True)
         with in_mode(model, training=True), acceleration:
             steps = progress(self.train, len(self.train), "Probe training")
             for number, batch in enumerate(steps, start=1):

@@ -141,7 +141,7 @@ def why_unmeasured(room: SearchRoom, light: LightConfig, steps: int, gone: float
         return "a budget search holds rows out, and the training dataset has no length"
     if room.aside(0) < LEAST_HELD:
         needed = f"a budget search needs {int(LEAST_HELD / _MOST_OF_ROWS)} training rows"
-        return f"{needed}, and there are {room.rows}"
+        return f"{needed}, but there are {room.rows}"
     _, cost = sizes_of(room, light, steps, gone)
     if cost.least <= cost.most:
         return None

@@ -30,7 +30,7 @@ class SearchHost(Host, Protocol):
     _peft_model: PeftModel
 
     def light_tolerance(self) -> Tolerance: ...
-    def light_points_a_nat(self, classes: Tensor, right: Tensor) -> float: ...
+    def light_points_per_nat(self, classes: Tensor, right: Tensor) -> float: ...
     def announce_light_budget(self, line: str) -> None: ...
 
 
@@ -50,6 +50,6 @@ def budget_in(trainer: SearchHost, record: EstimationRecord, steps: int, *, shar
         return FoundBudget.fixed(reason, record.meta.get("learned"), gone)
     seen, rate = rows_of_steps(trainer, record.meta["steps"]), trainer.light_plain_rate
     probe = make_probe(trainer, room, light, steps, seen, rate, fast=trainer.fast_steps, gone=gone)
-    worth = trainer.light_points_a_nat if asked.unit == "points" else None
+    worth = trainer.light_points_per_nat if asked.unit == "points" else None
     found = find_budget(trainer._peft_model, record, light, probe, asked, worth, trainer.announce_light_budget)
     return replace(found, seconds=time.perf_counter() - started)

@@ -29,7 +29,7 @@ def quant_state(weight: Any) -> Any:
     return weight.quant_state if has_type(weight, "Params4bit") else None
 
 
-def unquantised_dtype(state: Any) -> torch.dtype:
+def unquantized_dtype(state: Any) -> torch.dtype:
     """Return the data type of a 4-bit weight before it was quantized."""
     return state.original_dtype if _packed_for_cpu(state) else state.dtype
 
@@ -53,7 +53,7 @@ def codes(weight: Any) -> tuple[Tensor, Tensor]:
     return packed.contiguous().view(torch.uint8).flatten(), scales.float()
 
 
-def dequantised(packed: Tensor, scales: Tensor, state: Any) -> Tensor:
+def dequantized(packed: Tensor, scales: Tensor, state: Any) -> Tensor:
     """Dequantize a 4-bit weight, one block per row: in this shape bitsandbytes' kernels are correct for all widths.
 
     Args:
@@ -78,7 +78,7 @@ def dequantised(packed: Tensor, scales: Tensor, state: Any) -> Tensor:
     return functional.dequantize_4bit(packed.unsqueeze(1), blocks).flatten()[: math.prod(state.shape)]
 
 
-def quantised_like(old: Any, dense: Tensor, layer: Any) -> Any:
+def quantized_like(old: Any, dense: Tensor, layer: Any) -> Any:
     """Quantize a dense weight, [out, in], in 4 bits with the settings of `old`, for the same layer."""
     new = type(old)(
         dense,
@@ -88,8 +88,8 @@ def quantised_like(old: Any, dense: Tensor, layer: Any) -> Any:
         quant_type=old.quant_type,
         quant_storage=old.quant_storage,
         module=layer,
-    ).to(dense.device)  # this quantises
-    new.quant_state.dtype = unquantised_dtype(old.quant_state)
+    ).to(dense.device)  # this quantizes
+    new.quant_state.dtype = unquantized_dtype(old.quant_state)
     return new
 
 
@@ -113,7 +113,7 @@ def cpu_kernel_is_right(width: int, blocksize: int) -> bool:
         return True
     rows = torch.arange(1.0, blocksize * width + 1).view(blocksize, width)  # many blocks, however narrow they are
     packed, state = functional.quantize_4bit(rows, blocksize=blocksize, quant_type="nf4")
-    expected = dequantised(packed.flatten(), state.absmax, state).view_as(rows)
+    expected = dequantized(packed.flatten(), state.absmax, state).view_as(rows)
     return torch.allclose(functional.dequantize_4bit(packed, state), expected)
 
 
@@ -122,7 +122,7 @@ def row_scales(layer: Any) -> Any:
     return layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
 
 
-def set_row_quantised(layer: Any, integers: Tensor, scales: Tensor) -> None:
+def set_row_quantized(layer: Any, integers: Tensor, scales: Tensor) -> None:
     """Set the integers [out, in] and scales [out] of an 8-bit layer, which is then as if it had never run."""
     # the first forward pass moves them into the state
     layer.weight = type(layer.weight)(integers, requires_grad=False, CB=integers, SCB=scales)

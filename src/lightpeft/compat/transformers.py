@@ -30,7 +30,7 @@ except ImportError:
 try:
     from transformers.loss.loss_utils import ForCausalLMLoss
 except ImportError as _error:
-    ForCausalLMLoss = missing("The loss of labelled tokens alone", _error)
+    ForCausalLMLoss = missing("The loss of labeled tokens alone", _error)
 try:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 except ImportError:
@@ -83,7 +83,7 @@ class Checkpoint:
 
     files: Sequence[str]
     """Weight files."""
-    quantised: bool
+    quantized: bool
     """True if the weights are quantized, or will be on loading."""
     _load: Callable[..., Any]
     _tensors: Mapping[str, Any] | None
@@ -231,7 +231,7 @@ def unpacking_gguf() -> dict[str, Any]:
     return {} if settings is None else {"quantization_config": settings(dequantize=True)}
 
 
-def forget_quantisation(model: PreTrainedModel) -> None:
+def forget_quantization(model: PreTrainedModel) -> None:
     """Make a model whose weights were unpacked at loading an ordinary one, which can be trained and saved."""
     for owner, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
         if hasattr(owner, name):

@@ -2,7 +2,7 @@
 
 `LightConfig` is all that `EarlyPruner` and `LightTrainer` need. `RunConfig` adds the model, the data and the training
 of a whole `lightpeft run`; it is read from YAML and from the command line, and an unknown key names its nearest
-neighbour.
+neighbor.
 """
 
 from lightpeft.config.derived import fill_defaults, override_light, tolerance_of

@@ -70,7 +70,7 @@ class Remove:
     classify): the blocks above which a linear classifier gains nothing, as far as `blocks` allows."""
     vocabulary: Tokens = "keep"
     """Tokens of the base to keep, decided before estimation. keep: all tokens; task: the tokens of the training rows,
-    and those without which some text could not be tokenised."""
+    and those that other texts need to be tokenized at all."""
     tolerance: str | None = None
     """Final loss of quality that `blocks: auto` may cause, compared with no pruning: nats of the loss, as in
     "0.05 nats", or points of the task's main metric, as in "1 point". Unset: 1 point where answers are classes, else
@@ -83,8 +83,8 @@ class Remove:
     """Unit of removal under grouped-query attention. group: whole KV groups; balanced: query heads, equally many of
     every group. Unset: group, or balanced for models that generate their answers."""
     multiple_of: int | None = None
-    """Round FFN widths to the nearest multiple of this number (1: exact counts; 8 and more: fast kernels); widths of
-    experts are always multiples of 8. Unset: 8."""
+    """Round FFN widths to the nearest multiple of this number, because kernels are fast for multiples of 8 (1: exact
+    counts). Widths of experts are always multiples of 8. Unset: 8."""
 
     def __post_init__(self) -> None:
         _check_shares(self, "light.remove.", "blocks", *SHARES, "depth")
@@ -99,7 +99,7 @@ class Remove:
             Tolerance.read(self.tolerance)
 
     @property
-    def says_how_much(self) -> bool:
+    def has_amount(self) -> bool:
         """True if an amount is given: `blocks` or any share."""
         return any(getattr(self, name) is not None for name in AMOUNTS)
 
@@ -148,7 +148,7 @@ class Estimate:
 
 @dataclass(kw_only=True)
 class Modules:
-    """The PEFT modules, and their ranks, that train after pruning.
+    """The PEFT modules and ranks that train after pruning.
 
     These settings control the multi-granularity early pruning of PEFT in Gu et al. 2024.
 
@@ -217,7 +217,8 @@ class After:
     """Result to save and evaluate. light: the pruned model; full: its trained weights as a plain PEFT adapter over the
     unpruned base; both: each of the two."""
     full_width_steps: float = 0.0
-    """Fraction of the run's steps, its last ones, that train at full width (keep: full or both), in [0, 1)."""
+    """Fraction of the run's steps, at its end, that train the adapter over the unpruned base (keep: full or both), in
+    [0, 1)."""
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -274,13 +275,16 @@ READ_AFTERWARDS = frozenset(f"after.{each.name}" for each in dataclasses.fields(
 
 @dataclass(kw_only=True)
 class LightConfig:
-    """Settings of Light-PEFT. Sections may be given as mappings.
+    """Settings of Light-PEFT; sections may be given as mappings.
 
     Light-PEFT estimates importance, prunes, and fine-tunes (Gu et al. 2024, https://arxiv.org/abs/2406.03792).
 
     Example:
         light = LightConfig(preset="accurate", remove={"blocks": 0.4})
         trainer = LightTrainer(model, args, peft_config=lora, light=light, train_dataset=rows)
+
+    Raises:
+        LightPeftError: a value is invalid, or two settings exclude each other.
     """
 
     preset: Preset | None = None
@@ -321,7 +325,7 @@ class LightConfig:
         return self.remove.blocks == "auto"
 
     @property
-    def chooses(self) -> bool:
+    def uses_scores(self) -> bool:
         """True if scores decide what is removed (units, PEFT modules or ranks); else estimation is not needed."""
         return self.cuts_blocks or bool(self.modules.remove or self.modules.remove_ranks)
 
@@ -341,7 +345,7 @@ class LightConfig:
             raise LightPeftError("light.remove.blocks is auto, which is measured after estimation; give a number here")
         return self.remove.blocks
 
-    def removing(self, blocks: float | Literal["auto"]) -> LightConfig:
+    def with_blocks(self, blocks: float | Literal["auto"]) -> LightConfig:
         """Return a copy that removes this fraction of the blocks, in place of any shares."""
         return replace(self, remove=replace(self.remove, blocks=blocks, heads=None, neurons=None, experts=None))
 
@@ -353,13 +357,13 @@ class LightConfig:
         """Return a copy with this `remove.depth`."""
         return replace(self, remove=replace(self.remove, depth=depth))
 
-    def with_whole_modules(self) -> LightConfig:
+    def with_all_modules(self) -> LightConfig:
         """Return a copy that keeps all PEFT modules with all ranks, and trains only these (`train: peft`)."""
         return replace(self, modules=replace(self.modules, remove=0.0, remove_ranks=0.0), train="peft")
 
-    def removing_nothing(self) -> LightConfig:
+    def without_pruning(self) -> LightConfig:
         """Return a copy without pruning: PEFT modules in all blocks, with all ranks, at the plain learning rate."""
-        whole = replace(self.removing(0.0), modules=Modules(blocks=1.0, remove=0.0, remove_ranks=0.0))
+        whole = replace(self.with_blocks(0.0), modules=Modules(blocks=1.0, remove=0.0, remove_ranks=0.0))
         own = replace(whole, rates=replace(self.rates, scale=1.0, estimation_scale=1.0))
         return whole if self.train == "all" else own
 

@@ -50,13 +50,14 @@ class ModelConfig:
     quantization: Literal["nf4", "int8"] | None = None
     """Keep the frozen weights in 4 bits (nf4) or 8 bits (int8), with bitsandbytes (extra `quantized`)."""
     low_memory: bool = False
-    """Leave the weights of the blocks on disk and read each where it is needed, for bases that do not fit; slower."""
+    """Leave the weights of the blocks on disk and read each when a step needs it: slower, for bases that do not fit
+    into memory."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = None
-    """Attention backend; unset: what transformers chooses."""
+    """Attention backend. Unset: the default of transformers."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint. Leave off unless you trust its author."""
     allow_pickle: bool = False
-    """Read weights from pickle files (.bin) where there are none in safetensors; weights alone are unpickled. Leave off
+    """Read pickled weights (.bin) if the checkpoint has no safetensors; nothing but tensors is unpickled. Leave off
     unless you trust its author."""
 
     def __post_init__(self) -> None:
@@ -68,7 +69,7 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class TaskEntry:
-    """A task as data: its rows, its columns, the answers and the metrics.
+    """A task of your own, with its rows, columns, answers and metrics.
 
     Built-in tasks are entries in `lightpeft.app.tasks`; your own entries are below `tasks` in the run's YAML.
 
@@ -77,34 +78,34 @@ class TaskEntry:
     """
 
     name: str = ""
-    """The task's name, as `data.task` gives it; empty for the kinds themselves."""
+    """Name of the task, for `data.task`; empty for the kinds themselves."""
     kind: str = "classification"
-    """Name of a kind, as `data.task` knows them: which columns the task's rows have in the end, and who can answer."""
+    """Kind of the task, one of those of `data.task`; it determines the columns of the rows and the possible heads."""
     hub: str | None = None
     """Data set on the hub as owner/name[/config]."""
     path: str | None = None
-    """Local folder with one file a split, in the hub's columns; comes before `hub`."""
+    """Local folder with one file per split, in the hub's columns; it takes precedence over `hub`."""
     train: str = "train"
     """Split to train on."""
     test: str | None = "validation"
-    """Split to evaluate on, one with labels; unset: a part of the training rows is held out."""
+    """Split with labels to evaluate on. Unset: a part of the training rows is held out."""
     more_tests: dict[str, str] = field(default_factory=dict)
-    """Further splits to evaluate on, as prefix of their metrics -> split."""
+    """Further splits to evaluate on: prefix of their metrics -> split."""
     columns: dict[str, str] = field(default_factory=dict)
     """Column of the kind (such as text, text_pair, label) -> column of the data, or a template such as
-    "{premise} {hypothesis}"; empty: the data have the kind's own columns."""
+    "{premise} {hypothesis}". Empty: the data have the columns of the kind."""
     convert: str | None = None
-    """Instead of `columns`: name of the function that turns a row of the data into one of the kind's."""
+    """Instead of `columns`: name of a built-in function that converts a row of the data into a row of the kind."""
     labels: list[str] = field(default_factory=list)
-    """Label names in class order, where the data number their labels; empty: the labels that the data have."""
+    """Label names in class order, for data that number their labels. Empty: the labels in the data."""
     prompt: str | None = None
     """Prompt of a causal language model before the answer, as a template over the kind's columns."""
     words: list[str] = field(default_factory=list)
-    """Answer of the language model for each label; empty: the labels themselves."""
+    """Answer of the language model for each label. Empty: the labels themselves."""
     null_threshold: float | None = None
     """Default of `data.null_threshold` for this task (span); set it if a question may have no answer in its context."""
     metrics: list[str] = field(default_factory=list)
-    """Metrics, the main one first; empty: those of the kind."""
+    """Metrics, the main one first. Empty: those of the kind."""
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -116,7 +117,7 @@ class TaskEntry:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """The task's data: local files or a hub data set, and the meaning of its columns.
+    """Rows of the task, from local files or a hub data set, and the roles of their columns.
 
     Example:
         DataConfig(train="reviews.csv", columns={"text": "review", "label": "stars"})
@@ -124,9 +125,9 @@ class DataConfig:
 
     task: str = "classification"
     """A task by name (such as rte, or one of your own below `tasks`), or a kind whose columns you name here.
-    classification: one label a text (or pair of texts); regression: one number; multiple-choice: one of several
-    options; span: a piece of a context; generation: a short text that the model writes; chat: what the assistant says
-    in a list of messages; causal-lm: next-token loss on text or completions."""
+    classification: one label per text (or pair of texts); regression: one number; multiple-choice: one of several
+    options; span: a part of a context; generation: a short text that the model generates; chat: the assistant's
+    messages in a list of messages; causal-lm: next-token loss on texts or completions."""
     answer: AnswerBy = "auto"
     """Source of a model's answers. head: a layer trained for the task; likelihood: the causal language model's own
     probabilities of label words or options; auto: a head, but likelihood for multiple choice on decoders."""
@@ -135,21 +136,21 @@ class DataConfig:
     path: str | None = None
     """Folder with the task's own splits as files, in the hub's columns, instead of the hub."""
     train: str = ""
-    """Training rows: a .csv, .tsv, .json, .jsonl or .parquet file, or a hub data set as `name[/config][:split]`;
-    needed for kinds, and instead of the task's own rows for the others."""
+    """Training rows: a .csv, .tsv, .json, .jsonl or .parquet file, or a hub data set as `name[/config][:split]`. A
+    task by name has rows of its own, which these replace; other tasks need this setting."""
     test: str | None = None
-    """Rows for evaluation, in the same form; unset: `test_fraction` of the training rows is held out."""
+    """Rows for evaluation, in the same form. Unset: `test_fraction` of the training rows is held out."""
     test_fraction: Annotated[float, Within(above=0, below=1)] = 0.2
     """Fraction of the training rows held out when `test` is unset; the same rows for every seed of the run."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Column of the kind -> column of the data, or a template such as "{premise} {hypothesis}". Of those that are not
-    named, text, label, context, options, answer, question, answers and messages have their own names in the data;
-    text_pair, prompt and completion are read if they are named. docs/reference/tasks.md has every kind's columns."""
+    """Column of the task -> its name in the data, such as text: review and label: stars, or a template such as
+    "{premise} {hypothesis}". A column without an entry has the same name in the data; text_pair, prompt and completion
+    are read only with an entry. docs/reference/tasks.md lists the columns of every kind of task."""
     max_length: Annotated[int, Within(least=2, most=_MOST_TOKENS)] = 128
     """Maximum number of tokens of a row; limited by the model. Longer contexts are read in windows (span)."""
     null_threshold: float | None = None
-    """Give no answer unless the best one outscores no answer by more than this number (span). Unset: always answer, or
-    0 for tasks that have questions without an answer."""
+    """Threshold for giving an answer (span): the best answer must outscore the empty answer by more than this number.
+    Unset: always answer, or 0 for tasks that have questions without an answer."""
     answer_tokens: Annotated[int, Within(least=1, most=_MOST_TOKENS)] = 30
     """Maximum number of tokens of an answer (span, generation, and text that `predict` generates)."""
     limit_train: Annotated[int | None, Within(least=1)] = None
@@ -180,10 +181,10 @@ class TrainingConfig:
     """Number of backward passes for each optimizer step."""
     learning_rate: Annotated[float | Auto, Within(above=0)] = "auto"
     """Peak learning rate, with linear decay to zero. auto: for PEFT modules and the head by the model's hidden size,
-    from 1e-3 (384 and below) to 3e-4 (4,096 and above); 2e-5 where every weight trains (method full), since the higher
+    from 1e-3 (384 and below) to 3e-4 (4,096 and above); 2e-5 if every weight trains (method full), because the higher
     rate of PEFT would destroy pretrained weights."""
     warmup: Annotated[float, Within(least=0, below=1)] = 0.06
-    """Fraction of each stage's steps with learning rate warmup."""
+    """Fraction of each stage's steps in which the learning rate warms up."""
     precision: Literal["float32", "bf16", "fp16", "auto"] = "float32"
     """Precision of matrix products in training and evaluation. float32: that of the weights; bf16: bfloat16 autocast;
     fp16: float16 autocast with loss scaling, for GPUs without bfloat16 arithmetic; auto: bf16 on hardware with bfloat16
@@ -192,7 +193,7 @@ class TrainingConfig:
     """Recompute activations in the backward pass to save memory."""
     fast_steps: bool = True
     """Use faster kernels in light runs: fused LoRA layers, fewer operations for gradients of attention and norms on
-    CPUs, logits of labelled tokens only, and recomputation of some activations. off: the code of PEFT, PyTorch and
+    CPUs, logits of labeled tokens only, and recomputation of some activations. off: the code of PEFT, PyTorch and
     transformers."""
     prefix_cache: PrefixPlace = "file"
     """Cache of the blocks below the lowest PEFT module, whose outputs for a row are the same in every epoch. file,
@@ -200,10 +201,10 @@ class TrainingConfig:
     time, with dropout."""
     teacher: str | None = None
     """Teacher for distillation: a trained model with the same labels, as the folder of a run, of an adapter or of a
-    model, or a hub name. Its logits for the training rows are learned beside the labels; it reads the texts once,
-    before training, with its own tokenizer. For classes, numbers and options that a head answers."""
+    model, or a hub name. The student learns its logits beside the labels. The teacher reads the training texts once,
+    before training, with its own tokenizer. For classification, regression and multiple choice with a head."""
     teacher_weight: Annotated[float, Within(above=0, most=1)] = 0.5
-    """Weight of the teacher's loss, in (0, 1]; the loss of the labels has the rest."""
+    """Weight w of the teacher's loss, in (0, 1]; the loss of the labels has weight 1 - w."""
     save_steps: Annotated[int, Within(least=1)] = 200
     """Number of steps between checkpoints, from which a killed run resumes."""
 
@@ -213,22 +214,25 @@ class TrainingConfig:
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """A whole run: model -> estimation -> plan -> surgery -> fine-tuning -> evaluation, into one folder.
+    """A whole run in one folder, from estimation to evaluation.
 
     Example:
         config = RunConfig(model=ModelConfig(name="base"), data=DataConfig(train="rows.csv"), output="runs/rows")
         lightpeft.run(config)
+
+    Raises:
+        LightPeftError: a value is invalid, or two settings exclude each other.
     """
 
     method: MethodName = "light"
-    """light: Light-PEFT; for comparison on the same data, plain: the same PEFT without pruning, on its customary
-    projections (LoRA on q and v), full: full fine-tuning, in which every weight trains."""
+    """light: Light-PEFT. For comparison on the same data, plain: the same PEFT without pruning, on its usual
+    projections (LoRA on q and v); full: full fine-tuning of every weight."""
     peft: Peft = DEFAULT_KIND
     """PEFT kind: lora, bottleneck (adapters) or ia3; or a mapping with the kind as its `type` (lora if there is none),
     any of PEFT's own settings for it, such as {type: lora, r: 16, use_dora: true}, and `slots`, the projections that
-    get a module, of q, k, v, qkv, o, ffn_in, ffn_gate, ffn_gate_in, ffn_out. If they are not given: lora has r: 8,
-    lora_alpha: 16, lora_dropout: 0.05, and bottleneck has size: 64, placement: houlsby; modules sit on all projections
-    (method light), or on the customary ones of the kind, which for LoRA are q and v (method plain)."""
+    get a module, from q, k, v, qkv, o, ffn_in, ffn_gate, ffn_gate_in, ffn_out. Defaults: lora has r: 8, lora_alpha: 16,
+    lora_dropout: 0.05, and bottleneck has size: 64, placement: houlsby; modules sit on all projections (method light),
+    or on the usual ones of the kind, for LoRA q and v (method plain)."""
     output: str = "runs/run"
     """Run folder: estimation/, plan.json, pruned/, adapter/, full/, metrics.json, log.jsonl."""
     seed: Annotated[int, Within(least=0, below=2**32)] = 0
@@ -239,12 +243,12 @@ class RunConfig:
     """The task's data."""
     light: LightConfig = field(default_factory=LightConfig)
     """Pruning: a fraction of the blocks to remove such as 0.4, auto, a preset's name, or settings. Defaults depend on
-    the task and the kind of PEFT (help shows them for LoRA on a classifier)."""
+    the task and the PEFT kind (--help shows those for LoRA on a classifier)."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The fine-tuning run."""
     trainer: dict[str, Any] = field(default_factory=dict)
-    """Other fields of transformers' TrainingArguments, such as optim, weight_decay (0 if it is not given),
-    max_grad_norm (1), lr_scheduler_type, logging_steps (10), eval_strategy, report_to."""
+    """Other fields of transformers' TrainingArguments, such as optim, weight_decay (default 0), max_grad_norm (1),
+    lr_scheduler_type, logging_steps (10), eval_strategy, report_to."""
     tasks: dict[str, TaskEntry] = field(default_factory=dict)
     """Tasks of your own by name, for `data.task`."""
 
@@ -270,18 +274,24 @@ class RunConfig:
         return peft_settings(self.peft)
 
     @property
-    def way(self) -> Method:
+    def method_spec(self) -> Method:
         """The fine-tuning method, with its properties."""
         return METHODS[self.method]
 
     @property
     def unused(self) -> tuple[str, ...]:
         """Prefixes of the names of settings that the run ignores."""
-        return (*self.way.unused, *self.light.unused)
+        return (*self.method_spec.unused, *self.light.unused)
 
 
 def load_config(path: str | Path) -> RunConfig:
-    """Read a `RunConfig` from a YAML file.
+    """Read the settings of a run from a YAML file.
+
+    Args:
+        path: the file. Settings that it does not contain get their defaults.
+
+    Returns:
+        The settings.
 
     Example:
         config = load_config("run.yaml")

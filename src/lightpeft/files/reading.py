@@ -24,6 +24,7 @@ CHECKSUM = "checksum"
 """Key of the SHA-256 of all other content of a JSON file."""
 CHECKSUMS = "checksums.json"
 """File with the checksums of all other files of a sealed folder."""
+_RESTORE = "was altered or damaged; restore the original file"
 
 
 def read_text(path: str | Path, limit: int = _DATA_LIMIT) -> str:
@@ -56,10 +57,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
     require(isinstance(data, dict), f"{path} does not hold a JSON object")
     version = data.get("schema_version")
     known = type(version) is int and 1 <= version <= SCHEMA_VERSION
-    newer = f"{path} has schema version {str(version)[:20]}, and this lightpeft reads versions up to {SCHEMA_VERSION}"
+    newer = f"{path} has schema version {str(version)[:20]}, but this lightpeft reads versions up to {SCHEMA_VERSION}"
     require(known, f"{newer}; upgrade lightpeft")
     checksum = data.pop(CHECKSUM, None)
-    require(version == 1 or checksum == content_checksum(data), f"{path} was altered or damaged")
+    require(version == 1 or checksum == content_checksum(data), f"{path} {_RESTORE}")
     return data
 
 
@@ -117,8 +118,8 @@ def check_file(folder: Path, name: str, checksum: Any) -> None:
         LightPeftError: the file is missing or altered.
     """
     require(name and not Path(name).is_absolute() and ".." not in Path(name).parts, f"{folder} names a file outside it")
-    require((folder / name).is_file(), f"{folder} is incomplete: {name} is missing")
-    require(file_checksum(folder / name) == checksum, f"{folder / name} was altered or damaged")
+    require((folder / name).is_file(), f"{folder} is incomplete: {name} is missing; copy it again")
+    require(file_checksum(folder / name) == checksum, f"{folder / name} {_RESTORE}")
 
 
 @contextmanager
@@ -128,4 +129,6 @@ def explain_content_errors(path: str | Path) -> Iterator[None]:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         reason = str(error) if isinstance(error, LightPeftError) else repr(error)[:300]
-        raise LightPeftError(f"{path} does not have the expected content ({reason}); was it edited?") from error
+        raise LightPeftError(
+            f"{path} does not have the expected content ({reason}); restore the original file"
+        ) from error

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lightpeft.compat.transformers import forget_quantisation, forget_renaming, has_adapter, unpacking_gguf
+from lightpeft.compat.transformers import forget_quantization, forget_renaming, has_adapter, unpacking_gguf
 from lightpeft.config import ModelConfig
 from lightpeft.config.validation import short_repr
 from lightpeft.errors import LightPeftError, require
@@ -32,11 +32,11 @@ from lightpeft.files.foreign import check_config, check_weights, parsing
 from lightpeft.machine import processes
 from lightpeft.models import hub
 from lightpeft.models.families.family_table import check_not_refused
-from lightpeft.models.linears.bitsandbytes import prepare_quantised
+from lightpeft.models.linears.bitsandbytes import prepare_quantized
 from lightpeft.models.on_disk import weights_on_disk
 from lightpeft.models.task_heads import CAUSAL_LM, TaskHead
 
-_QUANTISED: dict[str, dict[str, Any]] = {
+_QUANTIZED: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "int8": {"load_in_8bit": True},
 }
@@ -93,9 +93,9 @@ def load_model(
     require(not config.low_memory or processes().num_processes == 1, alone)
     hf_config, options = _load_configured(config, head, labels, to_prune)
     if to_prune:
-        _check_quantisation(config, hf_config)
+        _check_quantization(config, hf_config)
     if config.quantization:
-        options["quantization_config"] = BitsAndBytesConfig(**_QUANTISED[config.quantization])
+        options["quantization_config"] = BitsAndBytesConfig(**_QUANTIZED[config.quantization])
     if config.gguf_file is not None:
         options |= unpacking_gguf()
     architecture = None if head.architectures is None else head.architectures.get(type(hf_config), None)
@@ -111,10 +111,10 @@ def load_model(
             **options,
         )
     if config.gguf_file is not None:
-        forget_quantisation(model)
+        forget_quantization(model)
     record_origin(model, config)
     keep_own_names(model, names)
-    prepare_quantised(model)
+    prepare_quantized(model)
     return LoadedModel(model, sorted({_top_module(model, key) for key in info["missing_keys"]}), head)
 
 
@@ -191,12 +191,12 @@ def keep_own_names(model: PreTrainedModel, mapping: Mapping[str, str] | None) ->
         forget_renaming(model, mapping)
 
 
-def _check_quantisation(config: ModelConfig, hf_config: PretrainedConfig) -> None:
+def _check_quantization(config: ModelConfig, hf_config: PretrainedConfig) -> None:
     """Refuse quantized weights that cannot be cut; loading dequantizes those of a GGUF file."""
-    quantised = getattr(hf_config, "quantization_config", None)
-    if quantised is None or config.gguf_file:
+    quantized = getattr(hf_config, "quantization_config", None)
+    if quantized is None or config.gguf_file:
         return
-    method = quantisation_method(quantised if isinstance(quantised, dict) else quantised.to_dict())
+    method = quantization_method(quantized if isinstance(quantized, dict) else quantized.to_dict())
     require(
         method == CUTTABLE,
         f"model {config.name} is quantized with {method}, which cannot be pruned; give the base in float32, bfloat16 "
@@ -206,7 +206,7 @@ def _check_quantisation(config: ModelConfig, hf_config: PretrainedConfig) -> Non
     require(config.quantization is None, f"{already}; leave model.quantization unset")
 
 
-def quantisation_method(settings: Mapping[str, Any]) -> str:
+def quantization_method(settings: Mapping[str, Any]) -> str:
     """Return the quantization method in quantization settings, as transformers names it."""
     return str(settings.get("quant_method", "unknown method")).rpartition(".")[2].lower()
 
@@ -242,7 +242,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     longest, inputs = tokenizer.model_max_length, tokenizer.model_input_names
     fits = isinstance(longest, (int, float)) and not isinstance(longest, bool) and longest >= 1
     says = f"the tokenizer of model {name} has"
-    require(fits, f"{says} model_max_length {short_repr(longest)}, which is no number of tokens; fix its files")
+    require(fits, f"{says} model_max_length {short_repr(longest)}, which is not a number of tokens; correct its files")
     known = isinstance(inputs, (list, tuple)) and "input_ids" in inputs and all(isinstance(n, str) for n in inputs)
     require(known, f"{says} model_input_names {short_repr(inputs)}; it must be a list of names with input_ids")
 

@@ -117,7 +117,7 @@ class Repository:
     @contextmanager
     def _explain_errors(self) -> Iterator[None]:
         """Turn errors of the hub's client into one line."""
-        missing = f"there is no folder {self.name} here, and"
+        missing = f"folder {self.name} does not exist, and"
         token = "log in (hf auth login), or give a token"
         try:
             yield
@@ -146,5 +146,5 @@ def folder_of(place: str | Path, form: RepositoryForm, revision: str | None = No
         lacking = f"{repository} on the hub is not a {form.what}: it has no {form.marker}"
         if huggingface_hub.is_offline_mode():
             lacking = f"{repository} is not in the hub's cache, and the hub cannot be reached"
-        raise LightPeftError(f"there is no folder {place} here, and {lacking}")
+        raise LightPeftError(f"folder {place} does not exist, and {lacking}")
     return found

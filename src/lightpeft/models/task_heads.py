@@ -95,5 +95,5 @@ CAUSAL_LM = TaskHead(
     AutoModelForCausalLM,
     TaskType.CAUSAL_LM,
     fits=is_decoder,
-    lacking="is no causal language model",
+    lacking="is not a causal language model",
 )

@@ -170,7 +170,7 @@ def check_files(checkpoint: Checkpoint, instead: str) -> None:
         instead: remedy for the error message.
     """
     files = checkpoint.files
-    require(not checkpoint.quantised, f"low_memory cannot read a quantized base; {instead}")
+    require(not checkpoint.quantized, f"low_memory cannot read a quantized base; {instead}")
     safe = bool(files) and all(str(file).endswith(".safetensors") for file in files)
     require(
         safe, f"low_memory needs safetensors files, and the base has none; {instead}, or save the base as safetensors"

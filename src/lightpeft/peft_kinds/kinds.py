@@ -249,5 +249,5 @@ def check_peft_settings(run: RunConfig) -> None:
     Raises:
         LightPeftError: the kind or a setting is unknown, or has an invalid value.
     """
-    if run.way.has_peft:
+    if run.method_spec.has_peft:
         kind_named(run.peft_type).config(run)

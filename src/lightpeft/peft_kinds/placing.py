@@ -37,16 +37,16 @@ def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
     _check_targets(loaded.model, made.target_modules, blocks)
     with parsing(f"PEFT cannot put {kind.title} on {loaded.model.config.model_type}"):
         model = get_peft_model(loaded.model, made)
-    if config.way.prunes:
+    if config.method_spec.prunes:
         leave_experts(model, blocks)
     return model
 
 
 def _module_places(blocks: Sequence[BlockSpec], config: RunConfig, model_type: str) -> ModulePlaces:
     """Return the blocks that may have modules: if the method prunes, those that may keep them, else all."""
-    if config.way.prunes:
+    if config.method_spec.prunes:
         return ModulePlaces.under(config.light, blocks, model_type)
-    return ModulePlaces(blocks, (), model_type, config.way.by_habit)
+    return ModulePlaces(blocks, (), model_type, config.method_spec.by_habit)
 
 
 def _check_targets(model: PreTrainedModel, targets: Any, blocks: Sequence[BlockSpec]) -> None:

@@ -44,9 +44,10 @@ LEAST_RANKS = 1
 def make_plan(record: EstimationRecord, light: Light, order: Order | None = None) -> PrunePlan:
     """Plan the units to keep by their importance scores (Gu et al. 2024, the pruning step).
 
-    Counts are exact: of n units, `round(share * n)` are removed (layerwise: of each layer's n), lowest score first, and
-    among equal scores the higher index first. Only neurons inside experts are removed in eights, because the matrix
-    products of experts need such widths.
+    With `remove.blocks`, units of all blocks are removed in ascending order of score(u) / parameters(u), until this
+    fraction of the blocks' parameters is removed. With shares, exactly `round(share * n)` of n units are removed
+    (layerwise: of each layer's n), lowest score first, and among equal scores the higher index first. Only neurons
+    inside experts are removed in groups of 8, because the matrix products of experts need such widths.
 
     Example:
         plan = make_plan(EstimationRecord.load("runs/reviews/estimation"), light=0.4)
@@ -60,7 +61,10 @@ def make_plan(record: EstimationRecord, light: Light, order: Order | None = None
 
     Raises:
         LightPeftError: scores are not finite, a criterion is missing, the amount cannot be removed, or `order` returns
-            no order of the units.
+            invalid indices.
+
+    Returns:
+        The plan, which applies to any copy of the base.
     """
     light = fill_defaults(light_config(light))
     record.check_scored(light)
@@ -68,7 +72,7 @@ def make_plan(record: EstimationRecord, light: Light, order: Order | None = None
     if light.remove.depth == "auto":
         light = _use_measured_depth(light, record)
     too_deep = light.blocks_left(len(specs)) < len(record.blocks)
-    gone = f"light.remove.depth {light.remove.depth} drops blocks that were there during estimation"
+    gone = f"light.remove.depth {light.remove.depth} drops blocks that were present during estimation"
     require(not too_deep, f"{gone}; estimate again with this depth")
     for spec in record.blocks:
         check_experts(spec, light)
@@ -127,7 +131,7 @@ def head_units(record: EstimationRecord, light: LightConfig) -> list[Bundles]:
     Balanced sets keep all groups equally large. Where every query head has its own KV head, units are single heads.
     """
     result = []
-    for spec, scores in zip(record.blocks, record.of_blocks("heads", criterion_of(light)), strict=True):
+    for spec, scores in zip(record.blocks, record.block_scores("heads", criterion_of(light)), strict=True):
         balanced = light.remove.head_unit == "balanced" and spec.heads_per_kv > 1
         units = balanced_slices(scores, spec.kv_heads) if balanced else _groups(spec)
         parameters = spec.head_parameters * units.shape[1] + (0 if balanced else spec.kv_parameters)
@@ -141,7 +145,7 @@ def expert_slices(record: EstimationRecord, criterion: str) -> list[Bundles]:
     All experts of a layer stay equally wide, because one tensor holds their weights.
     """
     result = []
-    for spec, scores in zip(record.blocks, record.of_blocks("expert_neurons", criterion), strict=True):
+    for spec, scores in zip(record.blocks, record.block_scores("expert_neurons", criterion), strict=True):
         slices = balanced_slices(scores, spec.experts) if spec.experts else torch.zeros(0, 0, dtype=torch.long)
         result.append(_bundles(slices, scores, spec.expert_neuron_parameters * spec.experts))
     return result
@@ -153,7 +157,7 @@ def expert_units(record: EstimationRecord, criterion: str) -> list[Bundles]:
     Routers that choose among groups first need equally many experts in each group.
     """
     result = []
-    for spec, scores in zip(record.blocks, record.of_blocks("experts", criterion), strict=True):
+    for spec, scores in zip(record.blocks, record.block_scores("experts", criterion), strict=True):
         groups = spec.expert_groups
         units = balanced_slices(scores, groups) if groups > 1 else torch.arange(spec.experts).unsqueeze(1)
         result.append(_bundles(units, scores, spec.expert_parameters * groups))
@@ -229,7 +233,7 @@ class _Blocks:
         criterion = criterion_of(light)
         self.heads = head_units(record, light)
         self.slices = expert_slices(record, criterion)
-        neurons = record.of_blocks("neurons", criterion)
+        neurons = record.block_scores("neurons", criterion)
         self.experts = expert_units(record, criterion)
         parts = list(zip(record.blocks, self.heads, neurons, self.experts, self.slices, strict=True))
         self.layers: dict[MaskedUnit, list[Layer]] = {
@@ -274,7 +278,7 @@ class _Blocks:
     def _select_by_cost(self, part: float) -> list[BlockPlan]:
         """Select units of all blocks by score per parameter, lowest first, until `part` of the parameters is removed.
 
-        With Fisher scores this minimises the second-order estimate of the loss without interactions of units: removing
+        With Fisher scores this minimizes the second-order estimate of the loss without interactions of units: removing
         unit i adds about F_i / 2 to the loss, so the criterion is F_i divided by the parameters of the unit.
         """
         layers = [layer for kind in MASKED for layer in self.layers[kind]]
@@ -334,7 +338,7 @@ def _plan_sites(record: EstimationRecord, light: LightConfig, blocks: list[Block
     alive = [index for index, site in enumerate(record.sites) if _has_layer(site, blocks)]
     require(bool(alive), "every PEFT module sits in a sub-layer that is removed; lower the amounts in light.remove")
     stay = _keep_modules(record, light, alive)
-    scores = record.of_ranks(str(light.estimate.rank_criterion))
+    scores = record.rank_scores(str(light.estimate.rank_criterion))
     layers = [Layer("ranks", index, scores[index], LEAST_RANKS) for index in stay]
     kept = keep_part(layers, light.modules.remove_ranks or 0.0, "layerwise")
     return {record.sites[index].name: tuple(ranks) for index, ranks in zip(stay, kept, strict=True)}
@@ -350,7 +354,7 @@ def _has_layer(site: SiteSpec, blocks: list[BlockPlan]) -> bool:
 
 def _keep_modules(record: EstimationRecord, light: LightConfig, alive: list[int]) -> list[int]:
     """Select the indices of the PEFT modules to keep, at least one; modules of removed sub-layers count as removed."""
-    scores = record.of_modules(str(light.estimate.module_criterion))
+    scores = record.module_scores(str(light.estimate.module_criterion))
     lowest = light.first_module_block(len(record.blocks))
     allowed = {index for index, site in enumerate(record.sites) if site.block is None or site.block >= lowest}
     alive = [index for index in alive if index in allowed]

@@ -66,23 +66,23 @@ class EstimationRecord:
             LightPeftError: estimation took no step, because its settings removed nothing, but `light` removes some.
         """
         nothing = "the estimation has no scores, since its settings removed nothing; estimate again with these settings"
-        require(self.meta.get("steps") != 0 or not light.chooses, nothing)
+        require(self.meta.get("steps") != 0 or not light.uses_scores, nothing)
 
     @property
     def depth(self) -> float:
         """Fraction of the blocks that was dropped whole."""
         return len(self.left_out) / (len(self.blocks) + len(self.left_out))
 
-    def of_blocks(self, kind: str, criterion: str) -> list[Tensor]:
+    def block_scores(self, kind: str, criterion: str) -> list[Tensor]:
         """Return the scores of one of the `MASKED` units under a criterion, one tensor for each block, maybe empty."""
         scores = (f"{kind}/{criterion}/{block.index}" if getattr(block, kind) else None for block in self.blocks)
         return [torch.zeros(0) if key is None else self._get(key) for key in scores]
 
-    def of_modules(self, criterion: str) -> Tensor:
+    def module_scores(self, criterion: str) -> Tensor:
         """Return the scores of the PEFT modules under a criterion, [sites]."""
         return self._get(f"modules/{criterion}")
 
-    def of_ranks(self, criterion: str) -> list[Tensor]:
+    def rank_scores(self, criterion: str) -> list[Tensor]:
         """Return the scores of the ranks under a criterion, one tensor [rank] for each PEFT module."""
         return [self._get(f"ranks/{criterion}/{index}") for index in range(len(self.sites))]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightpeft.errors import require
 from lightpeft.machine import autocasting
 from lightpeft.models.patching import in_mode
-from lightpeft.peft_kinds.sites.answering import fused_answers
+from lightpeft.peft_kinds.sites.inference import fused_inference
 
 T = TypeVar("T")
 Batch = Mapping[str, Tensor]
@@ -83,7 +83,7 @@ def _evaluate(
 ) -> list[T]:
     """Return `take(output)` of the model for each batch, in evaluation mode."""
     device = device_of(model)
-    with in_mode(model, training=False), fused_answers(model), autocasting(device, autocast):
+    with in_mode(model, training=False), fused_inference(model), autocasting(device, autocast):
         return [take(model(**move_batch(batch, device))) for batch in batches]
 
 

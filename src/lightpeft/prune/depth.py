@@ -51,7 +51,7 @@ def _check_rest(inner: PreTrainedModel, stay: int) -> None:
     _set_depth(config, stay)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in type(inner)(config).named_parameters()}
-    # quantised weights have other shapes, and are integers
+    # quantized weights have other shapes, and are integers
     own = {name: p.shape for name, p in inner.named_parameters() if p.is_floating_point()}
     other = [name for name in own.keys() & shapes.keys() if own[name] != shapes[name]]
     require(

@@ -47,6 +47,9 @@ def ensure_family(model: nn.Module) -> None:
         model = AutoModelForCausalLM.from_pretrained("owner/new-architecture")
         ensure_family(model)  # then the model can be pruned like those of listed families
 
+    Args:
+        model: a transformers model, or a PeftModel around one.
+
     Raises:
         LightPeftError: the family cannot be pruned, or it is not listed and no proposed structure passes the check.
     """

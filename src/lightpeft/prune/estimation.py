@@ -195,12 +195,12 @@ class Estimator:
 
     def _check_gradients(self, record: EstimationRecord) -> None:
         """Raise `LightPeftError` if some blocks had no gradients, since a plan would remove them without evidence."""
-        parts = zip(*(record.of_blocks(kind, "fisher") for kind in MASKED), strict=True)
+        parts = zip(*(record.block_scores(kind, "fisher") for kind in MASKED), strict=True)
         reached = [any(bool(scores.any()) for scores in of_block) for of_block in parts]
         require(
             any(reached) or not bool(self._overflowed),
-            f"all {self.steps} steps of estimation overflowed, as a gradient scaler's first steps in float16 do; "
-            "estimate for longer",
+            f"all {self.steps} steps of estimation overflowed, as the first steps of a gradient scaler in float16 do; "
+            "raise light.estimate.length",
         )
         missed = [
             block.label or str(block.index) for block, found in zip(self.blocks, reached, strict=True) if not found

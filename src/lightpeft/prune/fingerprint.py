@@ -24,7 +24,7 @@ def fingerprint(model: nn.Module, blocks: Sequence[BlockSpec], vocabulary: Vocab
     """Hash names, shapes and a sample of every prunable weight and of the input embeddings of a base.
 
     Values are sampled at fixed strides and rounded to bfloat16, so that a base in float32 and in bfloat16 agree, and a
-    large model takes milliseconds. Of quantised weights the integers are hashed, so a base in 4 bits differs.
+    large model takes milliseconds. Of quantized weights the integers are hashed, so a base in 4 bits differs.
 
     Args:
         vocabulary: hash the embeddings of these tokens only, whether the model still has others or not.

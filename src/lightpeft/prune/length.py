@@ -45,7 +45,7 @@ def fit_stage(
     Raises:
         LightPeftError: estimation would leave no steps for training, or score too few examples.
     """
-    if not light.chooses:
+    if not light.uses_scores:
         return StageLength(0, 0)
     enough = 2 if pace is None else max(2, pace.enough_steps(LEAST_EXAMPLES, steps))
     stage = stage_of(light, steps, enough)
@@ -71,7 +71,7 @@ def remove_nothing_if_short(
     try:
         fit_stage(light, pace, steps, longer=longer)
     except LightPeftError as error:
-        return light.removing_nothing(), str(error)
+        return light.without_pruning(), str(error)
     return light, None
 
 
@@ -86,7 +86,7 @@ def stage_of(light: LightConfig, total_steps: int | None, enough: int = 2) -> St
         LightPeftError: the length needs `total_steps`, or the stage would be longer than the run.
     """
     length = light.estimate.length
-    if not light.chooses:
+    if not light.uses_scores:
         return StageLength(0, 0)
     if isinstance(length, int):
         longer = f"estimation of {length} steps is longer than the run of {total_steps}; shorten it, or train longer"
@@ -124,7 +124,7 @@ def few_examples(light: LightConfig, examples: int) -> str | None:
 
     On movie reviews plans from 128 or fewer cost 2 to 6 points (docs/explanation/results.md#short-runs-and-few-rows).
     """
-    if examples >= LEAST_EXAMPLES or not light.chooses:
+    if examples >= LEAST_EXAMPLES or not light.uses_scores:
         return None
     return f"estimation scores {examples} examples, too few for a reliable plan, which needs {LEAST_EXAMPLES}"
 

@@ -26,7 +26,7 @@ from lightpeft.profiling.live import Batch, device_of, move_batch
 from lightpeft.prune.learning import classes_of, one_of_several
 
 RIDGES = (1e1, 1e2, 1e3, 1e4, 1e5)
-"""Ridge penalties that are tried on standardised states; each block uses its best one."""
+"""Ridge penalties that are tried on standardized states; each block uses its best one."""
 PROBE_ROWS = 512
 """Number of training rows for the probes."""
 DECODERS_ONLY = "only decoders that classify are measured"
@@ -58,7 +58,11 @@ class FoundDepth:
         return 1 - self.enough / len(self.error)
 
     def within(self, blocks: float | str | None) -> float:
-        """Return `depth`, limited to whole blocks within `light.remove.blocks` if that is a number."""
+        """Return `depth`, limited to whole blocks within `light.remove.blocks` if that is a number.
+
+        Args:
+            blocks: the setting.
+        """
         count = len(self.error)
         return self.depth if blocks is None or isinstance(blocks, str) else min(self.depth, int(blocks * count) / count)
 
@@ -100,8 +104,11 @@ def find_depth(model: nn.Module, batches: Iterable[Batch], autocast: torch.dtype
             `attention_mask`, all tokens are real.
         autocast: half precision of the forward pass; None: no autocast.
 
+    Returns:
+        The accuracy at each block, and the number of blocks that the task needs.
+
     Raises:
-        LightPeftError: the labels are no class numbers, or all equal.
+        LightPeftError: the labels are not class numbers, or all are equal.
     """
     states, labels = states_by_block(model, batches, autocast)
     found = [read_out(of_block, labels) for of_block in states]
@@ -124,8 +131,11 @@ def states_by_block(
         batches: batches of training rows, with class numbers as `labels` [rows].
         autocast: half precision of the forward pass; None: no autocast.
 
+    Returns:
+        The accuracy at each block, and the number of blocks that the task needs.
+
     Raises:
-        LightPeftError: the labels are no class numbers, or all equal.
+        LightPeftError: the labels are not class numbers, or all are equal.
     """
     inner = transformers_model(model)
     first = not _is_decoder(inner)
@@ -183,7 +193,7 @@ class ReadOut:
 def read_out(states: Tensor, labels: Tensor) -> ReadOut:
     """Compute leave-one-out accuracy and squared errors of ridge regression, with the best of `RIDGES`.
 
-    With K = X X^T of the standardised states, the fit is H Y, H = K (K + lambda I)^-1 + 1/n (a free intercept), and the
+    With K = X X^T of the standardized states, the fit is H Y, H = K (K + lambda I)^-1 + 1/n (a free intercept), and the
     leave-one-out error of row i is (Y - H Y)_i / (1 - H_ii).
 
     Args:

@@ -5,7 +5,7 @@ weight of an expert, and so its output; masks m_ej scale its neurons. The expert
 transformers' fused call cannot apply masks.
 
 A mask of 0 differs from a cut: tokens that the router sends to the expert lose its output, where a router without the
-expert's row would send them to another one, and normalise over the others. To simulate a cut, the router's logits of
+expert's row would send them to another one, and normalize over the others. To simulate a cut, the router's logits of
 removed experts are set to -inf.
 """
 

@@ -52,7 +52,7 @@ _QUANTITY_VALUES = {
 def apply_plan(model: nn.Module, plan: PrunePlan, family: Family | None = None) -> None:
     """Cut a transformers model, or a PeftModel around one, in place to the units of a plan (Gu et al. 2024, pruning).
 
-    Kept weights, frozen or trained, do not change by a bit, except where a quantised layer has to form new blocks, or
+    Kept weights, frozen or trained, do not change by a bit, except where a quantized layer has to form new blocks, or
     PEFT is merged so that all weights train (`plan.train`). Optimizers from before hold the old parameters: make new
     ones.
 

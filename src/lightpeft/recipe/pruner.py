@@ -16,7 +16,7 @@ from lightpeft.compat.fsdp import out_of_fsdp
 from lightpeft.config import Light, LightConfig, cut_of_writer, override_light
 from lightpeft.errors import require
 from lightpeft.models.families.family_table import block_specs
-from lightpeft.models.linears.bitsandbytes import prepare_quantised
+from lightpeft.models.linears.bitsandbytes import prepare_quantized
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary.cutting import vocabulary_of
 from lightpeft.peft_kinds.sites.live_sites import check_peft, leave_experts
@@ -37,8 +37,11 @@ _log = logging.getLogger(__name__)
 class EarlyPruner:
     """Estimate, plan and prune a PeftModel in your own training loop (Gu et al. 2024, section 3).
 
-    `LightTrainer` does all of it in one call. In a loop, call `step` between `loss.backward()` and `optimizer.step()`.
-    The loop also has to follow the settings for learning rate and dropout: `advice()` lists them, and a warning logs
+    `LightTrainer` does all of this in one call. In a loop, call `step` between `loss.backward()` and
+    `optimizer.step()`. It trains one mask m_i for each head, neuron and expert with the L1 penalty lambda * sum |m_i|,
+    and accumulates the scores, by default the Fisher score E[(dL/dm_i)^2] over examples.
+
+    The loop also has to apply the settings for learning rate and dropout. `advice()` lists them, and a warning logs
     them once.
 
     Example:
@@ -63,10 +66,10 @@ class EarlyPruner:
         Args:
             model: a model from `peft.get_peft_model`. `prune` cuts it in place. The constructor already removes the
                 blocks that `light.remove.depth` drops and the PEFT modules that `light.modules.blocks` does not allow.
-            light: part of the blocks to remove, such as 0.4, a preset's name, or settings (`LightConfig`, or a mapping
-                of its fields); None: a fixed budget for a model that classifies, and no cut of the base for others,
-                because a loop cannot search for a budget as `LightTrainer` does.
-            estimator: makes the `Estimator` from the model and its settings.
+            light: fraction of the blocks to remove, such as 0.4, a preset's name, or settings (`LightConfig`, or a
+                mapping of its fields); None: a fixed budget for a model that classifies, and no cut of the base for
+                others, because a loop cannot search for a budget as `LightTrainer` does.
+            estimator: function that makes the `Estimator` from the model and its settings.
 
         Raises:
             LightPeftError: an unsupported model family, PEFT type, or quantization, unknown settings, an amount that
@@ -75,7 +78,7 @@ class EarlyPruner:
         self.model = model
         check_stored(model)
         ensure_family(model)
-        prepare_quantised(model)
+        prepare_quantized(model)
         if isinstance(model, PeftModel):
             leave_experts(model, block_specs(transformers_model(model)))
         check_peft(model)
@@ -86,7 +89,7 @@ class EarlyPruner:
         self.estimator = estimator(model, self.config)
 
     def advice(self) -> Iterator[str]:
-        """Yield one line for each thing that the settings ask of the training loop."""
+        """Yield one line for each setting that the training loop has to apply itself, such as the learning rate."""
         light = self.config
         before, behind, dropout = light.rates.estimation_scale, light.rates.scale, light.rates.base_dropout
         if before == behind != 1:
@@ -102,7 +105,11 @@ class EarlyPruner:
         """Return a `TrainerCallback` that runs the estimation stage and then stops the trainer.
 
         Args:
-            resume_from: checkpoint of an interrupted stage, the same that `train` resumes from; None: start anew.
+            resume_from: checkpoint of an interrupted stage, the one that `train` resumes from; None: start from the
+                beginning.
+
+        Raises:
+            LightPeftError: `light` is auto, which needs `LightTrainer`.
         """
         self._warn_about_loop()
         return EstimationCallback(self.estimator, resume_from)
@@ -111,7 +118,10 @@ class EarlyPruner:
         """Begin estimation in your own loop.
 
         Args:
-            total_steps: optimizer steps of the whole run; needed if `light.estimate.length` is a fraction.
+            total_steps: optimizer steps of the whole run; needed if `light.estimate.length` is a fraction or auto.
+
+        Raises:
+            LightPeftError: estimation has started already, `light` is auto, or the length needs `total_steps`.
         """
         self._warn_about_loop()
         self.estimator.start(total_steps)
@@ -129,7 +139,10 @@ class EarlyPruner:
         """Accumulate scores from the gradients of one optimizer step.
 
         Args:
-            grad_scale: factor of a gradient scaler that has not been unscaled yet; 1: none.
+            grad_scale: factor by which a gradient scaler has multiplied the gradients; 1: none, or unscaled already.
+
+        Raises:
+            LightPeftError: estimation has not started, or the loss or the gradients are NaN or infinite.
         """
         self.estimator.step(grad_scale)
 
@@ -139,14 +152,21 @@ class EarlyPruner:
         return self.estimator.finished
 
     def record(self) -> EstimationRecord:
-        """Return the scores so far, to inspect, to save, or to make other plans from."""
+        """Return the scores so far, to inspect or save them, or to make other plans from them.
+
+        Raises:
+            LightPeftError: estimation has no steps yet, or its scores are not usable.
+        """
         return self.estimator.record()
 
     def plan(self, light: Light = None) -> PrunePlan:
         """Make a plan from the scores so far.
 
         Args:
-            light: part of the blocks to remove, or settings that override the pruner's own.
+            light: fraction of the blocks to remove, or settings that override those of the pruner; None: its settings.
+
+        Raises:
+            LightPeftError: estimation has no steps yet, or the amount cannot be removed.
         """
         return make_plan(self.record(), override_light(self.config, light))
 
@@ -156,10 +176,13 @@ class EarlyPruner:
         Make a new optimizer afterwards: the old one holds the parameters from before.
 
         Args:
-            plan: None: the plan of the scores and the pruner's settings.
+            plan: the units to keep; None: the plan from the scores and the settings of the pruner.
 
         Returns:
-            The same model, a `PeftModel` and a `LightModel`.
+            The same model, now a `LightModel`, which is a `PeftModel`.
+
+        Raises:
+            LightPeftError: the plan does not fit the model, or estimation has no steps yet.
         """
         if plan is None:
             record = self.record()

@@ -76,5 +76,5 @@ def _check_sharded(trainer: LightHost) -> None:
     keep = trainer.light_config.after.keep
     kept = f"light.after.keep: {keep} needs the whole base in every process, and FSDP shards it"
     require(keep == "light", f"{kept}; set it to light")
-    quantised = any(getattr(module, "is_quantized", False) for module in trainer.model.modules())
-    require(not quantised, "a quantized base (4 or 8 bits) cannot be cut under FSDP; load the base unquantized")
+    quantized = any(getattr(module, "is_quantized", False) for module in trainer.model.modules())
+    require(not quantized, "a quantized base (4 or 8 bits) cannot be cut under FSDP; load the base unquantized")

@@ -38,8 +38,8 @@ def light_settings(light: Light, peft: PeftConfig, model: nn.Module) -> LightCon
     if settings.train == "all":
         asked = "light.train: all trains the base weights"
         require(kind.merges, f"light.train: all merges PEFT at the cut, and {kind.title} cannot be merged; use LoRA")
-        quantised = getattr(transformers_model(model), "is_quantized", False)
-        require(not quantised, f"{asked}, which is not possible in 4 or 8 bits; load the base unquantized")
+        quantized = getattr(transformers_model(model), "is_quantized", False)
+        require(not quantized, f"{asked}, which is not possible in 4 or 8 bits; load the base unquantized")
         require(
             not has_weights_on_disk(model), f"{asked}, and this model's are on disk; load it without weights_on_disk"
         )
@@ -77,12 +77,12 @@ def settings_of_loop(light: Light, peft: PeftConfig, model: nn.Module) -> LightC
     """Return complete settings for a custom training loop: a fixed budget in place of `auto`, which needs a trainer."""
     given = light_config(light)
     settings = light_settings(given, peft, model)
-    if given.remove.says_how_much or not settings.is_auto:
+    if given.remove.has_amount or not settings.is_auto:
         return settings
     blocks = fixed_budget(gives_classes(model))
     why = "EarlyPruner uses a fixed budget, because a training loop cannot search for one; set it by light=0.4"
     _log.info("light: %.0f%% of the blocks will be cut: %s", 100 * blocks, why)
-    return settings.removing(blocks)
+    return settings.with_blocks(blocks)
 
 
 def peft_config_of(model: PeftModel) -> PeftConfig:

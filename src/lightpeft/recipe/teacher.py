@@ -105,14 +105,14 @@ class _TeacherInference:
             return list(logits.reshape(len(rows), -1))
         labels = [torch.as_tensor(row["labels"] if "labels" in row else row["label"]) for row in rows]
         there = [of_row[places] for of_row, places in zip(logits, batch["labels"] != IGNORED, strict=True)]
-        return [_scatter_labelled(of_row, own != IGNORED) for of_row, own in zip(there, labels, strict=True)]
+        return [_scatter_labeled(of_row, own != IGNORED) for of_row, own in zip(there, labels, strict=True)]
 
 
-def _scatter_labelled(logits: Tensor, there: Tensor) -> Tensor:
-    """Scatter logits of labelled tokens, [labelled, classes], to all tokens of a row, [tokens, classes]; 0 elsewhere.
+def _scatter_labeled(logits: Tensor, there: Tensor) -> Tensor:
+    """Scatter logits of labeled tokens, [labeled, classes], to all tokens of a row, [tokens, classes]; 0 elsewhere.
 
     Args:
-        there: True for labelled tokens, [tokens].
+        there: True for labeled tokens, [tokens].
     """
     placed = torch.zeros(len(there), logits.shape[-1])
     placed[there] = logits

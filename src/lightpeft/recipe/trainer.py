@@ -59,17 +59,18 @@ AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 class LightTraining(Training):
     """Mixin that `light_trainer` adds to a trainer: estimate, cut and fine-tune in one `train()`.
 
-    The first steps train masks and PEFT modules together and score them; then the model is cut in place, and the
+    The first steps train masks and PEFT modules together and score all units. Then the model is cut in place, and the
     remaining steps fine-tune it (Gu et al. 2024, https://arxiv.org/abs/2406.03792). All arguments of the trainer are
-    accepted. `Training` extends the methods of `Trainer` that this needs.
+    accepted.
 
     Args:
-        light: part of the blocks to remove, such as 0.4, "auto", a preset's name, or settings (`LightConfig`, or a
+        model: a dense transformers model with `peft_config`, or a PeftModel. It is cut in place.
+        light: fraction of the blocks to remove, such as 0.4, "auto", a preset's name, or settings (`LightConfig`, or a
             mapping of its fields); None: no cut of a model that generates text; for others the largest cut that is
             measured to cost at most one point of accuracy or, if the model outputs no classes, 0.05 nats of the loss.
         peft_config: PEFT modules for a dense model; without `target_modules` they sit on all projections of the blocks
             in which `light` allows modules. A PeftModel needs none.
-        fast_steps: use fused LoRA layers, logits of labelled tokens only, a faster backward pass through attention and
+        fast_steps: use fused LoRA layers, logits of labeled tokens only, a faster backward pass through attention and
             norms on a CPU, and recomputed activations.
         prefix_cache: cache for the outputs of the frozen lower blocks from epoch to epoch; None: no cache.
         teacher: a trained model of the same task, labels and tokenizer, or its folder, for knowledge distillation: a
@@ -78,7 +79,7 @@ class LightTraining(Training):
         teacher_weight: weight of the teacher's loss in the total loss, in (0, 1].
 
     Attributes:
-        light_plan: the units of the dense base that are left; None if training ended before the cut.
+        light_plan: the units of the dense base that were kept; None if training ended before the cut.
         light_record: the scores that the plan was made from; None if training resumed after the cut.
         light_budget: the budget that `light: auto` found, and its expected cost; None for a fixed budget.
         light_report: steps and seconds of estimation, and parameters before and after the cut.
@@ -125,7 +126,7 @@ class LightTraining(Training):
         peft = peft_config_of(self._peft_model)
         self.light_config = settings_of_trainer(light, peft, self._peft_model, options)
         check_light(self, sharded=self._sharding.fsdp)
-        require(0 < teacher_weight <= 1, f"teacher_weight is {teacher_weight}; it lies in (0, 1]")
+        require(0 < teacher_weight <= 1, f"teacher_weight is {teacher_weight}; it must be in (0, 1]")
         self._teaching.weight = teacher_weight
         if teacher is not None:
             self.train_dataset = add_teacher_logits(self, teacher)
@@ -243,29 +244,37 @@ class LightTraining(Training):
         self._begin_fine_tuning(state.max_steps)
 
     def make_light_plan(self, record: EstimationRecord) -> PrunePlan | None:
-        """Make the plan when estimation is over; None ends training without a cut. To be overridden."""
+        """Make the plan after estimation. Override it to plan in another way.
+
+        Args:
+            record: the scores.
+
+        Returns:
+            The plan; None ends training without a cut.
+        """
         light = self.light_config
         if light.is_auto:
             self.light_budget = self.find_light_budget(record, self.state.max_steps)
             self._light_seconds["budget"] = self.light_budget.seconds
             _log.log(logging.INFO if self.light_budget.blocks else logging.WARNING, "%s", self.light_budget.summary())
-            light = light.removing(broadcast_from_main(self.light_budget.blocks))
+            light = light.with_blocks(broadcast_from_main(self.light_budget.blocks))
         return make_plan(record, light)
 
     def find_light_budget(self, record: EstimationRecord, steps: int) -> FoundBudget:
-        """Find the largest part of the blocks that can be cut within the tolerance, right after estimation.
+        """Find the largest fraction of the blocks that can be cut within the tolerance, after estimation.
 
         Args:
+            record: the scores.
             steps: optimizer steps of the whole run.
         """
         return budget_in(self, record, steps, sharded=self._sharding.fsdp)
 
     def announce_light_budget(self, line: str) -> None:
-        """Log one line of progress of the budget search, which may take minutes. To be overridden."""
+        """Log one line of progress of the budget search, which may take minutes. Can be overridden."""
         _log.info("%s", line)
 
     def light_tolerance(self) -> Tolerance:
-        """Return `light.remove.tolerance`, or the default: in points if the model outputs classes. To be overridden.
+        """Return `light.remove.tolerance`, or its default: in points if the model outputs classes. Can be overridden.
 
         Raises:
             LightPeftError: the tolerance is in points, and the model outputs no classes or has a custom loss.
@@ -276,8 +285,8 @@ class LightTraining(Training):
         require(classes or asked.unit == "nats", f"{what}; set it in nats of the loss")
         return asked
 
-    def light_points_a_nat(self, classes: Tensor, right: Tensor) -> float:
-        """Return how many points of the metric (here accuracy) a nat of the loss is worth. To be overridden.
+    def light_points_per_nat(self, classes: Tensor, right: Tensor) -> float:
+        """Return the points of the metric per nat of the loss. Override it for other metrics than accuracy.
 
         Args:
             classes: predicted class numbers of held-out rows, [rows].
@@ -287,7 +296,7 @@ class LightTraining(Training):
         return points_per_nat(right.cpu().numpy(), classes.cpu().numpy(), known)
 
     def prune_light_model(self, plan: PrunePlan) -> LightModel:
-        """Cut the model in place to the plan. To be overridden."""
+        """Cut the model in place to the plan, and return it. Override it to change the model before or after."""
         return cut(self._peft_model, plan)
 
     # -- 3. fine-tuning of what is left --------------------------------------------------------------------------
@@ -302,7 +311,7 @@ class LightTraining(Training):
     def _light_acceleration(self) -> Any:
         """Return a context with the faster steps and the base's dropout, for estimation and fine-tuning."""
         alone = self._uses_model_loss()
-        return light_steps(self._peft_model, self.light_config, fast=self.fast_steps, loss_alone=alone)
+        return light_steps(self._peft_model, self.light_config, fast=self.fast_steps, loss_only=alone)
 
     def _uses_model_loss(self) -> bool:
         """Return True if the loss is the model's own; a custom loss may read all logits."""

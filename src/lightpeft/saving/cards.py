@@ -80,11 +80,11 @@ def model_card(facts: Mapping[str, Any], plan: PrunePlan, form: CardForm) -> str
         plan: plan of the light model.
         form: texts that depend on the form of the saved model.
     """
-    licence = licence_of(facts["base"]["id"])
+    license = license_of(facts["base"]["id"])
     parts = [
         f"# {form.title}",
         f"{form.what} (Light-PEFT, Gu et al., Findings of ACL 2024).",
-        "\n".join(_table(facts, plan, licence)),
+        "\n".join(_table(facts, plan, license)),
         "## How to load it",
         f"```{form.language}\n{form.code}\n```",
         *(_its_base(facts) if form.relation == "adapter" else ()),
@@ -94,13 +94,13 @@ def model_card(facts: Mapping[str, Any], plan: PrunePlan, form: CardForm) -> str
         "## Quality",
         "\n".join(_quality_table(facts)),
     ]
-    data = _metadata(facts, plan, form, licence)
+    data = _metadata(facts, plan, form, license)
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
-def _metadata(facts: Mapping[str, Any], plan: PrunePlan, form: CardForm, licence: str | None) -> ModelCardData:
+def _metadata(facts: Mapping[str, Any], plan: PrunePlan, form: CardForm, license: str | None) -> ModelCardData:
     base, task, results = facts["base"], pipeline_tag(facts["base"]["architecture"]), list(_results(facts))
-    known: dict[str, Any] = {"license": licence} if licence else {}
+    known: dict[str, Any] = {"license": license} if license else {}
     if is_hub_name(base["id"]):  # a folder means nothing to other readers, and is no valid id
         known |= {"base_model": base["id"], "base_model_relation": form.relation}
     if results:
@@ -141,7 +141,7 @@ def _task_entry(facts: Mapping[str, Any]) -> TaskEntry | None:
         return None
 
 
-def _table(facts: Mapping[str, Any], plan: PrunePlan, licence: str | None) -> Iterator[str]:
+def _table(facts: Mapping[str, Any], plan: PrunePlan, license: str | None) -> Iterator[str]:
     base, task = facts["base"], _task_entry(facts)
     revision = f", revision `{base['revision']}`" if base["revision"] else ""
     place = "" if is_hub_name(base["id"]) else ", a folder of its author"
@@ -160,8 +160,8 @@ def _table(facts: Mapping[str, Any], plan: PrunePlan, licence: str | None) -> It
         tokens = f"{facts['tokens']['kept']:,} of the {facts['tokens']['of']:,} of its base"
         yield f"| tokens | {tokens}; it needs a tokenizer with these, not the base's |"
     yield f"| PEFT | {len(plan.sites)} of {len(plan.dense_sites)} modules, {ranks} of {dense} ranks |"
-    said = f"`{licence}`" if licence else "see its page" if is_hub_name(base["id"]) else "not stated"
-    yield f"| licence of the base | {said} |"
+    said = f"`{license}`" if license else "see its page" if is_hub_name(base["id"]) else "not stated"
+    yield f"| license of the base | {said} |"
 
 
 def _quality_table(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -198,8 +198,8 @@ def _base_name(base: Mapping[str, Any]) -> str:
     return base["id"] if is_hub_name(base["id"]) else Path(base["id"]).name or base["model_type"]
 
 
-def licence_of(name: str) -> str | None:
-    """Return the licence of a model from its local model card; None: no card, or no licence in it.
+def license_of(name: str) -> str | None:
+    """Return the license of a model from its local model card; None: no card, or no license in it.
 
     Args:
         name: folder, or name on the hub; only its cache is read, and nothing is downloaded.
@@ -211,6 +211,6 @@ def licence_of(name: str) -> str | None:
         if not isinstance(file, (str, Path)):
             return None
         data: Any = ModelCard(read_text(file), ignore_metadata_errors=True).data
-    except Exception:  # noqa: BLE001 - a missing or damaged card has no licence
+    except Exception:  # noqa: BLE001 - a missing or damaged card has no license
         return None
     return data.license if isinstance(data.license, str) else None

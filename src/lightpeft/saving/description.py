@@ -18,7 +18,7 @@ from lightpeft.errors import require
 from lightpeft.files import explain_content_errors
 from lightpeft.models.families.family_table import family_of
 from lightpeft.models.families.spec import Stack
-from lightpeft.models.loading import CUTTABLE, quantisation_method
+from lightpeft.models.loading import CUTTABLE, quantization_method
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary.cutting import vocabulary_of
 from lightpeft.models.vocabulary.kept import Vocabulary
@@ -72,16 +72,16 @@ class BaseFacts:
     fingerprint: str
     config: HeadSettings
     gguf_file: str | None = None
-    quantisation: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None
     """Settings of transformers' quantization config; None: not quantized."""
 
     def __post_init__(self) -> None:
         check_values(self)
         plain = self.gguf_file is None or Path(self.gguf_file).name == self.gguf_file
         require(plain, f"base.gguf_file is {self.gguf_file!r}; it must be a file name without a folder")
-        if self.quantisation is not None:
-            method = quantisation_method(self.quantisation)
-            require(method == CUTTABLE, f"base.quantisation is by {method}; only {CUTTABLE} is supported")
+        if self.quantization is not None:
+            method = quantization_method(self.quantization)
+            require(method == CUTTABLE, f"base.quantization is by {method}; only {CUTTABLE} is supported")
 
     def place(self, elsewhere: str | Path | None = None) -> ModelConfig:
         """Return the settings to load the base from its recorded place, or from another one without a revision.
@@ -126,7 +126,7 @@ def facts_of(model: Described) -> dict[str, Any]:
             "fingerprint": model.light_plan.fingerprint,
             "config": _head_settings(config, vocabulary_of(inner)),
             "gguf_file": getattr(inner, "light_gguf_file", None),
-            "quantisation": _quantisation(config),
+            "quantization": _quantization(config),
         },
         "tokens": _token_counts(vocabulary_of(inner)),
         "plan": model.light_plan.to_dict(),
@@ -159,7 +159,7 @@ def _head_settings(config: PretrainedConfig, vocabulary: Vocabulary | None) -> d
     return settings
 
 
-def _quantisation(config: PretrainedConfig) -> dict[str, Any] | None:
+def _quantization(config: PretrainedConfig) -> dict[str, Any] | None:
     """Return transformers' quantization config of the base as plain data; None: not quantized."""
     settings = getattr(config, "quantization_config", None)
     return json.loads(settings.to_json_string(use_diff=False)) if settings is not None else None

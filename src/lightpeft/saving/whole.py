@@ -54,7 +54,7 @@ def read_merged(folder: str | Path) -> dict[str, Any]:
         LightPeftError: `merged.json` or the config is missing, a file is damaged, or the schema is newer.
     """
     for name in (MERGED, CONFIG_FILE):  # transformers would not complain about a missing config
-        require((Path(folder) / name).is_file(), f"{folder} is no merged light model: it has no {name}")
+        require((Path(folder) / name).is_file(), f"{folder} is not a merged light model: it has no {name}")
     description = read_json(Path(folder) / MERGED)
     with explain_content_errors(Path(folder) / MERGED):
         checksums = dict(description["checksums"])
@@ -70,8 +70,8 @@ def check_mergeable(config: PretrainedConfig) -> None:
     Raises:
         LightPeftError: the config says that the model is quantized.
     """
-    quantised = getattr(config, "quantization_config", None) is not None
-    require(not quantised, "the base is quantized, and merging would round it again; keep the light adapter")
+    quantized = getattr(config, "quantization_config", None) is not None
+    require(not quantized, "the base is quantized, and merging would round it again; keep the light adapter")
 
 
 def make_saveable(model: PreTrainedModel, plan: PrunePlan, facts: Mapping[str, Any]) -> None:

@@ -39,7 +39,7 @@ def read_own(folder: Path) -> dict[str, Any]:
     data = read_config(folder / CONFIG_FILE)
     own = data.get(OWN, data)
     require(
-        isinstance(own, dict), f"{folder / CONFIG_FILE} is damaged: {OWN} is no model config; copy the folder again"
+        isinstance(own, dict), f"{folder / CONFIG_FILE} is damaged: {OWN} is not a model config; copy the folder again"
     )
     check_config(own, f"model {folder}")
     return dict(own)

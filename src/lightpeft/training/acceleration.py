@@ -11,7 +11,7 @@ from lightpeft.config import LightConfig
 from lightpeft.peft_kinds.sites.base import peft_parts
 from lightpeft.peft_kinds.sites.fused import fused_lora
 from lightpeft.training.attention import attention_by_products
-from lightpeft.training.logits import labelled_head
+from lightpeft.training.logits import labeled_head
 from lightpeft.training.norms import fused_norms
 from lightpeft.training.recomputing import recomputed_activations
 
@@ -21,18 +21,18 @@ def light_steps(
     light: LightConfig,
     *,
     fast: bool = True,
-    loss_alone: bool = False,
+    loss_only: bool = False,
 ) -> AbstractContextManager[None]:
     """Return a context in which a model trains as the settings say, before and after the cut.
 
     Args:
         light: settings, of which `rates.base_dropout` counts.
         fast: also use the faster steps of `accelerated`.
-        loss_alone: True if only the loss reads a language model's logits in training.
+        loss_only: True if only the loss reads a language model's logits in training.
     """
     if not fast:
         return base_dropout(model, light.rates.base_dropout)
-    return accelerated(model, dropout=light.rates.base_dropout, loss_alone=loss_alone)
+    return accelerated(model, dropout=light.rates.base_dropout, loss_only=loss_only)
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def accelerated(
     model: nn.Module,
     *,
     dropout: float | None = None,
-    loss_alone: bool = False,
+    loss_only: bool = False,
 ) -> Iterator[None]:
     """Make training steps faster inside the block, with the same gradients up to rounding.
 
@@ -50,7 +50,7 @@ def accelerated(
     Args:
         model: a transformers model or a PeftModel, dense or pruned.
         dropout: dropout probability for the base, in place of its own; None: its own.
-        loss_alone: True if only the loss reads a language model's logits in training (TRL's trainers may read them
+        loss_only: True if only the loss reads a language model's logits in training (TRL's trainers may read them
             too), so that logits of tokens without a label are not computed.
 
     Example:
@@ -64,7 +64,7 @@ def accelerated(
     with ExitStack() as stack:
         stack.enter_context(base_dropout(model, dropout))
         stack.enter_context(fused_lora(model))
-        stack.enter_context(labelled_head(model) if loss_alone else nullcontext())
+        stack.enter_context(labeled_head(model) if loss_only else nullcontext())
         stack.enter_context(attention_by_products(model))
         stack.enter_context(fused_norms(model))
         stack.enter_context(recomputed_activations(model))

@@ -1,4 +1,4 @@
-"""Language-model head in training: logits of labelled tokens only, with a chunked cross-entropy."""
+"""Language-model head in training: logits of labeled tokens only, with a chunked cross-entropy."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _LEAST_CHUNK = 64
 
 
 @contextmanager
-def labelled_head(model: nn.Module) -> Iterator[None]:
-    """Compute the logits of labelled tokens only while a causal language model trains inside the block.
+def labeled_head(model: nn.Module) -> Iterator[None]:
+    """Compute the logits of labeled tokens only while a causal language model trains inside the block.
 
     Prompts and padding have no labels, and a vocabulary is much wider than a hidden state: the head and the softmax
     take a good part of a step's time and most of its memory. The loss is the same up to the order of its sum. The
-    model's output then has `logits` of shape [1, labelled tokens, vocabulary].
+    model's output then has `logits` of shape [1, labeled tokens, vocabulary].
 
     If the head is frozen and its logits go directly to the loss, cross-entropy is chunked: logits, loss and the
-    gradient of hidden states are computed for some tokens at a time, and `logits` has shape [1, labelled tokens, 0].
+    gradient of hidden states are computed for some tokens at a time, and `logits` has shape [1, labeled tokens, 0].
 
     Models without such a head, or whose logits do not go to transformers' loss, are unchanged, and so are calls without
     labels.
@@ -49,10 +49,10 @@ def labelled_head(model: nn.Module) -> Iterator[None]:
     if head is None or way is None:
         yield
         return
-    labelled = _LabelledHead(head, straight=way == "straight")
-    handle = inner.register_forward_pre_hook(labelled.begin, with_kwargs=True)
+    labeled = _LabeledHead(head, straight=way == "straight")
+    handle = inner.register_forward_pre_hook(labeled.begin, with_kwargs=True)
     try:
-        with override_loss(inner, labelled.loss), override_forward(head, labelled.project):
+        with override_loss(inner, labeled.loss), override_forward(head, labeled.project):
             yield
     finally:
         handle.remove()
@@ -82,7 +82,7 @@ def _way_to_loss(inner: Any, head: nn.Linear) -> str | None:
     return "straight" if len(given) == 1 and taken[0] is given[0] else "changed"
 
 
-class _LabelledHead:
+class _LabeledHead:
     """Replacements for one model's head and loss."""
 
     def __init__(self, head: nn.Linear, *, straight: bool) -> None:
@@ -95,9 +95,9 @@ class _LabelledHead:
         self._next: Tensor | None = None
         """Label of each position's next token, [rows, length]; None: compute logits of all tokens."""
         self._labels: Tensor | None = None
-        """Labels of labelled tokens, [labelled tokens]; None: the current call computes logits of all tokens."""
+        """Labels of labeled tokens, [labeled tokens]; None: the current call computes logits of all tokens."""
         self._sum: Tensor | None = None
-        """Summed loss of labelled tokens, []; None: not computed yet."""
+        """Summed loss of labeled tokens, []; None: not computed yet."""
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: note which tokens have labels."""
@@ -108,12 +108,12 @@ class _LabelledHead:
             self._next = pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
     def project(self, hidden: Tensor) -> Tensor:
-        """Forward of the head: [rows, length, hidden] -> [1, labelled tokens, vocabulary], or logits of all tokens."""
+        """Forward of the head: [rows, length, hidden] -> [1, labeled tokens, vocabulary], or logits of all tokens."""
         if self._next is None or hidden.shape[:-1] != self._next.shape:
             return self._project(hidden)
         following = self._next.to(hidden.device)
-        labelled = following != IGNORED
-        hidden, self._labels = hidden[labelled], following[labelled]
+        labeled = following != IGNORED
+        hidden, self._labels = hidden[labeled], following[labeled]
         dtype = self._chunked_dtype(hidden)
         if dtype is None:
             return self._project(hidden)[None]
@@ -140,7 +140,7 @@ class _LabelledHead:
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Replacement for transformers' loss, over labelled tokens.
+        """Replacement for transformers' loss, over labeled tokens.
 
         Args:
             num_items_in_batch: number of labels that the sum is divided by; None: the labels of this call.

@@ -231,8 +231,8 @@ class DistillationLoss:
             return (student.reshape(teacher.shape) - teacher).square().mean(-1)
         if student.dim() == 3:
             assert self.labels is not None
-            labelled = self.labels != IGNORED
-            student, teacher = student[labelled], teacher[labelled]
+            labeled = self.labels != IGNORED
+            student, teacher = student[labeled], teacher[labeled]
         of_student, of_teacher = (student / TEMPERATURE).log_softmax(-1), (teacher / TEMPERATURE).softmax(-1)
         return TEMPERATURE**2 * kl_div(of_student, of_teacher, reduction="none").sum(-1)
 

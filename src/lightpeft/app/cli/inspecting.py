@@ -49,7 +49,7 @@ def inspect(name: str | Path) -> list[Table]:
 
 def _run(run: RunFolder) -> list[Table]:
     """Return the tables for the result of the last finished stage of a run."""
-    light = run.config.way.prunes
+    light = run.config.method_spec.prunes
     if light and run.has("train"):
         return _model(find_folder(run.adapter))
     if light and run.has("plan"):
@@ -67,13 +67,16 @@ def _model(found: Found) -> list[Table]:
     description = found.description
     instead = "give a light adapter, a merged light model, a plan.json or a run"
     require(description, f"{found.name} is a {found.kind}, which has no plan to show; {instead}")
-    base = {name: description["base"][name] for name in ("id", "revision", "architecture", "dtype")}
+    titles = {"id": "base model", "revision": "its revision", "architecture": "architecture", "dtype": "data type"}
+    base = {title: description["base"][name] for name, title in titles.items()}
+    base = {title: value for title, value in base.items() if value is not None}
     metrics = description["metrics"]
     require(
         isinstance(metrics, dict),
         f"{found.name} is damaged: metrics is {metrics!r}, not a mapping; copy or train it again",
     )
-    facts = facts_table({**base, **_tokens(found), **metrics}, f"{found.kind} {found.name}")
+    measured = {"test rows" if name == "examples" else name: value for name, value in metrics.items()}
+    facts = facts_table({**base, **_tokens(found), **measured}, f"{found.kind} {found.name}")
     return [facts, plan_table(PrunePlan.from_dict(description["plan"]))]
 
 
@@ -86,7 +89,7 @@ def _tokens(found: Found) -> dict[str, str]:
 def _estimation(folder: Path) -> list[Table]:
     """Return the tables of an estimation: steps, sizes and, inside a run folder, the plan of the run's budget."""
     record = EstimationRecord.load(folder)
-    found: dict[str, Any] = {name: record.meta[name] for name in _META_SHOWN if name in record.meta}
+    found: dict[str, Any] = {name.replace("_", " "): record.meta[name] for name in _META_SHOWN if name in record.meta}
     found |= {
         "blocks": len(record.blocks),
         "PEFT modules": len(record.sites),

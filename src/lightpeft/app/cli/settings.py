@@ -125,7 +125,7 @@ def sections_of(
 
 def _section_help(cls: Any) -> str:
     section = "all of this section, as YAML or in a YAML file."
-    amount = "Part of the blocks to remove such as 0.4, auto, a preset's name, or"
+    amount = "Part of the blocks' parameters to remove, such as 0.4; auto; the name of a preset; or"
     return f"{amount} {section}" if cls is LightConfig else f"A{section[1:]}"
 
 

@@ -54,8 +54,25 @@ def metrics_table(
     table = _numbers_table(title, "metric", "value", "95% interval", *(["majority baseline"] if constant else []))
     for name, value in metrics.items():
         beside = [shown(constant[name]) if name in constant else ""] if constant else []
-        table.add_row(escape(name), shown(value), _format_interval(intervals.get(name)), *beside)
+        title = "test rows" if name == "examples" else name
+        table.add_row(escape(title), shown(value), _format_interval(intervals.get(name)), *beside)
     return table
+
+
+def parameters_table(sizes: Mapping[str, Any]) -> Table:
+    """Make a table of the parameters of a run's model: the base before and after the cut, and what trained.
+
+    Args:
+        sizes: the entry `parameters` of metrics.json.
+    """
+    dense, base = sizes["base_dense"], sizes["base"]
+    rows = {"base model": shown(base)}
+    if base != dense:
+        removed = f"{shown(base)} ({sizes['base_removed_ratio']:.1%} removed)"
+        rows = {"base model, before the cut": shown(dense), "base model, after the cut": removed}
+    others = {"peft": "PEFT modules", "head": "head, saved with them", "trained": "trained parameters"}
+    rows |= {title: shown(sizes[name]) for name, title in others.items() if sizes.get(name)}
+    return facts_table(rows, "parameters")
 
 
 def milestones_table(milestones: Mapping[str, Any]) -> Table:
@@ -211,9 +228,9 @@ def needs_table(found: Check) -> Table:
     for name in (
         "steps",
         "frozen\nweights",
-        "trained,\noptimizer",
-        "activations,\ngradients",
-        "kernels,\ngaps",
+        "trained +\noptimizer",
+        "activations +\ngradients",
+        "library\noverhead",
         "total",
         "GFLOPs\nper step",
     ):

@@ -36,7 +36,7 @@ from lightpeft.models.unwrap import transformers_model
 from lightpeft.profiling.sizes import parameter_report
 
 TOKEN_SUMS = ("loss", "right", "tokens")
-"""Names of a text's sums in language modelling: cross-entropy in nats, correct tokens, tokens."""
+"""Names of a text's sums in language modeling: cross-entropy in nats, correct tokens, tokens."""
 SHOWN_LABELS = 5
 """Most labels that an error message lists."""
 

@@ -25,7 +25,7 @@ from lightpeft.models.head import lone_head, skip_head
 from lightpeft.models.patching import in_mode
 from lightpeft.models.sharding import without_graph
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.peft_kinds.sites.answering import fused_answers
+from lightpeft.peft_kinds.sites.inference import fused_inference
 
 COMPLETIONS, MOST_CACHED_TOKENS = 128, 2**14
 """Most completions of shared prompts in a forward pass, which reads few tokens of each, and most tokens in their KV
@@ -66,7 +66,7 @@ class BatchedModel:
         if "prompt" in encoded.column_names and can_go_on(self.model):
             batches = self._completions(encoded, description, head)
         else:
-            batches = self._labelled(encoded, description, head)
+            batches = self._labeled(encoded, description, head)
         for rows, states, labels in batches:
             if head is None:
                 yield rows, states, labels
@@ -78,7 +78,7 @@ class BatchedModel:
                     logits = head(states[part])
                 yield rows[part], logits, labels[part]
 
-    def _labelled(
+    def _labeled(
         self, encoded: Dataset, description: str, head: nn.Linear | None
     ) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
         """Yield row numbers, outputs without `head` at places whose next token has a label, and these labels."""
@@ -90,7 +90,7 @@ class BatchedModel:
     def _completions(
         self, encoded: Dataset, description: str, head: nn.Linear | None
     ) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
-        """Yield what `_labelled` does, for rows whose column `prompt` says which of them begin with the same prompt."""
+        """Yield what `_labeled` does, for rows whose column `prompt` says which of them begin with the same prompt."""
         _require_rows(encoded)
         columns = encoded.select_columns(["input_ids", "labels", "prompt"])[:]
         starts = [sum(label == IGNORED for label in labels) for labels in columns["labels"]]
@@ -144,7 +144,7 @@ class BatchedModel:
             with without_graph(self.model), autocasting(device, self.autocast), skip_head(head):
                 return batch, self.model(**inputs, **nothing_kept)
 
-        with in_mode(self.model, training=False), fused_answers(self.model):
+        with in_mode(self.model, training=False), fused_inference(self.model):
             size = self.batch_size or usual_batch_size(device, encoded["length"][order[0]])
             batches = in_batches(order, compute, size)
             for rows, (batch, output) in bars.progress(batches, math.ceil(len(order) / size), description):
@@ -154,7 +154,7 @@ class BatchedModel:
         """Return the text that the model generates after every row's tokens (`generate_texts`)."""
         _require_rows(encoded)
         assert self.collator.tokenizer is not None
-        with in_mode(self.model, training=False), fused_answers(self.model):
+        with in_mode(self.model, training=False), fused_inference(self.model):
             return generate_texts(
                 self.model,
                 encoded["input_ids"][:],

@@ -38,7 +38,7 @@ def evaluate(
     Returns:
         The task's metrics, the main one first, then loss and examples. The loss is a mean in nats: per row for
         classification and multiple choice, per window for spans (start and end token), per token of the right option
-        for likelihood, per labelled token for causal-lm. For regression it is the squared error; generated texts have
+        for likelihood, per labeled token for causal-lm. For regression it is the squared error; generated texts have
         none. Likelihood adds the accuracy of each rule that can choose an option.
 
     Raises:

@@ -108,7 +108,7 @@ def _write_full_width(adapter: LightAdapter, folder: Path, overwrite: bool) -> s
         save_full_width(adapter.folder, adapter.model, folder, overwrite=overwrite)
     if adapter.vocabulary is None:
         return "PEFT"
-    return f"PEFT, with all {adapter.vocabulary.size:,} tokens of the base and the base's own tokenizer,"
+    return f"PEFT, with all {adapter.vocabulary.size:,} tokens of the base and the base's own tokenizer"
 
 
 def export_model(

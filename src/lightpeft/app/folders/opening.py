@@ -117,7 +117,7 @@ def find_result(run: RunFolder, base: str | None = None, settings: Mapping[str, 
         LightPeftError: the run has no result yet, or it is damaged.
     """
     run.need(run.last_training, "evaluate")
-    config, form = run.config, _FORMS[ADAPTER_CONFIG if run.result == run.full else run.config.way.last_file]
+    config, form = run.config, _FORMS[ADAPTER_CONFIG if run.result == run.full else run.config.method_spec.last_file]
     given = {name: value for name, value in vars(config.model).items() if name != "name"} | dict(settings or {})
     if form is WholeModel:
         base, given = None, given | {"revision": None, "gguf_file": None}
@@ -145,7 +145,7 @@ def find_light(name: str | Path, base: str | None = None, settings: Mapping[str,
     if isinstance(found, LightAdapter):
         return found
     instead = "a light adapter or the run of one"
-    if found.run is not None and found.run.way.prunes:  # its result is an adapter at full width
+    if found.run is not None and found.run.method_spec.prunes:  # its result is an adapter at full width
         instead = f"its light adapter, {Path(name) / 'adapter'}; a plain PEFT adapter is in {Path(name) / 'full'}"
     raise LightPeftError(f"{found.name} is a {found.kind}; give {instead}")
 

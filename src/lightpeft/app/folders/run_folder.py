@@ -129,7 +129,7 @@ class RunFolder:
         differing = self._changed_settings()
         require(
             not differing,
-            f"output {self.path} is the run of another config (it differs in {', '.join(differing)}); give another "
+            f"output {self.path} holds a run with other settings (it differs in {', '.join(differing)}); give another "
             "output, the same settings to resume, or --overwrite to start again",
         )
 
@@ -211,7 +211,7 @@ class RunFolder:
     @property
     def keeps_full(self) -> bool:
         """True if the run leaves a full-width PEFT adapter (`full`)."""
-        return self.config.way.prunes and self.config.light.after.keep != "light"
+        return self.config.method_spec.prunes and self.config.light.after.keep != "light"
 
     @property
     def last_training(self) -> str:
@@ -236,7 +236,7 @@ class RunFolder:
     @property
     def trained(self) -> Path:
         """Folder of the model that training leaves, by the run's method."""
-        return self.path / self.config.way.result
+        return self.path / self.config.method_spec.result
 
     @property
     def metrics(self) -> Path:
@@ -279,7 +279,7 @@ class RunFolder:
             "budget": self.budget,
             "plan": self.plan,
             "prune": self.pruned / DESCRIPTION,
-            "train": self.trained / self.config.way.last_file,
+            "train": self.trained / self.config.method_spec.last_file,
             "widen": self.full / ADAPTER_CONFIG,
             "evaluate": self.metrics,
         }

@@ -37,7 +37,7 @@ class LightSwitch:
 
     Example:
         ```python
-        switch = LightSwitch({"reviews": "out/reviews", "topics": "out/topics"}, most=2)
+        switch = LightSwitch({"reviews": "out/reviews", "topics": "out/topics"}, cache_size=2)
         logits = switch["reviews"](**inputs).logits
         ```
     """
@@ -47,7 +47,7 @@ class LightSwitch:
         tasks: Mapping[str, str | Path],
         base: str | Path | None = None,
         *,
-        most: int = 4,
+        cache_size: int = 4,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         attn_implementation: str | None = None,
@@ -57,18 +57,18 @@ class LightSwitch:
         Args:
             tasks: name -> folder of a light adapter, or of a finished run that left one.
             base: name or folder of the base; None: the one that the adapters name.
-            most: cache size, in models; the least recently used model is evicted.
+            cache_size: number of models to cache; the least recently used one is evicted.
             dtype: data type of the base weights; None: as when the adapter was saved.
             device: device of the models; None: host memory.
             attn_implementation: attention implementation; None: the default of the base.
             trust_remote_code: run Python code that comes with the base, if it needs any.
 
         Raises:
-            LightPeftError: `most` is less than 1, or a task cannot be added (see `add`).
+            LightPeftError: `cache_size` is less than 1, or a task cannot be added (see `add`).
         """
-        require(most >= 1, f"most is {most}; set the cache size to at least 1 model")
+        require(cache_size >= 1, f"cache_size is {cache_size}; set it to at least 1 model")
         self._base = None if base is None else str(base)
-        self._most, self._device = most, device
+        self._cache_size, self._device = cache_size, device
         asked: dict[str, Any] = {"dtype": dtype and str(dtype).removeprefix("torch.")}
         asked["attn_implementation"] = attn_implementation
         asked["trust_remote_code"] = trust_remote_code
@@ -98,7 +98,7 @@ class LightSwitch:
         """
         found = find_light(folder, self._base, self._settings)
         saved = _base_of(found)
-        kind = "quantized" if saved.quantisation else "a GGUF file" if saved.gguf_file else None
+        kind = "quantized" if saved.quantization else "a GGUF file" if saved.gguf_file else None
         alone = f"the base of {found.name} is {kind}, which tasks cannot share; load it separately: load_light"
         require(kind is None, alone)
         with self._tables_lock:
@@ -131,7 +131,7 @@ class LightSwitch:
             return tuple(self._tasks)
 
     @property
-    def kept(self) -> tuple[str, ...]:
+    def cached(self) -> tuple[str, ...]:
         """Names of the tasks whose models are cached, least recently used first."""
         with self._tables_lock:
             return tuple(self._kept)
@@ -182,7 +182,7 @@ class LightSwitch:
             if self._tasks.get(name) is task:  # it may have been removed meanwhile
                 self._descriptions[name] = task.description
                 self._kept[name] = model
-                if len(self._kept) > self._most:
+                if len(self._kept) > self._cache_size:
                     self._kept.popitem(last=False)
         return model
 

@@ -34,7 +34,7 @@ from lightpeft.files import write_json
 from lightpeft.machine import autocast_dtype
 from lightpeft.peft_kinds.kinds import kind_named
 from lightpeft.peft_kinds.placing import add_peft
-from lightpeft.peft_kinds.sites.answering import fused_answers
+from lightpeft.peft_kinds.sites.inference import fused_inference
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.profiling.comparing import in_rounds, ratio, summarize
 from lightpeft.profiling.flops import count_flops, kv_cache_bytes
@@ -151,7 +151,7 @@ _Values = dict[str, dict[str, list[float]]]
 
 def _measure_rounds(config: RunConfig, rounds: int, steps: int) -> Iterator[tuple[dict[str, dict[str, Any]], _Values]]:
     """Yield, after each round, memory and FLOPs by subject, and the speeds of all rounds so far."""
-    names = [name for name in SUBJECTS if name in _INFERRING or config.light.chooses]
+    names = [name for name in SUBJECTS if name in _INFERRING or config.light.uses_scores]
     total = (1 + rounds) * (len(names) + len(_INFERRING))
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(Subject, name, config, steps)) for name in names}
@@ -188,7 +188,7 @@ def _measure_and_print(progress: StepProgress, worker: Worker, what: str, name: 
 def accelerating(work: Workspace, model: nn.Module) -> AbstractContextManager[None]:
     """Return the context in which training steps are those of a light run."""
     config = work.config
-    return light_steps(model, config.light, fast=config.training.fast_steps, loss_alone=True)
+    return light_steps(model, config.light, fast=config.training.fast_steps, loss_only=True)
 
 
 def by_habit(work: Workspace, model: nn.Module) -> AbstractContextManager[None]:
@@ -281,7 +281,7 @@ class Subject:
         """
         model = self._merged if peft == "merged" else self.model
         batches = sample_batches(self.work, len(self.batches), batch_size) if batch_size else self.batches
-        with fused_answers(model) if peft == "fused" else nullcontext():
+        with fused_inference(model) if peft == "fused" else nullcontext():
             return _samples(batches) / sum(measure_inference(model, batches, autocast=self.autocast))
 
     @cached_property

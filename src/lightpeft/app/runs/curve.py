@@ -39,7 +39,7 @@ def curve(work: Workspace, parts: Sequence[float] = CURVE_BUDGETS, rows: int = C
     require(rows > _BATCH, f"--rows: {rows} rows are too few; give more than {_BATCH}")
     record = EstimationRecord.load(run.estimation)
     # a cut of ranks throws away what they have learned, which hides all else
-    plans = dict(nested_plans(record, work.config.light.with_whole_modules(), parts))
+    plans = dict(nested_plans(record, work.config.light.with_all_modules(), parts))
     model = estimated_model(work, record)
     batches = work.drawn_batches(rows, _BATCH)
     dense, points = loss_curve(model, plans, batches, autocast_dtype(work.config.training))

@@ -69,16 +69,29 @@ def run(
     estimation: str | Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
-    """Run all stages that are not done yet and return the metrics.
+    """Run all stages of a configuration that are not finished yet, as `lightpeft run` does.
+
+    The folder `config.output` then holds the estimation, the plan, the adapter, `metrics.json` and logs.
 
     Args:
-        overwrite: delete a run with other settings from the output folder first.
-        estimation: folder of another run whose estimation is reused.
-        callbacks: callbacks of the trainer.
+        config: settings of the run, as from `load_config`.
+        overwrite: True to delete a run with other settings from the output folder first.
+        estimation: folder of another run whose estimation is reused; None: estimate.
+        callbacks: further callbacks of the trainer.
+
+    Returns:
+        The content of `metrics.json`: metrics with intervals, milestones, warnings, parameters, and time, speed and
+        memory of each stage.
 
     Raises:
-        LightPeftError: bad input, or an output folder that holds something else.
+        LightPeftError: a setting, the data or the model is invalid, or the output folder holds something else.
         Interrupted: a signal stopped the run; the same call continues it.
+
+    Example:
+        ```python
+        metrics = run(load_config("run.yaml"))
+        print(metrics["metrics"]["accuracy"])
+        ```
     """
     work = prepare(config, overwrite=overwrite)
     donor = None if estimation is None else find_estimation(config, Path(estimation))
@@ -86,11 +99,11 @@ def run(
         work.run.start_anew()
     if donor is not None:
         take_estimation(work.run, donor)
-    if config.way.prunes and not work.run.has("estimate"):
+    if config.method_spec.prunes and not work.run.has("estimate"):
         _train_light(work, callbacks)
-    elif config.way.prunes:
+    elif config.method_spec.prunes:
         plan(work)
-    train(work, callbacks, prune(work) if config.way.prunes else None)
+    train(work, callbacks, prune(work) if config.method_spec.prunes else None)
     return evaluate(work)
 
 
@@ -99,7 +112,7 @@ def estimate(work: Workspace) -> EstimationRecord:
 
     Blocks that `light.remove.depth` leaves out are removed first. If nothing is to be removed, nothing trains.
     """
-    if not work.run.has("estimate") and work.config.light.chooses:
+    if not work.run.has("estimate") and work.config.light.uses_scores:
         _train_light(work, stop_at_cut=True)
     elif not work.run.has("estimate"):
         _write_unscored(work)
@@ -187,7 +200,7 @@ def train(work: Workspace, callbacks: Sequence[TrainerCallback] = (), model: Mod
         callbacks: callbacks of the trainer.
         model: the return value of `prune` or, of other methods, a model to train; None: it is loaded or made.
     """
-    way = work.config.way
+    way = work.config.method_spec
     if not work.run.has("train"):
         work.taught_rows()
         set_seed(work.config.seed)
@@ -299,9 +312,9 @@ def _full_model(work: Workspace) -> PreTrainedModel:
     on_disk = "method full trains every weight, which model.low_memory leaves on disk; set model.low_memory to false"
     require(not work.config.model.low_memory, on_disk)
     model = work.dense_model().model
-    quantised = getattr(model, "is_quantized", False)
+    quantized = getattr(model, "is_quantized", False)
     require(
-        not quantised,
+        not quantized,
         "method full cannot train a quantized base; give an unquantized one, and leave model.quantization unset",
     )
     return model
@@ -360,7 +373,7 @@ def _measure_base(work: Workspace, watcher: Watcher) -> tuple[PreTrainedModel | 
     if not base.new_modules:  # a new head is random, and so are its answers
         watcher.look("base_model", base.model)
     probe = _probe(work, watcher, base.model)
-    return base.model if work.config.way.has_peft else None, probe
+    return base.model if work.config.method_spec.has_peft else None, probe
 
 
 def _probe(work: Workspace, watcher: Watcher, base: PreTrainedModel) -> LinearProbe | None:

@@ -102,7 +102,7 @@ def light_with_budget(run: RunFolder) -> LightConfig:
     if found is None:
         raise LightPeftError(f"{run.path} has no budget yet (light: auto); run lightpeft plan first")
     with explain_content_errors(run.budget):
-        return light.removing(float(found["blocks"]))
+        return light.with_blocks(float(found["blocks"]))
 
 
 def leave_plan(run: RunFolder) -> PrunePlan:
@@ -114,7 +114,7 @@ def leave_plan(run: RunFolder) -> PrunePlan:
     result = make_plan(EstimationRecord.load(run.estimation), light_with_budget(run))
     if run.has("plan") and run.has("prune"):
         unchanged = PrunePlan.load(run.plan) == result
-        require(unchanged, f"{run.path} was pruned by another plan already; set another output for this budget")
+        require(unchanged, f"{run.path} was already pruned with another plan; set another output for this budget")
         return result
     if processes().is_main_process:
         result.save(run.plan)
@@ -134,7 +134,7 @@ def leave_pruned(work: Workspace, model: PeftModel, plan: PrunePlan) -> LightMod
     """Cut the model in place by the plan, measure it before and after the cut, and write it into the run folder."""
     started = time.perf_counter()
     watcher = work.watcher()
-    if work.config.light.chooses:
+    if work.config.light.uses_scores:
         watcher.look("after_estimation", model)
         line = unlearned_warning(EstimationRecord.load(work.run.estimation)) if plan.removed_of_blocks else None
         if line is not None:
@@ -145,7 +145,7 @@ def leave_pruned(work: Workspace, model: PeftModel, plan: PrunePlan) -> LightMod
         watcher.warnings.append(line)
         work.run.announce("prune", f"warning: {line}")
     moment = moment_behind(plan)
-    if work.config.light.chooses and moment is not None:
+    if work.config.light.uses_scores and moment is not None:
         watcher.look(moment, light)
     light.light_task = task_facts(work.task)
     seconds = time.perf_counter() - started - watcher.seconds

@@ -200,7 +200,7 @@ class LightRun(light_trainer(RunTrainer)):  # type: ignore[misc]
         """Return the tolerance of the run: by default in points where answers are classes, else in nats."""
         return self.work.tolerance
 
-    def light_points_a_nat(self, classes: Tensor, right: Tensor) -> float:
+    def light_points_per_nat(self, classes: Tensor, right: Tensor) -> float:
         """Return the points of the task's metric that one nat of loss is worth, from predicted and right classes."""
         return points_a_nat(Answers(classes.tolist(), right.tolist()), self.work.task)
 
@@ -270,7 +270,7 @@ class WideRun(DenseRun):
     def _training(self, checkpoint: str | None) -> Iterator[None]:
         """Train with the faster steps, if the run has them on."""
         config = self.work.config
-        steps = light_steps(self.model, config.light, fast=config.training.fast_steps, loss_alone=True)
+        steps = light_steps(self.model, config.light, fast=config.training.fast_steps, loss_only=True)
         with steps, super()._training(checkpoint):
             yield
 
@@ -314,7 +314,7 @@ def _trainer_kwargs(
     config = work.config
     training = replace(work.config.training, learning_rate=rate)
     given = dict(config.trainer)
-    if config.way.prunes and config.light.train == "all" and work.task.labels:
+    if config.method_spec.prunes and config.light.train == "all" and work.task.labels:
         given.setdefault("label_smoothing_factor", LABEL_SMOOTHING)
     # a trainer creates its folder at once, but a run writes nothing before all checks pass: see `RunTrainer.settle`
     stops = steps == work.steps

@@ -92,7 +92,7 @@ class Workspace:
         Raises:
             LightPeftError: estimation would leave no steps for training, or score too few rows.
         """
-        if not self.config.way.prunes:
+        if not self.config.method_spec.prunes:
             return StageLength(0, 0)
         return fit_stage(self.config.light, self.pace, self.steps, self.last_steps)
 
@@ -194,25 +194,25 @@ class Workspace:
 
     def announce_settings(self) -> None:
         """Announce, when training begins, the values of auto and the settings with a cost that users may not expect."""
-        stage = "estimate" if self.config.way.prunes else "train"
+        stage = "estimate" if self.config.method_spec.prunes else "train"
         asked, training = self.run.config.training, self.config.training
         if self.unable is not None:
             self.run.announce(stage, f"nothing of the base is removed: {self.unable}")
         if "auto" in (asked.epochs, asked.learning_rate):
-            scale = (self.config.light.rates.scale or 1.0) if self.config.way.prunes else 1.0
+            scale = (self.config.light.rates.scale or 1.0) if self.config.method_spec.prunes else 1.0
             length = f"{self.steps} steps (training.epochs: {training.epochs:g})"
             self.run.announce(stage, f"training takes {length} at learning rate {self.rate * scale:.2g}")
         if self.held_rows is not None and self.stops_early:
             held = f"{len(self.held_rows)} training rows are held out"
             self.run.announce(stage, f"{held}: training stops early where the loss on them rises")
-        light, writes = self.config.light, self.config.way.prunes and self.task.entry.kind in WRITTEN
+        light, writes = self.config.light, self.config.method_spec.prunes and self.task.entry.kind in WRITTEN
         if writes and not light.cuts_blocks:
             nothing = "nothing of the base is removed, because a cut costs a model that generates text much quality"
             self.run.announce(stage, f"{nothing}; give a number, such as light: 0.2, to cut it all the same")
         elif writes and (line := cut_of_writer(light)) is not None:
             self.run.announce(stage, line)
         scored = self.pace.least_examples(scored_steps(self.stage.steps))
-        if self.config.way.prunes and (few := few_examples(light, scored)) is not None:
+        if self.config.method_spec.prunes and (few := few_examples(light, scored)) is not None:
             self.run.announce(stage, f"warning: {few}")
         limit = self.config.data.max_length
         share = share_at_limit(self.train_rows, limit) if self.task.cuts else 0.0
@@ -260,7 +260,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     task = load_task(config.data, model_config, config.tasks)
     check_teachable(config, task)
     if config.training.gradient_checkpointing:
-        supported = supports_checkpointing(config.model, task.head, task.labels, to_prune=config.way.prunes)
+        supported = supports_checkpointing(config.model, task.head, task.labels, to_prune=config.method_spec.prunes)
         cannot = f"{config.model.name} ({model_config.model_type}) has no gradient checkpointing in transformers"
         require(supported, f"training.gradient_checkpointing: {cannot}; set it to false")
     tokenizer = load_tokenizer(config.model)
@@ -282,7 +282,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     config, unable = _cut_nothing_if_short(config, train_rows, width)
     run = RunFolder.open(config, replan=replan, overwrite=overwrite)
     training: TrainingConfig = resolve_auto(
-        config.training, len(train_rows), width, processes().num_processes, has_peft=config.way.has_peft
+        config.training, len(train_rows), width, processes().num_processes, has_peft=config.method_spec.has_peft
     )
     config = replace(config, training=training)
     if run.has("depth") and run.goes_on:
@@ -302,9 +302,9 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
         held_rows=held_rows,
         teacher=None if trained else RunTeacher.of(config, task, texts),
     )
-    if config.way.prunes and run.goes_on and run.has("estimate") and not run.has(run.last_training):
+    if config.method_spec.prunes and run.goes_on and run.has("estimate") and not run.has(run.last_training):
         check_steps(config, run, EstimationRecord.load(run.estimation))
-    if config.way.prunes and (overwrite or not run.has("estimate")):
+    if config.method_spec.prunes and (overwrite or not run.has("estimate")):
         _ = work.stage  # raises if estimation leaves no steps for training, or scores too few rows
     return work
 
@@ -325,7 +325,7 @@ def _split_held_out(config: RunConfig, rows: Dataset, width: int | None) -> tupl
 
 def _cut_nothing_if_short(config: RunConfig, rows: Dataset, width: int | None) -> tuple[RunConfig, str | None]:
     """Return the settings, with nothing to cut where `light: auto` has too few steps to estimate, and the reason."""
-    if not config.way.prunes:
+    if not config.method_spec.prunes:
         return config, None
     training = resolve_auto(config.training, len(rows), width)
     pace = Pace.of(len(rows), training)
@@ -344,8 +344,8 @@ def check_steps(config: RunConfig, donor: RunFolder, record: EstimationRecord) -
     there = record.meta.get("rows_a_step", rows)
     require(
         there == rows,
-        f"the estimation of {donor.path} took {there} rows per step, and this run takes {rows}; start as many "
-        "processes as that run had",
+        f"the estimation of {donor.path} used a global batch of {there} rows, and this run uses {rows}; start as "
+        "many processes as that run",
     )
 
 
@@ -353,7 +353,7 @@ def _vocabulary(
     config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig
 ) -> Vocabulary | None:
     """Return the tokens that the run keeps (`light.remove.vocabulary: task`); None: all."""
-    if not config.way.prunes or config.light.remove.vocabulary == "keep":
+    if not config.method_spec.prunes or config.light.remove.vocabulary == "keep":
         return None
     needed = task_tokens(task, tokenizer) | config_tokens(model_config)
     return Vocabulary(kept_tokens(tokenizer, needed), model_config.get_text_config().vocab_size)

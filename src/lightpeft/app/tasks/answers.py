@@ -20,7 +20,7 @@ class Answers:
     """Predictions and references of the same examples, in the same order.
 
     The task decides the type of an entry: a class number, a number (regression), the index of an option, a text, or a
-    tuple of sums (language modelling). Metrics are functions of it, so that one model run serves the metric, its
+    tuple of sums (language modeling). Metrics are functions of it, so that one model run serves the metric, its
     confidence interval and every comparison.
     """
 

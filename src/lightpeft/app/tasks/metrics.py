@@ -101,7 +101,7 @@ def multirc(answers: Answers) -> dict[str, float]:
     return {"f1a": _f1_of_counts(counts)["f1"], "exact_match": float(np.mean(wrong == 0))}
 
 
-def language_modelling(answers: Answers) -> dict[str, float]:
+def language_modeling(answers: Answers) -> dict[str, float]:
     """Return perplexity, loss (nats per token) and token accuracy.
 
     Args:
@@ -130,7 +130,7 @@ METRICS: dict[str, NamedMetric] = {
     "answerability": NamedMetric(
         ("has_answer_f1", "has_answer_exact_match", "no_answer_f1", "no_answer_exact_match"), by_answerability
     ),
-    "language_modelling": NamedMetric(("perplexity", "loss", "accuracy"), language_modelling),
+    "language_modeling": NamedMetric(("perplexity", "loss", "accuracy"), language_modeling),
 }
 """Name in `TaskEntry.metrics` -> metric."""
 

@@ -81,7 +81,7 @@ def finite_logits(respondent: Respondent, encoded: Dataset) -> Tensor:
 
 
 def token_sums(respondent: Respondent, encoded: Dataset) -> np.ndarray:
-    """Return, per row, the summed cross-entropy (nats), correct tokens, and labelled tokens: float64 [rows, 3]."""
+    """Return, per row, the summed cross-entropy (nats), correct tokens, and labeled tokens: float64 [rows, 3]."""
     sums = np.zeros((len(encoded), 3))
     for rows, logits, labels in respondent.next_logits(encoded, "Evaluating"):
         # row by row: copies of a batch's logits [rows, tokens, vocabulary] would take more memory than the model did
@@ -91,7 +91,7 @@ def token_sums(respondent: Respondent, encoded: Dataset) -> np.ndarray:
 
 
 def _row_sums(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the summed cross-entropy, correct tokens and labelled tokens of one row: float64 [3].
+    """Return the summed cross-entropy, correct tokens and labeled tokens of one row: float64 [3].
 
     Args:
         logits: [tokens, vocabulary].

@@ -21,7 +21,7 @@ def points_a_nat(answers: Answers, task: Task) -> float:
     """Return the drop of the main metric, in points (hundredths) per nat, when the loss rises a little.
 
     Args:
-        answers: answers of the model to labelled rows.
+        answers: answers of the model to labeled rows.
         task: a task for which `answers_are_classes` is True.
     """
     right, answered = np.asarray(answers.references, int), np.asarray(answers.predictions, int)

@@ -36,7 +36,10 @@ _PRUNED_BEFORE = "a pruned model cannot be pruned again, so give the dense base"
 
 
 def register_family(family: Family) -> None:
-    """Register a family of your own; it replaces one with the same model type.
+    """Register a model family of your own; it replaces one with the same model type.
+
+    Args:
+        family: module names of the family.
 
     Example:
         stack = Stack(

@@ -1,6 +1,6 @@
 """Proposals of structures for a family that is not listed, from one small random model of it.
 
-Queries, keys and values are recognised by their names, all other projections by their order in a block. Every variant
+Queries, keys and values are recognized by their names, all other projections by their order in a block. Every variant
 of the rest (layout of fused rows, source of head counts) is proposed; `lightpeft.prune.discovery` checks the proposals.
 """
 
@@ -75,7 +75,7 @@ def propose_families(small: PreTrainedModel) -> Iterator[Family]:
         small: a model of the architecture, made by `skeleton`.
 
     Raises:
-        LightPeftError: no blocks of attention and FFN can be recognised; the message names the part.
+        LightPeftError: no blocks of attention and FFN can be recognized; the message names the part.
     """
     lists = block_lists(small.base_model)
     require(lists, f"{type(small).__name__} has no list of equal blocks with linear layers")

@@ -57,7 +57,7 @@ def skeleton(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
             raise LightPeftError(f"a small {type(model).__name__} cannot be made: {one_line(error)}") from error
         with torch.no_grad():
             for parameter in small.parameters():
-                _randomise(parameter, generator)
+                _randomize(parameter, generator)
     return small.eval()
 
 
@@ -101,7 +101,7 @@ def _fit_token_ids(config: Any) -> None:
                 setattr(config, key, number % max(config.vocab_size // 4, 1))
 
 
-def _randomise(parameter: nn.Parameter, generator: torch.Generator) -> None:
+def _randomize(parameter: nn.Parameter, generator: torch.Generator) -> None:
     if parameter.dim() > 1:
         parameter.normal_(0.0, _SPREAD / max(parameter[:1].numel(), 1) ** 0.5, generator=generator)
     else:

@@ -113,10 +113,13 @@ class Stack:
 
 @dataclass(frozen=True)
 class Family:
-    """Module names of one family in transformers.
+    """Module names of one model family of transformers, for `register_family`.
 
     Example:
         register_family(Family("my_model", (stack,)))
+
+    Raises:
+        ValueError: the projections or attributes of a stack are inconsistent.
     """
 
     model_type: str

@@ -13,18 +13,18 @@ from lightpeft.compat.bitsandbytes import (
     class_of_layers,
     codes,
     cpu_kernel_is_right,
-    dequantised,
+    dequantized,
     has_type,
     keep_layout,
     quant_state,
-    quantised_like,
+    quantized_like,
     row_scales,
-    set_row_quantised,
+    set_row_quantized,
 )
-from lightpeft.models.linears.kinds import QuantisedKind
+from lightpeft.models.linears.kinds import QuantizedKind
 
 
-class FourBitLinear(QuantisedKind):
+class FourBitLinear(QuantizedKind):
     """`Linear4bit` (QLoRA, Dettmers et al. 2023): NF4 or FP4 codes with one scale for each block of 64 weights.
 
     Blocks run along the rows, one row after the other. If rows are whole blocks, cutting rows keeps codes and scales,
@@ -36,7 +36,7 @@ class FourBitLinear(QuantisedKind):
         return has_type(layer, "Linear4bit") and quant_state(layer.weight) is not None
 
     def dense_weight(self, layer: Any) -> Tensor:
-        return _dequantise(layer.weight)
+        return _dequantize(layer.weight)
 
     def stored_weight(self, layer: Any) -> Tensor:
         shape = quant_state(layer.weight).shape
@@ -44,16 +44,16 @@ class FourBitLinear(QuantisedKind):
         return torch.stack((packed >> 4, packed & 15), dim=-1).flatten()[: math.prod(shape)].view(shape)
 
     def _cut_weight(self, layer: Any, index: Tensor, dim: int) -> None:
-        layer.weight = quantised_like(layer.weight, self.dense_weight(layer).index_select(dim, index), layer)
+        layer.weight = quantized_like(layer.weight, self.dense_weight(layer).index_select(dim, index), layer)
         _fit_for_cpu(layer)
 
 
-class EightBitLinear(QuantisedKind):
+class EightBitLinear(QuantizedKind):
     """`Linear8bitLt` (LLM.int8(), Dettmers et al. 2022): one scale for each row, so all cuts are exact."""
 
     def matches(self, layer: Any) -> bool:
-        quantised = has_type(layer, "Linear8bitLt") and layer.weight.dtype == torch.int8
-        return quantised and row_scales(layer) is not None
+        quantized = has_type(layer, "Linear8bitLt") and layer.weight.dtype == torch.int8
+        return quantized and row_scales(layer) is not None
 
     def dense_weight(self, layer: Any) -> Tensor:
         return layer.weight.data.float() * (row_scales(layer).unsqueeze(1) / 127)
@@ -64,10 +64,10 @@ class EightBitLinear(QuantisedKind):
     def _cut_weight(self, layer: Any, index: Tensor, dim: int) -> None:
         scales = row_scales(layer)
         scales = scales.index_select(0, index) if dim == 0 else scales
-        set_row_quantised(layer, layer.weight.data.index_select(dim, index), scales)
+        set_row_quantized(layer, layer.weight.data.index_select(dim, index), scales)
 
 
-def prepare_quantised(model: nn.Module) -> None:
+def prepare_quantized(model: nn.Module) -> None:
     """Prepare a newly loaded model with bitsandbytes layers for training and pruning; other models do not change.
 
     Layers without weights in the checkpoint (a task head) have bitsandbytes' types, but are not quantized; they become
@@ -75,7 +75,7 @@ def prepare_quantised(model: nn.Module) -> None:
     """
     four_bits = FourBitLinear()
     for name, module in list(model.named_modules()):
-        if _is_unquantised(module):
+        if _is_unquantized(module):
             model.set_submodule(name, _to_linear(module))
         elif four_bits.matches(module):
             _fit_for_cpu(module)
@@ -87,7 +87,7 @@ def logical_numel(parameter: Tensor) -> int:
     return parameter.numel() if state is None else math.prod(state.shape)
 
 
-def _is_unquantised(layer: Any) -> bool:
+def _is_unquantized(layer: Any) -> bool:
     of_theirs = has_type(layer, "Linear4bit") or has_type(layer, "Linear8bitLt")
     return of_theirs and type(layer.weight) is nn.Parameter and layer.weight.is_floating_point()
 
@@ -106,10 +106,10 @@ def _fit_for_cpu(layer: Any) -> None:
         layer.__class__ = _block_wise_class()
 
 
-def _dequantise(weight: Any) -> Tensor:
+def _dequantize(weight: Any) -> Tensor:
     """Dequantize a 4-bit weight to float32, [out, in]."""
     state = quant_state(weight)
-    return dequantised(*codes(weight), state).view(state.shape)
+    return dequantized(*codes(weight), state).view(state.shape)
 
 
 @functools.cache
@@ -136,8 +136,8 @@ class _BlockWise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.weight = weight
-        return x @ _dequantise(weight).to(x.dtype).T
+        return x @ _dequantize(weight).to(x.dtype).T
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ _dequantise(ctx.weight).to(gradient.dtype), None
+        return gradient @ _dequantize(ctx.weight).to(gradient.dtype), None

@@ -43,7 +43,7 @@ class DenseKind(LinearKind):
         return self.dense_weight(layer)
 
 
-class QuantisedKind(LinearKind):
+class QuantizedKind(LinearKind):
     """Access to a layer whose weight is stored as integers and scales.
 
     Cuts are bit-exact if the format has one scale for each row, or the cut removes whole blocks with their scales.

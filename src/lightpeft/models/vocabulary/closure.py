@@ -47,7 +47,7 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     instead = "keep all its tokens (of a run, light.remove.vocabulary: keep)"
     name = type(tokenizer).__name__
-    require(backend is not None, f"the vocabulary of {name} cannot be cut: it is no fast tokenizer; {instead}")
+    require(backend is not None, f"the vocabulary of {name} cannot be cut: it is not a fast tokenizer; {instead}")
     description: dict[str, Any] = json.loads(backend.to_str())
     model = description["model"]
     known = " and ".join([", ".join([*_CLOSURES][:-1]), [*_CLOSURES][-1]])

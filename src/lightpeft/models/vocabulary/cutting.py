@@ -73,8 +73,8 @@ def cut_model(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
     places = rows_by_token(model, vocabulary)
     tensors = {name: tensor_at(model, name) for name in places}
     _check_ids(model, vocabulary, places)
-    quantised = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
-    require(not quantised, f"{', '.join(quantised[:1])} is quantized, so its rows cannot be cut; {_KEEP_VOCABULARY}")
+    quantized = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    require(not quantized, f"{', '.join(quantized[:1])} is quantized, so its rows cannot be cut; {_KEEP_VOCABULARY}")
     rows: dict[int, Tensor] = {}  # one entry for tied tensors
     for name, tensor in tensors.items():
         if id(tensor) not in rows:

@@ -32,7 +32,7 @@ def cut_vocabulary(
         The tokenizer for the cut model.
 
     Raises:
-        LightPeftError: the tokenizer is no fast one of a kind that can be cut, or the model cannot be cut (see
+        LightPeftError: the tokenizer is not a fast tokenizer of a type that can be cut, or the model cannot be cut (see
             `cut_model`).
     """
     needed = {token for row in rows for token in row} | config_tokens(model.config) | set(tokenizer.all_special_ids)

@@ -33,11 +33,11 @@ def check_peft(model: nn.Module) -> None:
     """Check before training that a model can be pruned correctly.
 
     Raises:
-        LightPeftError: the model is no PeftModel, has an unsupported PEFT type or variant, several adapters, or merged
-            or disabled ones.
+        LightPeftError: the model is not a PeftModel, has an unsupported PEFT type or variant, several adapters, or
+            merged or disabled ones.
     """
     if not isinstance(model, PeftModel):
-        raise LightPeftError(f"{type(model).__name__} is no PeftModel; give a model from peft.get_peft_model")
+        raise LightPeftError(f"{type(model).__name__} is not a PeftModel; pass a model from peft.get_peft_model")
     nested = isinstance(model.get_base_model(), PeftModel)
     require(not nested, "the PeftModel contains another PeftModel; merge or unload the inner adapter first")
     own_adapter(model)

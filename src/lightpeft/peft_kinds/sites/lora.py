@@ -17,7 +17,7 @@ from lightpeft.models.linears.linear_kinds import slice_linear
 from lightpeft.peft_kinds.sites.base import ReportOutputs, Site, Tensors, observe_pair, spread
 
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
-"""Prefixes of LoRA initialisations that change the base weights."""
+"""Prefixes of LoRA initializations that change the base weights."""
 _UNSUPPORTED = (
     "use_bdlora",
     "use_qalora",

@@ -117,8 +117,8 @@ def cache_prefix(
         return None
     file = None if settings.place == "memory" else folder / _FILE
     store = StateStore(caching.lengths, width, dtype, file)
-    what = f"frozen blocks ({blocks}) computed once for {len(rows)} rows"
-    announce(f"prefix cache: {what}, {decimal(size)} of {where}")
+    what = f"{blocks} frozen block{'s' * (blocks > 1)} computed once for {len(rows)} rows"
+    announce(f"prefix cache: {what}; their outputs take {decimal(size)} of {where}")
     try:
         caching.fill(store)
     except OSError as error:
@@ -214,7 +214,7 @@ def obstacle(rows: Any, collator: Collate) -> str | None:
     Collating some rows twice finds collators that draw random numbers. The random state is restored afterwards.
     """
     if not isinstance(rows, Dataset) or "input_ids" not in rows.column_names or not len(rows):
-        return "the rows are no dataset of tokens (datasets.Dataset with input_ids)"
+        return "the rows are not a datasets.Dataset with input_ids"
     if rows.format["type"] == "custom":
         return "the rows have a transform, which may change the tokens of a row each time"
     picked = _fetch_rows(rows, range(min(_TRIED_ROWS, len(rows))))

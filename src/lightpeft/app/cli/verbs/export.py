@@ -29,7 +29,7 @@ def _export(
 
     adapter = find_light(model, base, switches)
     written = export(adapter, form, Path(output), overwrite=overwrite, dtype=dtype)
-    screen.say(f"wrote {EXPORTS[form].what} to {output}; {written} loads it; the plan {adapter.plan.summary()}")
+    screen.say(f"wrote {EXPORTS[form].what} to {output}; load it with {written}; the plan {adapter.plan.summary()}")
     if dtype == "int8":
         _measure(adapter, form, Path(output), dtype)
 

@@ -12,12 +12,12 @@ from lightpeft.errors import require
 
 
 def _reproduce(grid: str, join: list[str] | None = None, out: str | None = None, **options: Any) -> None:
-    from lightpeft.app.runs.reproduce import joined, reproduce, rich_table
+    from lightpeft.app.runs.reproduce import join_results, reproduce, rich_table
 
     if join is not None:
         without = [f"--{name}" for name, value in options.items() if value is not None]
         require(not without, f"--join runs no cell, so {', '.join(without)} has no effect; leave it out")
-    results = reproduce(grid, out, **options) if join is None else joined(grid, join, out)
+    results = reproduce(grid, out, **options) if join is None else join_results(grid, join, out)
     screen.print(rich_table(results, screen.width))
     if results.failures:
         sys.exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,19 +23,27 @@ _ESTIMATION = Option(
 def _run(given: dict[str, Any], **options: Any) -> None:
     from lightpeft.app.runs import pipeline
 
-    show_metrics(pipeline.run(run_config(given), **options))
+    config = run_config(given)
+    show_metrics(pipeline.run(config, **options))
+    folder = shlex.quote(config.output)
+    screen.say("next:")
+    screen.say(f"  lightpeft predict {folder} new_rows.csv --output answers.csv")
+    screen.say(f"  lightpeft report {folder}  # one HTML page about this run")
+    if config.method_spec.prunes:
+        screen.say(f"  lightpeft inspect {folder}  # what each layer has kept")
+        screen.say(f"  lightpeft export {folder} exported --form onnx  # or merged, peft, gguf, openvino")
 
 
 def show_metrics(report: dict[str, Any]) -> None:
     """Print the metrics, milestones and parameters of a run's metrics.json as tables, and its warnings on stderr."""
-    from lightpeft.app.cli.tables import facts_table, metrics_table, milestones_table
+    from lightpeft.app.cli.tables import metrics_table, milestones_table, parameters_table
 
     metrics, intervals = dict(report["metrics"]), dict(report.get("intervals", {}))
     if "linear_probe" in report:
         name, probe = report["main_metric"], report["linear_probe"]
         row = f"linear probe, {name}"
         metrics[row], intervals[row] = probe["metrics"][name], probe["intervals"][name]
-    screen.print(metrics_table(metrics, intervals, f"method {report['method']}"))
+    screen.print(metrics_table(metrics, intervals, f"on the test rows, method {report['method']}"))
     if "full_width" in report:
         screen.print(
             metrics_table(
@@ -43,7 +52,7 @@ def show_metrics(report: dict[str, Any]) -> None:
         )
     if "milestones" in report:  # older runs have none
         screen.print(milestones_table(report["milestones"]))
-    screen.print(facts_table(report["parameters"], "parameters"))
+    screen.print(parameters_table(report["parameters"]))
     screen.warn(report.get("warnings", []))
 
 

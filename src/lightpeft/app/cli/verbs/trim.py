@@ -13,7 +13,7 @@ def _trim(model: str, output: str, data: str | None = None, text: str | None = N
     from lightpeft.app.cli.tables import trim_table
     from lightpeft.app.exports.trimming import trim
 
-    require(data is not None, "give the texts whose tokens are to stay: --data rows.csv")
+    require(data is not None, "trim needs texts with the tokens to keep; set --data rows.csv")
     assert data is not None
     trimmed = trim(model, output, data, text, **switches)
     screen.print(trim_table(trimmed))

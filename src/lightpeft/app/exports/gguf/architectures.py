@@ -62,7 +62,10 @@ def check_family(model: PreTrainedModel) -> None:
     known = f"{', '.join(GGUF_FAMILIES[:-1])} and {GGUF_FAMILIES[-1]}"
     require(config.model_type in _FAMILIES, f"family {config.model_type} has no GGUF export; use {known}")
     require(hasattr(model, "lm_head"), "GGUF export needs a causal language model; this model has another head")
-    require(config.hidden_act == "silu", f"llama.cpp supports only silu in FFNs; this model has {config.hidden_act}")
+    require(
+        config.hidden_act == "silu",
+        f"llama.cpp supports only silu in FFNs; this model has {config.hidden_act}; use form merged",
+    )
     _rope(config)
 
 
@@ -148,7 +151,7 @@ def _rope(config: Any) -> dict[str, Any]:
     rope = dict(config.rope_parameters)
     rope.setdefault("rope_type", "default")
     known = rope["rope_type"] in ("default", "linear", "llama3") and rope.get("partial_rotary_factor", 1.0) == 1.0
-    require(known, f"GGUF export does not support rotary embeddings of type {rope['rope_type']}")
+    require(known, f"GGUF export does not support rotary embeddings of type {rope['rope_type']}; use form merged")
     return rope
 
 

@@ -64,7 +64,7 @@ def add_vocabulary(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int, f
     writer.add_token_list(names)
     writer.add_token_types(types)
     special = SpecialVocab(folder, load_merges=not pieces, n_vocab=size)
-    special.add_special_token.pop("bos", None)  # the tokenizer's behaviour counts, not its config
+    special.add_special_token.pop("bos", None)  # the tokenizer's behavior counts, not its config
     special.add_to_gguf(writer)
     writer.add_add_bos_token(_adds_bos(tokenizer))
 
@@ -75,7 +75,8 @@ def _check_pieces(tokenizer: Mapping[str, Any]) -> None:
     other = [step["type"] for step in steps if step["type"] not in _PIECE_STEPS]
     require(
         not other,
-        f"the tokenizer changes texts ({', '.join(other)}), which llama.cpp does not support for SentencePiece",
+        f"the tokenizer changes texts ({', '.join(other)}), which llama.cpp does not support for SentencePiece; "
+        "use form merged",
     )
 
 
@@ -106,9 +107,12 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
     kinds = "byte-level BPE (GPT-2, Llama 3, Qwen2, SmolLM2) or SentencePiece BPE (Llama 2, Mistral)"
     steps = _steps(tokenizer.get("pre_tokenizer"))
     bytewise = tokenizer["model"].get("type") == "BPE" and steps and steps[-1]["type"] == "ByteLevel"
-    require(bytewise, f"GGUF export supports tokenizers with {kinds}; this tokenizer is of another kind")
+    require(
+        bytewise, f"GGUF export supports tokenizers with {kinds}; this tokenizer is of another kind; use form merged"
+    )
     changing = [step["type"] for step in _steps(tokenizer.get("normalizer")) if step["type"] != "NFC"]
-    require(not changing, f"the tokenizer changes texts ({', '.join(changing)}), which llama.cpp does not support")
+    changes = f"the tokenizer changes texts ({', '.join(changing)}), which llama.cpp does not support"
+    require(not changing, f"{changes}; use form merged")
     *before, last = steps
     name = None
     if last.get("add_prefix_space"):
@@ -118,7 +122,9 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
         name = None if before and not before[0].get("individual_digits") else name
     elif len(before) == 1 and before[0].get("type") == "Split":
         name = _BY_PATTERN.get(before[0]["pattern"].get("Regex", ""))
-    require(name is not None, "the tokenizer's pre-tokenizer is not known to be supported by llama.cpp")
+    require(
+        name is not None, "the tokenizer's pre-tokenizer is not known to be supported by llama.cpp; use form merged"
+    )
     return str(name)
 
 

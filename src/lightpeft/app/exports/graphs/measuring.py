@@ -142,7 +142,7 @@ def _load_task(adapter: LightAdapter) -> Task:
     require(run is not None, f"{adapter.name} is not the folder of a run, so its test rows are unknown; give the run")
     assert run is not None
     task = load_task(run.data, adapter.config, run.tasks)
-    writes = f"task {run.data.task} uses the language-modelling head; only graphs with a task's own head are measured"
+    writes = f"task {run.data.task} uses the language-modeling head; only graphs with a task's own head are measured"
     require(task.head != CAUSAL_LM, writes)
     require(
         not adapter.model.low_memory,

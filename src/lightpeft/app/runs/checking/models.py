@@ -45,12 +45,12 @@ def check_in_memory(work: Workspace) -> None:
     """
     model, own = work.config.model, load_model_config(work.config.model)
     stored = getattr(own, "quantization_config", None) is not None and model.gguf_file is None
-    quantised = (
+    quantized = (
         f"check supports floating-point weights only, and {model.name} is quantized; leave model.quantization unset"
     )
-    require(model.quantization is None and not stored, quantised)
+    require(model.quantization is None and not stored, quantized)
     require(not model.low_memory, "check supports weights in memory only; set model.low_memory to false")
-    require(work.config.way.has_peft, "check does not support method full; set method to light or plain")
+    require(work.config.method_spec.has_peft, "check does not support method full; set method to light or plain")
 
 
 def with_peft(work: Workspace, config: RunConfig) -> PeftModel:

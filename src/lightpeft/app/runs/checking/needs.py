@@ -87,7 +87,7 @@ class Check:
             alone = f"weights and optimizer state take {(self.available - self.left) / 2**30:.1f} GiB"
             yield f"  {alone} at any batch size: set model.dtype, model.quantization or model.low_memory"
         if self.prefix_bytes:
-            yield f"the prefix cache takes {decimal(self.prefix_bytes)} (training.prefix_cache: memory, disk or off)"
+            yield f"the prefix cache takes {decimal(self.prefix_bytes)} (training.prefix_cache: memory, file or off)"
         if "train" in self.stages:
             together = "estimation and training compute" if "estimate" in self.stages else "training computes"
             yield f"{together} {self.flops_of_plain:.2f} times the floating-point operations of plain PEFT"
@@ -112,8 +112,8 @@ def check(work: Workspace, available: int | None = None) -> Check:
     """
     check_in_memory(work)
     available = memory_of_device() if available is None else available
-    removal = list(expected_removal(work)) if work.config.way.prunes else []
-    if work.config.way.prunes:
+    removal = list(expected_removal(work)) if work.config.method_spec.prunes else []
+    if work.config.method_spec.prunes:
         work = replace(work, config=replace(work.config, light=expected_light(work)))
     rehearsal = Rehearsal(work)
     stages, prefix = _own_stages(work, rehearsal)
@@ -124,7 +124,7 @@ def check(work: Workspace, available: int | None = None) -> Check:
 
 def _own_stages(work: Workspace, rehearsal: Rehearsal) -> tuple[dict[str, Need], int]:
     """Compute the needs of the run's own stages, and the bytes of its prefix cache."""
-    if not work.config.way.prunes:
+    if not work.config.method_spec.prunes:
         return {}, 0
     length, last = work.stage.steps, work.last_steps
     training, evaluation, prefix = rehearsal.light()

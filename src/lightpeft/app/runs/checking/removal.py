@@ -33,7 +33,7 @@ def expected_light(work: Workspace) -> LightConfig:
     light = work.config.light
     if why_fixed(work) is None:
         return light
-    return light.removing(fixed_budget(work.tolerance.unit == "points"))
+    return light.with_blocks(fixed_budget(work.tolerance.unit == "points"))
 
 
 def expected_removal(work: Workspace) -> Iterator[str]:
@@ -43,11 +43,12 @@ def expected_removal(work: Workspace) -> Iterator[str]:
     if work.unable is not None:
         yield f"removes nothing: {work.unable}"
     elif fixed is not None and work.tolerance.unit == "points":
-        yield f"removes {SHORT:.0%} of the blocks, or nothing if estimation teaches nothing: {fixed}"
+        yield f"removes {SHORT:.0%} of the blocks, or nothing if the loss hardly falls in estimation: {fixed}"
     elif fixed is not None:
         yield f"removes nothing of the blocks: {fixed}, and a fixed budget was measured on classifiers only"
     elif light.is_auto:
         most = f"which takes at most {SEARCH_FRACTION:.0%} of the time of plain PEFT's run"
         yield f"searches for the largest budget within the tolerance ({work.tolerance}) after estimation, {most}"
     if work.held_rows is not None and work.stops_early:
-        yield f"stops before its {work.steps} steps are over if the loss on {len(work.held_rows)} held-out rows rises"
+        rows = len(work.held_rows)
+        yield f"stops before the last of its {work.steps} steps if the loss on {rows} held-out rows stops falling"

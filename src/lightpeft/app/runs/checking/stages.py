@@ -34,25 +34,25 @@ class Rehearsal:
 
     def __init__(self, work: Workspace) -> None:
         self.work = work
-        self.shapes, self._labelled = longest_batch(work)
+        self.shapes, self._labeled = longest_batch(work)
         self._options = {"lengths": lengths_of(work), **work.step_options}
 
     def plain(self) -> Holding:
         """Rehearse training steps of plain PEFT."""
         model = with_peft(self.work, replace(self.work.config, method="plain"))
-        with rehearsing(model, device(), self._labelled) as watch:
+        with rehearsing(model, device(), self._labeled) as watch:
             return self._steps(model, watch, adamw(self.work), nullcontext())
 
     def estimation(self) -> Holding:
         """Rehearse steps of estimation."""
         model = with_peft(self.work, self.work.config)
-        with rehearsing(model, device(), self._labelled) as watch:
+        with rehearsing(model, device(), self._labeled) as watch:
             return self._steps(model, watch, estimating(self.work, model), accelerating(self.work, model))
 
     def full_width(self) -> Holding:
         """Rehearse the last steps at full width (`light.after.full_width_steps`): the whole model with PEFT."""
         model = with_peft(self.work, self.work.config)
-        with rehearsing(model, device(), self._labelled) as watch:
+        with rehearsing(model, device(), self._labeled) as watch:
             return self._steps(model, watch, adamw(self.work), accelerating(self.work, model))
 
     def _steps(self, model: PeftModel, watch: StorageWatch, optimizer: OptimizerFactory, around: Any) -> Holding:
@@ -63,7 +63,7 @@ class Rehearsal:
         work, model = self.work, with_peft(self.work, self.work.config)
         cut_evenly(model, work.config.light)
         prefix = FrozenPrefix(model)
-        with rehearsing(model, device(), self._labelled) as watch:
+        with rehearsing(model, device(), self._labeled) as watch:
             with prefix.attached():
                 states = stored_states(work, prefix, self.shapes)
                 size = 0 if states is None else store_bytes_of(work, states)

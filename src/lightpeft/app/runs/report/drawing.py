@@ -1,4 +1,4 @@
-"""A matplotlib figure as inline SVG: with the page's colours, and without ids that could clash in one page."""
+"""A matplotlib figure as inline SVG: with the page's colors, and without ids that could clash in one page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INK, QUIET, RULE, BLANK = "#1c1e21", "#62676e", "#dcdcd7", "#e6e6e1"
 BLUE, ORANGE, GREEN, PAPER = "#0072b2", "#d55e00", "#009e73", "#fdfdfc"
 _NAMES = {INK: "ink", QUIET: "quiet", RULE: "rule", BLANK: "blank"}
 _NAMES |= {BLUE: "blue", ORANGE: "orange", GREEN: "green", PAPER: "paper"}
-"""Colour -> variable of the page's style sheet that replaces it; dark mode has other values."""
+"""Color -> variable of the page's style sheet that replaces it; dark mode has other values."""
 STYLED = rc_context(
     {
         "font.size": 12,
@@ -92,10 +92,10 @@ class Drawing:
 
 
 def _clean_attribute(value: str) -> str:
-    """Round the numbers of an attribute to tenths of a pixel, and replace colours by the page's variables."""
+    """Round the numbers of an attribute to tenths of a pixel, and replace colors by the page's variables."""
     value = re.sub(r"\d+\.\d{2,}", lambda number: f"{float(number[0]):.1f}", value)
     value = re.sub(
-        r"#[0-9a-f]{6}", lambda colour: f"var(--{_NAMES[colour[0]]})" if colour[0] in _NAMES else colour[0], value
+        r"#[0-9a-f]{6}", lambda color: f"var(--{_NAMES[color[0]]})" if color[0] in _NAMES else color[0], value
     )
     return " ".join(value.split())
 

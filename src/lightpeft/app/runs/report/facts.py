@@ -119,7 +119,7 @@ def read_run(folder: Path) -> RunFacts:
     run = RunFolder.at(folder)
     raw = read_report(run.metrics) if run.has("evaluate") else None
     report = None if raw is None else RunReport.of(raw)
-    plan = PrunePlan.load(run.plan) if run.config.way.prunes and run.has("plan") else None
+    plan = PrunePlan.load(run.plan) if run.config.method_spec.prunes and run.has("plan") else None
     stages = list(_read_stages(run, report))
     losses, broken = _read_losses(run.log_entries(), stages)
     return RunFacts(
@@ -138,7 +138,7 @@ def read_run(folder: Path) -> RunFacts:
 
 
 def _read_stages(run: RunFolder, report: RunReport | None) -> Iterable[StageFacts]:
-    way, logged = run.config.way, run.finished_stages()
+    way, logged = run.config.method_spec, run.finished_stages()
     light = run.config.light
     before, after = ["depth"] if light.remove.depth == "auto" else [], ["budget"] if light.is_auto else []
     names = [*before, "estimate", *after, "prune", "train"] if way.prunes else ["train"]

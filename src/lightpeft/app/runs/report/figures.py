@@ -16,8 +16,8 @@ from lightpeft.plans.structure import SLOTS, BlockSpec
 
 NARROW = 326.0
 """Width in pixels that fits the smallest screens."""
-COLOURS = {"estimate": ORANGE, "train": BLUE, "widen": GREEN}
-"""Colour of each training stage."""
+COLORS = {"estimate": ORANGE, "train": BLUE, "widen": GREEN}
+"""Color of each training stage."""
 
 UNITS: dict[str, tuple[Callable[[BlockSpec], int], Callable[[BlockPlan], int]]] = {
     "Attention heads": (lambda spec: spec.heads, lambda kept: len(kept.heads)),
@@ -44,9 +44,9 @@ class _Layers(Drawing):
         self.axes.set_xticks([])
         self._label_rows(self.axes, [spec.label or str(spec.index) for spec in plan.specs])
 
-    def bar(self, block: int, start: float, width: float, colour: str) -> None:
+    def bar(self, block: int, start: float, width: float, color: str) -> None:
         """Draw a bar in the row of a block."""
-        self.axes.barh(block, width, 0.8, start, color=colour)
+        self.axes.barh(block, width, 0.8, start, color=color)
 
     def left_out(self, block: int, width: float) -> None:
         """Draw a dotted row for a block that is removed whole."""
@@ -118,7 +118,7 @@ def losses(lines: Sequence[Losses], cut: int | None, width: float) -> Drawing:
     figure = Drawing(width, 240 if width > 500 else 210, "Training loss by optimizer step, stage by stage", "y")
     for line in lines:
         steps, values = zip(*line.points, strict=True)
-        figure.axes.plot(steps, values, "-o", markersize=3.5, color=COLOURS[line.stage], label=STAGES[line.stage])
+        figure.axes.plot(steps, values, "-o", markersize=3.5, color=COLORS[line.stage], label=STAGES[line.stage])
     figure.axes.set_xlim(left=0)
     if cut is not None:
         figure.axes.axvline(cut, color=QUIET, linewidth=1, linestyle="--")
@@ -158,11 +158,11 @@ def budget(found: FoundBudget) -> Drawing:
     return figure
 
 
-def _point(figure: Drawing, x: float, y: float, colour: str, name: str, reach: tuple[float, float] = (0, 0)) -> None:
+def _point(figure: Drawing, x: float, y: float, color: str, name: str, reach: tuple[float, float] = (0, 0)) -> None:
     """Draw a dot with an error bar.
 
     Args:
         reach: length of the bar below and above the dot.
     """
     below, above = (max(each, 0) for each in reach)
-    figure.axes.errorbar(x, y, yerr=[[below], [above]], fmt="o", color=colour, label=name)
+    figure.axes.errorbar(x, y, yerr=[[below], [above]], fmt="o", color=color, label=name)

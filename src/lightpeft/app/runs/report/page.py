@@ -93,6 +93,7 @@ def _run_values(run: RunFacts, number: int) -> dict[str, Any]:
         "command": shlex.join(again),
         "settings": to_yaml(run.config),
         "metrics": _metrics(run),
+        "milestone_metrics": _milestone_metrics(run),
         "figures": _figures(run),
         "curve": [] if run.curve is None else [_curve_cells(point) for point in run.curve["points"]],
     }
@@ -103,7 +104,7 @@ def _title(config: RunConfig) -> str:
     base = config.model.name.rstrip("/").rpartition("/")[2] or config.model.name
     rows = "/".join((config.data.path or config.data.train).rstrip("/").split("/")[-2:])
     task = f"{config.data.task} ({rows})" if rows else config.data.task
-    method = f"{config.method} ({config.peft_type})" if config.way.has_peft else config.method
+    method = f"{config.method} ({config.peft_type})" if config.method_spec.has_peft else config.method
     return f"{base}, {task}: {method}"
 
 
@@ -111,6 +112,13 @@ def _metrics(run: RunFacts) -> list[str]:
     """List the names of the metrics of a run, without counts."""
     counts = ("examples", "tokens")
     return [] if run.report is None else [name for name in run.report.metrics if name not in counts]
+
+
+def _milestone_metrics(run: RunFacts) -> list[str]:
+    """List the names of the metrics at the milestones of a run."""
+    if run.report is None or run.report.milestones is None:
+        return []
+    return list(dict.fromkeys(name for values in run.report.milestones.metrics.values() for name in values))
 
 
 def _curve_cells(point: dict[str, Any]) -> tuple[str, str, str]:

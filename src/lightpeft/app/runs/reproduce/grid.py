@@ -112,7 +112,13 @@ def slug(name: str) -> str:
 
 
 def load_grid(path: str | Path) -> Grid:
-    """Read a grid from a YAML file.
+    """Read a grid of runs from a YAML file.
+
+    Args:
+        path: the file, as in `configs/`.
+
+    Returns:
+        The grid, whose cells `reproduce` runs.
 
     Raises:
         LightPeftError: the file is missing or not YAML, a key is unknown, or an axis is empty or names something twice.

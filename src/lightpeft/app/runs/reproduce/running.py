@@ -200,7 +200,7 @@ def reuse_estimation(cell: Cell, others: Iterable[Cell]) -> str | None:
     Raises:
         LightPeftError: the copy failed.
     """
-    if not cell.config.way.prunes or cell.run.has("estimate"):
+    if not cell.config.method_spec.prunes or cell.run.has("estimate"):
         return None
     wanted = _estimation_key(cell)
     for other in others:
@@ -213,4 +213,4 @@ def reuse_estimation(cell: Cell, others: Iterable[Cell]) -> str | None:
 
 def _estimation_key(cell: Cell) -> tuple[bool, dict[str, Any]]:
     """Return the settings that a cell's estimation depends on, and whether anything is to be removed at all."""
-    return cell.config.light.chooses, estimation_settings(cell.config)
+    return cell.config.light.uses_scores, estimation_settings(cell.config)

@@ -35,7 +35,13 @@ def write_results(out: Path, results: Results) -> None:
 
 
 def read_results(path: str | Path) -> Results:
-    """Read a results.json, also of older versions that measured less.
+    """Read the results of a grid, also those of older versions, which measured less.
+
+    Args:
+        path: a results.json.
+
+    Returns:
+        One row per model, task and method, with the values of all seeds, and the reports of all runs.
 
     Raises:
         LightPeftError: the file is missing or damaged, or holds something else.
@@ -95,10 +101,12 @@ def _merge_shared(own: CellReport, shared: CellReport) -> dict[str, Any]:
 # -- parts of a grid ---------------------------------------------------------------------------------------------------
 
 
-def joined(grid: Grid | str | Path, parts: Sequence[Results | str | Path], out: str | Path | None = None) -> Results:
+def join_results(
+    grid: Grid | str | Path, parts: Sequence[Results | str | Path], out: str | Path | None = None
+) -> Results:
     """Write the table of a grid from the results of its parts, without running any cell.
 
-    If several parts have a cell, the first one counts.
+    If several parts have the same cell, the first part counts.
 
     Args:
         grid: a grid, or its YAML file.
@@ -113,7 +121,7 @@ def joined(grid: Grid | str | Path, parts: Sequence[Results | str | Path], out: 
             was written.
 
     Example:
-        results = joined("grid.yaml", ["machine1/results.json", "machine2/results.json"])
+        results = join_results("grid.yaml", ["machine1/results.json", "machine2/results.json"])
     """
     grid = grid if isinstance(grid, Grid) else load_grid(grid)
     out = grid.folder(out)

@@ -15,17 +15,17 @@ GAP = "_"
 
 
 def lettered(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a question with labelled choices (A, B, ... or 1, 2, ...) and an answer key, as in ARC."""
+    """Convert a question with labeled choices (A, B, ... or 1, 2, ...) and an answer key, as in ARC."""
     return _letter_choices(row, row["question"])
 
 
 def openbookqa(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert OpenBookQA: a question stem, often the beginning of a sentence, with labelled choices."""
+    """Convert OpenBookQA: a question stem, often the beginning of a sentence, with labeled choices."""
     return _letter_choices(row, row["question_stem"])
 
 
 def quartz(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert QuaRTz: labelled choices, with the sentence that states the needed relation if the data have one."""
+    """Convert QuaRTz: labeled choices, with the sentence that states the needed relation if the data have one."""
     sentence = (row.get("para") or "").strip()
     question = f"Question: {row['question']}"
     return _letter_choices(row, f"{sentence}\n{question}" if sentence else question)

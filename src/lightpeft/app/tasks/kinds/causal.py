@@ -1,4 +1,4 @@
-"""Causal language modelling on plain texts, or on completions of prompts."""
+"""Causal language modeling on plain texts, or on completions of prompts."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class CausalLMTask(CompletionTask):
             for offset, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
                 require(
                     completion,
-                    f"row {start + offset + 1} has no token to learn: its text gives none; drop the row",
+                    f"row {start + offset + 1} has no tokens to learn: the tokenizer gives none; drop the row",
                 )
                 ended = with_end(completion, tokenizer)
                 encoded.append(fit(prompt, ended, self.config.max_length, tokenizer.bos_token_id))
@@ -90,7 +90,8 @@ class CausalLMTask(CompletionTask):
             tokens = [without_end(ids, tokenizer) for ids in tokenizer(chunk[column])["input_ids"]]
             for offset, ids in enumerate(tokens):
                 require(
-                    ids, f"row {start + offset + 1} has no token to continue: the tokenizer gives none for its {column}"
+                    ids,
+                    f"row {start + offset + 1} has no tokens to continue: its {column} gives none; drop the row",
                 )
             return prompt_columns(tokens, self.config.max_length, tokenizer)
 

@@ -158,7 +158,7 @@ def encode_prompt(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) ->
     messages = _without_empty_fields(chat)
     if messages[-1]["role"] == ASSISTANT:
         messages.pop()
-    require(messages, f"{place}: the chat has no message to answer; add one of the user")
+    require(messages, f"{place}: the chat has no message to answer; add a message of the user")
     text = _apply_template(tokenizer, messages, place, tokenize=False, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -177,7 +177,10 @@ def _assistant_turns(
     for number, message in enumerate(messages):
         if message["role"] != ASSISTANT:
             continue
-        require(number > 0, f"{place}: the first message is the assistant's; begin with one of the user or the system")
+        require(
+            number > 0,
+            f"{place}: the first message is from the assistant; begin with a message of the user or the system",
+        )
         before = _apply_template(tokenizer, messages[:number], place, tokenize=False, add_generation_prompt=True)
         through = _apply_template(tokenizer, messages[: number + 1], place, tokenize=False)
         require(

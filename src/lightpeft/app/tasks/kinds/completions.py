@@ -19,10 +19,10 @@ from lightpeft.models.task_heads import CAUSAL_LM, TaskHead
 
 
 class CompletionTask(Task):
-    """Base of tasks with a language-modelling head: the model generates the continuation of new rows."""
+    """Base of tasks with a language-modeling head: the model generates the continuation of new rows."""
 
     head: ClassVar[TaskHead] = CAUSAL_LM
-    default_metrics: ClassVar[tuple[str, ...]] = ("language_modelling",)
+    default_metrics: ClassVar[tuple[str, ...]] = ("language_modeling",)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int | None = None) -> Collator:
         """Return the collator: pads to the longest row, or the next multiple; labels of padding are -100."""
@@ -30,7 +30,7 @@ class CompletionTask(Task):
         return Collator(pad, tokenizer)
 
     def answer(self, respondent: Respondent, encoded: Dataset) -> Outcome:
-        """Return per row the summed cross-entropy (nats), correct tokens, and number of labelled tokens."""
+        """Return per row the summed cross-entropy (nats), correct tokens, and number of labeled tokens."""
         sums = token_sums(respondent, encoded)
         require_finite(np.isfinite(sums[:, 0]))
         require(

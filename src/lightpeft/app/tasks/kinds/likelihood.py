@@ -1,6 +1,6 @@
 """Answering by likelihood: a causal language model scores every option after the prompt (as lm-evaluation-harness).
 
-Training raises the probability of the right option; nothing but the language-modelling head is needed.
+Training raises the probability of the right option; nothing but the language-modeling head is needed.
 """
 
 from __future__ import annotations

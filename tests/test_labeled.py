@@ -1,4 +1,4 @@
-"""The language-modelling head where labels are: losses and gradients are the usual ones, and fewer logits are made."""
+"""The language-modeling head where labels are: losses and gradients are the usual ones, and fewer logits are made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightpeft import accelerated
 from lightpeft.compat.torch import has_hooks
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.training import logits as training_logits
-from lightpeft.training.logits import labelled_head
+from lightpeft.training.logits import labeled_head
 
 Learned = tuple[Tensor, dict[str, Tensor]]
 """A loss, and gradients by name."""
@@ -62,7 +62,7 @@ def check_inside(model: PeftModel, data: dict[str, Tensor], *, bf16: bool) -> No
     """Twice inside the block, and behind it, all is as before it."""
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         usual = learned(model, data)
-        with labelled_head(model):
+        with labeled_head(model):
             inside = [learned(model, data), learned(model, data)]
         for found in (*inside, learned(model, data)):
             check_same(usual, found, bf16=bf16)
@@ -86,14 +86,14 @@ def test_losses_and_gradients_are_the_usual_ones(name: str, bf16: bool, few_at_o
 
 @every_family(DECODERS)
 @pytest.mark.parametrize("bf16", [False, True])
-def test_who_watches_the_head_sees_logits_of_labelled_tokens(
+def test_who_watches_the_head_sees_logits_of_labeled_tokens(
     name: str, bf16: bool, widths: Callable[..., list[int]]
 ) -> None:
     model = student(name)
     data, seen = answers(model), widths(model)
     check_inside(model, data, bf16=bf16)
-    labelled = int((data["labels"][:, 1:] != -100).sum())
-    assert seen == [48, 2, labelled, labelled, 48], "a batch of two tokens finds out whether it can be done"
+    labeled = int((data["labels"][:, 1:] != -100).sum())
+    assert seen == [48, 2, labeled, labeled, 48], "a batch of two tokens finds out whether it can be done"
 
 
 class AtOnce(TorchDispatchMode):
@@ -121,13 +121,13 @@ def test_logits_are_never_all_there(name: str, straight: bool, few_at_once: None
     model = student(name)
     data = answers(model)
     head = transformers_model(model).get_output_embeddings()
-    with labelled_head(model), AtOnce() as at_once:
+    with labeled_head(model), AtOnce() as at_once:
         output = model(**data)
         output.loss.backward()
-    labelled = int((data["labels"][:, 1:] != -100).sum())
-    assert labelled > 5
-    assert at_once.tokens <= 5 if straight else at_once.tokens == labelled
-    assert output.logits.shape == (1, labelled, 0 if straight else head.out_features)
+    labeled = int((data["labels"][:, 1:] != -100).sum())
+    assert labeled > 5
+    assert at_once.tokens <= 5 if straight else at_once.tokens == labeled
+    assert output.logits.shape == (1, labeled, 0 if straight else head.out_features)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -140,12 +140,12 @@ def test_a_head_that_trains_gets_its_gradients(bias: bool) -> None:
     for frozen in (head.weight, head.bias) if bias else (head.weight,):
         frozen.requires_grad_()
         usual = learned(model, data)
-        with labelled_head(model):
+        with labeled_head(model):
             found = learned(model, data)
         frozen.requires_grad_(False)
         assert any(name.endswith("lm_head.weight" if frozen is head.weight else "lm_head.bias") for name in found[1])
         check_same(usual, found, bf16=False)
-    with labelled_head(model):
+    with labeled_head(model):
         frozen_head = learned(model, data)
     check_same((usual[0], {key: usual[1][key] for key in frozen_head[1]}), frozen_head, bf16=False)
 
@@ -153,9 +153,9 @@ def test_a_head_that_trains_gets_its_gradients(bias: bool) -> None:
 def test_half_precision_in_which_small_gradients_vanish_goes_the_usual_way() -> None:
     model = student("llama-gqa")
     data = answers(model)
-    with labelled_head(model), torch.autocast("cpu", torch.float16):
+    with labeled_head(model), torch.autocast("cpu", torch.float16):
         assert model(**data).logits.shape[-1] > 0
-    with labelled_head(model), torch.autocast("cpu", torch.bfloat16):
+    with labeled_head(model), torch.autocast("cpu", torch.bfloat16):
         assert model(**data).logits.shape[-1] == 0
 
 
@@ -163,9 +163,9 @@ def test_half_precision_in_which_small_gradients_vanish_goes_the_usual_way() -> 
 def test_inside_a_trainer(tmp_path: Path, accumulation: int) -> None:
     """The loss is a mean over the tokens of the whole optimizer step, which `Trainer` counts."""
     losses = []
-    for loss_alone in (False, True):
+    for loss_only in (False, True):
         model = student("llama-gqa")
-        with accelerated(model, loss_alone=loss_alone):
+        with accelerated(model, loss_only=loss_only):
             run = trainer(model, tmp_path, max_steps=6, logging_steps=1, gradient_accumulation_steps=accumulation)
             run.train()
         losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
@@ -176,7 +176,7 @@ def test_inside_a_trainer(tmp_path: Path, accumulation: int) -> None:
 def test_evaluation_and_generation_see_all_logits(widths: Callable[..., list[int]]) -> None:
     model = student("llama-gqa")
     data, seen = answers(model), widths(model)
-    with labelled_head(model):
+    with labeled_head(model):
         learned(model, data)
         model.eval()
         assert model(**data).logits.shape[:2] == (4, 12)
@@ -194,7 +194,7 @@ def test_other_models_are_left_alone(name: str) -> None:
     model = student(name)
     data = inputs_for(model, labels=True)
     usual = learned(model, data)
-    with labelled_head(model):
+    with labeled_head(model):
         for _ in range(2):
             found = learned(model, data)
             assert found[0].equal(usual[0])
@@ -214,7 +214,7 @@ def test_a_model_that_computes_its_loss_itself_is_found_out(widths: Callable[...
     inner.forward = alone
     data, seen = answers(model), widths(model)
     usual = learned(model, data)[0]
-    with labelled_head(model):
+    with labeled_head(model):
         assert all(learned(model, data)[0].equal(usual) for _ in range(2))
     assert seen == [48, 2, 48, 48]
 
@@ -222,7 +222,7 @@ def test_a_model_that_computes_its_loss_itself_is_found_out(widths: Callable[...
 def test_everything_is_put_back() -> None:
     model = make("llama-gqa")
     head, loss = model.get_output_embeddings(), model.loss_function
-    with labelled_head(model):
+    with labeled_head(model):
         assert model.loss_function is not loss
     assert model.loss_function is loss
     assert "forward" not in vars(head)

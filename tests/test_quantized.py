@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from lights import light_of
-from quantised import CONFIGS, SIZES, densified
+from quantized import CONFIGS, SIZES, densified
 from tiny import batch, make, plan_for, relative_difference, with_lora
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertModel
 
 from lightpeft import EarlyPruner
 from lightpeft.adapters.light_adapter import load_light
-from lightpeft.models.linears.bitsandbytes import logical_numel, prepare_quantised
+from lightpeft.models.linears.bitsandbytes import logical_numel, prepare_quantized
 from lightpeft.models.linears.linear_kinds import dense_weight, features, is_linear, slice_linear, stored_weight
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
@@ -116,7 +116,7 @@ def test_what_stays_is_what_was_there(kind: str, index: Tensor, dim: int) -> Non
     slice_linear(layer, index, dim)
     zeros = (0, 8) if kind == "fp4" else ()  # FP4 has two codes for zero
     assert all(code in zeros for code in stored_weight(layer)[stored_weight(layer) != stored])
-    if kind == "nf4-double":  # the scales are quantised anew
+    if kind == "nf4-double":  # the scales are quantized anew
         assert relative_error(dense_weight(layer), expected) < 0.01
     else:
         assert dense_weight(layer).equal(expected)
@@ -231,7 +231,7 @@ def test_prepared_layers_of_any_width_compute_with_their_weight(width: int) -> N
     """Those of a base that nothing was cut from."""
     source = nn.Linear(width, ROWS)
     model = nn.Sequential(four_bits(source.requires_grad_(False)))
-    prepare_quantised(model)
+    prepare_quantized(model)
     x = torch.randn(5, width)
     torch.testing.assert_close(model(x), x @ dense_weight(model[0]).T + source.bias, rtol=1e-4, atol=1e-4)
 
@@ -255,7 +255,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(folder: Path, kind: str, auto: Any = AutoModelForCausalLM) -> Any:
     model = auto.from_pretrained(folder, quantization_config=CONFIGS[kind](), dtype=torch.float32)
-    prepare_quantised(model)
+    prepare_quantized(model)
     return model
 
 
@@ -320,7 +320,7 @@ def test_new_heads_are_ordinary_layers(tmp_path: Path, kind: str) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(
         tmp_path, quantization_config=CONFIGS[kind](), dtype=torch.float32
     )
-    prepare_quantised(model)
+    prepare_quantized(model)
     assert type(model.classifier) is type(model.bert.pooler.dense) is nn.Linear
     assert type(model.bert.encoder.layer[0].output.dense) is not nn.Linear
     tuned = with_lora(model)
@@ -334,7 +334,7 @@ def test_new_heads_are_ordinary_layers(tmp_path: Path, kind: str) -> None:
 def test_bitsandbytes_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     layer = plain()
-    prepare_quantised(layer)
+    prepare_quantized(layer)
     slice_linear(layer, SOME_ROWS, 0)
     assert features(layer) == (len(SOME_ROWS), COLUMNS) and logical_numel(layer.weight) == len(SOME_ROWS) * COLUMNS
     assert not is_linear(nn.LayerNorm(4))

@@ -31,7 +31,7 @@ SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64}
 
 
 def densified(model: Any) -> Any:
-    """A copy whose quantised layers are ordinary ones with the same weights."""
+    """A copy whose quantized layers are ordinary ones with the same weights."""
     copied = copy.deepcopy(model)
     for name, module in list(copied.named_modules()):
         if type(module) is not nn.Linear and not isinstance(module, BaseTunerLayer) and is_linear(module):

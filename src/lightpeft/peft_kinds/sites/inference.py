@@ -26,7 +26,7 @@ _SEEN = "_lightpeft_inner"
 
 
 @contextmanager
-def fused_answers(model: nn.Module) -> Iterator[None]:
+def fused_inference(model: nn.Module) -> Iterator[None]:
     """Speed up inference inside the block: LoRA on frozen `nn.Linear` layers takes two or three operations per layer.
 
     Queries, keys and values (gate and input) share one product with A. This holds in evaluation mode without gradients;
@@ -37,7 +37,7 @@ def fused_answers(model: nn.Module) -> Iterator[None]:
 
     Example:
         model = load_light("adapter").eval()
-        with torch.inference_mode(), fused_answers(model):
+        with torch.inference_mode(), fused_inference(model):
             logits = model(**batch).logits
 
     Args:
