@@ -114,7 +114,7 @@ class BatchedModel:
                 parts = completed(self.model, prompts, completions, owners, max(1, together * len(chosen) // full))
                 return [([rows[index] for index in indices], states, labels) for indices, states, labels in parts]
 
-        with in_mode(self.model, training=False), fused_answers(self.model):
+        with in_mode(self.model, training=False), fused_inference(self.model):
             batches = in_batches(range(len(groups)), compute, size)
             for _, parts in bars.progress(batches, math.ceil(len(groups) / size), description):
                 yield from parts
