@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from lightpeft.app.evaluation.batching import in_batches, usual_batch_size
+from lightpeft.app.evaluation.batching import completions_at_once, in_batches, usual_batch_size
 from lightpeft.app.evaluation.generating import generate_texts
 from lightpeft.app.evaluation.shared_prompts import can_go_on, completed
 from lightpeft.app.tasks.tokens import Collator, take_rows
@@ -27,9 +27,6 @@ from lightpeft.models.sharding import without_graph
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.inference import fused_inference
 
-COMPLETIONS, MOST_CACHED_TOKENS = 128, 2**14
-"""Most completions of shared prompts in a forward pass, which reads few tokens of each, and most tokens in their KV
-caches, unless a batch size is given."""
 MOST_LOGIT_BYTES = 2**28
 """Most bytes of a language model's logits in memory at once, in float32; a single row may need more."""
 
@@ -99,10 +96,8 @@ class BatchedModel:
             rows_of.setdefault(prompt, []).append(row)
         groups = sorted(rows_of.values(), key=lambda rows: -starts[rows[0]])
         device = next(self.model.parameters()).device
-        longest = max(encoded["length"])
-        size = self.batch_size or usual_batch_size(device, longest)
-        together = self.batch_size or max(size, min(COMPLETIONS, MOST_CACHED_TOKENS // longest))
-        full = min(size, len(groups))  # where memory runs out, fewer prompts and fewer completions are left together
+        size = completions_at_once(device, max(encoded["length"]), self.batch_size)
+        at_once = min(size.prompts, len(groups))
 
         def compute(chosen: Sequence[int]) -> list[tuple[list[int], Tensor, Tensor]]:
             of_prompt = [groups[number] for number in chosen]
@@ -111,12 +106,14 @@ class BatchedModel:
             completions = [columns["input_ids"][row][starts[row] :] for row in rows]
             owners = [index for index, group in enumerate(of_prompt) for _ in group]
             with without_graph(self.model), autocasting(device, self.autocast), skip_head(head):
-                parts = completed(self.model, prompts, completions, owners, max(1, together * len(chosen) // full))
+                # where memory runs out there are fewer prompts, and then fewer completions together, too
+                rows_at_once = max(1, size.rows * len(chosen) // at_once)
+                parts = completed(self.model, prompts, completions, owners, rows_at_once, size.tokens)
                 return [([rows[index] for index in indices], states, labels) for indices, states, labels in parts]
 
         with in_mode(self.model, training=False), fused_inference(self.model):
-            batches = in_batches(range(len(groups)), compute, size)
-            for _, parts in bars.progress(batches, math.ceil(len(groups) / size), description):
+            batches = in_batches(range(len(groups)), compute, at_once)
+            for _, parts in bars.progress(batches, math.ceil(len(groups) / at_once), description):
                 yield from parts
 
     def _forward_batches(

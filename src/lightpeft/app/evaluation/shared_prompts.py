@@ -35,7 +35,8 @@ def completed(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     owners: Sequence[int],
-    at_once: int,
+    most_rows: int,
+    most_tokens: int,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Yield the outputs that predict each token of the completions, and these tokens, longest completions first.
 
@@ -45,7 +46,8 @@ def completed(
         prompts: token ids, at least one each.
         completions: token ids, at least one each.
         owners: index of the prompt of each completion.
-        at_once: most completions in a forward pass, of about the same length.
+        most_rows: most completions in a forward pass, of about the same length.
+        most_tokens: most tokens of theirs in it, unless one has more.
 
     Yields:
         Indices of completions; `logits` of the model, [completions, longest of them, ...] on its device; and labels on
@@ -55,8 +57,11 @@ def completed(
     tokens, real = _padded(prompts, "left", device)
     output = model(**_inputs(tokens, real, real.cumsum(-1) - 1), use_cache=True, **_last_only(model))
     order = sorted(range(len(completions)), key=lambda index: -len(completions[index]))
-    for start in range(0, len(order), at_once):
-        chosen = order[start : start + at_once]
+    start = 0
+    while start < len(order):
+        read = max(1, len(completions[order[start]]) - 1)  # the prompt's last token predicts the first
+        chosen = order[start : start + max(1, min(most_rows, most_tokens // read))]
+        start += len(chosen)
         owner = torch.tensor([owners[index] for index in chosen], device=device)
         rows = [completions[index] for index in chosen]
         states = output.logits[:, -1:][owner]
@@ -64,9 +69,9 @@ def completed(
             name = next(name for name in _CACHES if name in _accepted(model))
             cache = copy.deepcopy(getattr(output, name))  # a cache is changed by what goes on from it
             cache.batch_select_indices(owner)
-            read, also_real = _padded([ids[:-1] for ids in rows], "right", device)
-            places = real.sum(-1, keepdim=True)[owner] + torch.arange(read.shape[1], device=device)
-            inputs = _inputs(read, torch.cat([real[owner], also_real], 1), places)
+            behind, also_real = _padded([ids[:-1] for ids in rows], "right", device)
+            places = real.sum(-1, keepdim=True)[owner] + torch.arange(behind.shape[1], device=device)
+            inputs = _inputs(behind, torch.cat([real[owner], also_real], 1), places)
             states = torch.cat([states, model(**inputs, **{name: cache}, use_cache=True).logits], 1)
         labels = pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True, padding_value=IGNORED)
         yield chosen, states, labels
