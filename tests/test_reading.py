@@ -14,7 +14,7 @@ from tiny import inputs_for, make, refusal, with_lora, without_dropout
 from torch import Tensor, nn
 from training import chunks, dataset, trained_weights
 from transformers import TrainingArguments
-from workbench import Workbench, forked, lightpeft, read
+from workbench import Workbench, forked, labeled, lightpeft, read, write_rows
 
 from lightpeft import EarlyPruner, LightTrainer, find_depth
 from lightpeft.app.runs import depth, pipeline
@@ -147,6 +147,32 @@ def test_a_run_is_one_of_the_depth_that_it_finds(bench: Workbench, half: list[in
     assert half == [64]
     pipeline.run(bench.config("auto", **AUTO))
     assert half == [64], "it is found once"
+
+
+def test_a_run_says_if_ridge_regression_is_as_good(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the block of the least error, and within the interval of the run's accuracy."""
+
+    def says(name: str, accuracy: list[float]) -> list[str]:
+        found = FoundDepth(accuracy, [0.2, 0.1], 1, 64)
+        monkeypatch.setattr(depth, "find_depth", lambda *given: found)
+        warnings: list[str] = pipeline.run(bench.config(name, **AUTO))["warnings"]
+        return [line for line in warnings if "ridge" in line]
+
+    (line,) = says("as_good", [0.0, 1.0])
+    assert line.startswith("ridge regression on block 2 of the base is as good: accuracy 1.0000 of 64 rows, the run ")
+    assert says("worse", [1.0, 0.0]) == []
+
+
+def test_rows_of_one_class_tell_no_depth(bench: Workbench, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Though the data have two: by chance, the rows that are looked at are alike."""
+    last = int(torch.randperm(64, generator=torch.Generator().manual_seed(0))[-1])
+    rows = [{**row, "label": "positive" if number == last else "negative"} for number, row in enumerate(labeled(64))]
+    monkeypatch.setattr(depth, "PROBE_ROWS", 8)
+    path = bench.yaml("alike", **AUTO, **{"data.train": str(write_rows(bench.folder / "alike.csv", rows))})
+    assert lightpeft("run", "--config", path) == 2
+    said = capsys.readouterr().err
+    assert "all 8 rows have the same label; give light.remove.depth as a number, or other rows" in said
+    assert "Traceback" not in said and not (bench.folder / "alike" / "depth.json").exists()
 
 
 def test_an_estimation_that_is_taken_brings_its_depth(bench: Workbench, half: list[int]) -> None:

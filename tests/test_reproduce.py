@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -87,9 +88,12 @@ def grid_file(path: Path, bench: Workbench | None = None, **changes: Any) -> Pat
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_grid_of_the_repository_is_one(path: Path) -> None:
-    """Its settings, methods and tasks are known ones; those of the paper say what they need."""
+    """Its settings, methods and tasks are known ones, and so are parts that its head names; those of the paper say what
+    they need."""
     grid = load_grid(path)
     cells = grid.cells(Path("out"))
+    for part in re.findall(r"^# +--only (.+)$", path.read_text(), re.MULTILINE):
+        assert selected(cells, shlex.split(part)), part
     assert len(cells) == len(grid.models) * len(grid.tasks) * len(grid.arms) * len(grid.seeds) > 0
     assert len({cell.config.output for cell in cells}) == len(cells)
     assert len({cell.name for cell in cells}) == len(cells)

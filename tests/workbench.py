@@ -448,7 +448,7 @@ def _ended(process: Any, reading: int) -> tuple[int, str]:
     return process.exitcode, "".join(line for line in written if not NOTICE.match(line))
 
 
-NOTICE = re.compile("prefix cache: |(estimate|prune|train|widen|evaluate): done in ")
+NOTICE = re.compile("prefix cache: |generated |(estimate|prune|train|widen|evaluate): done in ")
 """How lines begin that a run writes to stderr in any case."""
 
 

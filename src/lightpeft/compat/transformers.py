@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from datasets import Dataset
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -219,6 +220,23 @@ def forget_renaming(model: PreTrainedModel, mapping: Mapping[str, str]) -> None:
     """Make a model save its weights under its own names, although it was loaded with this `key_mapping`."""
     conversions = getattr(model, "_weight_conversions", None) or []
     model._weight_conversions = [each for each in conversions if not mapping.keys() & set(each.source_patterns)]
+
+
+def unpacking_gguf() -> dict[str, Any]:
+    """Return arguments of `from_pretrained` by which the weights of a GGUF file become ordinary ones.
+
+    Older releases of transformers always unpack them, and have no such setting.
+    """
+    settings = getattr(transformers, "GgufConfig", None)
+    return {} if settings is None else {"quantization_config": settings(dequantize=True)}
+
+
+def forget_quantization(model: PreTrainedModel) -> None:
+    """Make a model whose weights were unpacked at loading an ordinary one, which can be trained and saved."""
+    for owner, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    model.is_quantized = False
 
 
 def has_adapter(name: str, revision: str, token: str | bool | None = None) -> bool:

@@ -44,7 +44,7 @@ class ModelConfig:
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     gguf_file: str | None = None
-    """File inside the folder to load a GGUF checkpoint from."""
+    """File inside the folder to load a GGUF checkpoint from; its weights are unpacked to `dtype`."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Data type of the frozen weights."""
     quantization: Literal["nf4", "int8"] | None = None

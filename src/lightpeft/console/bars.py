@@ -8,7 +8,7 @@ from typing import TypeVar
 import rich.progress
 from rich.console import Console
 
-from lightpeft.console.progress import Pulse
+from lightpeft.console.progress import Pulse, print_line
 
 T = TypeVar("T")
 
@@ -24,6 +24,12 @@ def progress(items: Iterable[T], total: int, description: str) -> Iterable[T]:
     if not console.is_terminal:
         return _with_pulse(items, Pulse(description, total))
     return rich.progress.track(items, description, total=total, console=console, transient=True)
+
+
+def say(line: str) -> None:
+    """Print a line on stderr, except in a process that prints nothing."""
+    if not quiet:
+        print_line(line)
 
 
 def _with_pulse(items: Iterable[T], pulse: Pulse) -> Iterator[T]:

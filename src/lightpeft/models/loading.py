@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lightpeft.compat.transformers import forget_renaming, has_adapter
+from lightpeft.compat.transformers import forget_quantization, forget_renaming, has_adapter, unpacking_gguf
 from lightpeft.config import ModelConfig
 from lightpeft.config.validation import short_repr
 from lightpeft.errors import LightPeftError, require
@@ -40,6 +41,8 @@ _QUANTIZED: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "int8": {"load_in_8bit": True},
 }
+_ARCHITECTURE = re.compile(r"(?:architecture|model type) [`'\"]?([\w.-]+)[`'\"]?")
+"""How transformers says that it knows no model for the architecture of a GGUF file."""
 CUTTABLE = "bitsandbytes"
 """Quantization method, as transformers names it, whose weights can be cut."""
 
@@ -94,6 +97,8 @@ def load_model(
         _check_quantization(config, hf_config)
     if config.quantization:
         options["quantization_config"] = BitsAndBytesConfig(**_QUANTIZED[config.quantization])
+    if config.gguf_file is not None:
+        options |= unpacking_gguf()
     architecture = None if head.architectures is None else head.architectures.get(type(hf_config), None)
     names = None if architecture is None else base_names(architecture)
     with _explain_errors(config), weights_on_disk() if config.low_memory else nullcontext():
@@ -106,8 +111,8 @@ def load_model(
             **check_checkpoint(config, weights=True),
             **options,
         )
-    if getattr(model.config, "quantization_config", None) is not None and config.gguf_file:
-        del model.config.quantization_config  # loading has dequantized the weights
+    if config.gguf_file is not None:
+        forget_quantization(model)
     record_origin(model, config)
     keep_own_names(model, names)
     prepare_quantized(model)
@@ -303,6 +308,10 @@ def _explain_errors(config: ModelConfig) -> Iterator[None]:
         if "trust_remote_code" in str(error.__cause__) and not config.trust_remote_code:
             needs = "needs Python code from its repository; set trust_remote_code if you trust its author"
             raise LightPeftError(f"model {config.name} {needs}") from error
+        unknown = _ARCHITECTURE.search(str(error.__cause__)) if config.gguf_file is not None else None
+        if unknown is not None:
+            cannot = f'model.gguf_file {config.gguf_file} has the architecture "{unknown[1]}", which cannot be trained'
+            raise LightPeftError(f"{cannot}; give the base as safetensors, or a GGUF file of another family") from error
         if "safetensors" in str(error.__cause__) and not config.allow_pickle:
             raise LightPeftError(f"{error}; set allow_pickle for pickled weights if you trust their author") from error
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,9 @@ _CPU_ROWS, _CPU_TOKENS = 32, 2**14
 """Most rows and tokens of a batch on a CPU: they keep a few cores busy, and more do not fit into the caches."""
 _ACCELERATOR_ROWS, _ACCELERATOR_TOKENS = 256, 2**18
 
+_CPU_PROMPTS, _CPU_COMPLETION_TOKENS = 16, 128
+"""Most shared prompts, and most tokens of their completions, in a forward pass on a CPU."""
+
 
 def usual_batch_size(device: torch.device, longest: int) -> int:
     """Return the default batch size, in rows.
@@ -25,6 +29,32 @@ def usual_batch_size(device: torch.device, longest: int) -> int:
     on_cpu = device.type == "cpu"
     rows, tokens = (_CPU_ROWS, _CPU_TOKENS) if on_cpu else (_ACCELERATOR_ROWS, _ACCELERATOR_TOKENS)
     return max(1, min(rows, tokens // max(1, longest)))
+
+
+@dataclass(frozen=True)
+class AtOnce:
+    """Most prompts of a forward pass, and most rows and tokens of completions that go on from their KV caches."""
+
+    prompts: int
+    rows: int
+    tokens: int
+
+
+def completions_at_once(device: torch.device, longest: int, batch_size: int | None) -> AtOnce:
+    """Return how much of shared prompts and their completions goes into a forward pass.
+
+    On a CPU more of them together only add padding, since a completion has few tokens.
+
+    Args:
+        longest: tokens of the longest prompt with its completion.
+        batch_size: most rows of a pass; None: the default of the device.
+    """
+    on_cpu = device.type == "cpu"
+    size = batch_size or usual_batch_size(device, longest)
+    if not on_cpu:
+        return AtOnce(size, size, _ACCELERATOR_TOKENS)
+    rows = batch_size or max(size, min(_CPU_COMPLETION_TOKENS, _CPU_TOKENS // max(1, longest)))
+    return AtOnce(min(size, _CPU_PROMPTS), rows, _CPU_COMPLETION_TOKENS)
 
 
 def in_batches(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 
 import torch
@@ -29,7 +30,9 @@ def generate_texts(
     batch_size: int | None = None,
     autocast: torch.dtype | None = None,
 ) -> list[str]:
-    """Generate one text per prompt by greedy search, up to the end token.
+    """Generate one text per prompt by greedy search, up to the end token; a line says how fast.
+
+    Prompts of about the same length form a batch, which ends as soon as all of its texts have.
 
     Args:
         model: a model in evaluation mode.
@@ -62,11 +65,13 @@ def generate_texts(
     longest = len(prompts[longest_first[0]]) + max_new_tokens
     size = batch_size or usual_batch_size(device, longest)
     batches = in_batches(longest_first, compute, size)
-    texts, finite = [""] * len(prompts), [True] * len(prompts)
+    texts, finite, count, started = [""] * len(prompts), [True] * len(prompts), 0, time.perf_counter()
     for rows, (written, numbers) in bars.progress(batches, math.ceil(len(prompts) / size), "Generating"):
         for row, ids, number in zip(rows, written, numbers, strict=True):
             texts[row], finite[row] = _decode(ids, tokenizer, one_line), bool(number)
+            count += _written_tokens(ids, config.eos_token_id or ())
     require_finite(finite)
+    bars.say(f"generated {count:,} tokens, {count / (time.perf_counter() - started):,.0f} tokens/s")
     return texts
 
 
@@ -108,6 +113,12 @@ def line_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the ids of tokens that contain a line end."""
     tokens = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     return {token for token, text in enumerate(tokens) if LINE_END in text}
+
+
+def _written_tokens(ids: Tensor, ends: Sequence[int]) -> int:
+    """Return the number of generated tokens up to the first end, which counts; what follows is padding."""
+    found = torch.isin(ids, torch.tensor(list(ends), dtype=ids.dtype)).nonzero()
+    return int(found[0]) + 1 if len(found) else len(ids)
 
 
 def _decode(ids: Tensor, tokenizer: PreTrainedTokenizerBase, one_line: bool) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -58,6 +58,27 @@ class LinearProbe:
         if own <= trained if name in LOWER_IS_BETTER else own >= trained:
             what = f"a linear probe of the base model is as good: {name} {own:.4f}, the run {trained:.4f}"
             yield f"{what}, from {self.rows} rows in {exact_duration(self.seconds)}; use it, or label more rows"
+
+
+def doubts_by_depth(depth: Mapping[str, Any], run: Scores) -> Iterator[str]:
+    """Yield a warning if ridge regression on one block of the untouched decoder is as accurate as the run's model.
+
+    The search for a depth has measured it already, by leaving out one training row at a time.
+
+    Args:
+        depth: facts of `FoundDepth`; without `accuracy`, nothing was measured.
+        run: scores of the run, of which the interval of `accuracy` counts.
+    """
+    interval = run.intervals.get("accuracy")
+    if interval is None or not depth.get("accuracy"):
+        return
+    best = min(range(len(depth["error"])), key=depth["error"].__getitem__)
+    ridge, trained, (low, high) = depth["accuracy"][best], run.metrics["accuracy"], interval
+    if ridge >= low:
+        what = (
+            f"ridge regression on block {best + 1} of the base is as good: accuracy {ridge:.4f} of {depth['rows']} rows"
+        )
+        yield f"{what}, the run {trained:.4f} (95% interval {low:.4f} to {high:.4f}); it needs no training"
 
 
 def is_probed(task: Task, config: PretrainedConfig) -> bool:

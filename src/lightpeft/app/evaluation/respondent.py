@@ -13,8 +13,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from lightpeft.app.evaluation.batching import in_batches, usual_batch_size
+from lightpeft.app.evaluation.batching import completions_at_once, in_batches, usual_batch_size
 from lightpeft.app.evaluation.generating import generate_texts
+from lightpeft.app.evaluation.shared_prompts import can_go_on, completed
 from lightpeft.app.tasks.tokens import Collator, take_rows
 from lightpeft.console import bars
 from lightpeft.errors import require
@@ -54,24 +55,66 @@ class BatchedModel:
     def next_logits(self, encoded: Dataset, description: str) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
         """Yield row numbers, logits at places whose next token has a label in some row, and these labels.
 
-        With a large vocabulary, logits take more memory than all else in the pass. A model with a separable head
-        therefore computes no others, and only those of a few rows at a time, whatever the batch size.
+        Rows may have a column `prompt`: those with the same number have the same tokens up to their first label, which
+        are then computed once. With a large vocabulary, logits take more memory than all else in the pass. A model with
+        a separable head therefore computes no others, and only those of a few rows at a time, whatever the batch size.
         """
         head = lone_head(self.model)
-        for rows, batch, output in self._forward_batches(encoded, description, _inputs_at_labels, head):
-            places = _label_places(batch["labels"])
-            states, labels = output.logits, batch["labels"][:, places + 1]
-            if states.shape[1] != len(places):
-                states = states[:, places.to(states.device)]
+        if "prompt" in encoded.column_names and can_go_on(self.model):
+            batches = self._completions(encoded, description, head)
+        else:
+            batches = self._labeled(encoded, description, head)
+        for rows, states, labels in batches:
             if head is None:
                 yield rows, states, labels
                 continue
-            size = max(1, MOST_LOGIT_BYTES // max(1, 4 * len(places) * head.out_features))
+            size = max(1, MOST_LOGIT_BYTES // max(1, 4 * labels.shape[1] * head.out_features))
             for start in range(0, len(rows), size):
                 part = slice(start, start + size)
                 with without_graph(self.model), autocasting(states.device, self.autocast):
                     logits = head(states[part])
                 yield rows[part], logits, labels[part]
+
+    def _labeled(
+        self, encoded: Dataset, description: str, head: nn.Linear | None
+    ) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
+        """Yield row numbers, outputs without `head` at places whose next token has a label, and these labels."""
+        for rows, batch, output in self._forward_batches(encoded, description, _inputs_at_labels, head):
+            places = _label_places(batch["labels"])
+            states, labels = output.logits, batch["labels"][:, places + 1]
+            yield rows, states if states.shape[1] == len(places) else states[:, places.to(states.device)], labels
+
+    def _completions(
+        self, encoded: Dataset, description: str, head: nn.Linear | None
+    ) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
+        """Yield what `_labeled` does, for rows whose column `prompt` says which of them begin with the same prompt."""
+        _require_rows(encoded)
+        columns = encoded.select_columns(["input_ids", "labels", "prompt"])[:]
+        starts = [sum(label == IGNORED for label in labels) for labels in columns["labels"]]
+        rows_of: dict[int, list[int]] = {}
+        for row, prompt in enumerate(columns["prompt"]):
+            rows_of.setdefault(prompt, []).append(row)
+        groups = sorted(rows_of.values(), key=lambda rows: -starts[rows[0]])
+        device = next(self.model.parameters()).device
+        size = completions_at_once(device, max(encoded["length"]), self.batch_size)
+        at_once = min(size.prompts, len(groups))
+
+        def compute(chosen: Sequence[int]) -> list[tuple[list[int], Tensor, Tensor]]:
+            of_prompt = [groups[number] for number in chosen]
+            rows = [row for group in of_prompt for row in group]
+            prompts = [columns["input_ids"][group[0]][: starts[group[0]]] for group in of_prompt]
+            completions = [columns["input_ids"][row][starts[row] :] for row in rows]
+            owners = [index for index, group in enumerate(of_prompt) for _ in group]
+            with without_graph(self.model), autocasting(device, self.autocast), skip_head(head):
+                # where memory runs out there are fewer prompts, and then fewer completions together, too
+                rows_at_once = max(1, size.rows * len(chosen) // at_once)
+                parts = completed(self.model, prompts, completions, owners, rows_at_once, size.tokens)
+                return [([rows[index] for index in indices], states, labels) for indices, states, labels in parts]
+
+        with in_mode(self.model, training=False), fused_inference(self.model):
+            batches = in_batches(range(len(groups)), compute, at_once)
+            for _, parts in bars.progress(batches, math.ceil(len(groups) / at_once), description):
+                yield from parts
 
     def _forward_batches(
         self,

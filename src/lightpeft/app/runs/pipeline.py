@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from lightpeft.adapters.full_width import load_full_width
 from lightpeft.adapters.light_adapter import load_light, save_metrics
-from lightpeft.app.evaluation.linear_probe import LinearProbe, is_probed, linear_probe
+from lightpeft.app.evaluation.linear_probe import LinearProbe, doubts_by_depth, is_probed, linear_probe
 from lightpeft.app.evaluation.milestones import Watcher, notices
 from lightpeft.app.evaluation.scores import Scores, scores_of
 from lightpeft.app.folders.forms import to_device
@@ -342,6 +342,7 @@ def evaluate(work: Workspace) -> dict[str, Any]:
     if probe is not None:
         besides["linear_probe"] = probe.facts()
         noticed["warnings"] += probe.doubts(scores, work.task)
+    noticed["warnings"] += doubts_by_depth(found_depth(run) or {}, scores)
 
     def save() -> None:
         if isinstance(model, LightModel):

@@ -31,7 +31,8 @@ class Respondent(Protocol):
         """Yield row numbers, next-token logits, and their labels, for rows with one label per token; in any order.
 
         Logits are [rows, places, vocabulary] on the model's device, labels [rows, places] on the host. Places are those
-        whose next token has a label in some row of the batch; a row without a label there has -100.
+        whose next token has a label in some row of the batch; a row without a label there has -100. Rows may say by
+        numbers in a column `prompt` which of them begin with the same tokens, up to the first label.
 
         Raises:
             LightPeftError: there is no row.

@@ -18,7 +18,7 @@ ENCODE_ROWS = 1000
 """Rows that are tokenized at once."""
 NO_LIMIT = 10**9
 """Tokenizers without a length limit report a `model_max_length` far above this."""
-NOT_INPUTS = ("length", "group", "names", "right", "row", "begins", "ends", "null", "context")
+NOT_INPUTS = ("length", "prompt", "group", "names", "right", "row", "begins", "ends", "null", "context")
 """Columns of encoded rows that are not model inputs: batches are sorted by them, or answers compared with them."""
 UNKNOWN_SHARE = 0.5
 """Share in [0, 1]; above it, a row is mostly unknown tokens, or the data are mostly such rows."""

@@ -178,7 +178,7 @@ class Likelihoods:
 
 
 def likelihoods(respondent: Respondent, encoded: Dataset) -> Likelihoods:
-    """Score the options of every row; equal sequences are scored once.
+    """Score the options of every row; equal sequences are scored once, and prompts that options share are read once.
 
     Args:
         encoded: the result of `LikelihoodTask.encode_test` or `encode_inputs`.
@@ -191,10 +191,13 @@ def likelihoods(respondent: Respondent, encoded: Dataset) -> Likelihoods:
         [numbers.setdefault((start, tuple(tokens)), len(numbers)) for tokens, start in zip(*options, strict=True)]
         for options in zip(encoded["input_ids"], encoded["start"], strict=True)
     ]
+    prompts: dict[tuple[int, ...], int] = {}
+    shared = [prompts.setdefault(ids[:start], len(prompts)) for start, ids in numbers]
     rows = Dataset.from_dict(
         {
             **completion_columns((list(ids[:start]), list(ids[start:])) for start, ids in numbers),
             "length": [len(ids) for _, ids in numbers],
+            **({"prompt": shared} if len(prompts) < len(numbers) else {}),
         }
     )
     losses, _, tokens = token_sums(respondent, rows).T
