@@ -687,6 +687,9 @@ def test_needs(
     assert all(stage["measured_bytes"] > 0 for stage in stages.values())
     assert "tiny, estimate" in capsys.readouterr().out
     assert needs.main([str(tmp_path / "missing.yaml")]) == 2
+    assert needs.main([str(config), "--steps", "2", "--dense", "--out", str(out)]) == 0
+    (stages,) = read(out)["results"].values()
+    assert list(stages) == ["plain", "estimate"] and stages["plain"]["measured_bytes"] > 0
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])

@@ -11,10 +11,11 @@ from typing import Any
 import decoders
 import pytest
 import torch
+import transformers
 from adapters import light_over
 from pieces import TEXTS
 from tiny import make, plan_for, refusal, relative_difference, with_lora
-from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from workbench import Workbench, lightpeft, read, tokenizer_of_bytes
 
 from lightpeft import LightModel, save_gguf
@@ -70,6 +71,9 @@ def test_weights_are_unpacked_wherever_they_could_stay_packed(
     whole: LightModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the package of kernels transformers keeps them packed, and they could be neither cut nor trained."""
+    settings = getattr(transformers, "GgufConfig", None)
+    if settings is None:
+        pytest.skip("this release of transformers always unpacks them")
     asked: list[Any] = []
     usual = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
 
@@ -79,7 +83,7 @@ def test_weights_are_unpacked_wherever_they_could_stay_packed(
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(recorded))
     load_model(written(tmp_path, whole), CAUSAL_LM)
-    assert isinstance(asked[0], GgufConfig) and asked[0].dequantize
+    assert isinstance(asked[0], settings) and asked[0].dequantize
 
 
 def test_a_run_over_a_gguf_file(whole: LightModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
