@@ -93,6 +93,12 @@ def test_a_guide_is_short_and_listed(page: Path) -> None:
     assert page.name in {*listed, "README.md"}
 
 
+def test_the_documentation_is_short() -> None:
+    """A reader's time is the limit: what a page adds, another gives up."""
+    read = [ROOT / "README.md", ROOT / "benchmarks/README.md", *(ROOT / "docs").rglob("*.md")]
+    assert sum(len(page.read_text(encoding="utf-8").split()) for page in read) <= 35_000
+
+
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.stem)
 def test_a_page_begins_with_a_title_and_a_paragraph(page: Path) -> None:
     title, empty, first, *_ = page.read_text(encoding="utf-8").splitlines()
