@@ -16,7 +16,7 @@ from tiny import GENERATORS, LAYOUTS, inputs_for, make, relative_difference, wit
 from torch import Tensor, nn
 
 from lightpeft import fused_inference
-from lightpeft.peft_kinds.sites import answering
+from lightpeft.peft_kinds.sites import inference
 
 RANKS = {"rank 1": {"r": 1, "lora_alpha": 3}, "rank 3": {"r": 3, "lora_alpha": 7}}
 
@@ -25,13 +25,13 @@ RANKS = {"rank 1": {"r": 1, "lora_alpha": 3}, "rank 3": {"r": 3, "lora_alpha": 7
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     """Data types of the inputs of the layers that were computed in few steps."""
     seen: list[torch.dtype] = []
-    inner = answering._Inner.of
+    inner = inference._Inner.of
 
     def counted(self: Any, x: Tensor, dtype: torch.dtype, place: int) -> Any:
         seen.append(dtype)
         return inner(self, x, dtype, place)
 
-    monkeypatch.setattr(answering._Inner, "of", counted)
+    monkeypatch.setattr(inference._Inner, "of", counted)
     return seen
 
 
