@@ -31,7 +31,6 @@ import plots
 import publishing
 import pytest
 import row_counts
-import row_order
 import serving
 import sft
 import siblings
@@ -812,23 +811,6 @@ def test_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     pipeline.run(plain)
     assert serving.main([plain.output]) == 2
     assert "has no light model" in capsys.readouterr().err
-
-
-# -- row_order.py ------------------------------------------------------------------------------------------------------
-
-
-def test_row_order(bench: Workbench, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out.json"
-    words = [str(config), "--longest", "40", "--rounds", "2", "--out", str(out)]
-    assert row_order.main([*words, "--rows", "40"]) == 0
-    results = read(out)["results"]
-    assert results["uneven"]["tokens"]["most"] > results["the run's own"]["tokens"]["most"]
-    for found in results.values():
-        assert found["same_classes"] == found["rows"] == 40 and found["largest_difference"] < 1e-4
-        assert all(len(values) == 2 and min(values) > 0 for values in found["values"].values())
-    assert "| uneven |" in capsys.readouterr().out
-    assert row_order.main([*words, "--rows", "41"]) == 2
-    assert "has 40 test rows" in capsys.readouterr().err
 
 
 # -- row_counts.py, frontier.py ----------------------------------------------------------------------------------------
