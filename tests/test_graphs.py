@@ -41,13 +41,15 @@ from lightpeft.app.exports.graphs.runtimes import RUNTIMES
 from lightpeft.app.folders.opening import find_light
 from lightpeft.app.runs import pipeline
 from lightpeft.files import read_json
+from lightpeft.models.families.family_table import FAMILIES
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
 
 CLOSE = 1e-4
 """Two programs add up the same numbers in other orders."""
 IMAGES = {"vit", "dinov2"}
-TEXTS = [name for name in (*ENCODERS, *DECODERS) if name not in IMAGES]
+ROUTED = {name for name, family in FAMILIES.items() if any(stack.experts for stack in family.stacks)}
+TEXTS = [name for name in (*ENCODERS, *DECODERS) if name not in IMAGES | ROUTED]
 QUICK = {("bert", "onnx"), ("llama-gqa", "openvino")}
 """Tracing takes seconds: `make test` traces these."""
 NARROW = {"modernbert": {"local_attention": 4}}
