@@ -339,6 +339,7 @@ def quantized() -> Any:
     ("model", "settings", "reason"),
     [
         (lambda: light_over(make("t5")), {}, "does not support encoder-decoders such as t5; use form merged"),
+        (lambda: light_over(make("mixtral")), {}, "does not support routed experts, which this mixtral has"),
         (lambda: light_over(make("vit")), {}, "a model that reads text, and vit does not"),
         (by_length, {}, "cannot be traced for ONNX Runtime; export it as merged"),
         (with_adapters, {}, "cannot be merged"),
