@@ -184,11 +184,11 @@ DEMANDS: dict[str, Edit] = {
     "by gptq": lambda base: base.update(quantization={"quant_method": "gptq"}),
     "base.quantization": lambda base: base.update(quantization=5),
     "base.architecture": lambda base: base.update(architecture=5),
-    "no pipeline that is a model": lambda base: base.update(architecture="pipeline"),
-    "no AutoModel that is a model": lambda base: base.update(architecture="AutoModel"),
-    "no PreTrainedModel that is a model": lambda base: base.update(architecture="PreTrainedModel"),
-    "no RagRetriever that is a model": lambda base: base.update(architecture="RagRetriever"),
-    "no os that is a model": lambda base: base.update(architecture="os"),
+    "no model class pipeline": lambda base: base.update(architecture="pipeline"),
+    "no model class AutoModel": lambda base: base.update(architecture="AutoModel"),
+    "no model class PreTrainedModel": lambda base: base.update(architecture="PreTrainedModel"),
+    "no model class RagRetriever": lambda base: base.update(architecture="RagRetriever"),
+    "no model class os": lambda base: base.update(architecture="os"),
 }
 """What the line about it says -> how the base's description is changed."""
 

@@ -253,7 +253,7 @@ def test_a_cell_over_two_processes_does_what_one_does(tmp_path: Path) -> None:
     training = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-2}
     shared = {
         "peft": {"r": 4, "lora_dropout": 0.0},
-        "light": nested(blocks=0.6, length=0.25, multiple_of=1),
+        "light": nested(blocks=0.6, length=4, multiple_of=1),
         "training": training,
     }
     shared["trainer"] = {"logging_steps": 1}

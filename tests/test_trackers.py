@@ -50,6 +50,7 @@ def test_trackio_from_python(bench: Workbench, tmp_path: Path) -> None:
     settings = bench.settings(
         "trackio",
         **{
+            "light.estimate.length": 4,
             "trainer.logging_steps": 2,
         },
     )
