@@ -119,6 +119,11 @@ def test_an_architecture_that_is_not_trained(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_file_is_unpacked_or_a_base_quantized() -> None:
+    said = refusal(lambda: ModelConfig(name="base", gguf_file="base.gguf", quantization="nf4"))
+    assert said == "model.quantization and model.gguf_file cannot be combined; leave one of them unset"
+
+
 def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF and no more")
     base = ModelConfig(name=str(tmp_path), gguf_file="model.gguf")

@@ -159,7 +159,8 @@ def test_a_run_says_if_ridge_regression_is_as_good(bench: Workbench, monkeypatch
         return [line for line in warnings if "ridge" in line]
 
     (line,) = says("as_good", [0.0, 1.0])
-    assert line.startswith("ridge regression on block 2 of the base is as good: accuracy 1.0000 of 64 rows, the run ")
+    ridge = "ridge regression on block 2 of the base is as good: leave-one-out accuracy 1.0000 on 64 training rows, "
+    assert line.startswith(f"{ridge}and the run has ")
     assert says("worse", [1.0, 0.0]) == []
 
 

@@ -62,6 +62,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "model.")
+        both = "model.quantization and model.gguf_file cannot be combined; leave one of them unset"
+        require(self.quantization is None or self.gguf_file is None, both)
         others = [name for name in ("quantization", "gguf_file") if getattr(self, name) is not None]
         clash = f"model.low_memory cannot be combined with model.{' and model.'.join(others)}"
         require(not (self.low_memory and others), f"{clash}; it reads plain safetensors files, so leave these unset")

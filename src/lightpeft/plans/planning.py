@@ -59,12 +59,12 @@ def make_plan(record: EstimationRecord, light: Light, order: Order | None = None
         order: replaces ascending scores as the order of removal of heads, neurons and experts; `light` still gives
             the amounts. It is called with the layers that compete, and with a single layer to round its width.
 
+    Returns:
+        The plan, which applies to any copy of the base.
+
     Raises:
         LightPeftError: scores are not finite, a criterion is missing, the amount cannot be removed, or `order` returns
             invalid indices.
-
-    Returns:
-        The plan, which applies to any copy of the base.
     """
     light = fill_defaults(light_config(light))
     record.check_scored(light)

@@ -131,9 +131,6 @@ def states_by_block(
         batches: batches of training rows, with class numbers as `labels` [rows].
         autocast: half precision of the forward pass; None: no autocast.
 
-    Returns:
-        The accuracy at each block, and the number of blocks that the task needs.
-
     Raises:
         LightPeftError: the labels are not class numbers, or all are equal.
     """

@@ -11,19 +11,19 @@ from lightpeft.plans.structure import BlockSpec
 _KEPT, _REMOVED = "█", "░"
 _BAR = 20
 """Characters of a bar."""
-_COLUMNS: dict[str, tuple[Callable[[BlockSpec], int], Callable[[BlockPlan], int]]] = {
-    "heads": (lambda spec: spec.heads, lambda kept: len(kept.heads)),
-    "neurons": (lambda spec: spec.neurons, lambda kept: len(kept.neurons)),
-    "experts": (lambda spec: spec.experts, lambda kept: len(kept.experts)),
-    "neurons per expert": (lambda spec: spec.expert_width, lambda kept: kept.expert_width),
+UNITS: dict[str, tuple[Callable[[BlockSpec], int], Callable[[BlockPlan], int]]] = {
+    "Attention heads": (lambda spec: spec.heads, lambda kept: len(kept.heads)),
+    "FFN neurons": (lambda spec: spec.neurons, lambda kept: len(kept.neurons)),
+    "Experts": (lambda spec: spec.experts, lambda kept: len(kept.experts)),
+    "Neurons of each expert": (lambda spec: spec.expert_width, lambda kept: kept.expert_width),
 }
-"""Kind of unit -> its number in a dense block, and in what is left of it."""
+"""Kind of unit -> functions that give a block's number of units, and the number kept."""
 
 
 def plan_picture(plan: PrunePlan) -> str:
     """Draw a row for each block: a bar for each kind of unit that it has, filled as far as units stay."""
-    shown = {name: column for name, column in _COLUMNS.items() if any(map(column[0], plan.specs))}
-    rows = [["layer", *shown]]
+    shown = {name: column for name, column in UNITS.items() if any(map(column[0], plan.specs))}
+    rows = [["Layer", *shown]]
     for spec, kept in zip_longest(plan.specs, plan.blocks):
         cells = (_bar(dense(spec), stay(kept) if kept else 0) for dense, stay in shown.values())
         rows.append([spec.label or str(spec.index), *cells])

@@ -75,10 +75,9 @@ def doubts_by_depth(depth: Mapping[str, Any], run: Scores) -> Iterator[str]:
     best = min(range(len(depth["error"])), key=depth["error"].__getitem__)
     ridge, trained, (low, high) = depth["accuracy"][best], run.metrics["accuracy"], interval
     if ridge >= low:
-        what = (
-            f"ridge regression on block {best + 1} of the base is as good: accuracy {ridge:.4f} of {depth['rows']} rows"
-        )
-        yield f"{what}, the run {trained:.4f} (95% interval {low:.4f} to {high:.4f}); it needs no training"
+        what = f"ridge regression on block {best + 1} of the base is as good: leave-one-out accuracy {ridge:.4f}"
+        of_run = f"the run has {trained:.4f} (95% interval {low:.4f} to {high:.4f}) on the test rows"
+        yield f"{what} on {depth['rows']} training rows, and {of_run}; it needs no training"
 
 
 def is_probed(task: Task, config: PretrainedConfig) -> bool:

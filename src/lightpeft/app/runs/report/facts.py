@@ -138,10 +138,10 @@ def read_run(folder: Path) -> RunFacts:
 
 
 def _read_stages(run: RunFolder, report: RunReport | None) -> Iterable[StageFacts]:
-    way, logged = run.config.method_spec, run.finished_stages()
+    method, logged = run.config.method_spec, run.finished_stages()
     light = run.config.light
     before, after = ["depth"] if light.remove.depth == "auto" else [], ["budget"] if light.is_auto else []
-    names = [*before, "estimate", *after, "prune", "train"] if way.prunes else ["train"]
+    names = [*before, "estimate", *after, "prune", "train"] if method.prunes else ["train"]
     taught = ["teach"] if run.config.training.teacher is not None else []
     for name in [*taught, *names, *(["widen"] if run.keeps_full else []), "evaluate"]:
         told: dict[str, Any] = logged.get(name, {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -13,19 +13,12 @@ from lightpeft.app.runs.report.facts import STAGES, Losses
 from lightpeft.budget.found import FoundBudget
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import SLOTS, BlockSpec
+from lightpeft.saving.picture import UNITS
 
 NARROW = 326.0
 """Width in pixels that fits the smallest screens."""
 COLORS = {"estimate": ORANGE, "train": BLUE, "widen": GREEN}
 """Color of each training stage."""
-
-UNITS: dict[str, tuple[Callable[[BlockSpec], int], Callable[[BlockPlan], int]]] = {
-    "Attention heads": (lambda spec: spec.heads, lambda kept: len(kept.heads)),
-    "FFN neurons": (lambda spec: spec.neurons, lambda kept: len(kept.neurons)),
-    "Experts": (lambda spec: spec.experts, lambda kept: len(kept.experts)),
-    "Neurons of each expert": (lambda spec: spec.expert_width, lambda kept: kept.expert_width),
-}
-"""Kind of unit -> functions that give a block's number of units, and the number kept."""
 
 
 # -- units kept ----------------------------------------------------------------------------------------------------

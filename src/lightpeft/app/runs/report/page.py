@@ -20,6 +20,7 @@ from lightpeft.console.progress import in_bytes as size
 from lightpeft.errors import require
 from lightpeft.files import explain_content_errors, read_text, write_text
 from lightpeft.profiling.surroundings import versions
+from lightpeft.saving.picture import UNITS
 
 FULL_WIDTH_PIXELS = 960.0
 """Width in pixels of a full-width figure on a large screen."""
@@ -132,7 +133,7 @@ def _figures(run: RunFacts) -> dict[str, Any]:
     found: dict[str, Any] = {"stays": {}, "losses": None, "budget": None}
     plan = run.plan
     if plan is not None:
-        there = [what for what, (dense, _) in figures.UNITS.items() if any(map(dense, plan.specs))]
+        there = [what for what, (dense, _) in UNITS.items() if any(map(dense, plan.specs))]
         found["stays"] = {what: figures.units(plan, what) for what in there}
         if plan.dense_sites:
             found["stays"]["PEFT modules and their ranks"] = figures.modules(plan)
