@@ -78,7 +78,9 @@ class _TokenScores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, of_log_probs: Tensor | None, *of_others: Tensor | None) -> tuple[Tensor | None, ...]:
         reports_only = "this loss trains on the entropy of tokens, which lightpeft computes for reports only"
-        require(all(each is None for each in of_others), f"{reports_only}; pass fast_steps=False, or leave out accelerated")
+        require(
+            all(each is None for each in of_others), f"{reports_only}; pass fast_steps=False, or leave out accelerated"
+        )
         if of_log_probs is None:
             return None, None, None, None, None
         (gradient,) = ctx.saved_tensors  # of the negative log-probabilities
