@@ -87,7 +87,17 @@ class Point:
     @property
     def quality(self) -> float:
         """Mean over seeds."""
-        return statistics.fmean(row_counts.value(self.metric, counts) for counts in self.counts.values())
+        return statistics.fmean(self.values)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The lowest and the highest of the seeds."""
+        return min(self.values), max(self.values)
+
+    @property
+    def values(self) -> list[float]:
+        """Quality by seed."""
+        return [row_counts.value(self.metric, counts) for counts in self.counts.values()]
 
 
 # -- cells -------------------------------------------------------------------------------------------------------------
@@ -248,18 +258,50 @@ def markdown(results: Mapping[str, Any]) -> str:
     return f"{text}\n\n{publishing.markdown_table(header, rows)}"
 
 
+NAMES = {"minilm": "MiniLM-L6", "minilm_l3": "MiniLM-L3", "mpnet": "MPNet-base", "full": "all weights", "lora": "LoRA"}
+"""How the figure names models and methods; folders of demo/siblings.py are named by their first layers."""
+KIND_NAMES = {"lora": "cut, LoRA", "all": "cut, all weights", "all, taught": "cut, all weights, with a teacher"}
+
+
+def named(name: str) -> str:
+    """A model or method as the figure has it."""
+    whole, first, layers = name.partition("_first")
+    return f"{NAMES.get(whole, whole)}, first {layers} layers" if first else NAMES.get(name, name)
+
+
 def panels(points: Sequence[Point], way: str) -> Iterator[plots.FrontierPanel]:
-    """One a task: models as they are as marks, cuts of a model that were trained alike as a line."""
+    """One a task: whole models as marks; cuts of a model that were trained alike as a line that begins at the whole."""
     for task in dict.fromkeys(point.task for point in points):
+        of_task = [point for point in points if point.task == task]
         marks, lines = [], defaultdict(list)
-        for point in (point for point in points if point.task == task):
+        for point in of_task:
             x, y = point.ms[way], 100 * point.quality
             if point.cut:
-                lines[f"{point.model}, {point.kind}"].append((x, y))
+                line = f"{named(point.model)}, {KIND_NAMES.get(point.kind, point.kind)}"
+                lines[line].append((x, y, f"{point.method.split()[0]}%"))
             else:
-                marks.append(plots.Point(f"{point.model}, {point.method}", "plain", x, y, (x, x), (y, y)))
-        metric = next(point.metric for point in points if point.task == task)
-        yield plots.FrontierPanel(task, f"{metric}, %", marks, {name: sorted(of) for name, of in lines.items()})
+                low, high = (100 * edge for edge in point.range)
+                label = f"{named(point.model)}, {named(point.method)}"
+                marks.append(plots.Point(label, "plain", x, y, (x, x), (low, high)))
+        for point in of_task:
+            kind = {"full": "all", "full, taught": "all, taught", "lora": "lora"}.get(point.method)
+            line = f"{named(point.model)}, {KIND_NAMES.get(str(kind))}"
+            if line in lines:
+                lines[line].append((point.ms[way], 100 * point.quality, ""))
+        metric = next(point.metric for point in of_task)
+        title, measure = TITLES.get(task, task), METRIC_NAMES.get(metric, metric)
+        yield plots.FrontierPanel(title, f"{measure}, %", marks, {name: sorted(of) for name, of in lines.items()})
+
+
+TITLES = {
+    "movie_reviews": "movie reviews",
+    "sst2": "SST-2",
+    "cola": "CoLA",
+    "rte": "RTE",
+    "banking77": "BANKING77",
+    "wnut17": "WNUT-17",
+}
+METRIC_NAMES = {"matthews": "Matthews correlation", "entity_f1": "entity F1"}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 STYLES: dict[str, dict[str, str]] = {
@@ -94,15 +95,15 @@ def _draw(axes: Axes, panel: Panel) -> None:
     axes.margins(0.16, 0.2)
 
 
-def label_points(axes: Axes, points: Sequence[Point]) -> list[Bbox]:
-    """Write every point's name near it, where no other name, marker or bar is; returns the names' boxes in pixels.
+def label_points(axes: Axes, points: Sequence[Point], obstacles: Sequence[Bbox] = ()) -> list[Bbox]:
+    """Write every point's name near it, where no other name, marker, bar or obstacle is; returns their boxes in pixels.
 
     Places are tried from near to far in all directions; a name that ends up far away gets a line to its point.
     """
     renderer = axes.get_figure(root=True).canvas.get_renderer()  # type: ignore[union-attr]
     scale = renderer.points_to_pixels(1)
     inside = axes.get_window_extent(renderer)
-    taken = [box for point in points for box in _obstacles(axes, point, 5 * scale)]
+    taken = [*obstacles, *(box for point in points for box in _obstacles(axes, point, 5 * scale))]
     placed = []
     for point in sorted(points, key=lambda point: (point.x, point.y)):
         text = axes.annotate(point.label, (point.x, point.y), xytext=(0, 0), textcoords="offset points")
@@ -230,29 +231,58 @@ class FrontierPanel:
     y_label: str
     marks: Sequence[Point]
     """Models as they are."""
-    lines: Mapping[str, Sequence[tuple[float, float]]]
-    """Cuts of one model: milliseconds and quality."""
+    lines: Mapping[str, Sequence[tuple[float, float, str]]]
+    """Cuts of one model: milliseconds, quality, and what is written beside it."""
 
 
-def frontier(panels: Sequence[FrontierPanel], x_label: str) -> Figure:
-    """The panels one below the other, latency on a scale of factors."""
-    figure = Figure(figsize=(_PHONE, 0.9 + 3.2 * len(panels)), layout="constrained")
+_CUTS = ("#D55E00", "#CC79A7", "#009E73", "#E69F00", "#56B4E9", "#000000")
+"""Colors of the lines."""
+
+
+def frontier(panels: Sequence[FrontierPanel], x_label: str, columns: int = 1) -> Figure:
+    """The panels, `columns` beside one another, latency on a scale of factors."""
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(_PHONE * columns, 0.9 + 3.6 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    grid: Any = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    grid: Any = figure.subplots(rows, columns, squeeze=False)
     names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
-    for axes, panel in zip(grid, panels, strict=True):
+    drawn = [*zip(grid.flat, panels, strict=False)]
+    for axes, panel in drawn:
         _draw(axes, Panel(panel.title, x_label, panel.y_label, panel.marks))
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
         for name, line in panel.lines.items():
             place = names.index(name)
-            axes.plot(*zip(*line, strict=True), label=name, color=f"C{place}", marker="DsvP^X"[place % 6], markersize=4)
-    handles = {name: line for axes in grid for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+            style: dict[str, Any] = {"color": _CUTS[place % 6], "marker": "DsvP^X"[place % 6], "markersize": 4}
+            axes.plot(*zip(*(point[:2] for point in line), strict=True), label=name, **style)
+            for x, y, label in line:
+                beside: dict[str, Any] = {"textcoords": "offset points", "va": "top", "color": "#555555"}
+                axes.annotate(label, (x, y), (4, -4), fontsize=_LETTERS - 2, **beside)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    handles = {name: line for axes, _ in drawn for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     if handles:
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+        figure.legend(
+            handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=_LETTERS
+        )
     figure.canvas.draw()
-    for axes, panel in zip(grid, panels, strict=True):
-        label_points(axes, panel.marks)
+    for axes, panel in drawn:
+        label_points(axes, panel.marks, [*_along(axes, panel.lines.values())])
     return figure
+
+
+def _along(axes: Axes, lines: Iterable[Sequence[tuple[float, float, str]]]) -> Iterator[Bbox]:
+    """Boxes in pixels, one after another, that cover lines and what is written beside their points."""
+    for line in lines:
+        ends = axes.transData.transform([point[:2] for point in line])
+        for start, end in itertools.pairwise(ends):
+            for part in range(21):
+                x, y = start + (end - start) * part / 20
+                yield Bbox.from_extents(x - 4, y - 4, x + 4, y + 4)
+    renderer = axes.get_figure(root=True).canvas.get_renderer()  # type: ignore[union-attr]
+    yield from (text.get_window_extent(renderer) for text in axes.texts if text.get_text())
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
