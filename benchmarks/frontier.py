@@ -90,11 +90,6 @@ class Point:
         return statistics.fmean(self.values)
 
     @property
-    def range(self) -> tuple[float, float]:
-        """The lowest and the highest of the seeds."""
-        return min(self.values), max(self.values)
-
-    @property
     def values(self) -> list[float]:
         """Quality by seed."""
         return [row_counts.value(self.metric, counts) for counts in self.counts.values()]
@@ -261,6 +256,21 @@ def markdown(results: Mapping[str, Any]) -> str:
 NAMES = {"minilm": "MiniLM-L6", "minilm_l3": "MiniLM-L3", "mpnet": "MPNet-base", "full": "all weights", "lora": "LoRA"}
 """How the figure names models and methods; folders of demo/siblings.py are named by their first layers."""
 KIND_NAMES = {"lora": "cut, LoRA", "all": "cut, all weights", "all, taught": "cut, all weights, with a teacher"}
+WHOLE = {"full": "all", "full, taught": "all, taught", "lora": "lora"}
+"""Method of a whole model -> kind of the cuts whose line begins there."""
+TITLES = {"movie_reviews": "movie reviews", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE"}
+TITLES |= {"banking77": "BANKING77", "wnut17": "WNUT-17"}
+METRIC_NAMES = {"matthews": "Matthews correlation", "entity_f1": "entity F1"}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the figure needs of a point, or of all points of a model that was trained in one way."""
+
+    point: Point
+    ms: float
+    by_seed: list[float]
+    """Per cent."""
 
 
 def named(name: str) -> str:
@@ -270,38 +280,46 @@ def named(name: str) -> str:
 
 
 def panels(points: Sequence[Point], way: str) -> Iterator[plots.FrontierPanel]:
-    """One a task: whole models as marks; cuts of a model that were trained alike as a line that begins at the whole."""
-    for task in dict.fromkeys(point.task for point in points):
-        of_task = [point for point in points if point.task == task]
-        marks, lines = [], defaultdict(list)
-        for point in of_task:
-            x, y = point.ms[way], 100 * point.quality
-            if point.cut:
-                line = f"{named(point.model)}, {KIND_NAMES.get(point.kind, point.kind)}"
-                lines[line].append((x, y, f"{point.method.split()[0]}%"))
-            else:
-                low, high = (100 * edge for edge in point.range)
-                label = f"{named(point.model)}, {named(point.method)}"
-                marks.append(plots.Point(label, "plain", x, y, (x, x), (low, high)))
-        for point in of_task:
-            kind = {"full": "all", "full, taught": "all, taught", "lora": "lora"}.get(point.method)
-            line = f"{named(point.model)}, {KIND_NAMES.get(str(kind))}"
-            if line in lines:
-                lines[line].append((point.ms[way], 100 * point.quality, ""))
-        metric = next(point.metric for point in of_task)
-        title, measure = TITLES.get(task, task), METRIC_NAMES.get(metric, metric)
-        yield plots.FrontierPanel(title, f"{measure}, %", marks, {name: sorted(of) for name, of in lines.items()})
+    """The mean of all tasks, of what was run on all of them, and one a task."""
+    tasks = list(dict.fromkeys(point.task for point in points))
+    shown = {
+        task: [Shown(p, p.ms[way], [100 * v for v in p.values]) for p in points if p.task == task] for task in tasks
+    }
+    if len(tasks) > 1:
+        yield panel(f"mean of {len(tasks)} tasks", "mean", [*means(shown)])
+    for task, of_task in shown.items():
+        metric = of_task[0].point.metric
+        yield panel(TITLES.get(task, task), METRIC_NAMES.get(metric, metric), of_task)
 
 
-TITLES = {
-    "movie_reviews": "movie reviews",
-    "sst2": "SST-2",
-    "cola": "CoLA",
-    "rte": "RTE",
-    "banking77": "BANKING77",
-    "wnut17": "WNUT-17",
-}
-METRIC_NAMES = {"matthews": "Matthews correlation", "entity_f1": "entity F1"}
+def means(shown: Mapping[str, Sequence[Shown]]) -> Iterator[Shown]:
+    """Means over all tasks, of latency and, by seed, of quality, of what was run on all of them."""
+    found: dict[tuple[str, str], list[Shown]] = defaultdict(list)
+    for each in (each for of_task in shown.values() for each in of_task):
+        found[each.point.model, each.point.method].append(each)
+    for of_all in found.values():
+        if len(of_all) == len(shown):
+            seeds = zip(*(each.by_seed for each in of_all), strict=False)
+            ms = statistics.fmean(each.ms for each in of_all)
+            yield Shown(of_all[0].point, ms, [statistics.fmean(values) for values in seeds])
+
+
+def panel(title: str, measure: str, shown: Sequence[Shown]) -> plots.FrontierPanel:
+    """Whole models as marks; cuts of a model that were trained alike as a line that begins at the whole model."""
+    marks, lines = [], defaultdict(list)
+    for each in shown:
+        point, y = each.point, statistics.fmean(each.by_seed)
+        if point.cut:
+            label = f"{point.method.split()[0]}%"
+            lines[f"{named(point.model)}, {KIND_NAMES.get(point.kind, point.kind)}"].append((each.ms, y, label))
+        else:
+            label, bar = f"{named(point.model)}, {named(point.method)}", (min(each.by_seed), max(each.by_seed))
+            marks.append(plots.Point(label, "plain", each.ms, y, (each.ms, each.ms), bar))
+    for each in shown:
+        line = f"{named(each.point.model)}, {KIND_NAMES.get(WHOLE.get(each.point.method, ''))}"
+        if line in lines:
+            lines[line].append((each.ms, statistics.fmean(each.by_seed), ""))
+    return plots.FrontierPanel(title, f"{measure}, %", marks, {name: sorted(of) for name, of in lines.items()})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -311,6 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=9, help="alternations")
     parser.add_argument("--batches", type=int, default=12, help="batches a round")
     parser.add_argument("--way", default="f32 1", help='data type and rows at a time of the figure (default: "f32 1")')
+    parser.add_argument("--figure", nargs="+", default=[], metavar="TITLE", help="panels of the figure (default: all)")
     parser.add_argument("--out", type=Path, default=Path("runs/frontier"))
     given = parser.parse_args(arguments)
     quiet_libraries()
@@ -326,7 +345,9 @@ def main(arguments: list[str] | None = None) -> int:
         results["command"] = publishing.command("frontier", arguments)
         write_json(given.out / "frontier.results.json", results, 2)
         (given.out / "frontier.md").write_text(markdown(results) + "\n", encoding="utf-8")
-        plots.save(plots.frontier([*panels(points, given.way)], f"ms a row ({given.way})"), given.out / "frontier")
+        drawn = [each for each in panels(points, given.way) if each.title in (given.figure or [each.title])]
+        require(drawn, f"no panel is called {' or '.join(given.figure)}; leave out --figure for all")
+        plots.save(plots.frontier(drawn, f"ms a row ({given.way})"), given.out / "frontier")
     except LightPeftError as error:
         publishing.say(f"frontier: {error}")
         return 2

@@ -946,7 +946,8 @@ def test_frontier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(f"| {point['model']}, {point['method']} | 1 | " in table for point in results["points"])
     assert all((out / f"frontier.{suffix}").stat().st_size > 5000 for suffix in ("png", "svg"))
     monkeypatch.setattr(frontier, "opened", None)
-    assert frontier.main(words) == 0, "nothing is asked or measured again"
+    assert frontier.main([*words, "--figure", "words"]) == 0, "nothing is asked or measured again"
+    assert frontier.main([*words, "--figure", "neither"]) == 2
     assert read(out / "frontier.results.json")["points"] == results["points"]
 
 
@@ -974,6 +975,23 @@ def test_a_smaller_model_is_compared_with_the_cut_of_its_latency() -> None:
     assert found["large, 80 all", "large, FineGates 80"]["difference"]["mean"] == pytest.approx(-0.25)
     assert ("large, 90", "large, FineGates 80") not in found
     assert found["large, 80 all", "small, full"]["of_its_latency"] == pytest.approx(0.95)
+
+
+def test_the_figure_begins_with_the_mean_of_what_was_run_on_all_tasks() -> None:
+    points = [
+        point("minilm", "full", 4.0, [1, 1, 1, 1]),
+        point("minilm", "60 all", 2.0, [1, 1, 0, 0]),
+        point("minilm", "60", 2.0, [1, 0, 0, 0]),
+        replace(point("minilm", "full", 8.0, [1, 1, 0, 0]), task="sst2"),
+        replace(point("minilm", "60 all", 4.0, [1, 0, 0, 0]), task="sst2"),
+        replace(point("mpnet", "full", 40.0, [1, 1, 1, 1]), task="sst2"),
+    ]
+    mean, first, second = frontier.panels(points, "f32 1")
+    assert (mean.title, first.title, second.title) == ("mean of 2 tasks", "t", "SST-2")
+    assert [(mark.label, mark.x, mark.y) for mark in mean.marks] == [("MiniLM-L6, all weights", 6.0, 75.0)]
+    assert mean.lines == {"MiniLM-L6, cut, all weights": [(3.0, 37.5, "60%"), (6.0, 75.0, "")]}
+    assert first.lines["MiniLM-L6, cut, LoRA"] == [(2.0, 25.0, "60%")], "no whole model was trained with LoRA"
+    assert [mark.label for mark in second.marks] == ["MiniLM-L6, all weights", "MPNet-base, all weights"]
 
 
 def test_frontier_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
