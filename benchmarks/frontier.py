@@ -164,14 +164,14 @@ def points_of(folders: Sequence[Path]) -> tuple[list[Point], dict[tuple[str, str
 # -- latency -----------------------------------------------------------------------------------------------------------
 
 
-def timed(cells: Mapping[str, Path], rounds: int, batches: int) -> dict[str, dict[str, Any]]:
+def timed(cells: Mapping[str, Path], rounds: int, rows: int) -> dict[str, dict[str, Any]]:
     """By shape: milliseconds a row and MiB of files of one task's models, in alternating rounds."""
     subjects: dict[tuple[str, str], Any] = {}
     found: dict[str, dict[str, Any]] = {shape: {"mib": {}, "ms": {}, "values": {}} for shape in cells}
     with TemporaryDirectory() as place:
         for shape, folder in cells.items():
             model, tokenizer, batched, *_ = opened(folder)
-            given = {size: batched(size)[:batches] for size in SIZES}
+            given = {size: batched(size)[: -(-rows // size)] for size in SIZES}
             for dtype in DTYPES:
                 graph = Path(place) / f"{shape}-{dtype}"
                 session = exported(model, tokenizer, dtype, graph)
@@ -190,7 +190,7 @@ def add_latency(points: Sequence[Point], shapes: Mapping[tuple[str, str], Path],
         file, cells = given.out / f"latency.{task}.json", {s: cell for (t, s), cell in shapes.items() if t == task}
         known = read_json(file) if file.is_file() else {}
         if not cells.keys() <= known.keys():
-            known = timed(cells, given.rounds, given.batches)
+            known = timed(cells, given.rounds, given.rows)
             write_json(file, known)
         for point in points:
             if point.task == task:
@@ -229,7 +229,7 @@ def _compared(cut: Point, other: Point) -> dict[str, Any]:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """One row a point, then one a comparison."""
+    """One row for each way of training a model, one a point, and one a comparison."""
     ways = [f"{dtype} {size}" for dtype in DTYPES for size in SIZES]
     header = ["task", "model, method", "seeds", "quality", "in int8", *(f"ms a row, {way}" for way in ways)]
     header += [f"MiB, {dtype}" for dtype in DTYPES] + ["removed, %", "trained", "training, s", "peak, MiB"]
@@ -242,7 +242,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         row += [f"{point['ms'][way]:.2f}" for way in ways] + [f"{point['mib'][dtype]:.0f}" for dtype in DTYPES]
         row += [f"{100 * of['removed']:.0f}", f"{of['trained']:,.0f}"]
         rows.append([*row, f"{of['seconds']:.0f}", f"{of['peak_memory_bytes'] / 2**20:.0f}"])
-    text = publishing.markdown_table(header, rows)
+    text = f"{overview(results['points'])}\n\n{publishing.markdown_table(header, rows)}"
     header = ["task", "cut", "beside", "of its latency", "points", "95% interval", "p", "seeds"]
     rows = []
     for each in results["comparisons"]:
@@ -253,9 +253,41 @@ def markdown(results: Mapping[str, Any]) -> str:
     return f"{text}\n\n{publishing.markdown_table(header, rows)}"
 
 
+def overview(points: Sequence[Mapping[str, Any]]) -> str:
+    """One row for each way of training a model: quality by task, and time, latency and size as means over its tasks."""
+    tasks = list(dict.fromkeys(point["task"] for point in points))
+    ways: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = defaultdict(dict)
+    for point in points:
+        ways[point["model"], point["method"]][point["task"]] = point
+    header = ["", *(TITLES.get(task, task) for task in tasks), f"mean of {len(tasks)}", "of the time of all weights"]
+    rows = []
+    for (model, method), of_task in ways.items():
+        dense = ways.get((model, "full"), {})
+        times = [_time_beside(point, dense[task]) for task, point in of_task.items() if task in dense]
+        row = [_cell(of_task[task]) if task in of_task else "" for task in tasks]
+        whole = len(of_task) == len(tasks)
+        row.append(f"{100 * statistics.fmean(point['quality'] for point in of_task.values()):.1f}" if whole else "")
+        row.append(f"{statistics.fmean(times):.2f}" if times else "")
+        rows.append([f"{named(model)}, {named(method)}", *row])
+    return publishing.markdown_table(header, rows)
+
+
+def _cell(point: Mapping[str, Any]) -> str:
+    seeds = point["by_seed"]
+    spread = f" ± {100 * statistics.stdev(seeds):.1f}" if len(seeds) > 1 else ""
+    return f"{100 * point['quality']:.1f}{spread}" + ("" if len(seeds) > 1 else " (1)")
+
+
+def _time_beside(point: Mapping[str, Any], dense: Mapping[str, Any]) -> float:
+    """Seconds of the run against those of all weights of the whole model, on the seeds that both have."""
+    own, its = (dict(zip(each["seeds"], each["measures"]["seconds"], strict=True)) for each in (point, dense))
+    shared = own.keys() & its.keys()
+    return sum(own[seed] for seed in shared) / sum(its[seed] for seed in shared) if shared else math.nan
+
+
 NAMES = {"minilm": "MiniLM-L6", "minilm_l3": "MiniLM-L3", "mpnet": "MPNet-base", "full": "all weights", "lora": "LoRA"}
 """How the figure names models and methods; folders of demo/siblings.py are named by their first layers."""
-KIND_NAMES = {"lora": "cut, LoRA", "all": "cut, all weights", "all, taught": "cut, all weights, with a teacher"}
+KIND_NAMES = {"lora": "cut, LoRA", "all": "cut, all weights", "all, taught": "cut, all weights, taught"}
 WHOLE = {"full": "all", "full, taught": "all, taught", "lora": "lora"}
 """Method of a whole model -> kind of the cuts whose line begins there."""
 TITLES = {"movie_reviews": "movie reviews", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE"}
@@ -274,8 +306,14 @@ class Shown:
 
 
 def named(name: str) -> str:
-    """A model or method as the figure has it."""
+    """A model or method as tables and figure have it."""
     whole, first, layers = name.partition("_first")
+    part, _, kind = name.partition(" ")
+    if part.isdigit():
+        return f"{part}% {KIND_NAMES.get(kind or 'lora', kind)}"
+    taught, comma, rest = name.partition(", ")
+    if comma:
+        return f"{named(taught)}, {rest}"
     return f"{NAMES.get(whole, whole)}, first {layers} layers" if first else NAMES.get(name, name)
 
 
@@ -327,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="output folders")
     parser.add_argument("--rounds", type=int, default=9, help="alternations")
-    parser.add_argument("--batches", type=int, default=12, help="batches a round")
+    parser.add_argument("--rows", type=int, default=192, help="test rows a round")
     parser.add_argument("--way", default="f32 1", help='data type and rows at a time of the figure (default: "f32 1")')
     parser.add_argument("--figure", nargs="+", default=[], metavar="TITLE", help="panels of the figure (default: all)")
     parser.add_argument("--out", type=Path, default=Path("runs/frontier"))
@@ -340,7 +378,7 @@ def main(arguments: list[str] | None = None) -> int:
         add_latency(points, shapes, given)
         shown = [asdict(p) | {"counts": None, "quality": p.quality} for p in points]
         for point, each in zip(points, shown, strict=True):
-            each["by_seed"] = [row_counts.value(point.metric, counts) for counts in point.counts.values()]
+            each["seeds"], each["by_seed"] = list(point.counts), point.values
         results = {"points": shown, "comparisons": [*comparisons(points)], "hardware": hardware()}
         results["command"] = publishing.command("frontier", arguments)
         write_json(given.out / "frontier.results.json", results, 2)

@@ -920,7 +920,7 @@ def test_frontier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = grid_of_methods(bench, GRID)
     assert not reproduce(load_grid(file), tmp_path / "grid", ["model=large"], launch=in_this_process).failures
     reproduce(load_grid(file), tmp_path / "grid", ["model=small", "method=full"], launch=in_this_process)
-    words = [str(tmp_path / "grid"), "--rounds", "2", "--batches", "1", "--out", str(out)]
+    words = [str(tmp_path / "grid"), "--rounds", "2", "--rows", "8", "--out", str(out)]
     assert frontier.main(words) == 0
     results = read(out / "frontier.results.json")
     points = {(point["model"], point["method"]): point for point in results["points"]}
@@ -975,6 +975,44 @@ def test_a_smaller_model_is_compared_with_the_cut_of_its_latency() -> None:
     assert found["large, 80 all", "large, FineGates 80"]["difference"]["mean"] == pytest.approx(-0.25)
     assert ("large, 90", "large, FineGates 80") not in found
     assert found["large, 80 all", "small, full"]["of_its_latency"] == pytest.approx(0.95)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("minilm", "MiniLM-L6"),
+        ("minilm_first3", "MiniLM-L6, first 3 layers"),
+        ("full, taught", "all weights, taught"),
+        ("60", "60% cut, LoRA"),
+        ("60 all, taught", "60% cut, all weights, taught"),
+        ("FineGates 60", "FineGates 60"),
+    ],
+)
+def test_names_of_models_and_methods(name: str, shown: str) -> None:
+    assert frontier.named(name) == shown
+
+
+def test_an_overview_has_one_row_for_each_way_of_training() -> None:
+    """Qualities with their spread; the mean of what was run on all tasks; time on the seeds that both runs have."""
+
+    def entry(task: str, method: str, qualities: list[float], seconds: list[float]) -> dict[str, Any]:
+        of_seeds = {"by_seed": qualities, "seeds": [*range(len(qualities))], "measures": {"seconds": seconds}}
+        return {
+            "task": task,
+            "model": "minilm",
+            "method": method,
+            "quality": sum(qualities) / len(qualities),
+        } | of_seeds
+
+    points = [
+        entry("sst2", "full", [0.8, 0.9], [10.0, 30.0]),
+        entry("rte", "full", [0.6], [10.0]),
+        entry("sst2", "60 all", [0.8], [4.0]),
+    ]
+    assert frontier.overview(points).splitlines()[2:] == [
+        "| MiniLM-L6, all weights | 85.0 ± 7.1 | 60.0 (1) | 72.5 | 1.00 |",
+        "| MiniLM-L6, 60% cut, all weights | 80.0 (1) |  |  | 0.40 |",
+    ]
 
 
 def test_the_figure_begins_with_the_mean_of_what_was_run_on_all_tasks() -> None:
