@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ from lights import light_of
 from peft import PeftModel
 from tiny import make, random_record, with_lora
 from torch import Tensor
-from training import chunks, inputs, student
-from transformers import BertConfig, BertForMultipleChoice
+from torch.nn.functional import cross_entropy
+from training import chunks, dataset, inputs, student
+from transformers import BertConfig, BertForMultipleChoice, BertForTokenClassification, TrainingArguments
 
-from lightpeft import EarlyPruner
+from lightpeft import EarlyPruner, LightTrainer
 from lightpeft.prune.learning import LossObserver, learned_of, loss_by_frequencies, unlearned_warning
 
 
@@ -78,6 +80,49 @@ def test_other_tasks_are_not_known() -> None:
     options = with_lora(BertForMultipleChoice(BertConfig(vocab_size=50, **sizes)))
     data = {"input_ids": torch.randint(50, (4, 3, 6)), "labels": torch.tensor([0, 1, 2, 0])}
     assert not observed(options, data).any(), "options are no classes"
+
+
+def test_labels_of_tokens_count_without_the_ignored() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    tags = with_lora(BertForTokenClassification(BertConfig(vocab_size=50, num_labels=3, **sizes)))
+    data = {"input_ids": torch.randint(50, (2, 4)), "labels": torch.tensor([[0, 1, -100, 1], [2, -100, -100, 1]])}
+    found = observed(tags, data)
+    assert found[1:].tolist() == [1, 3, 1]
+    assert found[0].item() == pytest.approx(5 * tags(**data).loss.item(), rel=1e-5)
+
+
+def smoothed(folder: Path) -> LightTrainer:
+    arguments = TrainingArguments(str(folder), max_steps=6, label_smoothing_factor=0.4, report_to=[], use_cpu=True)
+    return LightTrainer(student(), arguments, train_dataset=dataset(), light=light_of(length=4))
+
+
+def custom(folder: Path) -> LightTrainer:
+    arguments = TrainingArguments(str(folder), max_steps=6, report_to=[], use_cpu=True)
+    loss = lambda outputs, labels, num_items_in_batch=None: cross_entropy(outputs["logits"], labels) ** 2  # noqa: E731
+    light = light_of(length=4)
+    return LightTrainer(student(), arguments, train_dataset=dataset(), light=light, compute_loss_func=loss)
+
+
+@pytest.mark.parametrize("make_trainer", [smoothed, custom])
+def test_labels_that_the_trainer_keeps_back_count(
+    make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With label smoothing or a custom loss the model gets no labels; its cross-entropy is known all the same."""
+    monkeypatch.setattr("lightpeft.prune.learning.FEWEST_TELLING", 1)
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    assert trainer.light_record.meta["learned"] is not None
+
+
+def test_label_smoothing_does_not_change_what_is_known() -> None:
+    model, data = student(), inputs()
+    plain = observed(model, data)
+    observer = LossObserver(model, torch.device("cpu"))
+    observer.expect(data.pop("labels"))
+    model(**data)
+    torch.testing.assert_close(observer.take(), plain)
+    model(**data)
+    assert not observer.take().any(), "labels are of one call"
 
 
 def test_a_loop_of_ones_own_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,6 +15,7 @@ from lightpeft.budget.found import FoundBudget
 from lightpeft.budget.probes import make_probe
 from lightpeft.budget.room import SearchRoom, why_unmeasured
 from lightpeft.config import LightConfig, Tolerance
+from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.training.host import Host
 from lightpeft.training.rows import rows_of_steps
@@ -47,7 +48,9 @@ def budget_in(trainer: SearchHost, record: EstimationRecord, steps: int, *, shar
     room = SearchRoom.of(trainer, asked, sharded=sharded)
     reason = why_unmeasured(room, light, steps, gone)
     if reason is not None:
-        return FoundBudget.fixed(reason, record.meta.get("learned"), gone)
+        of_tokens = type(transformers_model(trainer._peft_model)).__name__.endswith("ForTokenClassification")
+        # a fixed budget was measured on models with one class per row
+        return FoundBudget.fixed(reason, None if of_tokens else record.meta.get("learned"), gone)
     seen, rate = rows_of_steps(trainer, record.meta["steps"]), trainer.light_plain_rate
     probe = make_probe(trainer, room, light, steps, seen, rate, fast=trainer.fast_steps, gone=gone)
     worth = trainer.light_points_per_nat if asked.unit == "points" else None

@@ -123,6 +123,14 @@ class Estimator:
         """True if the stage has started and run all of its steps."""
         return self._started and self.steps >= self.length
 
+    def see_labels(self, labels: Any) -> None:
+        """Note the labels of the model's next call, for a loop that computes the loss itself and keeps them back.
+
+        They tell how much the model has learned. A model that is called with its labels needs no such note.
+        """
+        if self._attached:
+            self._losses.expect(labels)
+
     @torch.no_grad()
     def step(self, grad_scale: float = 1.0) -> None:
         """Add the gradients of one optimizer step to the sums and train the masks; call it after the last backward.

@@ -10,31 +10,39 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
+from lightpeft.models.batches import IGNORED
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import EstimationRecord
 
 LEAST_LEARNED = 0.05
 """Minimum fraction by which estimation has to get below the loss of the label frequencies, without a warning."""
 FEWEST_TELLING = 100
-"""Minimum number of rows for a comparison with the label frequencies."""
+"""Minimum number of labels for a comparison with the label frequencies."""
 
 
 class LossObserver:
-    """Sums of the loss and of the labels of a classifier in training, on the device, without host copies.
+    """Sums of the cross-entropy and of the labels of a classifier in training, on the device, without host copies.
 
-    A hook reads labels and loss from the calls of the model. For other models, and where the loss is computed outside
-    of the model, the sums stay zero.
+    A hook reads logits and labels from the calls of the model, so that label smoothing, a teacher or a custom loss do
+    not count. A trainer that keeps the labels for its own loss passes them to `expect`. For other models the sums stay
+    zero.
     """
 
     def __init__(self, model: PeftModel, device: torch.device) -> None:
         self._classes = torch.arange(classes_of(model), device=device)
         self.size = 1 + len(self._classes)
         self._sums = torch.zeros(self.size, device=device)
+        self._expected: Any = None
         self._handle = model.register_forward_hook(self._add, with_kwargs=True)
 
+    def expect(self, labels: Any) -> None:
+        """Note the labels of the model's next call, which it may be called without."""
+        self._expected = labels
+
     def take(self) -> Tensor:
-        """Return the sums of the step and reset them, [1 + classes]: loss in nats over its rows, rows of each class."""
+        """Return the sums of the step and reset them, [1 + classes]: loss in nats over its labels, labels by class."""
         taken, self._sums = self._sums, torch.zeros_like(self._sums)
         return taken
 
@@ -44,12 +52,15 @@ class LossObserver:
 
     @torch.no_grad()
     def _add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        loss, logits, labels = getattr(output, "loss", None), getattr(output, "logits", None), kwargs.get("labels")
-        if loss is None or not loss.requires_grad or not isinstance(labels, Tensor) or not one_of_several(labels):
+        logits, labels = getattr(output, "logits", None), kwargs.get("labels")
+        labels, self._expected = self._expected if labels is None else labels, None
+        if not isinstance(logits, Tensor) or not logits.requires_grad or not isinstance(labels, Tensor):
             return
-        if logits is not None and logits.shape == (len(labels), len(self._classes)):
+        if logits.shape == (*labels.shape, len(self._classes)) and not labels.is_floating_point():
+            labels = labels.flatten()
+            loss = cross_entropy(logits.float().flatten(0, -2), labels, reduction="sum", ignore_index=IGNORED)
             of_classes = (labels.unsqueeze(1) == self._classes).sum(0)
-            self._sums += torch.cat([loss.float().reshape(1) * len(labels), of_classes.to(self._sums)])
+            self._sums += torch.cat([loss.reshape(1).to(self._sums), of_classes.to(self._sums)])
 
 
 def classes_of(model: nn.Module) -> int:
@@ -70,7 +81,7 @@ def learned_of(sums: Tensor) -> float | None:
         sums: sums of `LossObserver.take` over any number of steps.
 
     Returns:
-        None for too few rows, or if all rows have one label.
+        None for too few labels, or if all are of one class.
     """
     loss, of_classes = float(sums[0]), sums[1:].double()
     rows = float(of_classes.sum())

@@ -9,7 +9,7 @@ import copy
 import functools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, TypeVar, cast
@@ -209,6 +209,11 @@ class LightTraining(Training):
     def make_light_estimator(self, model: PeftModel, light: LightConfig) -> Estimator:
         """Make the estimator. To be overridden."""
         return Estimator(model, light)
+
+    def _see_labels(self, inputs: Any) -> None:
+        """Show estimation the labels: with label smoothing or a custom loss, the model is called without them."""
+        if self._light_pruner is not None and isinstance(inputs, Mapping):
+            self._light_pruner.estimator.see_labels(inputs.get("labels"))
 
     # -- 2. the cut, once ----------------------------------------------------------------------------------------
 

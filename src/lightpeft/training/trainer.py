@@ -135,10 +135,14 @@ class Training(_Below):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
         """Add the teacher's loss, and correct losses that ignore `num_items_in_batch`: `Trainer` would add up means."""
         distillation = self._teaching.distillation(model, inputs)
+        self._see_labels(inputs)
         usual = partial(super().compute_loss, model, inputs, *args)
         if distillation is not None and not args:
             usual = partial(distillation.loss, usual)
         return usual(**options) if args else step_loss(usual, self, options, plain=self.has_plain_loss())
+
+    def _see_labels(self, inputs: Any) -> None:
+        """Look at the labels of a batch before the loss takes them out of it. Can be overridden."""
 
     def has_plain_loss(self) -> bool:
         """Return True if the loss is computed by `Trainer`'s own method."""
