@@ -301,8 +301,10 @@ class Shown:
 
     point: Point
     ms: float
-    by_seed: list[float]
-    """Per cent."""
+    by_seed: dict[int, float]
+    """Per cent; those of all tasks for the seeds that they share."""
+    quality: float
+    """Mean, per cent."""
 
 
 def named(name: str) -> str:
@@ -320,9 +322,7 @@ def named(name: str) -> str:
 def panels(points: Sequence[Point], way: str) -> Iterator[plots.FrontierPanel]:
     """The mean of all tasks, of what was run on all of them, and one a task."""
     tasks = list(dict.fromkeys(point.task for point in points))
-    shown = {
-        task: [Shown(p, p.ms[way], [100 * v for v in p.values]) for p in points if p.task == task] for task in tasks
-    }
+    shown = {task: [_shown(point, way) for point in points if point.task == task] for task in tasks}
     if len(tasks) > 1:
         yield panel(f"mean of {len(tasks)} tasks", "mean", [*means(shown)])
     for task, of_task in shown.items():
@@ -330,33 +330,39 @@ def panels(points: Sequence[Point], way: str) -> Iterator[plots.FrontierPanel]:
         yield panel(TITLES.get(task, task), METRIC_NAMES.get(metric, metric), of_task)
 
 
+def _shown(point: Point, way: str) -> Shown:
+    by_seed = {seed: 100 * value for seed, value in zip(point.counts, point.values, strict=True)}
+    return Shown(point, point.ms[way], by_seed, 100 * point.quality)
+
+
 def means(shown: Mapping[str, Sequence[Shown]]) -> Iterator[Shown]:
-    """Means over all tasks, of latency and, by seed, of quality, of what was run on all of them."""
+    """Means over all tasks, of latency and quality, of what was run on all of them."""
     found: dict[tuple[str, str], list[Shown]] = defaultdict(list)
     for each in (each for of_task in shown.values() for each in of_task):
         found[each.point.model, each.point.method].append(each)
     for of_all in found.values():
         if len(of_all) == len(shown):
-            seeds = zip(*(each.by_seed for each in of_all), strict=False)
-            ms = statistics.fmean(each.ms for each in of_all)
-            yield Shown(of_all[0].point, ms, [statistics.fmean(values) for values in seeds])
+            seeds = set.intersection(*({*each.by_seed} for each in of_all))
+            by_seed = {seed: statistics.fmean(each.by_seed[seed] for each in of_all) for seed in sorted(seeds)}
+            ms, quality = (statistics.fmean(getattr(each, name) for each in of_all) for name in ("ms", "quality"))
+            yield Shown(of_all[0].point, ms, by_seed, quality)
 
 
 def panel(title: str, measure: str, shown: Sequence[Shown]) -> plots.FrontierPanel:
     """Whole models as marks; cuts of a model that were trained alike as a line that begins at the whole model."""
     marks, lines = [], defaultdict(list)
     for each in shown:
-        point, y = each.point, statistics.fmean(each.by_seed)
+        point, y = each.point, each.quality
         if point.cut:
             label = f"{point.method.split()[0]}%"
             lines[f"{named(point.model)}, {KIND_NAMES.get(point.kind, point.kind)}"].append((each.ms, y, label))
         else:
-            label, bar = f"{named(point.model)}, {named(point.method)}", (min(each.by_seed), max(each.by_seed))
-            marks.append(plots.Point(label, "plain", each.ms, y, (each.ms, each.ms), bar))
+            label, values = f"{named(point.model)}, {named(point.method)}", [y, *each.by_seed.values()]
+            marks.append(plots.Point(label, "plain", each.ms, y, (each.ms, each.ms), (min(values), max(values))))
     for each in shown:
         line = f"{named(each.point.model)}, {KIND_NAMES.get(WHOLE.get(each.point.method, ''))}"
         if line in lines:
-            lines[line].append((each.ms, statistics.fmean(each.by_seed), ""))
+            lines[line].append((each.ms, each.quality, ""))
     return plots.FrontierPanel(title, f"{measure}, %", marks, {name: sorted(of) for name, of in lines.items()})
 
 
