@@ -279,10 +279,9 @@ def _cell(point: Mapping[str, Any]) -> str:
 
 
 def _time_beside(point: Mapping[str, Any], dense: Mapping[str, Any]) -> float:
-    """Seconds of the run against those of all weights of the whole model, on the seeds that both have."""
-    own, its = (dict(zip(each["seeds"], each["measures"]["seconds"], strict=True)) for each in (point, dense))
-    shared = own.keys() & its.keys()
-    return sum(own[seed] for seed in shared) / sum(its[seed] for seed in shared) if shared else math.nan
+    """Median seconds of the run against those of all weights of the whole model."""
+    own, its = (statistics.median(each["measures"]["seconds"]) for each in (point, dense))
+    return own / its
 
 
 NAMES = {"minilm": "MiniLM-L6", "minilm_l3": "MiniLM-L3", "mpnet": "MPNet-base", "full": "all weights", "lora": "LoRA"}
