@@ -1151,7 +1151,7 @@ def test_wnut17(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     )
     assert read(tmp_path / "taught/cells/minilm/wnut17/full/0/metrics.json")["config"]["training"]["teacher"]
     monkeypatch.setattr(frontier, "exported", InPyTorch)
-    assert frontier.main(["out", "--rounds", "1", "--batches", "1", "--out", "frontier"]) == 0
+    assert frontier.main(["out", "--rounds", "1", "--rows", "8", "--out", "frontier"]) == 0
     for each in read(tmp_path / "frontier/frontier.results.json")["points"]:
         told = reports[each["method"].replace(" ", "_")]["metrics"]["entity_f1"]
         assert each["quality"] == pytest.approx(told)
