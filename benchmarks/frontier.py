@@ -390,7 +390,9 @@ def main(arguments: list[str] | None = None) -> int:
         (given.out / "frontier.md").write_text(markdown(results) + "\n", encoding="utf-8")
         drawn = [each for each in panels(points, given.way) if each.title in (given.figure or [each.title])]
         require(drawn, f"no panel is called {' or '.join(given.figure)}; leave out --figure for all")
-        plots.save(plots.frontier(drawn, f"ms a row ({given.way})"), given.out / "frontier")
+        dtype, _, size = given.way.partition(" ")
+        label = f"ms a text in ONNX Runtime, {dtype.replace('f32', 'float32')}, {size} at a time"
+        plots.save(plots.frontier(drawn, label), given.out / "frontier")
     except LightPeftError as error:
         publishing.say(f"frontier: {error}")
         return 2
