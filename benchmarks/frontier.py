@@ -53,6 +53,14 @@ from lightpeft.profiling.surroundings import hardware
 DTYPES, SIZES = ("f32", "int8"), (1, 32)
 COUNTED = {"accuracy": row_counts.right, "matthews": row_counts.confusion}
 MEASURED = ("seconds", "peak_memory_bytes", "parameters", "removed", "trained")
+NAMES = {"minilm": "MiniLM-L6", "minilm_l3": "MiniLM-L3", "mpnet": "MPNet-base", "full": "all weights", "lora": "LoRA"}
+"""How the figure names models and methods; folders of demo/siblings.py are named by their first layers."""
+KIND_NAMES = {"lora": "cut, LoRA", "all": "cut, all weights", "all, taught": "cut, all weights, taught"}
+WHOLE = {"full": "all", "full, taught": "all, taught", "lora": "lora"}
+"""Method of a whole model -> kind of the cuts whose line begins there."""
+TITLES = {"movie_reviews": "movie reviews", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE"}
+TITLES |= {"banking77": "BANKING77", "wnut17": "WNUT-17"}
+METRIC_NAMES = {"matthews": "Matthews correlation", "entity_f1": "entity F1"}
 
 
 @dataclass
@@ -236,9 +244,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     rows = []
     for point in results["points"]:
         of = defaultdict(lambda: math.nan, {name: statistics.fmean(all_) for name, all_ in point["measures"].items()})
-        spread = f" ± {100 * statistics.stdev(point['by_seed']):.1f}" if len(point["by_seed"]) > 1 else ""
         row = [point["task"], f"{point['model']}, {point['method']}", f"{len(point['by_seed'])}"]
-        row += [f"{100 * point['quality']:.1f}{spread}", f"{100 * statistics.fmean(point['int8'].values()):.1f}"]
+        row += [_cell(point), f"{100 * statistics.fmean(point['int8'].values()):.1f}"]
         row += [f"{point['ms'][way]:.2f}" for way in ways] + [f"{point['mib'][dtype]:.0f}" for dtype in DTYPES]
         row += [f"{100 * of['removed']:.0f}", f"{of['trained']:,.0f}"]
         rows.append([*row, f"{of['seconds']:.0f}", f"{of['peak_memory_bytes'] / 2**20:.0f}"])
@@ -254,7 +261,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def overview(points: Sequence[Mapping[str, Any]]) -> str:
-    """One row for each way of training a model: quality by task, and time, latency and size as means over its tasks."""
+    """One row for each way of training a model: quality by task in per cent, and time as a mean over its tasks."""
     tasks = list(dict.fromkeys(point["task"] for point in points))
     ways: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = defaultdict(dict)
     for point in points:
@@ -274,24 +281,14 @@ def overview(points: Sequence[Mapping[str, Any]]) -> str:
 
 def _cell(point: Mapping[str, Any]) -> str:
     seeds = point["by_seed"]
-    spread = f" ± {100 * statistics.stdev(seeds):.1f}" if len(seeds) > 1 else ""
-    return f"{100 * point['quality']:.1f}{spread}" + ("" if len(seeds) > 1 else " (1)")
+    spread = f" ± {100 * statistics.stdev(seeds):.1f}" if len(seeds) > 1 else " (1)"
+    return f"{100 * point['quality']:.1f}{spread}"
 
 
 def _time_beside(point: Mapping[str, Any], dense: Mapping[str, Any]) -> float:
     """Median seconds of the run against those of all weights of the whole model."""
     own, its = (statistics.median(each["measures"]["seconds"]) for each in (point, dense))
     return own / its
-
-
-NAMES = {"minilm": "MiniLM-L6", "minilm_l3": "MiniLM-L3", "mpnet": "MPNet-base", "full": "all weights", "lora": "LoRA"}
-"""How the figure names models and methods; folders of demo/siblings.py are named by their first layers."""
-KIND_NAMES = {"lora": "cut, LoRA", "all": "cut, all weights", "all, taught": "cut, all weights, taught"}
-WHOLE = {"full": "all", "full, taught": "all, taught", "lora": "lora"}
-"""Method of a whole model -> kind of the cuts whose line begins there."""
-TITLES = {"movie_reviews": "movie reviews", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE"}
-TITLES |= {"banking77": "BANKING77", "wnut17": "WNUT-17"}
-METRIC_NAMES = {"matthews": "Matthews correlation", "entity_f1": "entity F1"}
 
 
 @dataclass(frozen=True)
@@ -308,14 +305,12 @@ class Shown:
 
 def named(name: str) -> str:
     """A model or method as tables and figure have it."""
-    whole, first, layers = name.partition("_first")
     part, _, kind = name.partition(" ")
     if part.isdigit():
         return f"{part}% {KIND_NAMES.get(kind or 'lora', kind)}"
-    taught, comma, rest = name.partition(", ")
-    if comma:
-        return f"{named(taught)}, {rest}"
-    return f"{NAMES.get(whole, whole)}, first {layers} layers" if first else NAMES.get(name, name)
+    untaught, comma, taught = name.partition(", ")
+    whole, first, layers = untaught.partition("_first")
+    return NAMES.get(whole, whole) + (f", first {layers} layers" if first else "") + comma + taught
 
 
 def panels(points: Sequence[Point], way: str) -> Iterator[plots.FrontierPanel]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,17 @@ from tiny import make, random_record, with_lora
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from training import chunks, dataset, inputs, student
-from transformers import BertConfig, BertForMultipleChoice, BertForTokenClassification, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    TrainingArguments,
+)
 
 from lightpeft import EarlyPruner, LightTrainer
+from lightpeft.budget.room import SearchRoom
+from lightpeft.budget.trainer import budget_in
 from lightpeft.prune.learning import LossObserver, learned_of, loss_by_frequencies, unlearned_warning
 
 
@@ -89,6 +98,19 @@ def test_labels_of_tokens_count_without_the_ignored() -> None:
     found = observed(tags, data)
     assert found[1:].tolist() == [1, 3, 1]
     assert found[0].item() == pytest.approx(5 * tags(**data).loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("model", "blocks"), [(BertForTokenClassification, 0.0), (BertForSequenceClassification, 0.4)])
+def test_a_fixed_budget_is_for_one_class_a_row(model: Any, blocks: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cost was not measured on tokens, even if it is known that they were learned."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    peft = with_lora(model(BertConfig(vocab_size=50, **sizes)))
+    record = random_record(peft)
+    record.meta["learned"] = 0.5
+    monkeypatch.setattr(SearchRoom, "of", lambda *args, **options: None)
+    monkeypatch.setattr("lightpeft.budget.trainer.why_unmeasured", lambda *args: "too short")
+    host: Any = SimpleNamespace(light_config=light_of(), light_tolerance=lambda: None, _peft_model=peft)
+    assert budget_in(host, record, 10, sharded=False).blocks == blocks
 
 
 def smoothed(folder: Path) -> LightTrainer:

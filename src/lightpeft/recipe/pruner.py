@@ -41,6 +41,9 @@ class EarlyPruner:
     `optimizer.step()`. It trains one mask m_i for each head, neuron and expert with the L1 penalty lambda * sum |m_i|,
     and accumulates the scores, by default the Fisher score E[(dL/dm_i)^2] over examples.
 
+    Call the model with its labels, also if the loop computes the loss itself: they show how much of the task it has
+    learned, and estimation goes on until that is enough.
+
     The loop also has to apply the settings for learning rate and dropout. `advice()` lists them, and a warning logs
     them once.
 
