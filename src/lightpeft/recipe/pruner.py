@@ -97,6 +97,9 @@ class EarlyPruner:
         before, behind, dropout = light.rates.estimation_scale, light.rates.scale, light.rates.base_dropout
         if before == behind != 1:
             yield f"multiply plain PEFT's learning rate by {behind:g}, in both parts of training"
+        elif light.train == "all":
+            own = f"by {before:g} for PEFT in estimation, and by {behind:g} for all other weights and after the cut"
+            yield f"multiply plain PEFT's learning rate {own}"
         elif before != behind:
             yield f"multiply plain PEFT's learning rate by {before:g} in estimation, and by {behind:g} after the cut"
         if dropout is not None:
