@@ -153,6 +153,11 @@ def test_a_training_and_its_checkpoints(tmp_path: Path) -> None:
         assert ends[0].keys() == ends[1].keys() and all(ends[0][name].equal(ends[1][name]) for name in ends[0])
 
 
+def test_loops_are_told_both_rates() -> None:
+    pruner = EarlyPruner(with_lora(make("bert")), {"remove": {"blocks": 0.4}, "train": "all"})
+    assert any("by 2 for PEFT in estimation, and by 0.1 for all other weights" in line for line in pruner.advice())
+
+
 def test_what_cannot_train_all(tmp_path: Path) -> None:
     assert "cannot be merged" in refusal(lambda: EarlyPruner(adapted(make("bert")), {"train": "all"}))
     assert "set keep to light" in refusal(lambda: light_of(train="all", keep="full"))
@@ -196,9 +201,10 @@ def test_a_run_that_cuts_nothing_is_full_fine_tuning(bench: Workbench) -> None:
 
 def test_check_counts_the_optimizer_of_all_weights(bench: Workbench) -> None:
     kinds = [{}, {"light.train": "all"}]
-    few, all_weights = (check(pipeline.prepare(bench.config("checked", **kind))).stages["train"] for kind in kinds)
-    assert all_weights.holding.trained > 10 * few.holding.trained
-    assert all_weights.holding.weights < few.holding.weights
+    few, all_weights = (check(pipeline.prepare(bench.config("checked", **kind))).stages for kind in kinds)
+    for stage in ("estimate", "train"):
+        assert all_weights[stage].holding.trained > 5 * few[stage].holding.trained
+        assert all_weights[stage].holding.weights < few[stage].holding.weights
 
 
 def test_refused_before_anything_is_written(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
