@@ -132,7 +132,7 @@ def test_graphs_have_what_trained(form: str, tmp_path: Path) -> None:
 
 
 def test_a_training_and_its_checkpoints(tmp_path: Path) -> None:
-    """All weights train, at their own rate before the cut, too; a training that goes on is the same to the last bit."""
+    """All weights train, at a rate of their own; a training that goes on is the same to the last bit."""
     whole = one_light_training(tmp_path / "whole", train="all", save_strategy="steps", save_steps=2, logging_steps=1)
     before = {name: p.detach().clone() for name, p in trained_weights(whole.model).items()}
     assert not any("lora" in name for name in before)
@@ -143,19 +143,12 @@ def test_a_training_and_its_checkpoints(tmp_path: Path) -> None:
     moved = [n for n, p in trained_weights(whole.model).items() if n not in dense or not p.equal(dense[n][: len(p)])]
     assert len(moved) == len(trained_weights(whole.model))
     rates = [entry["learning_rate"] for entry in whole.state.log_history if "learning_rate" in entry]
-    assert max(rates[:4]) == pytest.approx(1e-3) and max(rates[5:]) <= 1e-4
-    groups = torch.load(tmp_path / "whole" / "checkpoint-2" / "optimizer.pt")["param_groups"]
-    assert {group["initial_lr"] for group in groups} == {1e-3, 1e-3 * 0.1}
+    assert max(rates) == pytest.approx(1e-4)
     for step in (2, 10):
         resumed = one_light_training(tmp_path / f"from {step}", train="all")
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         ends = [{name: p.detach() for name, p in each.model.named_parameters()} for each in (whole, resumed)]
         assert ends[0].keys() == ends[1].keys() and all(ends[0][name].equal(ends[1][name]) for name in ends[0])
-
-
-def test_loops_are_told_both_rates() -> None:
-    pruner = EarlyPruner(with_lora(make("bert")), {"remove": {"blocks": 0.4}, "train": "all"})
-    assert any("by 2 for PEFT in estimation, and by 0.1 for all other weights" in line for line in pruner.advice())
 
 
 def test_what_cannot_train_all(tmp_path: Path) -> None:

@@ -181,10 +181,10 @@ class Rates:
 
     scale: float | None = None
     """Learning rate of a light run as a multiple of `training.learning_rate`; PEFT with few parameters needs a higher
-    one. With `train: all`, that of all weights except PEFT. Unset: by preset, kind of PEFT, and `train`."""
+    one, and all weights a lower one. Unset: by preset, kind of PEFT, and `train`."""
     estimation_scale: float | None = None
-    """Learning rate of PEFT during estimation, before ranks are removed, as a multiple of `training.learning_rate`.
-    Unset: `scale`, or 1 for bottleneck adapters; with `train: all` 2, or 1 with another preset than fast."""
+    """Learning rate during estimation, before ranks are removed, as a multiple of `training.learning_rate`. Unset:
+    `scale`, or 1 for bottleneck adapters."""
     dropout: float | Literal["keep"] | None = None
     """Dropout of the foundation model and its head in a light run; keep: the dropout of the model's config. PEFT keeps
     its own dropout. Unset: 0."""

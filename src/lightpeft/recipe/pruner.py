@@ -45,7 +45,7 @@ class EarlyPruner:
     learned, and estimation goes on until that is enough.
 
     The loop also has to apply the settings for learning rate and dropout. `advice()` lists them, and a warning logs
-    them once.
+    them once. With `train: all`, the constructor makes the base trainable, so make the optimizer afterwards.
 
     Example:
         ```python
@@ -97,9 +97,6 @@ class EarlyPruner:
         before, behind, dropout = light.rates.estimation_scale, light.rates.scale, light.rates.base_dropout
         if before == behind != 1:
             yield f"multiply plain PEFT's learning rate by {behind:g}, in both parts of training"
-        elif light.train == "all":
-            own = f"by {before:g} for PEFT in estimation, and by {behind:g} for all other weights and after the cut"
-            yield f"multiply plain PEFT's learning rate {own}"
         elif before != behind:
             yield f"multiply plain PEFT's learning rate by {before:g} in estimation, and by {behind:g} after the cut"
         if dropout is not None:

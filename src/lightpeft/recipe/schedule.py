@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
-
 from lightpeft.compat.accelerate import forget_optimizers, prepare_optimizer
-from lightpeft.models.all_weights import trained_weights
 from lightpeft.recipe.host import LightHost
 from lightpeft.recipe.parallel import rewrap
 from lightpeft.training.schedule import Schedule
@@ -35,20 +30,6 @@ class LightSchedule(Schedule):
             scaled = {"lr": settings["lr"] / self._scale * scale} if "lr" in settings else {}
             trainer.optimizer_cls_and_kwargs = kind, {**settings, **scaled}
         trainer.args.learning_rate, self._scale = trainer.light_plain_rate * scale, scale
-
-    def split_rates(self, optimizer: Any) -> None:
-        """Before the cut, move base weights that train to parameter groups of their own, at `rates.scale`."""
-        trainer, rates = self._trainer, self._trainer.light_config.rates
-        if trainer.light_plan is not None or trainer.light_config.train != "all":
-            return
-        base = {id(parameter) for parameter in trained_weights(trainer._peft_model).values()}
-        for group in list(optimizer.param_groups):
-            parts: list[list[nn.Parameter]] = [[], []]
-            for parameter in group["params"]:
-                parts[id(parameter) in base].append(parameter)
-            group["params"] = parts[0]
-            rate = group["lr"] / self._scale * float(rates.scale or 1.0)
-            optimizer.add_param_group({**group, "params": parts[1], "lr": rate})
 
     def steps(self, of_run: int) -> int:
         """Return the scheduler's steps: all of the run in estimation, and the remaining ones after the cut."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 from lightpeft.config import TrainingConfig
 from lightpeft.training.host import Host
@@ -78,9 +77,6 @@ class Schedule:
 
     def set_rate(self) -> None:
         """Set the trainer's learning rate for the parameters that it trains."""
-
-    def split_rates(self, optimizer: Any) -> None:
-        """Give parameters of a new optimizer learning rates of their own."""
 
     def steps(self, of_run: int) -> int:
         """Return the steps of the next scheduler.

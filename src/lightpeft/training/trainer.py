@@ -100,13 +100,9 @@ class Training(_Below):
         return with_repeatable_order(super()._get_train_sampler(train_dataset), self)
 
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
-        """Set the learning rates: they differ before and after the cut, and between PEFT and the base."""
-        new = self.optimizer is None
+        """Set the learning rate first: it differs before and after the cut."""
         self._schedule.set_rate()
-        optimizer = super().create_optimizer(*args, **options)
-        if new:
-            self._schedule.split_rates(optimizer)
-        return optimizer
+        return super().create_optimizer(*args, **options)
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **options: Any) -> Any:
         """Schedule the remaining steps only after the cut."""
