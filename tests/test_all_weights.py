@@ -1,4 +1,4 @@
-"""`light.train: all`: all weights train; PEFT is merged at the cut, which all that is left outlives."""
+"""`light.train: all`: PEFT is merged at the cut, and all weights that are left train."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from adapters import from_folder, light_over, logits, saved_base
 from lights import light_of
 from peft_models import adapted
-from safetensors.torch import load_file
 from tiny import (
     DROPPED,
     LAYOUTS,
@@ -132,23 +131,18 @@ def test_graphs_have_what_trained(form: str, tmp_path: Path) -> None:
 
 
 def test_a_training_and_its_checkpoints(tmp_path: Path) -> None:
-    """All weights train, at a rate of their own; a training that goes on is the same to the last bit."""
-    whole = one_light_training(tmp_path / "whole", train="all", save_strategy="steps", save_steps=2, logging_steps=1)
-    before = {name: p.detach().clone() for name, p in trained_weights(whole.model).items()}
-    assert not any("lora" in name for name in before)
+    """All that is left trains, at a rate of its own; a training that goes on is the same to the last bit."""
+    whole = one_light_training(tmp_path / "whole", train="all", save_strategy="steps", save_steps=5, logging_steps=1)
     whole.train()
-    estimated = load_file(tmp_path / "whole" / "checkpoint-2" / KEPT_WEIGHTS)
-    assert estimated.keys() == before.keys() and not any(before[name].equal(estimated[name]) for name in before)
     dense = {name: p.detach() for name, p in transformers_model(student("llama-gqa")).named_parameters()}
     moved = [n for n, p in trained_weights(whole.model).items() if n not in dense or not p.equal(dense[n][: len(p)])]
     assert len(moved) == len(trained_weights(whole.model))
     rates = [entry["learning_rate"] for entry in whole.state.log_history if "learning_rate" in entry]
-    assert max(rates) == pytest.approx(1e-4)
-    for step in (2, 10):
-        resumed = one_light_training(tmp_path / f"from {step}", train="all")
-        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
-        ends = [{name: p.detach() for name, p in each.model.named_parameters()} for each in (whole, resumed)]
-        assert ends[0].keys() == ends[1].keys() and all(ends[0][name].equal(ends[1][name]) for name in ends[0])
+    assert max(rates[:4]) == pytest.approx(1e-3) and max(rates[5:]) <= 1e-4
+    resumed = one_light_training(tmp_path / "resumed", train="all")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-10"))
+    ends = [{name: p.detach() for name, p in each.model.named_parameters()} for each in (whole, resumed)]
+    assert ends[0].keys() == ends[1].keys() and all(ends[0][name].equal(ends[1][name]) for name in ends[0])
 
 
 def test_what_cannot_train_all(tmp_path: Path) -> None:
@@ -194,10 +188,9 @@ def test_a_run_that_cuts_nothing_is_full_fine_tuning(bench: Workbench) -> None:
 
 def test_check_counts_the_optimizer_of_all_weights(bench: Workbench) -> None:
     kinds = [{}, {"light.train": "all"}]
-    few, all_weights = (check(pipeline.prepare(bench.config("checked", **kind))).stages for kind in kinds)
-    for stage in ("estimate", "train"):
-        assert all_weights[stage].holding.trained > 5 * few[stage].holding.trained
-        assert all_weights[stage].holding.weights < few[stage].holding.weights
+    few, all_weights = (check(pipeline.prepare(bench.config("checked", **kind))).stages["train"] for kind in kinds)
+    assert all_weights.holding.trained > 10 * few.holding.trained
+    assert all_weights.holding.weights < few.holding.weights
 
 
 def test_refused_before_anything_is_written(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:

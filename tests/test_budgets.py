@@ -41,7 +41,6 @@ from lightpeft.budget.room import SEARCH_BUDGETS, SearchRoom, sizes_of, why_unme
 from lightpeft.budget.search import BudgetSearch
 from lightpeft.budget.tolerance import cost_in_words, tolerance_in_words
 from lightpeft.config import Tolerance
-from lightpeft.models import all_weights
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import PrunePlan
@@ -370,29 +369,6 @@ def test_a_trainer_finds_its_budget(tmp_path: Path) -> None:
     assert found.rows >= 128 and found.steps == 8 and f"cuts {found.blocks:.0%}" in found.summary()
     assert trainer.light_report["seconds"]["budget"] == found.seconds > 0
     assert trainer.state.global_step == 60, "probes are no steps of the run"
-
-
-@pytest.mark.parametrize(("train", "scale"), [("peft", 1.0), ("all", 0.5)])
-def test_copies_train_what_the_run_trains(
-    train: Any, scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At its learning rate; the model itself stays as it is."""
-    seen: list[tuple[float, bool]] = []
-    learn = Probe._train
-
-    def watched(probe: Probe, model: Any) -> None:
-        before = {name: p.detach().clone() for name, p in all_weights.trained_weights(model).items()}
-        learn(probe, model)
-        changed = [not p.equal(before[name]) for name, p in all_weights.trained_weights(model).items()]
-        assert all(changed) or not any(changed)
-        seen.append((probe.rate, all(changed)))
-
-    monkeypatch.setattr(Probe, "_train", watched)
-    monkeypatch.setattr(finding, "has_learned", lambda learned: True)
-    trainer = trainer_of(tmp_path, but(LIGHT, tolerance="2 nats", train=train, scale=scale, estimation_scale=1.0))
-    trainer.train()
-    assert trainer.light_budget is not None and len(seen) == 1 + len(trainer.light_budget.probed)
-    assert all(each == (pytest.approx(1e-2 * scale), train == "all") for each in seen)
 
 
 @pytest.fixture

@@ -62,9 +62,9 @@ def one_light_training(folder: Path, rows: int = 8, train: str = "peft", **setti
     """A `LightTrainer` of a tiny language model, that sees the rows in order and is cut after four of 16 steps.
 
     Args:
-        train: which weights train, at the rate of PEFT or a tenth of it.
+        train: which weights train behind the cut, at the rate of PEFT or a tenth of it.
     """
-    scales = dict.fromkeys(("scale", "estimation_scale"), 0.1 if train == "all" else 1.0)
+    scales = {"estimation_scale": 1.0, "scale": 0.1 if train == "all" else 1.0}
     light = light_of(length=4, heads=0.5, neurons=0.5, modules=0.5, dropout=0.0, train=train, **scales)
     values: dict[str, Any] = {
         "per_device_train_batch_size": rows,

@@ -122,7 +122,7 @@ def make_probe(
         steps: optimizer steps of the whole run.
         seen: numbers of the rows that estimation has trained on; None: not known. Other rows are held out, if there
             are enough of them.
-        rate: learning rate of the copies.
+        rate: learning rate of plain PEFT: copies keep all ranks, and `light.rates.scale` is for few.
         fast: train with the faster steps.
         gone: part of the blocks that was dropped before estimation.
     """

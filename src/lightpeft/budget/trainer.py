@@ -51,9 +51,7 @@ def budget_in(trainer: SearchHost, record: EstimationRecord, steps: int, *, shar
         of_tokens = type(transformers_model(trainer._peft_model)).__name__.endswith("ForTokenClassification")
         # a fixed budget was measured on models with one class per row
         return FoundBudget.fixed(reason, None if of_tokens else record.meta.get("learned"), gone)
-    seen = rows_of_steps(trainer, record.meta["steps"])
-    # copies keep all ranks, and for PEFT alone `scale` is the rate of few
-    rate = trainer.light_plain_rate * ((light.rates.scale or 1.0) if light.train == "all" else 1.0)
+    seen, rate = rows_of_steps(trainer, record.meta["steps"]), trainer.light_plain_rate
     probe = make_probe(trainer, room, light, steps, seen, rate, fast=trainer.fast_steps, gone=gone)
     worth = trainer.light_points_per_nat if asked.unit == "points" else None
     found = find_budget(trainer._peft_model, record, light, probe, asked, worth, trainer.announce_light_budget)

@@ -80,8 +80,14 @@ TABLE = (
         presets=("paper",),
     ),
     Rule(
-        {"modules": {"remove": 0.0, "remove_ranks": 0.0}, "rates": {"scale": 0.1}},
+        {"modules": {"remove": 0.0, "remove_ranks": 0.0}, "rates": {"scale": 0.1, "estimation_scale": 2.0}},
         "docs/how-to/train_all.md",
+        train="all",
+    ),
+    Rule(
+        {"rates": {"estimation_scale": 1.0}},
+        "as for PEFT alone",
+        presets=("accurate", "paper"),
         train="all",
     ),
 )

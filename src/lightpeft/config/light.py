@@ -181,7 +181,7 @@ class Rates:
 
     scale: float | None = None
     """Learning rate of a light run as a multiple of `training.learning_rate`; PEFT with few parameters needs a higher
-    one, and all weights a lower one. Unset: by preset, kind of PEFT, and `train`."""
+    one. Unset: by preset and kind of PEFT."""
     estimation_scale: float | None = None
     """Learning rate during estimation, before ranks are removed, as a multiple of `training.learning_rate`. Unset:
     `scale`, or 1 for bottleneck adapters."""
@@ -265,7 +265,7 @@ class Tolerance:
 READ_BY_PLANS = frozenset(
     {f"remove.{each.name}" for each in dataclasses.fields(Remove)}
     | {"estimate.criterion", "estimate.module_criterion", "estimate.rank_criterion"}
-    | {"modules.remove", "modules.remove_ranks"}
+    | {"modules.remove", "modules.remove_ranks", "train"}
 ) - {"remove.depth", "remove.vocabulary"}
 """Settings of `LightConfig` that only planning reads: estimation does not depend on them. (`modules.blocks` is not one
 of them, because no module is made in a block that may not keep one.)"""
@@ -298,9 +298,9 @@ class LightConfig:
     modules: Modules = field(default_factory=Modules)
     """The PEFT modules to keep."""
     train: Train | None = None
-    """Weights that train. peft: those of the PEFT modules; all: all except embeddings and the head of a language model,
-    and PEFT is merged at the cut. With all, runs that classify smooth labels by 0.1; in Python, `TrainingArguments`
-    decide. Unset: peft."""
+    """Weights that train after pruning. peft: those of the PEFT modules; all: PEFT is merged, and all remaining weights
+    train except embeddings and the head of a language model. With all, runs that classify smooth labels by 0.1; in
+    Python, `TrainingArguments` decide. Unset: peft."""
     rates: Rates = field(default_factory=Rates)
     """Learning rates and dropout."""
     after: After = field(default_factory=After)

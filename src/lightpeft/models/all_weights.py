@@ -1,4 +1,4 @@
-"""Training of all weights, not only those of PEFT (`light.train: all`)."""
+"""Training of all weights that remain after pruning (`light.train: all`)."""
 
 from __future__ import annotations
 
@@ -8,27 +8,25 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightpeft.compat.peft import BaseTunerLayer, ModulesToSaveWrapper
-from lightpeft.models.unwrap import peft_weights, transformers_model
+from lightpeft.compat.peft import ModulesToSaveWrapper
+from lightpeft.models.unwrap import transformers_model
 
 
 def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the weights that `light.train: all` trains, by name in the transformers model.
 
-    These are all except embeddings, the head of a language model, and what PEFT trains and saves itself.
+    These are all except embeddings, the head of a language model, and modules that PEFT trains and saves itself.
     """
     inner: PreTrainedModel = transformers_model(model)
     apart = (nn.Embedding, ModulesToSaveWrapper)
     output = inner.get_output_embeddings() if inner.can_generate() else None
-    others = {
+    frozen = {
         id(parameter)
         for name, module in inner.named_modules()
         if isinstance(module, apart) or module is output or "embed" in name.rpartition(".")[2]
         for parameter in module.parameters()
     }
-    layers = (module for module in inner.modules() if isinstance(module, BaseTunerLayer))
-    others |= {id(parameter) for layer in layers for parameter in peft_weights(layer)}
-    return {name: parameter for name, parameter in inner.named_parameters() if id(parameter) not in others}
+    return {name: parameter for name, parameter in inner.named_parameters() if id(parameter) not in frozen}
 
 
 def too_few_digits(model: nn.Module) -> str | None:

@@ -20,7 +20,6 @@ from torch import Tensor
 from lightpeft.config import LightConfig, fill_defaults
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import explain_content_errors, read_json, read_tensors, write_json, write_tensors
-from lightpeft.models.all_weights import train_all
 from lightpeft.models.families.family_table import block_specs
 from lightpeft.models.sharding import whole
 from lightpeft.models.unwrap import transformers_model
@@ -37,7 +36,6 @@ from lightpeft.prune.importance import ModuleObserver, RankObserver, weight_squa
 from lightpeft.prune.learning import LossObserver, learned_of
 from lightpeft.prune.length import ENOUGH_LEARNED, StageLength, check_examples, few_examples, stage_of
 from lightpeft.prune.masks import UnitMasks
-from lightpeft.saving.kept_weights import copy_kept, write_kept
 from lightpeft.training.schedule import scored_steps
 
 _log = logging.getLogger(__name__)
@@ -60,8 +58,7 @@ _SUMMED = _step_criteria("masks", *MASKED) | _step_criteria("ranks", "ranks")
 class Estimator:
     """Estimation on one PeftModel: masks, importance sums, and the length of the stage.
 
-    The constructor drops the blocks that `config.remove.depth` removes, and with `config.train: all` makes the base
-    trainable. So make the optimizer afterwards.
+    The constructor drops the blocks that `config.remove.depth` removes.
     """
 
     def __init__(self, model: PeftModel, config: LightConfig) -> None:
@@ -78,8 +75,6 @@ class Estimator:
         self.blocks, self.left_out = dense[:stay], dense[stay:]
         if self.left_out:
             leave_out(model, stay)
-        if self.config.train == "all":
-            train_all(model)
         self.sites = find_sites(model, self.blocks)
         self.steps = 0
         self.length = self._first_length = self._longest = 0
@@ -372,8 +367,6 @@ class Estimator:
             "windows": [[window.start, window.end] for window in self._windows],
         }
         write_tensors(Path(folder) / _STATE_FILE, tensors)
-        if self.config.train == "all":
-            write_kept(self.model, Path(folder))
         write_json(Path(folder) / _STEPS_FILE, state)
 
     def load_state(self, folder: str | Path) -> None:
@@ -386,8 +379,6 @@ class Estimator:
         tensors = read_tensors(Path(folder) / _STATE_FILE)
         with explain_content_errors(folder):
             self._restore_state(state, tensors, folder)
-        if self.config.train == "all":
-            copy_kept(self.model, Path(folder))
 
     def _restore_state(self, state: dict[str, Any], tensors: dict[str, Tensor], folder: str | Path) -> None:
         same = tensors["values"].shape == self.masks.values.shape and tensors["modules"].shape[1] == len(self.sites)

@@ -45,7 +45,7 @@ class EarlyPruner:
     learned, and estimation goes on until that is enough.
 
     The loop also has to apply the settings for learning rate and dropout. `advice()` lists them, and a warning logs
-    them once. With `train: all`, the constructor makes the base trainable, so make the optimizer afterwards.
+    them once.
 
     Example:
         ```python

@@ -131,6 +131,8 @@ class LightTraining(Training):
         if teacher is not None:
             self.train_dataset = add_teacher_logits(self, teacher)
         self.args: TrainingArguments = copy.copy(self.args)  # the user's own stay as they are
+        if self.args.fp16:
+            upcast_trained_weights(self.model)
         if self.light_config.after.keep != "light":
             self._warn_about_full_width()
         self.light_plain_rate = self.args.learning_rate
@@ -143,8 +145,6 @@ class LightTraining(Training):
             self.light_plan = self._peft_model.light_plan
         else:
             self._light_pruner = EarlyPruner(self._peft_model, self.light_config, self.make_light_estimator)
-        if self.args.fp16:
-            upcast_trained_weights(self.model)
         check_length(self)
         self._schedule.set_rate()
         self.add_callback(LightCallback(self, self._checkpoints, self._prefix))

@@ -44,7 +44,7 @@ class StageCost:
 
 
 def leave_estimation(work: Workspace, model: PeftModel, record: EstimationRecord, cost: StageCost) -> None:
-    """Write the scores and the trained weights of a finished estimation, and its line in the log."""
+    """Write the scores and the PEFT weights of a finished estimation, and its line in the log."""
     run, steps, planned = work.run, record.meta["steps"], record.meta["planned_steps"]
     if steps > planned:
         run.announce(
@@ -53,7 +53,7 @@ def leave_estimation(work: Workspace, model: PeftModel, record: EstimationRecord
         )
 
     def save() -> None:
-        save_peft(model, run.estimation / "adapter", with_base=work.config.light.train == "all")
+        save_peft(model, run.estimation / "adapter")
         record.save(run.estimation)
 
     told: dict[str, Any] = {name: record.meta.get(name) for name in LEARNING}
