@@ -11,6 +11,7 @@ import torch
 from adapters import from_folder, light_over, logits, saved_base
 from lights import light_of
 from peft_models import adapted
+from safetensors.torch import load_file
 from tiny import (
     DROPPED,
     LAYOUTS,
@@ -38,6 +39,7 @@ from lightpeft.models.all_weights import trained_weights
 from lightpeft.models.families.family_table import block_lists
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.placing import add_peft
+from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saving.kept_weights import KEPT_WEIGHTS
 
@@ -145,6 +147,37 @@ def test_a_training_and_its_checkpoints(tmp_path: Path) -> None:
     assert ends[0].keys() == ends[1].keys() and all(ends[0][name].equal(ends[1][name]) for name in ends[0])
 
 
+def never_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every estimation is extended to its maximum."""
+    monkeypatch.setattr(Estimator, "learned", -1.0)
+
+
+def test_the_base_joins_if_peft_alone_learns_too_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Late in an extended stage, all weights train at their rate; a training that goes on there is bit-equal."""
+    never_learns(monkeypatch)
+
+    def trainer(name: str, **settings: Any) -> Any:
+        return one_light_training(tmp_path / name, length="auto", max_steps=300, train="all", **settings)
+
+    whole = trainer("whole", save_strategy="steps", save_steps=72, logging_steps=1)
+    before = {name: p.detach().clone() for name, p in trained_weights(whole.model).items()}
+    assert not any("lora" in name for name in before)
+    whole.train()
+    joined, cut = whole.light_record.meta["base_joined"], whole.light_report["estimation_steps"]
+    assert 0 < joined < 72 < cut < 144
+    rates = [entry["learning_rate"] for entry in whole.state.log_history if "learning_rate" in entry]
+    assert max(rates[:joined]) == pytest.approx(1e-3) and max(rates[joined:]) == pytest.approx(1e-4)
+    for step in (72, 144):
+        place = tmp_path / "whole" / f"checkpoint-{step}"
+        if joined < step < cut:
+            estimated = load_file(place / KEPT_WEIGHTS)
+            assert estimated.keys() == before.keys() and not any(before[name].equal(estimated[name]) for name in before)
+        resumed = trainer(f"from {step}")
+        resumed.train(resume_from_checkpoint=str(place))
+        ends = [{name: p.detach() for name, p in each.model.named_parameters()} for each in (whole, resumed)]
+        assert ends[0].keys() == ends[1].keys() and all(ends[0][name].equal(ends[1][name]) for name in ends[0])
+
+
 def test_what_cannot_train_all(tmp_path: Path) -> None:
     assert "cannot be merged" in refusal(lambda: EarlyPruner(adapted(make("bert")), {"train": "all"}))
     assert "set keep to light" in refusal(lambda: light_of(train="all", keep="full"))
@@ -180,6 +213,20 @@ def test_a_run_in_one_go_in_stages_and_killed(bench: Workbench) -> None:
     assert report["metrics"]["accuracy"] > 0.7
 
 
+def test_a_run_whose_base_joins(bench: Workbench, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """In one go and in stages, it prunes the same trained base."""
+    never_learns(monkeypatch)
+    settings = {**SETTINGS, "light.estimate.length": "auto", "training.epochs": 25}
+    assert lightpeft("run", "--config", bench.yaml("joined", **settings)) == 0
+    assert "in the last ones all weights trained" in capsys.readouterr().err
+    for verb in ("estimate", "plan", "prune", "train"):
+        assert lightpeft(verb, "--config", bench.yaml("joined in stages", **settings)) == 0
+    folders = [bench.folder / name for name in ("joined", "joined in stages")]
+    assert all((folder / "estimation" / "adapter" / KEPT_WEIGHTS).is_file() for folder in folders)
+    weights = [checksums(folder / "adapter")[KEPT_WEIGHTS] for folder in folders]
+    assert len(set(weights)) == 1
+
+
 def test_a_run_that_cuts_nothing_is_full_fine_tuning(bench: Workbench) -> None:
     assert lightpeft("run", "--config", bench.yaml("nothing", **SETTINGS, **{"light.remove.blocks": 0.0})) == 0
     report = read(bench.folder / "nothing" / "metrics.json")
@@ -188,9 +235,10 @@ def test_a_run_that_cuts_nothing_is_full_fine_tuning(bench: Workbench) -> None:
 
 def test_check_counts_the_optimizer_of_all_weights(bench: Workbench) -> None:
     kinds = [{}, {"light.train": "all"}]
-    few, all_weights = (check(pipeline.prepare(bench.config("checked", **kind))).stages["train"] for kind in kinds)
-    assert all_weights.holding.trained > 10 * few.holding.trained
-    assert all_weights.holding.weights < few.holding.weights
+    few, all_weights = (check(pipeline.prepare(bench.config("checked", **kind))).stages for kind in kinds)
+    for stage in ("estimate", "train"):
+        assert all_weights[stage].holding.trained > 5 * few[stage].holding.trained
+        assert all_weights[stage].holding.weights < few[stage].holding.weights
 
 
 def test_refused_before_anything_is_written(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,14 +58,15 @@ def trainer(model: PeftModel, folder: Path, *callbacks: TrainerCallback, **setti
     return Trainer(model, TrainingArguments(str(folder), **values), train_dataset=rows, callbacks=list(callbacks))
 
 
-def one_light_training(folder: Path, rows: int = 8, train: str = "peft", **settings: Any) -> Any:
+def one_light_training(folder: Path, rows: int = 8, train: str = "peft", length: int | str = 4, **settings: Any) -> Any:
     """A `LightTrainer` of a tiny language model, that sees the rows in order and is cut after four of 16 steps.
 
     Args:
+        length: of estimation.
         train: which weights train behind the cut, at the rate of PEFT or a tenth of it.
     """
     scales = {"estimation_scale": 1.0, "scale": 0.1 if train == "all" else 1.0}
-    light = light_of(length=4, heads=0.5, neurons=0.5, modules=0.5, dropout=0.0, train=train, **scales)
+    light = light_of(length=length, heads=0.5, neurons=0.5, modules=0.5, dropout=0.0, train=train, **scales)
     values: dict[str, Any] = {
         "per_device_train_batch_size": rows,
         "max_steps": 16,

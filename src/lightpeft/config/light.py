@@ -265,7 +265,7 @@ class Tolerance:
 READ_BY_PLANS = frozenset(
     {f"remove.{each.name}" for each in dataclasses.fields(Remove)}
     | {"estimate.criterion", "estimate.module_criterion", "estimate.rank_criterion"}
-    | {"modules.remove", "modules.remove_ranks", "train"}
+    | {"modules.remove", "modules.remove_ranks"}
 ) - {"remove.depth", "remove.vocabulary"}
 """Settings of `LightConfig` that only planning reads: estimation does not depend on them. (`modules.blocks` is not one
 of them, because no module is made in a block that may not keep one.)"""

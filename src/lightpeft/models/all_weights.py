@@ -1,4 +1,4 @@
-"""Training of all weights that remain after pruning (`light.train: all`)."""
+"""Training of all weights, not only those of PEFT (`light.train: all`)."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightpeft.compat.peft import ModulesToSaveWrapper
-from lightpeft.models.unwrap import transformers_model
+from lightpeft.compat.peft import BaseTunerLayer, ModulesToSaveWrapper
+from lightpeft.models.unwrap import peft_weights, transformers_model
 
 
 def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the weights that `light.train: all` trains, by name in the transformers model.
 
-    These are all except embeddings, the head of a language model, and modules that PEFT trains and saves itself.
+    These are all except embeddings, the head of a language model, and what PEFT trains and saves itself.
     """
     inner: PreTrainedModel = transformers_model(model)
     apart = (nn.Embedding, ModulesToSaveWrapper)
     output = inner.get_output_embeddings() if inner.can_generate() else None
-    frozen = {
+    others = {
         id(parameter)
         for name, module in inner.named_modules()
         if isinstance(module, apart) or module is output or "embed" in name.rpartition(".")[2]
         for parameter in module.parameters()
     }
-    return {name: parameter for name, parameter in inner.named_parameters() if id(parameter) not in frozen}
+    layers = (module for module in inner.modules() if isinstance(module, BaseTunerLayer))
+    others |= {id(parameter) for layer in layers for parameter in peft_weights(layer)}
+    return {name: parameter for name, parameter in inner.named_parameters() if id(parameter) not in others}
 
 
 def too_few_digits(model: nn.Module) -> str | None:
@@ -36,10 +38,10 @@ def too_few_digits(model: nn.Module) -> str | None:
     return "light.train: all would train bfloat16 weights, which lose small updates; load the model in float32"
 
 
-def train_all(model: nn.Module) -> None:
-    """Make all weights trainable that `light.train: all` trains."""
+def train_all(model: nn.Module, train: bool = True) -> None:
+    """Make all weights trainable that `light.train: all` trains, or freeze them."""
     for parameter in trained_weights(model).values():
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(train)
 
 
 @torch.no_grad()

@@ -31,3 +31,9 @@ def base_layer(module: nn.Module) -> nn.Module:
 def base_linear(model: nn.Module, name: str) -> nn.Module:
     """Return the frozen linear layer `name` of a transformers model, or of the one inside a PeftModel."""
     return base_layer(transformers_model(model).get_submodule(name))
+
+
+def peft_weights(layer: BaseTunerLayer) -> list[nn.Parameter]:
+    """Return the parameters of a PEFT module without those of the layer inside it."""
+    inside = {id(parameter) for parameter in layer.get_base_layer().parameters()}
+    return [parameter for parameter in layer.parameters() if id(parameter) not in inside]

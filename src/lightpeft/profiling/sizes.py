@@ -13,7 +13,7 @@ from lightpeft.compat.peft import BaseTunerLayer, ModulesToSaveWrapper
 from lightpeft.errors import require
 from lightpeft.models.all_weights import trained_weights
 from lightpeft.models.linears.bitsandbytes import logical_numel
-from lightpeft.models.unwrap import transformers_model
+from lightpeft.models.unwrap import peft_weights, transformers_model
 from lightpeft.models.vocabulary.cutting import cut_parameters
 
 
@@ -40,7 +40,7 @@ class ParameterCount:
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Count the parameters of a bare transformers model or a PeftModel, pruned or not."""
     head = {id(p) for wrapper in _of_type(model, ModulesToSaveWrapper) for p in wrapper.modules_to_save.parameters()}
-    peft = {id(p) for layer in _of_type(model, BaseTunerLayer) for p in _adapter_weights(layer)} - head
+    peft = {id(p) for layer in _of_type(model, BaseTunerLayer) for p in peft_weights(layer)} - head
     sizes = {id(p): logical_numel(p) for p in model.parameters()}
     return ParameterCount(
         base=sum(size for key, size in sizes.items() if key not in head | peft),
@@ -52,12 +52,6 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 def _of_type(model: nn.Module, cls: type) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, cls)]
-
-
-def _adapter_weights(layer: Any) -> list[nn.Parameter]:
-    """Return the parameters of a PEFT layer without those of the layer that it wraps."""
-    wrapped = {id(p) for p in layer.get_base_layer().parameters()}
-    return [p for p in layer.parameters() if id(p) not in wrapped]
 
 
 def folder_bytes(path: str | Path) -> int:
@@ -84,6 +78,8 @@ def parameter_report(model: nn.Module) -> dict[str, Any]:
         "head": count.head,
     }
     if isinstance(model, PeftModel):
-        whole = trained_weights(model) if plan is not None and plan.train == "all" else {}
-        return {**sizes, "trained": count.peft + count.head + sum(p.numel() for p in whole.values())}
+        # a light model may be loaded frozen
+        all_train = plan is not None and plan.train == "all"
+        own = sum(p.numel() for p in trained_weights(model).values() if p.requires_grad or all_train)
+        return {**sizes, "trained": count.peft + count.head + own}
     return sizes if plan is not None else {**sizes, "trained": count.base}  # merging leaves no trace of what trained

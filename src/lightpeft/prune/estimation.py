@@ -34,7 +34,7 @@ from lightpeft.prune.depth import leave_out
 from lightpeft.prune.fingerprint import fingerprint
 from lightpeft.prune.importance import ModuleObserver, RankObserver, weight_squares
 from lightpeft.prune.learning import LossObserver, learned_of
-from lightpeft.prune.length import ENOUGH_LEARNED, StageLength, check_examples, few_examples, stage_of
+from lightpeft.prune.length import ENOUGH_LEARNED, NOTHING_LEARNED, StageLength, check_examples, few_examples, stage_of
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.training.schedule import scored_steps
 
@@ -122,6 +122,12 @@ class Estimator:
     def finished(self) -> bool:
         """True if the stage has started and run all of its steps."""
         return self._started and self.steps >= self.length
+
+    @property
+    def learns_nothing(self) -> bool:
+        """True if the stage is extended to two thirds of its maximum, and the model has still learned nothing."""
+        late = self.length > self._first_length and 3 * self.steps >= 2 * self._longest
+        return late and self.learned is not None and self.learned < NOTHING_LEARNED
 
     def see_labels(self, labels: Any) -> None:
         """Note the labels of the model's next call, for a loop that computes the loss itself and keeps them back.

@@ -13,6 +13,8 @@ AUTO_PART, LEAST_STEPS = 0.075, 32
 ENOUGH_LEARNED = 0.1
 """Fraction by which an `auto` stage of a classifier has to lower the loss of the label frequencies; it is extended
 until then."""
+NOTHING_LEARNED = 0.02
+"""Fraction below which nothing has been learned: with `light.train: all`, the base then joins PEFT in training."""
 MOST_PART = 0.3
 """Maximum length of an `auto` stage as a fraction of the run; only `LEAST_EXAMPLES` may exceed it."""
 LEAST_EXAMPLES = 256

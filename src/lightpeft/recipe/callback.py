@@ -38,6 +38,8 @@ class LightCallback(EstimationCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._estimating and self.estimator.finished:
             self.training._cut(state, control)
+        elif self._estimating and self.estimator.learns_nothing:
+            self.training._let_base_join(state)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._estimating and control.should_training_stop:

@@ -15,18 +15,22 @@ from transformers import set_seed
 from lightpeft.compat.transformers import TRAINER_STATE_NAME
 from lightpeft.errors import require
 from lightpeft.files import explain_content_errors, read_json, read_tensors, replacing_folder, write_json, write_tensors
+from lightpeft.models.all_weights import train_all
 from lightpeft.models.sharding import is_sharded
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.recipe.host import LightHost
 from lightpeft.saving.adapter_files import DESCRIPTION, read_description
+from lightpeft.saving.kept_weights import copy_kept, write_kept
 from lightpeft.training.resuming import Checkpoints
 from lightpeft.training.schedule import pace_of
 from lightpeft.training.step_rows import write_step
 
 _CUT = "lightpeft_cut.json"
 """File that marks a checkpoint as written after the cut."""
+_JOINED = "lightpeft_joined.json"
+"""File that marks a checkpoint of an estimation in which all weights train."""
 _OUTSIDE = "lightpeft_outside.safetensors"
 """File of the trained weights outside the PeftModel, for models that wrap one (sentence-transformers)."""
 
@@ -47,6 +51,9 @@ class LightCheckpoints(Checkpoints):
         if trainer.light_plan is None:
             assert trainer._light_pruner is not None
             trainer._light_pruner.estimator.save_state(folder, write=write)
+            if write and trainer._base_joined:
+                write_kept(trainer._peft_model, folder)
+                write_json(folder / _JOINED, {"step": trainer._base_joined})
         elif write:
             write_json(folder / _CUT, {**trainer.light_report, "estimation_steps": trainer._estimation_steps})
         if write:
@@ -100,6 +107,11 @@ class LightCheckpoints(Checkpoints):
             _load_inside(trainer.model, trainer._peft_model, Path(folder))
         else:
             super().load_weights(folder, usual)
+        if (joined := Path(folder) / _JOINED).is_file():
+            with explain_content_errors(joined):
+                trainer._base_joined = int(read_json(joined)["step"])
+            copy_kept(trainer._peft_model, Path(folder))
+            train_all(trainer._peft_model)
 
     def load_random_state(self, checkpoint: str | None, usual: Callable[[str | None], None]) -> None:
         """Load the random state; a checkpoint made right after the cut has none, and gets the seed of that moment."""

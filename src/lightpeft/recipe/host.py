@@ -19,6 +19,9 @@ class LightHost(SearchHost, Protocol):
     light_longer: str
     _light_pruner: EarlyPruner | None
     _estimation_steps: int
+    _base_joined: int
+    """Step of estimation from which all weights train; 0: PEFT trains alone."""
 
     def _begin_light(self, state: TrainerState, control: TrainerControl) -> None: ...
+    def _let_base_join(self, state: TrainerState) -> None: ...
     def _cut(self, state: TrainerState, control: TrainerControl) -> None: ...

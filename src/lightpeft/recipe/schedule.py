@@ -20,11 +20,11 @@ class LightSchedule(Schedule):
         self._trainer, self._scale = trainer, 1.0
 
     def set_rate(self) -> None:
-        """Set the trainer's learning rate: plain PEFT's, times `rates.estimation_scale` before the cut and
-        `rates.scale` after it, when fewer ranks train."""
+        """Set the trainer's learning rate: plain PEFT's, times `rates.estimation_scale` while PEFT trains alone before
+        the cut, and else times `rates.scale`: fewer ranks train then, or all weights."""
         trainer, light = self._trainer, self._trainer.light_config
-        rates = light.rates
-        scale = float((rates.estimation_scale if trainer.light_plan is None else rates.scale) or 1.0)
+        rates, alone = light.rates, trainer.light_plan is None and not trainer._base_joined
+        scale = float((rates.estimation_scale if alone else rates.scale) or 1.0)
         if trainer.optimizer_cls_and_kwargs is not None:  # with a rate of its own
             kind, settings = trainer.optimizer_cls_and_kwargs
             scaled = {"lr": settings["lr"] / self._scale * scale} if "lr" in settings else {}
@@ -32,9 +32,11 @@ class LightSchedule(Schedule):
         trainer.args.learning_rate, self._scale = trainer.light_plain_rate * scale, scale
 
     def steps(self, of_run: int) -> int:
-        """Return the scheduler's steps: all of the run in estimation, and the remaining ones after the cut."""
+        """Return the steps of the next scheduler: all of the run, and once other weights train the remaining ones."""
         trainer = self._trainer
-        return of_run if trainer.light_plan is None else of_run - trainer._estimation_steps - self.last_steps
+        if trainer.light_plan is None:
+            return of_run - trainer._base_joined
+        return of_run - trainer._estimation_steps - self.last_steps
 
     def renew(self, max_steps: int) -> None:
         """Replace optimizer and scheduler by new ones of the same kind, for the parameters of the cut model."""

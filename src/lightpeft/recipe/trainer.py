@@ -25,7 +25,7 @@ from lightpeft.budget.worth import points_per_nat
 from lightpeft.compat.accelerate import without_autocast
 from lightpeft.config import Light, LightConfig, Tolerance, cut_of_writer, tolerance_of
 from lightpeft.errors import require
-from lightpeft.models.all_weights import too_few_digits
+from lightpeft.models.all_weights import too_few_digits, train_all
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling.sizes import parameter_report
@@ -138,6 +138,7 @@ class LightTraining(Training):
         self.light_plain_rate = self.args.learning_rate
         self._light_contexts = ExitStack()
         self._estimation_steps, self._light_seconds = 0, {"estimation": 0.0, "cut": 0.0}
+        self._base_joined = 0
         self._light_checkpoint: str | None = None
         self._prefix.model, self._prefix.cache = self._peft_model, prefix_cache
         if isinstance(self._peft_model, LightModel):
@@ -170,7 +171,7 @@ class LightTraining(Training):
         """
         self._light_checkpoint = checkpoint
         if checkpoint is None:
-            self._estimation_steps = 0  # a light model that trains once more does so for the whole of it
+            self._estimation_steps = self._base_joined = 0  # a light model that trains once more does so for all of it
         with super()._training(checkpoint):
             try:
                 yield
@@ -215,6 +216,18 @@ class LightTraining(Training):
         if self._light_pruner is not None and isinstance(inputs, Mapping):
             self._light_pruner.estimator.see_labels(inputs.get("labels"))
 
+    def _let_base_join(self, state: TrainerState) -> None:
+        """With `light.train: all`, train all weights for the rest of estimation: PEFT alone learns nothing."""
+        if self.light_config.train != "all" or self._base_joined:
+            return
+        self._base_joined = state.global_step
+        train_all(self._peft_model)
+        if self.args.fp16:
+            upcast_trained_weights(self._peft_model)
+        self._light_contexts.close()
+        self._light_contexts.enter_context(self._light_acceleration())
+        self._schedule.renew(state.max_steps)
+
     # -- 2. the cut, once ----------------------------------------------------------------------------------------
 
     def _cut(self, state: TrainerState, control: TrainerControl) -> None:
@@ -224,8 +237,11 @@ class LightTraining(Training):
         self._estimation_steps = state.global_step
         self._light_pruner.estimator.stop()
         self._light_contexts.close()
+        if self._base_joined:
+            train_all(self._peft_model, False)  # copies of the model that search for a budget train PEFT
         self.light_record = self._light_pruner.record()
         self.light_record.meta["rows_a_step"] = rows_a_step(self.args)
+        self.light_record.meta["base_joined"] = self._base_joined
         plan = self.make_light_plan(self.light_record)
         if plan is None:
             control.should_training_stop = True

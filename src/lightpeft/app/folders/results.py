@@ -14,6 +14,7 @@ from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.files import CHECKSUMS, check_sealed, replacing_folder, seal, write_json
 from lightpeft.prune.light_model import LightModel
 from lightpeft.saving.adapter_files import DESCRIPTION
+from lightpeft.saving.kept_weights import KEPT_WEIGHTS, copy_kept, write_kept
 from lightpeft.saving.peft_adapter import load_adapter, read_adapter
 from lightpeft.saving.whole import WHOLE_WEIGHTS
 
@@ -21,13 +22,19 @@ Model: TypeAlias = PeftModel | PreTrainedModel
 """Type of trained models: a model with PEFT or, for method full, a plain transformers model."""
 
 
-def save_peft(model: PeftModel, folder: Path) -> None:
-    """Write a light adapter or a PEFT adapter, completely or not at all."""
+def save_peft(model: PeftModel, folder: Path, *, with_base: bool = False) -> None:
+    """Write a light adapter or a PEFT adapter, completely or not at all.
+
+    Args:
+        with_base: beside a PEFT adapter, also write the weights of its base, which have trained (`light.train: all`).
+    """
     if isinstance(model, LightModel):
         model.save_pretrained(folder)
         return
     with replacing_folder(folder, last=CHECKSUMS) as temporary:
         model.save_pretrained(str(temporary))
+        if with_base:
+            write_kept(model, temporary)
         seal(temporary)
 
 
@@ -43,7 +50,10 @@ def open_peft(folder: Path, base: PreTrainedModel, *, is_trainable: bool = False
     if (folder / DESCRIPTION).is_file():
         return load_light(folder, base, is_trainable=is_trainable)
     check_sealed(folder)
-    return load_adapter(base, folder, read_adapter(folder), is_trainable)
+    model = load_adapter(base, folder, read_adapter(folder), is_trainable)
+    if (folder / KEPT_WEIGHTS).is_file():
+        copy_kept(model, folder)
+    return model
 
 
 def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -44,16 +44,15 @@ class StageCost:
 
 
 def leave_estimation(work: Workspace, model: PeftModel, record: EstimationRecord, cost: StageCost) -> None:
-    """Write the scores and the PEFT weights of a finished estimation, and its line in the log."""
+    """Write the scores and the trained weights of a finished estimation, and its line in the log."""
     run, steps, planned = work.run, record.meta["steps"], record.meta["planned_steps"]
+    joined = bool(record.meta.get("base_joined"))
     if steps > planned:
-        run.announce(
-            "estimate",
-            f"estimation took {steps} steps instead of {planned}, because the model had learned too little by then",
-        )
+        why = "the model had learned too little by then" + ("; in the last ones all weights trained" if joined else "")
+        run.announce("estimate", f"estimation took {steps} steps instead of {planned}, because {why}")
 
     def save() -> None:
-        save_peft(model, run.estimation / "adapter")
+        save_peft(model, run.estimation / "adapter", with_base=joined)
         record.save(run.estimation)
 
     told: dict[str, Any] = {name: record.meta.get(name) for name in LEARNING}

@@ -23,6 +23,7 @@ from lightpeft.app.runs.workspace import Workspace
 from lightpeft.app.tasks.tokens import PADDED_TO
 from lightpeft.compat.stand_ins import StorageWatch
 from lightpeft.machine import autocast_dtype
+from lightpeft.models.all_weights import train_all
 from lightpeft.models.head import lone_head, skip_head
 from lightpeft.profiling.rehearsal import BatchShapes, Holding, rehearse_inference, rehearse_training, rehearsing
 from lightpeft.profiling.speed import OptimizerFactory
@@ -44,8 +45,10 @@ class Rehearsal:
             return self._steps(model, watch, adamw(self.work), nullcontext())
 
     def estimation(self) -> Holding:
-        """Rehearse steps of estimation."""
+        """Rehearse steps of estimation; with `light.train: all`, those in which all weights train."""
         model = with_peft(self.work, self.work.config)
+        if self.work.config.light.train == "all":
+            train_all(model)
         with rehearsing(model, device(), self._labeled) as watch:
             return self._steps(model, watch, estimating(self.work, model), accelerating(self.work, model))
 
