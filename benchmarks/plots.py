@@ -285,6 +285,50 @@ def _along(axes: Axes, lines: Iterable[Sequence[tuple[float, float, str]]]) -> I
     yield from (text.get_window_extent(renderer) for text in axes.texts if text.get_text())
 
 
+@dataclass(frozen=True)
+class SizePanel:
+    """Costs of cuts against the size of the model."""
+
+    title: str
+    y_label: str
+    lines: Mapping[str, Sequence[tuple[float, float, float, float]]]
+    """Budget -> parameters, cost, and the ends of its bar."""
+    guesses: Mapping[str, Sequence[tuple[float, float]]]
+    """Budget -> parameters and cost beyond the largest model."""
+
+
+def sizes(panels: Sequence[SizePanel], largest: float) -> Figure:
+    """The panels one below the other, sizes on a scale of factors, with the paper's claim."""
+    figure = Figure(figsize=(_PHONE, 0.9 + 2.9 * len(panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid: Any = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
+    drawn = {}
+    for axes, panel in zip(grid, panels, strict=True):
+        _draw(axes, Panel(panel.title, "parameters of the model", panel.y_label, []))
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e9:g}B")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlim(1e8, 1.15 * largest)
+        claim = axes.plot([1.3e9, largest], [0, 0], color="#000000", linewidth=2.5, label="paper: 40%")[0]
+        drawn[claim.get_label()] = claim
+        for name, points in panel.lines.items():
+            place = names.index(name)
+            x, y, low, high = zip(*points, strict=True)
+            bars = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+            style: dict[str, Any] = {"color": _CUTS[place % 6], "markersize": 5}
+            marked = {"marker": "DsvP^X"[place % 6], "capsize": 2, "elinewidth": 1, "label": name, **style}
+            drawn[name] = axes.errorbar(x, y, bars, **marked)
+            if name in panel.guesses:
+                guess = axes.plot(*zip(*panel.guesses[name], strict=True), linestyle=":", **style)[0]
+                drawn.setdefault("extrapolated", guess)
+    labels = sorted(drawn, key=lambda name: (not name[0].isdigit(), name))
+    handles = [drawn[label] for label in labels]
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=_LETTERS)
+    return figure
+
+
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write <stem>.png and <stem>.svg."""
     paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import shlex
 import shutil
@@ -34,6 +35,7 @@ import row_counts
 import serving
 import sft
 import siblings
+import sizes
 import solving
 import steps
 import synthetic
@@ -53,6 +55,7 @@ from workbench import (
     checksums,
     forked,
     in_this_process,
+    lightpeft,
     read,
     save_base,
     stamps,
@@ -64,6 +67,7 @@ from lightpeft.app.evaluation import statistics
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.reproduce import Results, Row, load_grid, read_results, reproduce
+from lightpeft.app.runs.reproduce.results import SeedSpread
 from lightpeft.app.tasks.answers import Answers
 from lightpeft.app.tasks.metrics import accuracy, matthews
 from lightpeft.config import RunConfig, load_config, run_config_from_dict
@@ -199,6 +203,51 @@ def test_costs_of_a_tolerance_in_nats_are_those_of_the_loss(tmp_path: Path) -> N
         (0.0, 0.0, None, pytest.approx(0.01)),
     ]
     assert pair.oracle == pytest.approx(0.2)
+
+
+# -- sizes.py ----------------------------------------------------------------------------------------------------------
+
+
+def of_size(model: str, parameters: float, qualities: dict[str, float], metric: str = "accuracy") -> Results:
+    """One seed of each method on one task; every interval is two points to each side."""
+    size = {"parameters": SeedSpread(parameters, None)}
+    rows = [Row(model, "t", method, metric, [0], [value], None, None, size) for method, value in qualities.items()]
+    reports = {f"{model}/t/{n}/0": {"intervals": {metric: [v - 0.02, v + 0.02]}} for n, v in qualities.items()}
+    return Results(rows, "lora", len(rows), "", reports)
+
+
+def test_costs_by_size_fall_on_their_line() -> None:
+    points = of_size("m", 1e8, {"lora": 0.8, "20% of the blocks": 0.77, "no cut": 0.9, "60%, depth auto": 0.1})
+    (cost,) = sizes.costs_of(points)
+    assert (cost.unit, cost.blocks, cost.cost) == ("points", 0.2, pytest.approx(3.0)), "against lora, not no cut"
+    assert cost.high - cost.cost == pytest.approx(100 * 0.02 * 2**0.5)
+    nats = [
+        next(sizes.costs_of(of_size("m", 1e8 * 4**k, {"no cut": math.e, "20% of the blocks": rise}, "perplexity")))
+        for k, rise in enumerate((math.exp(1.4), math.exp(1.2)))
+    ]
+    assert [(each.unit, each.cost) for each in nats] == [("nats", pytest.approx(0.4)), ("nats", pytest.approx(0.2))]
+    line = sizes.trend(nats)
+    assert line is not None and line.at(1.6e9) == pytest.approx(0.1)
+    assert sizes.trend(nats[:1]) is None
+    better = [replace(nats[0], cost=0.1), replace(nats[1], cost=-0.1)]
+    assert sizes.trend(better).at(1.6e9) == pytest.approx(-0.3), "no logarithm of a cut that is better"  # type: ignore[union-attr]
+
+
+def test_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = Workbench(tmp_path, "llama", "causal-lm")
+    assert lightpeft("estimate", "--config", bench.yaml("tiny")) == 0
+    words = ["--curves", str(tmp_path / "tiny"), "--out", str(tmp_path / "out")]
+    assert sizes.main(words) == 2
+    assert "has no loss curve" in capsys.readouterr().err
+    assert lightpeft("plan", "--run", tmp_path / "tiny", "--curve", "--rows", "16") == 0
+    assert sizes.main([str(ROOT / "configs/gsm8k/writers.results.json"), *words]) == 0
+    costs = {(cost["task"], cost["blocks"]): cost for cost in read(tmp_path / "out/sizes.json")["costs"]}
+    curve = {point["blocks"]: point["rise"] for point in read(tmp_path / "tiny/curve.json")["points"]}
+    assert {blocks: cost["cost"] for (task, blocks), cost in costs.items() if task == sizes.CURVE} == curve
+    assert costs["gsm8k", 0.4]["cost"] == pytest.approx(0.22, abs=0.01) and costs["gsm8k", 0.4]["seeds"] == 3
+    assert "| gsm8k, nats | 40% | " in (tmp_path / "out/sizes.md").read_text()
+    assert all((tmp_path / f"out/sizes.{suffix}").stat().st_size > 5000 for suffix in ("png", "svg"))
+    assert sizes.main(["--out", str(tmp_path / "none")]) == 2 and not (tmp_path / "none").exists()
 
 
 # -- peers.py ----------------------------------------------------------------------------------------------------------
