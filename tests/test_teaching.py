@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import save_light
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from lights import but, light_of
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -58,6 +58,7 @@ from lightpeft.app.folders.run_folder import to_yaml
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.teacher import RunTeacher
 from lightpeft.config import run_config_from_dict
+from lightpeft.recipe import teacher as recipe_teacher
 from lightpeft.training.rows import batches_of
 from lightpeft.training.teaching import TEMPERATURE
 
@@ -304,6 +305,33 @@ def test_a_teacher_by_its_folder(form: str, tmp_path: Path) -> None:
     assert torch.tensor(given[0]).allclose(torch.tensor(given[1]), atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["classes", "tokens", "options", "numbers"])
+def test_a_teacher_that_gives_one_class_is_warned_about(kind: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """Numbers have no classes, and tokens without labels none either."""
+    rows, said = concatenate_datasets([rows_of(kind)] * 2), list[str]()
+    monkeypatch.setattr(LightTrainer, "_warn", lambda self, line: said.append(line))
+
+    def taught_by(best: Callable[[int], int]) -> None:
+        """With logits that are highest for the class `best(row)`."""
+
+        def answer(count: int, answering: Any) -> list[Tensor]:
+            given = answering(range(count))
+            return [
+                row if kind == "numbers" else torch.where(row != 0, torch.arange(row.shape[-1]) == best(number), 0.0)
+                for number, row in enumerate(given)
+            ]
+
+        monkeypatch.setattr(recipe_teacher, "split_over_processes", answer)
+        trainer(kind, tmp_path, rows=rows, teacher=KINDS[kind][0](7))
+
+    taught_by(lambda number: int(number == 40))
+    assert said == []
+    taught_by(lambda number: 1)
+    what = {"options": "option (number 2)", "numbers": ""}.get(kind, 'class ("LABEL_1")')
+    assert len(said) == (kind != "numbers")
+    assert all(f"all {2 * ROWS} training rows the same {what}" in line for line in said)
+
+
 # -- runs --------------------------------------------------------------------------------------------------------
 
 
@@ -342,6 +370,17 @@ def test_a_run_learns_from_a_teacher_with_another_tokenizer(bench: Workbench, me
 def test_without_the_teacher_it_learns_nothing(bench: Workbench) -> None:
     """Its labels say nothing."""
     assert accuracy(pipeline.run(taught(bench, "alone", method="plain", **{"training.teacher": None}))) < 0.75
+
+
+def test_a_run_warns_of_a_teacher_that_gives_one_class(bench: Workbench) -> None:
+    shutil.copytree(bench.folder / "teacher", bench.folder / "useless")
+    file = bench.folder / "useless/model/model.safetensors"
+    weights = {n: 0 * w + (n.startswith("classifier.out_proj.bias")) * 1.0 for n, w in load_file(file).items()}
+    weights["classifier.out_proj.bias"][0] = 5.0
+    save_file(weights, file, {"format": "pt"})
+    useless = {"method": "plain", "training.teacher": str(bench.folder / "useless/model")}
+    warnings = pipeline.run(taught(bench, "useless_teacher", **useless))["warnings"]
+    assert any('gives all 64 training rows the same class ("' in line for line in warnings)
 
 
 def test_the_run_folder_has_what_the_teacher_predicts(bench: Workbench) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from lightpeft.training.host import Host
 from lightpeft.training.teaching import (
     OutputKind,
     has_teacher_logits,
+    one_class_warning,
     output_kind_of,
     split_over_processes,
     with_teacher_logits,
@@ -45,11 +46,12 @@ Teacher = nn.Module | str | os.PathLike[str]
 may also be a name on the hub."""
 
 
-def add_teacher_logits(trainer: Host, teacher: Teacher) -> Any:
+def add_teacher_logits(trainer: Host, teacher: Teacher, warn: Callable[[str], None]) -> Any:
     """Return the training rows of a trainer with a column of the teacher's logits; unchanged if they have one.
 
     Args:
         teacher: has the same tokenizer as the model.
+        warn: is called with a line if the teacher has learned nothing.
 
     Raises:
         LightPeftError: the teacher has another task, other classes or another vocabulary, or returns NaN; or the rows
@@ -66,9 +68,12 @@ def add_teacher_logits(trainer: Host, teacher: Teacher) -> Any:
         _check_teacher(model, transformers_model(trainer.model), output_kind)
         if model is not teacher:
             model.to(trainer.args.device)
-        return with_teacher_logits(
-            rows, split_over_processes(len(rows), _TeacherInference(trainer, model, output_kind))
-        )
+        logits = split_over_processes(len(rows), _TeacherInference(trainer, model, output_kind))
+    config = transformers_model(trainer.model).config
+    names = [str(config.id2label[index]) for index in range(config.num_labels)]
+    if (line := one_class_warning(logits, output_kind, names)) is not None:
+        warn(line)
+    return with_teacher_logits(rows, logits)
 
 
 class _TeacherInference:

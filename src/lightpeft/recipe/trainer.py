@@ -129,7 +129,7 @@ class LightTraining(Training):
         require(0 < teacher_weight <= 1, f"teacher_weight is {teacher_weight}; it must be in (0, 1]")
         self._teaching.weight = teacher_weight
         if teacher is not None:
-            self.train_dataset = add_teacher_logits(self, teacher)
+            self.train_dataset = add_teacher_logits(self, teacher, self._warn)
         self.args: TrainingArguments = copy.copy(self.args)  # the user's own stay as they are
         if self.args.fp16:
             upcast_trained_weights(self.model)

@@ -32,6 +32,8 @@ TEMPERATURE = 2.0
 """Temperature T, which divides the logits of student and teacher."""
 OutputKind = Literal["classes", "options", "tokens", "numbers"]
 """Kind of a model's output for a row: one of the classes, one of the row's options, a class per token, or numbers."""
+_ROWS_THAT_TELL = 32
+"""Fewer rows may well be of one class."""
 _SHOWN_ROWS = 5
 """Most rows that an error line names."""
 
@@ -104,6 +106,25 @@ def with_teacher_logits(rows: Dataset, logits: Sequence[Tensor]) -> Dataset:
     columns = [*shown["columns"], TEACHER_LOGITS]
     kept = {"columns": columns, "output_all_columns": shown["output_all_columns"]}
     return taught.with_format(shown["type"], **kept, **shown["format_kwargs"])
+
+
+def one_class_warning(logits: Sequence[Tensor], output_kind: OutputKind, names: Sequence[str]) -> str | None:
+    """Return a warning if a teacher gives all rows one class (or option): it has learned nothing; None: it does not.
+
+    Args:
+        logits: one tensor per row, as in `with_teacher_logits`; tokens without a label have zeros.
+        names: of the classes.
+    """
+    if output_kind == "numbers" or len(logits) < _ROWS_THAT_TELL:
+        return None
+    labeled = (of_row[of_row.any(-1)] if output_kind == "tokens" else of_row for of_row in logits)
+    classes = {number for of_row in labeled for number in of_row.argmax(-1).reshape(-1).tolist()}
+    if len(classes) != 1:
+        return None
+    number = classes.pop()
+    what = f"option (number {number + 1})" if output_kind == "options" else f'class ("{names[number]}")'
+    found = f"the teacher gives all {len(logits)} training rows the same {what}"
+    return f"{found}, so there is nothing to learn from it; train the teacher longer, or leave it out"
 
 
 def split_over_processes(rows: int, answer: Callable[[Sequence[int]], list[Tensor]]) -> list[Tensor]:

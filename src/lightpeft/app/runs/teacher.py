@@ -38,9 +38,9 @@ from lightpeft.files import (
 )
 from lightpeft.machine import accelerator, preserve_random_state
 from lightpeft.models.families.family_table import max_positions
-from lightpeft.models.task_heads import CLASSIFICATION, MULTIPLE_CHOICE, REGRESSION
+from lightpeft.models.task_heads import CLASSIFICATION, MULTIPLE_CHOICE, REGRESSION, TaskHead
 from lightpeft.models.tokenizers import check_vocabulary
-from lightpeft.training.teaching import split_over_processes, with_teacher_logits
+from lightpeft.training.teaching import OutputKind, one_class_warning, split_over_processes, with_teacher_logits
 
 TEACHABLE = (CLASSIFICATION, REGRESSION, MULTIPLE_CHOICE)
 """Task heads whose logits a student can learn."""
@@ -115,8 +115,12 @@ class RunTeacher:
         def save() -> None:
             _write_logits(run, fingerprint, logits)
 
+        warnings = [line for line in [self._warning(logits)] if line is not None]
         with run.held():
-            run.finish_stage("teach", time.perf_counter() - started, save, teacher=self.found.name, rows=len(rows))
+            for line in warnings:
+                run.announce("teach", f"warning: {line}")
+            seconds, facts = time.perf_counter() - started, {"teacher": self.found.name, "rows": len(rows)}
+            run.finish_stage("teach", seconds, save, **facts, warnings=warnings)
         return taught
 
     def _compute_logits(self, batch_size: int) -> list[Tensor]:
@@ -138,6 +142,12 @@ class RunTeacher:
             return [of_row[: len(options)] for of_row, options in zip(logits, part["input_ids"], strict=True)]
 
         return split_over_processes(len(encoded), answer)
+
+    def _warning(self, logits: Sequence[Tensor]) -> str | None:
+        """Return a warning if the teacher has learned nothing."""
+        kinds: dict[TaskHead, OutputKind] = {REGRESSION: "numbers", MULTIPLE_CHOICE: "options"}
+        line = one_class_warning(logits, kinds.get(self.task.head, "classes"), self.task.labels)
+        return line and f"training.teacher: {line}"
 
     def _fingerprint(self) -> str:
         """Return the SHA-256 of the teacher's files (or name), its `max_length` and the texts it reads."""
