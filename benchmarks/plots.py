@@ -295,10 +295,12 @@ class SizePanel:
     """Budget -> parameters, cost, and the ends of its bar."""
     guesses: Mapping[str, Sequence[tuple[float, float]]]
     """Budget -> parameters and cost beyond the largest model."""
+    claimed: bool
+    """Whether the paper's claim, that 40% cost nothing from 1.3 billion parameters on, is about these costs."""
 
 
 def sizes(panels: Sequence[SizePanel], largest: float) -> Figure:
-    """The panels one below the other, sizes on a scale of factors, with the paper's claim."""
+    """The panels one below the other, sizes on a scale of factors."""
     figure = Figure(figsize=(_PHONE, 0.9 + 2.9 * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)
     grid: Any = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
@@ -311,8 +313,9 @@ def sizes(panels: Sequence[SizePanel], largest: float) -> Figure:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e9:g}B")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlim(1e8, 1.15 * largest)
-        claim = axes.plot([1.3e9, largest], [0, 0], color="#000000", linewidth=2.5, label="paper: 40%")[0]
-        drawn[claim.get_label()] = claim
+        if panel.claimed:
+            claim = axes.plot([1.3e9, largest], [0, 0], color="#000000", linewidth=2.5)[0]
+            drawn["paper, 40%"] = claim
         for name, points in panel.lines.items():
             place = names.index(name)
             x, y, low, high = zip(*points, strict=True)

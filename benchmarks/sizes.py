@@ -33,7 +33,25 @@ from lightpeft.files import read_json, write_json
 from lightpeft.plans.records import EstimationRecord
 
 LARGEST = 7e9
-CURVE = "right after the cut"
+CURVE = "SocialIQA, right after the cut"
+MODELS = {
+    "smollm2": "SmolLM2-135M",
+    "qwen_0.5b": "Qwen2.5-Coder-0.5B",
+    "qwen2.5_coder_0.5b": "Qwen2.5-Coder-0.5B",
+    "qwen_1.5b": "Qwen2.5-Coder-1.5B",
+    "qwen2.5_coder_1.5b": "Qwen2.5-Coder-1.5B",
+}
+TASKS = {
+    "gsm8k": "GSM8K, 640 rows, trained",
+    "640 rows": "GSM8K, 640 rows, trained",
+    "2560 rows": "GSM8K, 2,560 rows, trained",
+    "arc_easy": "ARC-Easy, trained",
+    "openbookqa": "OpenBookQA, trained",
+    "socialiqa": "SocialIQA, trained",
+    "sst2": "SST-2, trained",
+    "banking77": "BANKING77, trained",
+}
+"""Names in grids and of folders -> those in the table."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +98,10 @@ def _cost(row: Row, base: Row, blocks: float, results: Results) -> Iterator[Cost
         low, high = found[0] - half, found[0] + half
     size = base.measures["parameters"]
     if size is not None:
-        unit = "nats" if nats else "points"
-        yield Cost(row.task, unit, row.model, size.mean, blocks, statistics.fmean(found), low, high, len(found))
+        task, model = TASKS.get(row.task, row.task), MODELS.get(row.model, row.model)
+        yield Cost(
+            task, "nats" if nats else "points", model, size.mean, blocks, statistics.fmean(found), low, high, len(found)
+        )
 
 
 def curve_of(folder: Path) -> Iterator[Cost]:
@@ -92,7 +112,9 @@ def curve_of(folder: Path) -> Iterator[Cost]:
     base = record.base_parameters
     for point in read_json(run.curve)["points"]:
         low, high = point["interval"]
-        yield Cost(CURVE, "nats", folder.name, base, point["blocks"], point["rise"], low, high, 1)
+        yield Cost(
+            CURVE, "nats", MODELS.get(folder.name, folder.name), base, point["blocks"], point["rise"], low, high, 1
+        )
 
 
 @dataclass(frozen=True)
@@ -162,14 +184,16 @@ def panels(costs: Sequence[Cost], budgets: Sequence[float]) -> Iterator[plots.Si
                     guesses[name] = [(size, line.at(size)) for size in np.geomspace(last, LARGEST, 20).tolist()]
         unit = next(iter(of_task.values()))[0].unit
         label = "nats a token" if unit == "nats" else "points lost"
-        yield plots.SizePanel(task, label, lines, guesses)
+        yield plots.SizePanel(task, label, lines, guesses, claimed=task != CURVE)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Read, compare and draw; 0, or 2 on bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path, help="results of `lightpeft reproduce`")
-    parser.add_argument("--curves", nargs="*", default=[], type=Path, metavar="RUN", help="run folders, by model")
+    parser.add_argument(
+        "--curves", nargs="*", default=[], type=Path, metavar="RUN", help="run folders with a curve, named like a model"
+    )
     parser.add_argument("--drawn", nargs="+", type=float, default=[0.1, 0.2, 0.4, 0.6], help="budgets of the figure")
     parser.add_argument("--out", type=Path, default=Path("runs/scale/sizes"))
     given = parser.parse_args(arguments)

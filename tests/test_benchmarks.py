@@ -244,8 +244,9 @@ def test_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     costs = {(cost["task"], cost["blocks"]): cost for cost in read(tmp_path / "out/sizes.json")["costs"]}
     curve = {point["blocks"]: point["rise"] for point in read(tmp_path / "tiny/curve.json")["points"]}
     assert {blocks: cost["cost"] for (task, blocks), cost in costs.items() if task == sizes.CURVE} == curve
-    assert costs["gsm8k", 0.4]["cost"] == pytest.approx(0.22, abs=0.01) and costs["gsm8k", 0.4]["seeds"] == 3
-    assert "| gsm8k, nats | 40% | " in (tmp_path / "out/sizes.md").read_text()
+    trained = costs[sizes.TASKS["gsm8k"], 0.4]
+    assert trained["cost"] == pytest.approx(0.22, abs=0.01) and trained["seeds"] == 3
+    assert "| GSM8K, 640 rows, trained, nats | 40% | " in (tmp_path / "out/sizes.md").read_text()
     assert all((tmp_path / f"out/sizes.{suffix}").stat().st_size > 5000 for suffix in ("png", "svg"))
     assert sizes.main(["--out", str(tmp_path / "none")]) == 2 and not (tmp_path / "none").exists()
 
