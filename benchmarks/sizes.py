@@ -5,9 +5,10 @@
 
 Reads results of `lightpeft reproduce` whose methods are "no cut" or "lora", and cuts such as "20% of the blocks", and
 run folders with a loss curve (`lightpeft plan --curve`); nothing is run. Costs are in nats a token against "no cut",
-or in points of the task's metric against "lora". A straight line through the sizes, in the logarithm of the parameters
-(of the cost, too, where that is in nats and positive), is drawn on to 7 billion: a guess, and drawn as one. The paper's
-claim is no cost at 40% from 1.3 billion parameters on. Writes sizes.json, sizes.md, sizes.png and sizes.svg into --out.
+or in points of the task's metric against "lora". A straight line through the sizes, in logarithms of parameters and
+costs (of the parameters alone where a cost is below 0), is drawn on to 7 billion: a guess, and drawn as one. The
+paper's claim is no cost at 40% from 1.3 billion parameters on. Writes sizes.json, sizes.md, sizes.png and sizes.svg
+into --out.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ TASKS = {
     "gsm8k": "GSM8K, 640 rows, trained",
     "640 rows": "GSM8K, 640 rows, trained",
     "2560 rows": "GSM8K, 2,560 rows, trained",
+    "1000 rows": "SST-2, 1,000 rows, trained",
     "arc_easy": "ARC-Easy, trained",
     "openbookqa": "OpenBookQA, trained",
     "socialiqa": "SocialIQA, trained",
@@ -136,7 +138,7 @@ def trend(points: Sequence[Cost]) -> Trend | None:
     """By least squares; None: of fewer than two sizes."""
     if len({point.parameters for point in points}) < 2:
         return None
-    logarithmic = points[0].unit == "nats" and all(point.cost > 0 for point in points)
+    logarithmic = all(point.cost > 0 for point in points)
     x = np.log([point.parameters for point in points])
     y = np.array([point.cost for point in points])
     slope, start = np.polyfit(x, np.log(y) if logarithmic else y, 1)
