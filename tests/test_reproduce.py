@@ -709,7 +709,24 @@ def test_a_part_of_another_grid_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "whole").exists()
 
 
-def fake_report(config: RunConfig, accuracy: float) -> None:
+def test_parts_that_found_a_depth(tmp_path: Path) -> None:
+    """`depth: auto` is of the grid; a run's settings have the depth that it found."""
+    auto = nested(blocks=0.6, length=0.25, multiple_of=1)
+    auto["remove"]["depth"] = "auto"
+    file, out = grid_file(tmp_path / "grid.yaml", run={"light": auto}), tmp_path / "part"
+    grid = load_grid(file)
+    cells = grid.cells(out)
+    for cell in cells:
+        found = {"depth": {"depth": 0.4}} if cell.config.method == "light" else {}
+        fake_report(replace(cell.config, light=cell.config.light.with_depth(0.4 if found else 0.0)), 0.5, **found)
+    write_results(out, summarize(grid, cells))
+    assert len(join_results(file, [out], tmp_path / "whole").rows) == 2
+    fixed = grid_file(tmp_path / "fixed.yaml", run={"light": nested(blocks=0.6, length=0.25, multiple_of=1)})
+    with pytest.raises(LightPeftError, match=r"another light\.remove\.depth"):
+        join_results(fixed, [out], tmp_path / "whole")
+
+
+def fake_report(config: RunConfig, accuracy: float, **facts: Any) -> None:
     """Leave metrics.json of a run of a version that did not measure its training."""
     sizes = {"base": 10, "base_removed_ratio": 0.5, "trained": 3}
     report = {
@@ -719,6 +736,7 @@ def fake_report(config: RunConfig, accuracy: float) -> None:
         "parameters": sizes,
         "seconds": {"train": 3.0, "evaluate": 9.0},
         "config": dataclasses.asdict(config),
+        **facts,
     }
     run = RunFolder.open(config)
     run.begin()

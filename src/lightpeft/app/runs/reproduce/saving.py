@@ -164,6 +164,8 @@ def _check_same(report: CellReport, cell: Cell, where: str) -> None:
     own, rows = cell.config, config.training.batch_size
     if own.training.batch_size % rows == 0:  # a cell that was spread over devices has a share of the rows of a step
         own = replace(own, training=replace(own.training, batch_size=rows))
+    if own.light.remove.depth == "auto" and "depth" in report:  # whose settings have the depth that it found
+        own = replace(own, light=own.light.with_depth(report["depth"]["depth"]))
     other = differences(config, own)
     require(
         not other,
