@@ -709,16 +709,18 @@ def test_a_part_of_another_grid_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "whole").exists()
 
 
-def test_parts_that_found_a_depth(tmp_path: Path) -> None:
-    """`depth: auto` is of the grid; a run's settings have the depth that it found."""
+def test_parts_that_found_settings(tmp_path: Path) -> None:
+    """The grid has `auto`, and a run's settings what it found for it."""
     auto = nested(blocks=0.6, length=0.25, multiple_of=1)
     auto["remove"]["depth"] = "auto"
     file, out = grid_file(tmp_path / "grid.yaml", run={"light": auto}), tmp_path / "part"
     grid = load_grid(file)
     cells = grid.cells(out)
     for cell in cells:
-        found = {"depth": {"depth": 0.4}} if cell.config.method == "light" else {}
-        fake_report(replace(cell.config, light=cell.config.light.with_depth(0.4 if found else 0.0)), 0.5, **found)
+        config = cell.config
+        assert config.training.learning_rate == config.training.epochs == "auto"
+        found = replace(config.training, learning_rate=3e-4, epochs=3.0)
+        fake_report(replace(config, training=found, light=config.light.with_depth(0.4)), 0.5)
     write_results(out, summarize(grid, cells))
     assert len(join_results(file, [out], tmp_path / "whole").rows) == 2
     fixed = grid_file(tmp_path / "fixed.yaml", run={"light": nested(blocks=0.6, length=0.25, multiple_of=1)})
@@ -726,7 +728,7 @@ def test_parts_that_found_a_depth(tmp_path: Path) -> None:
         join_results(fixed, [out], tmp_path / "whole")
 
 
-def fake_report(config: RunConfig, accuracy: float, **facts: Any) -> None:
+def fake_report(config: RunConfig, accuracy: float) -> None:
     """Leave metrics.json of a run of a version that did not measure its training."""
     sizes = {"base": 10, "base_removed_ratio": 0.5, "trained": 3}
     report = {
@@ -736,7 +738,6 @@ def fake_report(config: RunConfig, accuracy: float, **facts: Any) -> None:
         "parameters": sizes,
         "seconds": {"train": 3.0, "evaluate": 9.0},
         "config": dataclasses.asdict(config),
-        **facts,
     }
     run = RunFolder.open(config)
     run.begin()

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lightpeft.app.folders.run_folder import RunReport, differences
+from lightpeft.app.folders.run_folder import RunReport, differences, flat
 from lightpeft.app.runs.reproduce.grid import Cell, Grid, load_grid
 from lightpeft.app.runs.reproduce.results import MEASURES, CellReport, Results, results_of
 from lightpeft.app.runs.reproduce.tables import markdown_table
@@ -20,6 +20,8 @@ from lightpeft.profiling.surroundings import versions
 RESULTS_FILE = "results.json"
 LINES = 2
 """Nesting levels of results.json with line breaks: each row and each report is one line."""
+_FOUND_BY_RUNS = ("training.epochs", "training.learning_rate", "light.remove.depth")
+"""Settings for which a report has a number where the grid has "auto"."""
 
 
 def write_results(out: Path, results: Results) -> None:
@@ -164,9 +166,8 @@ def _check_same(report: CellReport, cell: Cell, where: str) -> None:
     own, rows = cell.config, config.training.batch_size
     if own.training.batch_size % rows == 0:  # a cell that was spread over devices has a share of the rows of a step
         own = replace(own, training=replace(own.training, batch_size=rows))
-    if own.light.remove.depth == "auto" and "depth" in report:  # whose settings have the depth that it found
-        own = replace(own, light=own.light.with_depth(report["depth"]["depth"]))
-    other = differences(config, own)
+    asked = flat(asdict(own))
+    other = [name for name in differences(config, own) if name not in _FOUND_BY_RUNS or asked[name] != "auto"]
     require(
         not other,
         f"{where}: cell {cell.name} was run with another {', '.join(other)} than in the grid; use the same settings",
