@@ -174,8 +174,10 @@ def _text(cost: Cost) -> str:
 
 
 def panels(costs: Sequence[Cost], budgets: Sequence[float]) -> Iterator[plots.SizePanel]:
-    """One a task."""
-    for task, of_task in by_task(costs).items():
+    """One a task, if it was run at several sizes; of all tasks if none was."""
+    tasks = by_task(costs)
+    several = {task: of for task, of in tasks.items() if any(len(points) > 1 for points in of.values())}
+    for task, of_task in (several or tasks).items():
         lines, guesses = {}, {}
         for blocks, points in of_task.items():
             if blocks in budgets:
