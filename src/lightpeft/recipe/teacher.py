@@ -69,11 +69,11 @@ def add_teacher_logits(trainer: Host, teacher: Teacher, warn: Callable[[str], No
         if model is not teacher:
             model.to(trainer.args.device)
         logits = split_over_processes(len(rows), _TeacherInference(trainer, model, output_kind))
-    config = transformers_model(trainer.model).config
+    taught, config = with_teacher_logits(rows, logits), transformers_model(trainer.model).config
     names = [str(config.id2label[index]) for index in range(config.num_labels)]
     if (line := one_class_warning(logits, output_kind, names)) is not None:
         warn(line)
-    return with_teacher_logits(rows, logits)
+    return taught
 
 
 class _TeacherInference:
