@@ -53,8 +53,14 @@ from lightpeft.profiling.surroundings import hardware
 DTYPES, SIZES = ("f32", "int8"), (1, 32)
 COUNTED = {"accuracy": row_counts.right, "matthews": row_counts.confusion}
 MEASURED = ("seconds", "peak_memory_bytes", "parameters", "removed", "trained")
-NAMES = {"minilm": "MiniLM-L6", "minilm_l3": "MiniLM-L3", "mpnet": "MPNet-base", "full": "all weights", "lora": "LoRA"}
-NAMES |= {"lora on all projections": "LoRA on all projections"}
+NAMES = {
+    "minilm": "MiniLM-L6",
+    "minilm_l3": "MiniLM-L3",
+    "mpnet": "MPNet-base",
+    "full": "all weights",
+    "lora": "LoRA",
+    "lora on all projections": "LoRA on all projections",
+}
 """How the figure names models and methods; folders of demo/siblings.py are named by their first layers."""
 KIND_NAMES = {"lora": "cut, LoRA", "all": "cut, all weights", "all, taught": "cut, all weights, taught"}
 WHOLE = {"full": "all", "full, taught": "all, taught", "lora": "lora"}

@@ -293,7 +293,7 @@ class SizePanel:
     y_label: str
     lines: Mapping[str, Sequence[tuple[float, float, float, float]]]
     """Budget -> parameters, cost, and the ends of its bar."""
-    guesses: Mapping[str, Sequence[tuple[float, float]]]
+    extrapolated: Mapping[str, Sequence[tuple[float, float]]]
     """Budget -> parameters and cost beyond the largest model."""
     claimed: bool
     """Whether the paper's claim, that 40% cost nothing from 1.3 billion parameters on, is about these costs."""
@@ -323,9 +323,9 @@ def sizes(panels: Sequence[SizePanel], largest: float) -> Figure:
             style: dict[str, Any] = {"color": _CUTS[place % 6], "markersize": 5}
             marked = {"marker": "DsvP^X"[place % 6], "capsize": 2, "elinewidth": 1, "label": name, **style}
             drawn[name] = axes.errorbar(x, y, bars, **marked)
-            if name in panel.guesses:
-                guess = axes.plot(*zip(*panel.guesses[name], strict=True), linestyle=":", **style)[0]
-                drawn.setdefault("extrapolated", guess)
+            if name in panel.extrapolated:
+                dotted = axes.plot(*zip(*panel.extrapolated[name], strict=True), linestyle=":", **style)[0]
+                drawn.setdefault("extrapolated", dotted)
     labels = sorted(drawn, key=lambda name: (not name[0].isdigit(), name))
     handles = [drawn[label] for label in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=_LETTERS)

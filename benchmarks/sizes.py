@@ -6,7 +6,7 @@
 Reads results of `lightpeft reproduce` whose methods are "no cut" or "lora", and cuts such as "20% of the blocks", and
 run folders with a loss curve (`lightpeft plan --curve`); nothing is run. Costs are in nats a token against "no cut",
 or in points of the task's metric against "lora". A straight line through the sizes, in logarithms of parameters and
-costs (of the parameters alone where a cost is below 0), is drawn on to 7 billion: a guess, and drawn as one. The
+costs (of the parameters alone where a cost is below 0), is extrapolated to 7 billion, and drawn dotted there. The
 paper's claim is no cost at 40% from 1.3 billion parameters on. Writes sizes.json, sizes.md, sizes.png and sizes.svg
 into --out.
 """
@@ -154,7 +154,7 @@ def by_task(costs: Iterable[Cost]) -> dict[str, dict[float, list[Cost]]]:
 
 
 def markdown(costs: Sequence[Cost]) -> str:
-    """A row for each task and budget, a column for each model, and the guess for 7 billion."""
+    """A row for each task and budget, a column for each model, and the extrapolation to 7 billion."""
     sizes = dict(sorted({cost.model: cost.parameters for cost in costs}.items(), key=lambda each: each[1]))
     header = ["", "removed", *(f"{model} ({size / 1e9:.2f}B)" for model, size in sizes.items()), "7B, extrapolated"]
     rows = []
@@ -163,8 +163,8 @@ def markdown(costs: Sequence[Cost]) -> str:
             of_model = {point.model: point for point in points}
             cells = [_text(of_model[model]) if model in of_model else "" for model in sizes]
             line = trend(points)
-            guess = "" if line is None else f"{line.at(LARGEST):.3g}"
-            rows.append([f"{task}, {points[0].unit}", f"{100 * blocks:.0f}%", *cells, guess])
+            at_largest = "" if line is None else f"{line.at(LARGEST):.3g}"
+            rows.append([f"{task}, {points[0].unit}", f"{100 * blocks:.0f}%", *cells, at_largest])
     return publishing.markdown_table(header, rows)
 
 
@@ -178,17 +178,17 @@ def panels(costs: Sequence[Cost], budgets: Sequence[float]) -> Iterator[plots.Si
     tasks = by_task(costs)
     several = {task: of for task, of in tasks.items() if any(len(points) > 1 for points in of.values())}
     for task, of_task in (several or tasks).items():
-        lines, guesses = {}, {}
+        lines, extrapolated = {}, {}
         for blocks, points in of_task.items():
             if blocks in budgets:
                 name = f"{100 * blocks:.0f}%"
                 lines[name] = [(each.parameters, each.cost, each.low, each.high) for each in points]
                 if (line := trend(points)) is not None:
                     last = points[-1].parameters
-                    guesses[name] = [(size, line.at(size)) for size in np.geomspace(last, LARGEST, 20).tolist()]
+                    extrapolated[name] = [(size, line.at(size)) for size in np.geomspace(last, LARGEST, 20).tolist()]
         unit = next(iter(of_task.values()))[0].unit
         label = "nats a token" if unit == "nats" else "points lost"
-        yield plots.SizePanel(task, label, lines, guesses, claimed=task != CURVE)
+        yield plots.SizePanel(task, label, lines, extrapolated, claimed=task != CURVE)
 
 
 def main(arguments: list[str] | None = None) -> int:
