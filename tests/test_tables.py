@@ -11,6 +11,7 @@ from tiny import make, plan_for, with_lora
 
 from lightpeft.app.cli.tables import (
     curve_table,
+    demo_table,
     metrics_table,
     milestones_table,
     paired_table,
@@ -125,6 +126,21 @@ def test_every_column_has_a_heading() -> None:
     for table in tables:
         assert all(str(column.header).strip() for column in table.columns)
         assert max(map(len, text(table, width=80).splitlines())) <= 80
+
+
+def test_slow_demo_fits_80_columns() -> None:
+    run = {
+        "config": {"peft": {"peft_type": "LORA"}},
+        "main_metric": "accuracy",
+        "metrics": {"accuracy": 0.8123},
+        "intervals": {"accuracy": (0.7956, 0.8290)},
+        "parameters": {"base": 22_713_216, "base_removed_ratio": 0.2815, "peft": 73_728, "head": 770},
+        "adapter_bytes": 301_000,
+        "training": {"train": {"seconds": 3_725.0}},
+    }
+    shown = text(demo_table(run, {**run, "training": {"train": {"seconds": 1_862.5}}}), width=80)
+    assert "1 h 2 min" in shown and "31 min 2 s" in shown and "(2.00x as fast)" in shown
+    assert "0.7956 to 0.8290" in shown and "…" not in shown
 
 
 def test_classes() -> None:

@@ -183,7 +183,7 @@ def demo_table(plain: Mapping[str, Any], light: Mapping[str, Any]) -> Table:
     table.add_row("trainable parameters", *(shown(size["peft"] + size["head"]) for size in sizes))
     table.add_row("saved adapter", *(in_bytes(report["adapter_bytes"]) for report in both))
     times = [sum(cost["seconds"] for cost in report["training"].values()) for report in both]
-    faster = f"{exact_duration(times[1])} ({times[0] / times[1]:.2f}x as fast)"
+    faster = f"{exact_duration(times[1])}\n({times[0] / times[1]:.2f}x as fast)"
     table.add_row("training, estimation included", exact_duration(times[0]), faster)
     return table
 
