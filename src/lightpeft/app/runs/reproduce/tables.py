@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from pandas import DataFrame
 from rich.markup import escape
 from rich.table import Table
@@ -16,8 +18,24 @@ NAMES = ("model", "task", "method", "metric")
 """Left-aligned columns."""
 FOLDED = ("model", "task", "metric", "seeds", "full width")
 """Columns that move to the caption if all rows have the same value."""
-LEFT_OUT = ("p", "parameters", "adapter KiB", "training MiB", "peak MiB")
+GROUPED = ("model", "task", "metric")
+"""Columns that narrow screens show as the heading of a group of rows."""
+LEFT_OUT = ("p", "parameters", "trained", "adapter KiB", "samples/s", "training MiB", "peak MiB")
 """Columns that narrow screens leave out."""
+MEANINGS = {
+    "quality": "in percent, except losses and perplexity",
+    "difference": "to {baseline}",
+    "p": "of a paired t-test over seeds",
+    "full width": "quality of the full-width model, where a run keeps both",
+    "parameters": "of the base after the cut",
+    "removed, %": "of the base's parameters",
+    "trained": "trainable parameters",
+    "samples/s": "of fine-tuning",
+    "training MiB": "of fine-tuning",
+    "peak MiB": "of the run",
+    "seconds": "of the run, with estimation",
+}
+"""What a column shows, for the caption."""
 
 
 def _text(values: SeedSpread | None, form: str, factor: float = 1.0, std: bool = True) -> str:
@@ -69,41 +87,51 @@ def _cells(row: Row) -> dict[str, str]:
     }
 
 
-def display_table(results: Results) -> tuple[DataFrame, str]:
-    """Make the table, with a row for each model, task and method, and its caption."""
+def display_table(results: Results) -> tuple[DataFrame, list[str]]:
+    """Make the table, with a row for each model, task and method, and what its caption says of all rows."""
     nothing = dict.fromkeys(("method", "quality", "difference"), "")
     table = DataFrame([_cells(row) for row in results.rows], columns=None if results.rows else list(nothing))
     same = [name for name in FOLDED if name in table and table[name].nunique() == 1]
     told = [f"{name} {table[name][0]}" for name in same if table[name][0] != "-"]
-    keeping = any(row.measures["full_width"] is not None for row in results.rows)
-    wide = "full width: quality of the full-width model, where a run keeps both; " if keeping else ""
-    meaning = (
-        f"{len(results.reports)} of {results.cells} cells are done; mean ± standard deviation over seeds; quality in "
-        f"percent, except losses and perplexity; difference: to {results.baseline}; p: of a paired t-test over seeds; "
-        f"{wide}parameters: of the base after the cut; removed: part of the base's parameters; trained: trainable "
-        "parameters; samples/s and training MiB: of fine-tuning; peak MiB and seconds: of the run, with estimation."
-    )
-    return table.drop(columns=same), ", ".join([*told, meaning])
+    done = f"{len(results.reports)} of {results.cells} cells are done; mean ± standard deviation over seeds"
+    return table.drop(columns=same), [*told, done]
+
+
+def _caption(told: Sequence[str], columns: Iterable[str], baseline: str) -> str:
+    """Say what holds for all rows, and what the columns show."""
+    meanings = [f"{name}: {MEANINGS[name].format(baseline=baseline)}" for name in columns if name in MEANINGS]
+    return "; ".join([", ".join(told), *meanings]) + "."
 
 
 def markdown_table(results: Results) -> str:
     """Return the table in Markdown with its caption, and the failed cells."""
-    table, caption = display_table(results)
+    table, told = display_table(results)
     rule = ["---" if name in NAMES else "---:" for name in table]
     body = [[cell.replace("|", r"\|") for cell in row] for row in table.itertuples(index=False)]
     lines = [f"| {' | '.join(cells)} |" for cells in (list(table), rule, *body)]
     failed = [f"- {name}: {reason}" for name, reason in results.failures.items()]
+    caption = _caption(told, table, results.baseline)
     return "\n".join([*lines, "", caption, *(["", "Failed:", "", *failed] if failed else [])]) + "\n"
 
 
 def rich_table(results: Results, width: int = WIDE) -> Table:
-    """Make the table for a screen."""
-    frame, caption = display_table(results)
+    """Make the table for a screen; a narrow one has fewer columns, and a heading for each model and task."""
+    frame, told = display_table(results)
+    groups: list[tuple[str, DataFrame]] = [("", frame)]
     if width < WIDE:
         frame = frame.drop(columns=list(LEFT_OUT), errors="ignore")
-    table = Table(caption=escape(caption), caption_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in frame:
-        table.add_column(escape(name), justify="left" if name in NAMES else "right", no_wrap=True)
-    for row in frame.itertuples(index=False):
-        table.add_row(*map(escape, row))
+        headings = [name for name in GROUPED if name in frame]
+        if headings:
+            grouped = frame.groupby(headings, sort=False)
+            groups = [(", ".join(of), rows.drop(columns=headings)) for of, rows in grouped]
+    columns = list(groups[0][1])
+    caption = escape(_caption(told, columns, results.baseline))
+    table = Table(caption=caption, caption_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in columns:
+        table.add_column(escape(name), justify="left" if name in NAMES else "right", no_wrap=name != "method")
+    for heading, rows in groups:
+        if heading:
+            table.add_row(f"[bold]{escape(heading)}[/bold]")
+        for row in rows.itertuples(index=False):
+            table.add_row(*map(escape, row))
     return table
