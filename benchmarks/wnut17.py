@@ -118,7 +118,9 @@ def train(model: str, method: str, seed: int, folder: Path, given: argparse.Name
         if isinstance(chosen, dict):
             trainer: Any = LightTrainer(base, **common, processing_class=tokenizer, peft_config=peft, light=chosen)
         else:
-            peft.target_modules = [spec.projections[slot] for spec in block_specs(base) for slot in chosen or ()]
+            peft.target_modules = [
+                name for spec in block_specs(base) for slot, name in spec.projections.items() if slot in (chosen or ())
+            ]
             trainer = Dense(base if chosen is None else get_peft_model(base, peft), **common)
         trainer.train()
         seconds = time.perf_counter() - started

@@ -1172,10 +1172,9 @@ def test_wnut17(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tagged))
     words = ["--data", str(tmp_path), "--seeds", "0", "--out", "out", "--methods"]
     monkeypatch.setattr(wnut17, "RATES", {"minilm": (1e-2, 3e-2, 8)})
-    assert wnut17.main([*words, "full", "lora", "60%, all"]) == 0
-    reports = {
-        name: read(tmp_path / f"out/cells/minilm/wnut17/{name}/0/metrics.json") for name in ("full", "lora", "60_all")
-    }
+    assert wnut17.main([*words, "full", "lora on all projections", "60%, all"]) == 0
+    names = ("full", "lora_on_all_projections", "60_all")
+    reports = {name: read(tmp_path / f"out/cells/minilm/wnut17/{name}/0/metrics.json") for name in names}
     assert reports["full"]["metrics"]["entity_f1"] > 0.9
     assert all(report["training"]["train"]["peak_memory_bytes"] >= 0 for report in reports.values())
     assert reports["60_all"]["parameters"]["base"] < reports["full"]["parameters"]["base"]
