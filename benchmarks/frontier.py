@@ -62,9 +62,7 @@ NAMES = {
     "lora on all projections": "LoRA on all projections",
 }
 """How the figure names models and methods; folders of demo/siblings.py are named by their first layers."""
-KIND_NAMES = {"lora": "cut, LoRA", "all": "cut, all weights", "all, taught": "cut, all weights, taught"}
-WHOLE = {"full": "all", "full, taught": "all, taught", "lora": "lora"}
-"""Method of a whole model -> kind of the cuts whose line begins there."""
+KIND_NAMES = {"lora": "LoRA", "all": "all weights", "all, taught": "all weights, taught"}
 TITLES = {"movie_reviews": "movie reviews", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE"}
 TITLES |= {"banking77": "BANKING77", "wnut17": "WNUT-17"}
 METRIC_NAMES = {"matthews": "Matthews correlation", "entity_f1": "entity F1"}
@@ -314,7 +312,7 @@ def named(name: str) -> str:
     """A model or method as tables and figure have it."""
     part, _, kind = name.partition(" ")
     if part.isdigit():
-        return f"{part}% {KIND_NAMES.get(kind or 'lora', kind)}"
+        return f"{part}% cut, {KIND_NAMES.get(kind or 'lora', kind)}"
     untaught, comma, taught = name.partition(", ")
     whole, first, layers = untaught.partition("_first")
     return NAMES.get(whole, whole) + (f", first {layers} layers" if first else "") + comma + taught
@@ -349,22 +347,33 @@ def means(shown: Mapping[str, Sequence[Shown]]) -> Iterator[Shown]:
             yield Shown(of_all[0].point, ms, by_seed, quality)
 
 
+def way_of(point: Point) -> tuple[str, str, str]:
+    """The whole model behind a point, how it was trained, and what the figure writes beside it."""
+    source, _, layers = point.model.partition("_first")
+    if layers:
+        return named(source), "first layers, all weights", layers
+    if point.method.startswith("FineGates"):
+        name, part, *recipe = point.method.split()
+        return named(source), " ".join([name, *recipe]), f"{part}%"
+    if point.cut:
+        return named(source), KIND_NAMES.get(point.kind, point.kind), f"{point.method.split()[0]}%"
+    return named(source), named(point.method), ""
+
+
 def panel(title: str, measure: str, shown: Sequence[Shown]) -> plots.FrontierPanel:
-    """Whole models as marks; cuts of a model that were trained alike as a line that begins at the whole model."""
+    """Whole models with all weights trained as marks; a line for each way, which begins at the whole model."""
     marks, lines = [], defaultdict(list)
     for each in shown:
-        point, y = each.point, each.quality
-        if point.cut:
-            label = f"{point.method.split()[0]}%"
-            lines[f"{named(point.model)}, {KIND_NAMES.get(point.kind, point.kind)}"].append((each.ms, y, label))
-        else:
-            label, values = f"{named(point.model)}, {named(point.method)}", [y, *each.by_seed.values()]
-            marks.append(plots.Point(label, "plain", each.ms, y, (each.ms, each.ms), (min(values), max(values))))
-    for each in shown:
-        line = f"{named(each.point.model)}, {KIND_NAMES.get(WHOLE.get(each.point.method, ''))}"
-        if line in lines:
-            lines[line].append((each.ms, each.quality, ""))
-    return plots.FrontierPanel(title, f"{measure}, %", marks, {name: sorted(of) for name, of in lines.items()})
+        model, kind, label = way_of(each.point)
+        lines[model, kind].append((each.ms, each.quality, label))
+        if (kind, label) == (NAMES["full"], ""):
+            values = [each.quality, *each.by_seed.values()]
+            marks.append(
+                plots.Point(model, "plain", each.ms, each.quality, (each.ms, each.ms), (min(values), max(values)))
+            )
+            lines[model, "first layers, all weights"].append((each.ms, each.quality, ""))
+    ways = {way: sorted(line) for way, line in lines.items() if way[1] != "first layers, all weights" or len(line) > 1}
+    return plots.FrontierPanel(title, f"{measure}, %", marks, ways)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
@@ -230,22 +231,26 @@ class FrontierPanel:
     title: str
     y_label: str
     marks: Sequence[Point]
-    """Models as they are."""
-    lines: Mapping[str, Sequence[tuple[float, float, str]]]
-    """Cuts of one model: milliseconds, quality, and what is written beside it."""
+    """Whole models, with their names."""
+    lines: Mapping[tuple[str, str], Sequence[tuple[float, float, str]]]
+    """Model and way of training -> milliseconds, quality, and what is written beside it."""
 
 
-_CUTS = ("#D55E00", "#CC79A7", "#009E73", "#E69F00", "#56B4E9", "#000000")
-"""Colors of the lines."""
+_CUTS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+"""Colors of the ways of training."""
+_MARKERS = "Dsv^PX"
+"""Of the models."""
 
 
 def frontier(panels: Sequence[FrontierPanel], x_label: str, columns: int = 1) -> Figure:
     """The panels, `columns` beside one another, latency on a scale of factors."""
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(_PHONE * columns, 0.9 + 3.6 * rows), layout="constrained")
+    figure = Figure(figsize=(_PHONE * columns, 1.3 + 3.6 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     grid: Any = figure.subplots(rows, columns, squeeze=False)
-    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
+    models, kinds = (list(dict.fromkeys(way[part] for panel in panels for way in panel.lines)) for part in (0, 1))
+    colors = dict(zip(kinds, itertools.cycle(_CUTS), strict=False))
+    markers = dict(zip(models, itertools.cycle(_MARKERS), strict=False))
     drawn = [*zip(grid.flat, panels, strict=False)]
     for axes, panel in drawn:
         _draw(axes, Panel(panel.title, x_label, panel.y_label, panel.marks))
@@ -253,24 +258,34 @@ def frontier(panels: Sequence[FrontierPanel], x_label: str, columns: int = 1) ->
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_minor_locator(NullLocator())
-        for name, line in panel.lines.items():
-            place = names.index(name)
-            style: dict[str, Any] = {"color": _CUTS[place % 6], "marker": "DsvP^X"[place % 6], "markersize": 4}
-            axes.plot(*zip(*(point[:2] for point in line), strict=True), label=name, **style)
+        for (model, kind), line in panel.lines.items():
+            style: dict[str, Any] = {"color": colors[kind], "marker": markers[model], "markersize": 4}
+            axes.plot(*zip(*(point[:2] for point in line), strict=True), **style)
             for x, y, label in line:
                 beside: dict[str, Any] = {"textcoords": "offset points", "va": "top", "color": "#555555"}
                 axes.annotate(label, (x, y), (4, -4), fontsize=_LETTERS - 2, **beside)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
-    handles = {name: line for axes, _ in drawn for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    if handles:
-        figure.legend(
-            handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=_LETTERS
-        )
+    handles = [Line2D([], [], color=color, label=kind) for kind, color in colors.items()]
+    handles += [
+        Line2D([], [], color="#555555", marker=marker, linestyle="", label=model) for model, marker in markers.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=_LETTERS - 1)
     figure.canvas.draw()
     for axes, panel in drawn:
+        _hide_overlapping(axes)
         label_points(axes, panel.marks, [*_along(axes, panel.lines.values())])
     return figure
+
+
+def _hide_overlapping(axes: Axes) -> None:
+    """Hide each text that would cover an earlier one."""
+    renderer = axes.get_figure(root=True).canvas.get_renderer()  # type: ignore[union-attr]
+    taken: list[Bbox] = []
+    for text in axes.texts:
+        box = text.get_window_extent(renderer)
+        text.set_visible(not box.count_overlaps(taken))
+        taken += [box] if text.get_visible() else []
 
 
 def _along(axes: Axes, lines: Iterable[Sequence[tuple[float, float, str]]]) -> Iterator[Bbox]:
@@ -282,7 +297,7 @@ def _along(axes: Axes, lines: Iterable[Sequence[tuple[float, float, str]]]) -> I
                 x, y = start + (end - start) * part / 20
                 yield Bbox.from_extents(x - 4, y - 4, x + 4, y + 4)
     renderer = axes.get_figure(root=True).canvas.get_renderer()  # type: ignore[union-attr]
-    yield from (text.get_window_extent(renderer) for text in axes.texts if text.get_text())
+    yield from (text.get_window_extent(renderer) for text in axes.texts if text.get_text() and text.get_visible())
 
 
 @dataclass(frozen=True)

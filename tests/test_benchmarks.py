@@ -1076,10 +1076,27 @@ def test_the_figure_begins_with_the_mean_of_what_was_run_on_all_tasks() -> None:
     ]
     mean, first, second = frontier.panels(points, "f32 1")
     assert (mean.title, first.title, second.title) == ("mean of 2 tasks", "t", "SST-2")
-    assert [(mark.label, mark.x, mark.y) for mark in mean.marks] == [("MiniLM-L6, all weights", 6.0, 75.0)]
-    assert mean.lines == {"MiniLM-L6, cut, all weights": [(3.0, 37.5, "60%"), (6.0, 75.0, "")]}
-    assert first.lines["MiniLM-L6, cut, LoRA"] == [(2.0, 25.0, "60%")], "no whole model was trained with LoRA"
-    assert [mark.label for mark in second.marks] == ["MiniLM-L6, all weights", "MPNet-base, all weights"]
+    assert [(mark.label, mark.x, mark.y) for mark in mean.marks] == [("MiniLM-L6", 6.0, 75.0)]
+    assert mean.lines == {("MiniLM-L6", "all weights"): [(3.0, 37.5, "60%"), (6.0, 75.0, "")]}
+    assert first.lines["MiniLM-L6", "LoRA"] == [(2.0, 25.0, "60%")], "no whole model was trained with LoRA"
+    assert [mark.label for mark in second.marks] == ["MiniLM-L6", "MPNet-base"]
+
+
+def test_first_layers_begin_at_the_whole_model_and_gates_stand_alone() -> None:
+    points = [
+        point("minilm", "full", 4.0, [1, 1, 1, 1]),
+        point("minilm_first3", "full", 2.0, [1, 1, 0, 0]),
+        point("minilm", "FineGates 60 own recipe", 2.0, [1, 0, 0, 0]),
+        point("minilm_l3", "full", 2.0, [1, 0, 0, 0]),
+    ]
+    (panel,) = frontier.panels(points, "f32 1")
+    assert [mark.label for mark in panel.marks] == ["MiniLM-L6", "MiniLM-L3"]
+    assert panel.lines == {
+        ("MiniLM-L6", "all weights"): [(4.0, 100.0, "")],
+        ("MiniLM-L6", "first layers, all weights"): [(2.0, 50.0, "3"), (4.0, 100.0, "")],
+        ("MiniLM-L6", "FineGates own recipe"): [(2.0, 25.0, "60%")],
+        ("MiniLM-L3", "all weights"): [(2.0, 25.0, "")],
+    }
 
 
 def test_frontier_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
