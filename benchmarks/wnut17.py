@@ -102,8 +102,12 @@ def train(model: str, method: str, seed: int, folder: Path, given: argparse.Name
     rows, names = encoded(file, tokenizer)
     rows = rows[: given.rows]
     base: Any = AutoModelForTokenClassification.from_pretrained(source, id2label=dict(enumerate(names)))
+    if given.prior:
+        labels = torch.tensor([label for row in rows for label in row["labels"] if label >= 0])
+        base.classifier.bias.data = (labels.bincount(minlength=len(names)).clamp(min=1) / len(labels)).log()
     full, lora, epochs = RATES[model.partition("_")[0]]
-    training = TrainingConfig(batch_size=32, learning_rate=full if chosen is None else lora, save_steps=10**9)
+    rate, epochs = given.rate or (full if chosen is None else lora), given.epochs or epochs
+    training = TrainingConfig(batch_size=32, learning_rate=rate, save_steps=10**9)
     steps = epochs * -(-len(rows) // 32)
     common: dict[str, Any] = {
         "args": training_arguments(training, folder / "checkpoints", steps, seed),
@@ -136,7 +140,11 @@ def train(model: str, method: str, seed: int, folder: Path, given: argparse.Name
         "training": {"train": {"peak_memory_bytes": memory.bytes, "resumed_at": 0}},
         "adapter_bytes": folder_bytes(folder / "model"),
         "hardware": hardware(),
-        "config": {"data": {"path": str(given.data)}, "training": {"teacher": given.teacher and str(given.teacher)}},
+        "config": {
+            "data": {"path": str(given.data)},
+            "training": {"teacher": given.teacher and str(given.teacher), "learning_rate": rate, "epochs": epochs},
+            "prior": given.prior,
+        },
     }
 
 
@@ -178,6 +186,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--teacher", type=Path, help="the model of a finished cell, as .../full/0/model")
+    parser.add_argument("--rate", type=float, help="another learning rate than that of the grids")
+    parser.add_argument("--epochs", type=int, help="another number of epochs")
+    parser.add_argument(
+        "--prior",
+        action="store_true",
+        help="begin with the tags' log frequencies as biases of the head; without it MPNet-base learns nothing",
+    )
     parser.add_argument("--rows", type=int, help="train on the first rows alone")
     parser.add_argument("--out", type=Path, default=Path("runs/frontier/wnut17"))
     given = parser.parse_args(arguments)

@@ -1197,25 +1197,11 @@ def test_wnut17(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert reports["60_all"]["parameters"]["base"] < reports["full"]["parameters"]["base"]
     before = stamps(tmp_path / "out/cells")
     assert wnut17.main([*words, "full"]) == 0 and stamps(tmp_path / "out/cells") == before
-    assert (
-        wnut17.main(
-            [
-                "--data",
-                str(tmp_path),
-                "--seeds",
-                "0",
-                "--out",
-                "taught",
-                "--methods",
-                "full",
-                "60%, all",
-                "--teacher",
-                "out/cells/minilm/wnut17/full/0/model",
-            ]
-        )
-        == 0
-    )
-    assert read(tmp_path / "taught/cells/minilm/wnut17/full/0/metrics.json")["config"]["training"]["teacher"]
+    teacher = ["--teacher", "out/cells/minilm/wnut17/full/0/model", "--rate", "0.02", "--prior"]
+    words[words.index("out")] = "taught"
+    assert wnut17.main([*words, "full", "60%, all", *teacher]) == 0
+    config = read(tmp_path / "taught/cells/minilm/wnut17/full/0/metrics.json")["config"]
+    assert config["training"]["teacher"] and config["training"]["learning_rate"] == 0.02 and config["prior"]
     monkeypatch.setattr(frontier, "exported", InPyTorch)
     assert frontier.main(["out", "--rounds", "1", "--rows", "8", "--out", "frontier"]) == 0
     for each in read(tmp_path / "frontier/frontier.results.json")["points"]:
