@@ -62,6 +62,7 @@ NAMES = {
     "lora on all projections": "LoRA on all projections",
 }
 """How the figure names models and methods; folders of demo/siblings.py are named by their first layers."""
+FIRST = "first layers, all weights"
 KIND_NAMES = {"lora": "LoRA", "all": "all weights", "all, taught": "all weights, taught"}
 TITLES = {"movie_reviews": "movie reviews", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE"}
 TITLES |= {"banking77": "BANKING77", "wnut17": "WNUT-17"}
@@ -351,7 +352,7 @@ def way_of(point: Point) -> tuple[str, str, str]:
     """The whole model behind a point, how it was trained, and what the figure writes beside it."""
     source, _, layers = point.model.partition("_first")
     if layers:
-        return named(source), "first layers, all weights", layers
+        return named(source), FIRST, layers
     if point.method.startswith("FineGates"):
         name, part, *recipe = point.method.split()
         return named(source), " ".join([name, *recipe]), f"{part}%"
@@ -371,8 +372,8 @@ def panel(title: str, measure: str, shown: Sequence[Shown]) -> plots.FrontierPan
             marks.append(
                 plots.Point(model, "plain", each.ms, each.quality, (each.ms, each.ms), (min(values), max(values)))
             )
-            lines[model, "first layers, all weights"].append((each.ms, each.quality, ""))
-    ways = {way: sorted(line) for way, line in lines.items() if way[1] != "first layers, all weights" or len(line) > 1}
+            lines[model, FIRST].append((each.ms, each.quality, ""))
+    ways = {way: sorted(line) for way, line in lines.items() if way[1] != FIRST or len(line) > 1}
     return plots.FrontierPanel(title, f"{measure}, %", marks, ways)
 
 

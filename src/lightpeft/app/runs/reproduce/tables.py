@@ -87,7 +87,7 @@ def _cells(row: Row) -> dict[str, str]:
     }
 
 
-def display_table(results: Results) -> tuple[DataFrame, list[str]]:
+def _display_table(results: Results) -> tuple[DataFrame, list[str]]:
     """Make the table, with a row for each model, task and method, and what its caption says of all rows."""
     nothing = dict.fromkeys(("method", "quality", "difference"), "")
     table = DataFrame([_cells(row) for row in results.rows], columns=None if results.rows else list(nothing))
@@ -105,7 +105,7 @@ def _caption(told: Sequence[str], columns: Iterable[str], baseline: str) -> str:
 
 def markdown_table(results: Results) -> str:
     """Return the table in Markdown with its caption, and the failed cells."""
-    table, told = display_table(results)
+    table, told = _display_table(results)
     rule = ["---" if name in NAMES else "---:" for name in table]
     body = [[cell.replace("|", r"\|") for cell in row] for row in table.itertuples(index=False)]
     lines = [f"| {' | '.join(cells)} |" for cells in (list(table), rule, *body)]
@@ -116,7 +116,7 @@ def markdown_table(results: Results) -> str:
 
 def rich_table(results: Results, width: int = WIDE) -> Table:
     """Make the table for a screen; a narrow one has fewer columns, and a heading for each model and task."""
-    frame, told = display_table(results)
+    frame, told = _display_table(results)
     groups: list[tuple[str, DataFrame]] = [("", frame)]
     if width < WIDE:
         frame = frame.drop(columns=list(LEFT_OUT), errors="ignore")
