@@ -61,7 +61,7 @@ def written(model: Path, rows: Dataset, longest: int, batch_size: int | None) ->
     columns = Dataset.from_dict({"question": rows["question"][:], "answers": rows["answer"][:]})
     config = DataConfig(task="generation", max_length=longest + 512, answer_tokens=longest)
     task = GenerationTask(config, columns, columns, [], TaskEntry(kind="generation"))
-    found = find_model(model)
+    found = find_model(model, settings={"dtype": "auto"})  # bases, too, in the type that they were saved in
     opened, tokenizer = found.open(Wanted.of(task)), found.tokenizer()
     ensure_pad_token(tokenizer, transformers_model(opened).config)
     asked = BatchedModel(opened, task.collator(tokenizer), batch_size, found.precision)
