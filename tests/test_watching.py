@@ -16,6 +16,7 @@ from torch import nn
 from workbench import Workbench, lightpeft, read
 
 from lightpeft.app.evaluation.milestones import (
+    LEAST_SAMPLED_ROWS,
     MOST_GENERATED_ROWS,
     MOST_SAMPLED_ROWS,
     Watcher,
@@ -89,16 +90,19 @@ class TestConstantAnswers:
 
 class TestSample:
     @pytest.mark.parametrize(
-        ("kind", "rows", "chosen"),
+        ("kind", "rows", "trained", "chosen"),
         [
-            (ClassificationTask, 1000, MOST_SAMPLED_ROWS),
-            (GenerationTask, 1000, MOST_GENERATED_ROWS),
-            (ClassificationTask, 7, 7),
+            (ClassificationTask, 1000, 24_000, MOST_SAMPLED_ROWS),
+            (ClassificationTask, 1000, 2_000, 100),
+            (ClassificationTask, 1000, 640, LEAST_SAMPLED_ROWS),
+            (GenerationTask, 1000, 640, MOST_GENERATED_ROWS),
+            (ClassificationTask, 7, 640, 7),
         ],
     )
-    def test_so_many_rows_and_always_the_same(self, kind: type[Task], rows: int, chosen: int) -> None:
+    def test_so_many_rows_and_always_the_same(self, kind: type[Task], rows: int, trained: int, chosen: int) -> None:
+        """The shorter the run, the fewer rows, so that they take a small part of its time."""
         state = torch.get_rng_state()
-        first, again = (sample(task_of(kind, rows=rows))["number"][:] for _ in range(2))
+        first, again = (sample(task_of(kind, rows=rows), trained)["number"][:] for _ in range(2))
         assert first == again == sorted(set(first)) and len(first) == chosen
         assert chosen == rows or first != list(range(chosen))
         assert torch.get_rng_state().equal(state)

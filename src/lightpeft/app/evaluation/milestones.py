@@ -33,7 +33,11 @@ MILESTONES = (
 )
 """Moments of a run, in order, after the majority baseline, with which all are compared."""
 MOST_SAMPLED_ROWS = 256
-"""Most rows of the sample: the 95% interval of an accuracy is 6 points to each side, at little cost."""
+"""Most rows of the sample: the 95% interval of an accuracy is 6 points to each side."""
+LEAST_SAMPLED_ROWS = 64
+"""Rows of the sample in the shortest runs: the interval is 12 points to each side."""
+TRAINED_FOR_SAMPLED = 20
+"""Rows that a run trains on for each row of the sample: four milestones then take about a fifteenth of its time."""
 MOST_GENERATED_ROWS = 32
 """Most rows of the sample if a model generates its answers token by token."""
 RAISED_LOSS = 0.05
@@ -54,9 +58,14 @@ def moment_behind(plan: PrunePlan) -> str | None:
     return "after_pruning_modules" if plan.cuts_modules else None
 
 
-def sample(task: Task) -> Dataset:
-    """Return the sample of test rows for milestones, in their order; it is the same in every run."""
-    most = MOST_GENERATED_ROWS if task.writes else MOST_SAMPLED_ROWS
+def sample(task: Task, trained: float) -> Dataset:
+    """Return the sample of test rows for milestones, in their order; it is the same in every run of this length.
+
+    Args:
+        trained: rows that the run trains on, counted once for each epoch.
+    """
+    affordable = max(LEAST_SAMPLED_ROWS, int(trained) // TRAINED_FOR_SAMPLED)
+    most = MOST_GENERATED_ROWS if task.writes else min(MOST_SAMPLED_ROWS, affordable)
     drawn = torch.randperm(len(task.test), generator=torch.Generator().manual_seed(0))[:most]
     return task.test.select(sorted(drawn.tolist()))
 

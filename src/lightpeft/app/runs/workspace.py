@@ -188,7 +188,7 @@ class Workspace:
 
     def watcher(self) -> Watcher:
         """Make the watcher that measures the model between stages on a sample of test rows."""
-        chosen = sample(self.task)
+        chosen = sample(self.task, len(self.train_rows) * float(self.config.training.epochs))
         rows = self.task.encode_test(chosen, self.tokenizer)
         return Watcher(self.task, rows, len(chosen), self.asking)
 
