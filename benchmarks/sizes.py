@@ -4,11 +4,11 @@
         --curves runs/scale/curves/*
 
 Reads results of `lightpeft reproduce` whose methods are "no cut" or "lora", and cuts such as "20% of the blocks", and
-run folders with a loss curve (`lightpeft plan --curve`); nothing is run. Costs are in nats a token against "no cut",
-or in points of the task's metric against "lora". A straight line through the sizes, in logarithms of parameters and
-costs (of the parameters alone where a cost is below 0), is extrapolated to 7 billion, and drawn dotted there. The
-paper's claim is no cost at 40% from 1.3 billion parameters on. Writes sizes.json, sizes.md, sizes.png and sizes.svg
-into --out.
+run folders with a loss curve (`lightpeft plan --curve`), or the curves of an earlier sizes.json; nothing is run. Costs
+are in nats a token against "no cut", or in points of the task's metric against "lora". A straight line through the
+sizes, in logarithms of parameters and costs (of the parameters alone where a cost is below 0), is extrapolated to 7
+billion, and drawn dotted there. The paper's claim is no cost at 40% from 1.3 billion parameters on. Writes sizes.json,
+sizes.md, sizes.png and sizes.svg into --out.
 """
 
 from __future__ import annotations
@@ -107,7 +107,10 @@ def _cost(row: Row, base: Row, blocks: float, results: Results) -> Iterator[Cost
 
 
 def curve_of(folder: Path) -> Iterator[Cost]:
-    """The budgets of a run's loss curve."""
+    """The budgets of a run's loss curve, or all curves of an earlier sizes.json."""
+    if folder.suffix == ".json":
+        yield from (Cost(**each) for each in read_json(folder)["costs"] if each["task"] == CURVE)
+        return
     run = RunFolder.at(folder)
     require(run.curve.is_file(), f"{folder} has no loss curve; run `lightpeft plan --curve --run {folder}` first")
     record = EstimationRecord.load(run.estimation)
@@ -196,18 +199,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path, help="results of `lightpeft reproduce`")
     parser.add_argument(
-        "--curves", nargs="*", default=[], type=Path, metavar="RUN", help="run folders with a curve, named like a model"
+        "--curves",
+        nargs="*",
+        default=[],
+        type=Path,
+        metavar="RUN",
+        help="run folders named like a model, or a sizes.json",
     )
     parser.add_argument("--drawn", nargs="+", type=float, default=[0.1, 0.2, 0.4, 0.6], help="budgets of the figure")
     parser.add_argument("--out", type=Path, default=Path("runs/scale/sizes"))
     given = parser.parse_args(arguments)
     try:
-        costs = [cost for file in given.results for cost in costs_of(read_results(file))]
+        grids = [read_results(file) for file in given.results]
+        costs = [cost for grid in grids for cost in costs_of(grid)]
         costs = [*(cost for folder in given.curves for cost in curve_of(folder)), *costs]
         require(costs, "nothing to compare: no results with a cut beside no cut or lora, and no --curves")
         given.out.mkdir(parents=True, exist_ok=True)
         command = publishing.command("sizes", arguments)
-        write_json(given.out / "sizes.json", {"command": command, "costs": [asdict(cost) for cost in costs]}, 2)
+        processors = sorted({report["hardware"]["cpu"] for grid in grids for report in grid.reports.values()})
+        found = {"command": command, "processors": processors, "costs": [asdict(cost) for cost in costs]}
+        write_json(given.out / "sizes.json", found, 2)
         (given.out / "sizes.md").write_text(markdown(costs) + "\n", encoding="utf-8")
         Console().print(markdown(costs), markup=False, soft_wrap=True)
         plots.save(plots.sizes([*panels(costs, given.drawn)], LARGEST), given.out / "sizes")

@@ -248,6 +248,9 @@ def test_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert trained["cost"] == pytest.approx(0.22, abs=0.01) and trained["seeds"] == 3
     assert "| GSM8K, 640 rows, trained, nats | 40% | " in (tmp_path / "out/sizes.md").read_text()
     assert all((tmp_path / f"out/sizes.{suffix}").stat().st_size > 5000 for suffix in ("png", "svg"))
+    assert read(tmp_path / "out/sizes.json")["processors"] == ["AMD EPYC"]
+    assert sizes.main(["--curves", str(tmp_path / "out/sizes.json"), "--out", str(tmp_path / "again")]) == 0
+    assert {each["blocks"]: each["cost"] for each in read(tmp_path / "again/sizes.json")["costs"]} == curve
     assert sizes.main(["--out", str(tmp_path / "none")]) == 2 and not (tmp_path / "none").exists()
 
 
