@@ -107,14 +107,14 @@ def _pair(results: Results, rows: Mapping[str, Row], budgets: Sequence[str]) -> 
     reports = {method: _reports(results, row) for method, row in rows.items()}
     told = {seed: report["budget"] for seed, report in reports[AUTO].items()}
     # what the tolerance was given in: points of the task's metric, or nats of its loss
-    in_points = all(budget["points_a_nat"] for budget in told.values())
+    in_points = all(budget["points_per_nat"] for budget in told.values())
     metric, factor = (dense.metric, 100.0) if in_points else ("loss", -1.0)
 
     def costs(method: str) -> dict[int, float]:
         whole, own = ({seed: r["metrics"][metric] for seed, r in reports[name].items()} for name in (DENSE, method))
         return {seed: factor * (whole[seed] - value) for seed, value in own.items() if seed in whole}
 
-    worth = {seed: budget["points_a_nat"] if in_points else 1.0 for seed, budget in told.items()}
+    worth = {seed: budget["points_per_nat"] if in_points else 1.0 for seed, budget in told.items()}
     found = [
         Found(
             seed,

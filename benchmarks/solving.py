@@ -84,7 +84,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "solved": share,
             "interval": [low, high],
             "questions": len(right),
-            "tokens_a_second": speed,
+            "tokens_per_second": speed,
         }
         if options.write is not None:
             kept = zip(rows["question"], texts, right, strict=True)
@@ -105,7 +105,7 @@ def markdown(results: dict[str, Any]) -> str:
             Path(name).name,
             f"{100 * of['solved']:.1f} ({100 * of['interval'][0]:.1f}-{100 * of['interval'][1]:.1f})",
             f"{of['questions']}",
-            f"{of['tokens_a_second']:.0f}",
+            f"{of['tokens_per_second']:.0f}",
         ]
         for name, of in results.items()
     ]

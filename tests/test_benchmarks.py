@@ -185,7 +185,7 @@ def test_costs_of_a_tolerance_in_nats_are_those_of_the_loss(tmp_path: Path) -> N
     """Whatever the task's own metric is; a run that cuts nothing expects nothing."""
     losses = {"nothing cut": 2.0, "20%": 2.03, "auto": 2.01}
     seen = {"before": [{"blocks": 0.2, "rise": 0.1}], "probed": []}
-    asked = {"tolerance": 0.05, "points_a_nat": None, "blocks": 0.1, "expected": {"left": 0.02}, **seen}
+    asked = {"tolerance": 0.05, "points_per_nat": None, "blocks": 0.1, "expected": {"left": 0.02}, **seen}
     reports = {
         f"m/t/{method}/{seed}": {"metrics": {"accuracy": 0.5, "loss": loss + seed}, "budget": asked}
         for method, loss in losses.items()
@@ -1258,7 +1258,7 @@ def test_solving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     given = ["--questions", str(questions), "--answer-tokens", "4", "--out", str(tmp_path / "out.json")]
     assert solving.main([str(bench.base), *given]) == 0
     (of,) = read(tmp_path / "out.json")["results"].values()
-    assert of["solved"] == 0 and of["questions"] == 2 and of["tokens_a_second"] > 0 and of["interval"][0] == 0
+    assert of["solved"] == 0 and of["questions"] == 2 and of["tokens_per_second"] > 0 and of["interval"][0] == 0
     assert "tokens/s" in capsys.readouterr().out
     monkeypatch.setattr(solving, "written", lambda *given: (["I say 70\nQuestion: 5", "I say 7"], 10.0))
     assert solving.main([str(bench.base), *given, "--write", str(tmp_path / "own" / "train.jsonl")]) == 0

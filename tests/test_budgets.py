@@ -31,7 +31,7 @@ from lightpeft.app.runs.trainers import LightRun
 from lightpeft.app.tasks.answers import Answers
 from lightpeft.app.tasks.kinds.classification import ClassificationTask
 from lightpeft.app.tasks.metrics import METRICS
-from lightpeft.app.tasks.worth import points_a_nat
+from lightpeft.app.tasks.worth import points_per_nat
 from lightpeft.budget import finding
 from lightpeft.budget import room as searching_room
 from lightpeft.budget.finding import find_budget
@@ -245,12 +245,12 @@ def task_of(metric: str) -> Any:
 
 
 def test_points_of_accuracy_follow_the_entropy() -> None:
-    found = points_a_nat(answers([[85, 15], [15, 85]]), task_of("accuracy"))
+    found = points_per_nat(answers([[85, 15], [15, 85]]), task_of("accuracy"))
     assert found == pytest.approx(100 / math.log(0.85 / 0.15))
-    assert points_a_nat(answers([[50, 0], [0, 50]]), task_of("accuracy")) < found, (
+    assert points_per_nat(answers([[50, 0], [0, 50]]), task_of("accuracy")) < found, (
         "who never errs loses much by an error"
     )
-    assert points_a_nat(answers([[50, 50], [50, 50]]), task_of("accuracy")) == pytest.approx(100), (
+    assert points_per_nat(answers([[50, 50], [50, 50]]), task_of("accuracy")) == pytest.approx(100), (
         "and no more by chance"
     )
 
@@ -258,7 +258,7 @@ def test_points_of_accuracy_follow_the_entropy() -> None:
 @pytest.mark.parametrize("counts", [[[0, 9], [9, 0]], [[1, 999], [0, 0]], [[0, 0], [1, 0]]])
 def test_answers_that_are_mostly_wrong_are_worth_as_much_as_chance(counts: list[list[int]]) -> None:
     for metric in ("accuracy", "matthews", "f1"):
-        assert 100 <= points_a_nat(answers(counts), task_of(metric)) < math.inf
+        assert 100 <= points_per_nat(answers(counts), task_of(metric)) < math.inf
 
 
 def test_points_of_other_metrics_are_counted_on_the_answers() -> None:
@@ -267,14 +267,14 @@ def test_points_of_other_metrics_are_counted_on_the_answers() -> None:
     worse = np.diag(np.diag(worse)) * (1 - 1 / 85) + (worse - np.diag(np.diag(worse))) * (16 / 15)
     lost = METRICS["matthews"].compute.of_counts(np.array(counts))["matthews"]  # type: ignore[attr-defined]
     lost -= METRICS["matthews"].compute.of_counts(worse)["matthews"]  # type: ignore[attr-defined]
-    found = points_a_nat(answers(counts), task_of("matthews"))
+    found = points_per_nat(answers(counts), task_of("matthews"))
     assert found == pytest.approx(100 * lost / (0.01 * math.log(0.85 / 0.15)))
-    assert found > points_a_nat(answers(counts), task_of("accuracy"))
+    assert found > points_per_nat(answers(counts), task_of("accuracy"))
 
 
 def test_answers_that_are_all_the_same_are_worth_something() -> None:
-    found = points_a_nat(answers([[30, 0], [20, 0]]), task_of("matthews"))
-    assert found == pytest.approx(points_a_nat(answers([[30, 0], [20, 0]]), task_of("accuracy")))
+    found = points_per_nat(answers([[30, 0], [20, 0]]), task_of("matthews"))
+    assert found == pytest.approx(points_per_nat(answers([[30, 0], [20, 0]]), task_of("accuracy")))
 
 
 # -- probes --------------------------------------------------------------------------------------------------------
@@ -460,7 +460,7 @@ def test_a_run_finds_its_budget(whole: Path) -> None:
     assert metrics["budget"]["blocks"] == found["blocks"]
     assert metrics["seconds"]["budget"] == pytest.approx(found["seconds"], abs=1e-3)
     assert PrunePlan.load(whole / "plan.json").removed_of_blocks >= found["blocks"]
-    assert found["tolerance"] == pytest.approx(30 / found["points_a_nat"])
+    assert found["tolerance"] == pytest.approx(30 / found["points_per_nat"])
     entries = [entry for entry in RunFolder.at(whole).log_entries() if entry.get("stage") == "budget"]
     *copies, summary = [entry["note"] for entry in entries if "note" in entry]
     assert copies[0] == f"light: auto, probe 1 of at most 4: nothing cut, {found['steps']} training steps"
@@ -469,7 +469,7 @@ def test_a_run_finds_its_budget(whole: Path) -> None:
     numbers = range(1, len(copies) + 1)
     assert [line.split(": ")[1] for line in copies] == [f"auto, probe {number} of at most 4" for number in numbers]
     assert "the tolerance is 30 points (" in summary and " nats)" in summary
-    assert f"cost {cost_in_words(found['expected']['left'], found['points_a_nat'])}, at most" in summary
+    assert f"cost {cost_in_words(found['expected']['left'], found['points_per_nat'])}, at most" in summary
 
 
 def test_rows_aside_are_not_those_of_estimation(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:

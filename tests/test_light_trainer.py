@@ -262,8 +262,8 @@ def test_a_search_for_points_of_accuracy(builds: Builds, monkeypatch: pytest.Mon
     trainer = builds.trainer(light={"estimate": {"length": 6}, "modules": {"blocks": 1.0}})
     trainer.train()
     found = trainer.light_budget
-    assert found.unmeasured is None and found.points_a_nat > 0
-    assert found.tolerance == pytest.approx(1 / found.points_a_nat)
+    assert found.unmeasured is None and found.points_per_nat > 0
+    assert found.tolerance == pytest.approx(1 / found.points_per_nat)
 
 
 def test_labels_that_are_no_classes_are_told_by_nats(builds: Builds) -> None:

@@ -293,7 +293,7 @@ AUTO = {
     "steps": 9,
     "seconds": 3.0,
     "confidence": 0.8,
-    "points_a_nat": 50.0,
+    "points_per_nat": 50.0,
 }
 
 
@@ -321,7 +321,7 @@ class TestAutoBudget:
         assert "Search for the budget" in text and "of the computation of plain PEFT's run" in text
 
     def test_nothing_within_the_tolerance(self, light: Path) -> None:
-        budget = {**AUTO, "blocks": 0.0, "expected": None, "points_a_nat": None}
+        budget = {**AUTO, "blocks": 0.0, "expected": None, "points_per_nat": None}
         edit(light / "metrics.json", lambda report: report.update(budget=budget))
         text = Reader(html(light)).text
         assert (

@@ -65,7 +65,7 @@ def test_few_rows_are_seen_more_often(rows: int, processes: int, **sizes: int) -
     assert LEAST_EPOCHS <= epochs <= MOST_EPOCHS
     assert steps >= LEAST_RUN_STEPS or epochs == MOST_EPOCHS
     # no pass more than that takes
-    assert epochs == LEAST_EPOCHS or steps - Pace.of(rows, training, processes).steps_an_epoch < LEAST_RUN_STEPS
+    assert epochs == LEAST_EPOCHS or steps - Pace.of(rows, training, processes).steps_per_epoch < LEAST_RUN_STEPS
 
 
 @pytest.mark.parametrize(("rows", "epochs"), [(20, 40), (300, 20), (600, 11), (2000, 4), (8282, 3), (100_000, 3)])
@@ -74,7 +74,7 @@ def test_epochs_of_common_sizes(rows: int, epochs: int) -> None:
 
 
 @given(st.integers(1, 10_000), st.integers(1, 10_000))
-def test_more_steps_an_epoch_are_never_more_epochs(a: int, b: int) -> None:
+def test_more_steps_per_epoch_are_never_more_epochs(a: int, b: int) -> None:
     few, many = sorted((a, b))
     assert auto_epochs(few) >= auto_epochs(many)
 
@@ -117,7 +117,7 @@ def test_least_examples_of_some_steps_in_a_row(steps: int, rows: int, processes:
     pace = Pace.of(rows, TrainingConfig(**sizes), processes)
     of_step = math.prod(sizes.values()) * processes
     of_steps = [min(of_step, rows - start) for start in range(0, rows, of_step)]
-    if len(of_steps) == pace.steps_an_epoch:  # else accumulation ends in the middle of a batch
+    if len(of_steps) == pace.steps_per_epoch:  # else accumulation ends in the middle of a batch
         assert pace.least_examples(steps) == min(sums_of_windows(of_steps, steps))
 
 

@@ -47,7 +47,7 @@ def test_a_run_stops_early_and_keeps_the_best(
     report = pipeline.run(config)
     told, work = report["stopped"], pipeline.prepare(config)
     assert told["rows_aside"] == 40 and len(work.train_rows) == 200 and told["of"] == work.steps == 208
-    assert told["kept"] == told["step"] - PATIENCE * work.pace.steps_an_epoch < told["of"]
+    assert told["kept"] == told["step"] - PATIENCE * work.pace.steps_per_epoch < told["of"]
     said = " ".join(capsys.readouterr().err.split())
     assert "40 training rows are held out: training stops early where the loss on them rises" in said
     assert f"training stopped early at step {told['step']} of 208" in said and f"at step {told['kept']}" in said

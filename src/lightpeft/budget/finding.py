@@ -56,9 +56,9 @@ def find_budget(
     parts = [round(gone + part * (1 - gone), 3) for part in SEARCH_BUDGETS]
     plans = dict(nested_plans(record, light, parts))
     few = probe.held[: probe.few]
-    losses, points_a_nat = _measure_uncut(model, few if worth is None else probe.held, probe.autocast, worth)
+    losses, points_per_nat = _measure_uncut(model, few if worth is None else probe.held, probe.autocast, worth)
     _, curve = loss_curve(model, plans, few, probe.autocast, losses[: len(few)])
-    nats = tolerance.amount / (points_a_nat or 1.0)
+    nats = tolerance.amount / (points_per_nat or 1.0)
     search = BudgetSearch({each.blocks: each.rise for each in curve}, nats, gone)
 
     def after_steps(blocks: float | None) -> Tensor:
@@ -86,7 +86,7 @@ def find_budget(
         rows=len(probe.rows),
         steps=probe.steps,
         learned=learned,
-        points_a_nat=points_a_nat,
+        points_per_nat=points_per_nat,
         of_plain=None if probe.cost is None else probe.cost.of_plain([each.blocks for each in search.probed]),
     )
 

@@ -56,7 +56,7 @@ class FoundBudget:
     """Training steps of a probe."""
     learned: float | None = None
     """Decrease of the loss in estimation, relative to the loss of the label frequencies; None: not known."""
-    points_a_nat: float | None = None
+    points_per_nat: float | None = None
     """Points of the task's metric per nat of its loss; None: the tolerance is in nats."""
     of_plain: float | None = None
     """Cost of the search as a part of plain PEFT's run, in passes through the model; None: not known."""
@@ -94,7 +94,7 @@ class FoundBudget:
             return f"light: auto cuts nothing of the blocks: {self.unmeasured}, and {why}; {to_cut}"
         part = "" if self.of_plain is None else f", {self.of_plain:.0%} of the computation of plain PEFT's run"
         how = f"measured on {self.rows} rows in {self.seconds:.0f} s{part}"
-        allowed = f"the tolerance is {tolerance_in_words(self.tolerance, self.points_a_nat)}"
+        allowed = f"the tolerance is {tolerance_in_words(self.tolerance, self.points_per_nat)}"
         if not self.probed:
             most = max(self.before)
             why = f"even a cut of {most:.0%} does not clearly raise the loss (by {self._in_words(self.before[most])})"
@@ -111,7 +111,7 @@ class FoundBudget:
         return f"light: auto cuts {self.blocks:.0%} of the blocks: {cost}, {bound}; {how}"
 
     def _in_words(self, nats: float) -> str:
-        return cost_in_words(nats, self.points_a_nat)
+        return cost_in_words(nats, self.points_per_nat)
 
     def facts(self) -> dict[str, Any]:
         """Return the result as plain data for JSON."""

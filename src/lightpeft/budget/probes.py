@@ -26,7 +26,7 @@ from lightpeft.training.acceleration import light_steps
 from lightpeft.training.arguments import half_precision
 from lightpeft.training.host import Host
 from lightpeft.training.rows import batches_of
-from lightpeft.training.step_rows import rows_a_step
+from lightpeft.training.step_rows import rows_per_step
 
 _WARMUP = 0.1
 """Warmup of the learning rate, as a part of a probe's steps."""
@@ -137,7 +137,7 @@ def make_probe(
     batches = partial(batches_of, rows, trainer)
     return Probe(
         light=light,
-        train=[*batches(_repeat(rest, sizes.steps * rows_a_step(args)), size)],
+        train=[*batches(_repeat(rest, sizes.steps * rows_per_step(args)), size)],
         accumulation=args.gradient_accumulation_steps,
         rows=aside,
         held=batches(aside, sizes.in_batch),

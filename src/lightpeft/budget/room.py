@@ -9,7 +9,7 @@ from lightpeft.budget.cost import SearchCost
 from lightpeft.config import LightConfig, Tolerance
 from lightpeft.training.host import Host
 from lightpeft.training.schedule import pace_of
-from lightpeft.training.step_rows import rows_a_step
+from lightpeft.training.step_rows import rows_per_step
 
 SEARCH_BUDGETS = (0.2, 0.4, 0.6)
 """Budgets of the loss curve, as parts of the blocks that are there; the rise between them is interpolated linearly. A
@@ -68,7 +68,7 @@ class SearchRoom:
     """Training rows; None: the dataset has no length."""
     batch_size: int
     """Per-device batch size."""
-    rows_a_step: int
+    rows_per_step: int
     """Rows of an optimizer step over all processes (global batch)."""
     processes: int
     points: bool
@@ -83,7 +83,7 @@ class SearchRoom:
         return cls(
             rows=None if pace is None else pace.rows,
             batch_size=args.train_batch_size,
-            rows_a_step=rows_a_step(args),
+            rows_per_step=rows_per_step(args),
             processes=args.world_size,
             points=tolerance.unit == "points",
             sharded=sharded,
@@ -106,7 +106,7 @@ def sizes_of(room: SearchRoom, light: LightConfig, steps: int, gone: float = 0.0
         steps: optimizer steps of the whole run.
         gone: part of the blocks that was dropped before estimation.
     """
-    each = room.rows_a_step
+    each = room.rows_per_step
 
     def sized(part: float) -> tuple[Sizes, SearchCost]:
         length = min(max(LEAST_PROBE_STEPS, round(part * PROBE_PART * steps)), MOST_PROBE_STEPS)

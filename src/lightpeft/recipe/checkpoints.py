@@ -75,7 +75,7 @@ class LightCheckpoints(Checkpoints):
         folder = Path(trainer.args.output_dir) / f"checkpoint-{estimation_steps}"
         state = copy.copy(trainer.state)
         state.global_step, state.max_steps = estimation_steps, max_steps
-        state.epoch = estimation_steps / pace.steps_an_epoch if pace is not None else 0.0
+        state.epoch = estimation_steps / pace.steps_per_epoch if pace is not None else 0.0
         state.train_batch_size = trainer.args.train_batch_size
         state.compute_steps(trainer.args, max_steps)
         if trainer.is_world_process_zero():

@@ -48,7 +48,7 @@ from lightpeft.training.acceleration import light_steps
 from lightpeft.training.fitting import upcast_trained_weights
 from lightpeft.training.prefix import PrefixCache
 from lightpeft.training.schedule import pace_of
-from lightpeft.training.step_rows import rows_a_step
+from lightpeft.training.step_rows import rows_per_step
 from lightpeft.training.teaching import WEIGHT
 from lightpeft.training.trainer import Training
 
@@ -240,7 +240,7 @@ class LightTraining(Training):
         if self._base_joined:
             train_all(self._peft_model, False)  # copies of the model that search for a budget train PEFT
         self.light_record = self._light_pruner.record()
-        self.light_record.meta["rows_a_step"] = rows_a_step(self.args)
+        self.light_record.meta["rows_per_step"] = rows_per_step(self.args)
         self.light_record.meta["base_joined"] = self._base_joined
         plan = self.make_light_plan(self.light_record)
         if plan is None:

@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 from lightpeft.compat.transformers import LengthGroupedSampler, used_columns
 from lightpeft.profiling.live import Batch
 from lightpeft.training.host import Host
-from lightpeft.training.step_rows import rows_a_step
+from lightpeft.training.step_rows import rows_per_step
 from lightpeft.training.teaching import without_teacher_logits
 
 
@@ -52,7 +52,7 @@ def rows_of_steps(trainer: Host, steps: int) -> set[int] | None:
     order = trainer._get_train_sampler(trainer.train_dataset)
     if not isinstance(order, EpochOrder):
         return None
-    return set(itertools.islice(order.of_epoch(0), steps * rows_a_step(trainer.args)))
+    return set(itertools.islice(order.of_epoch(0), steps * rows_per_step(trainer.args)))
 
 
 def batches_of(rows: Any, trainer: Host, numbers: Sequence[int], size: int) -> list[Batch]:

@@ -47,20 +47,20 @@ class Pace:
         return cls(rows, config.batch_size * processes, config.gradient_accumulation)
 
     @property
-    def steps_an_epoch(self) -> int:
+    def steps_per_epoch(self) -> int:
         """Optimizer steps per epoch."""
         return math.ceil(math.ceil(self.rows / self.batch_size) / self.accumulation)
 
     def steps(self, epochs: float) -> int:
         """Return the optimizer steps of a run of so many epochs, at least 1."""
-        return max(1, math.ceil(self.steps_an_epoch * epochs))
+        return max(1, math.ceil(self.steps_per_epoch * epochs))
 
     def least_examples(self, steps: int) -> int:
         """Return the least number of rows in any `steps` consecutive optimizer steps; an epoch's last step may have
         fewer."""
         of_step = self.batch_size * self.accumulation
-        epochs, more = divmod(steps, self.steps_an_epoch)
-        return epochs * self.rows + (self.rows - (self.steps_an_epoch - more) * of_step if more else 0)
+        epochs, more = divmod(steps, self.steps_per_epoch)
+        return epochs * self.rows + (self.rows - (self.steps_per_epoch - more) * of_step if more else 0)
 
     def enough_steps(self, examples: int, steps: int) -> int:
         """Return the steps of the shortest estimation that scores so many examples; `steps` if none is long enough.
@@ -124,7 +124,7 @@ def resolve_auto(
         width: hidden size of the base model; None: not known.
         has_peft: True if PEFT modules train; False: all weights do.
     """
-    epochs = auto_epochs(Pace.of(rows, config, processes).steps_an_epoch) if config.epochs == "auto" else config.epochs
+    epochs = auto_epochs(Pace.of(rows, config, processes).steps_per_epoch) if config.epochs == "auto" else config.epochs
     rate = config.learning_rate
     if rate == "auto":
         rate = auto_rate(width) if has_peft else FULL_RATE

@@ -13,7 +13,7 @@ _STEP = "lightpeft_step.json"
 """File in a checkpoint with the rows per optimizer step and the number of processes."""
 
 
-def rows_a_step(args: TrainingArguments) -> int:
+def rows_per_step(args: TrainingArguments) -> int:
     """Return the rows per optimizer step over all processes (global batch)."""
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
@@ -24,7 +24,7 @@ def write_step(folder: Path, args: TrainingArguments) -> None:
     Raises:
         LightPeftError: the file cannot be written.
     """
-    write_json(folder / _STEP, {"rows": rows_a_step(args), "processes": args.world_size})
+    write_json(folder / _STEP, {"rows": rows_per_step(args), "processes": args.world_size})
 
 
 def check_step(folder: Path, args: TrainingArguments) -> None:
@@ -39,9 +39,9 @@ def check_step(folder: Path, args: TrainingArguments) -> None:
         return
     rows, processes = _read_step(folder)
     require(
-        rows == rows_a_step(args),
+        rows == rows_per_step(args),
         f"{folder} was trained with a global batch of {rows} rows in {processes} process(es), and this run has "
-        f"{rows_a_step(args)} in {args.world_size}; start {processes}, or change per-device batch size or gradient "
+        f"{rows_per_step(args)} in {args.world_size}; start {processes}, or change per-device batch size or gradient "
         f"accumulation to get {rows}",
     )
 

@@ -24,7 +24,7 @@ def stopping_arguments(work: Workspace) -> dict[str, Any]:
     """Return the fields of `TrainingArguments` for early stopping; none where training runs to its end."""
     if not work.stops_early:
         return {}
-    epoch = work.pace.steps_an_epoch
+    epoch = work.pace.steps_per_epoch
     return {
         "eval_strategy": "steps",
         "eval_steps": epoch,

@@ -20,7 +20,7 @@ from lightpeft.app.runs.stages import StageCost, leave_budget, leave_estimation,
 from lightpeft.app.runs.stopping import loss_aside, stopping_arguments, stopping_callbacks
 from lightpeft.app.runs.workspace import Workspace
 from lightpeft.app.tasks.answers import Answers
-from lightpeft.app.tasks.worth import points_a_nat
+from lightpeft.app.tasks.worth import points_per_nat
 from lightpeft.config import Tolerance
 from lightpeft.errors import LightPeftError, one_line
 from lightpeft.plans.records import EstimationRecord, PrunePlan
@@ -54,8 +54,8 @@ class Meter:
         """End the part at a step of the run, and return its cost."""
         seconds = time.perf_counter() - self._started
         self._stack.close()
-        rows_a_step = self._work.pace.rows / self._work.pace.steps_an_epoch
-        speed = rows_a_step * (step - self._begun) / seconds
+        rows_per_step = self._work.pace.rows / self._work.pace.steps_per_epoch
+        speed = rows_per_step * (step - self._begun) / seconds
         begun = self._begun if self._resumed else 0
         return StageCost(self._before + seconds, speed, self._memory.bytes, self._memory.method, begun)
 
@@ -202,7 +202,7 @@ class LightRun(light_trainer(RunTrainer)):  # type: ignore[misc]
 
     def light_points_per_nat(self, classes: Tensor, right: Tensor) -> float:
         """Return the points of the task's metric that one nat of loss is worth, from predicted and right classes."""
-        return points_a_nat(Answers(classes.tolist(), right.tolist()), self.work.task)
+        return points_per_nat(Answers(classes.tolist(), right.tolist()), self.work.task)
 
     def prune_light_model(self, plan: PrunePlan) -> LightModel:
         """Cut the model, and write the light adapter before fine-tuning into the run folder."""
@@ -319,7 +319,7 @@ def _trainer_kwargs(
     # a trainer creates its folder at once, but a run writes nothing before all checks pass: see `RunTrainer.settle`
     stops = steps == work.steps
     if stops and work.stops_early:
-        training = replace(training, save_steps=work.pace.steps_an_epoch)
+        training = replace(training, save_steps=work.pace.steps_per_epoch)
         given |= stopping_arguments(work)
     arguments = training_arguments(training, Path(tempfile.gettempdir()), steps, config.seed, given)
     return {

@@ -341,7 +341,7 @@ def check_steps(config: RunConfig, donor: RunFolder, record: EstimationRecord) -
         LightPeftError: the estimation took more or fewer rows per step.
     """
     rows = config.training.batch_size * config.training.gradient_accumulation * processes().num_processes
-    there = record.meta.get("rows_a_step", rows)
+    there = record.meta.get("rows_per_step", rows)
     require(
         there == rows,
         f"the estimation of {donor.path} used a global batch of {there} rows, and this run uses {rows}; start as "

@@ -17,7 +17,7 @@ def answers_are_classes(task: Task) -> bool:
     return task.head in (CLASSIFICATION, MULTIPLE_CHOICE) and (metric is accuracy or isinstance(metric, ClassMetric))
 
 
-def points_a_nat(answers: Answers, task: Task) -> float:
+def points_per_nat(answers: Answers, task: Task) -> float:
     """Return the drop of the main metric, in points (hundredths) per nat, when the loss rises a little.
 
     Args:

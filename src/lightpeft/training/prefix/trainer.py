@@ -20,7 +20,7 @@ from lightpeft.training.prefix.blocks import FrozenPrefix
 from lightpeft.training.prefix.caching import CachedRows, PrefixCache, cache_prefix, may_change, obstacle
 from lightpeft.training.schedule import pace_of
 from lightpeft.training.sharding import Sharding
-from lightpeft.training.step_rows import rows_a_step
+from lightpeft.training.step_rows import rows_per_step
 from lightpeft.training.teaching import without_teacher_logits
 
 _log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class TrainerPrefix:
         if is_sharded(self._model):  # FSDP shards the model only when training begins, after `announce_obstacle`
             self.announce(f"no prefix cache: {SHARDED}")
             return
-        if steps * rows_a_step(args) <= len(self._trainer.train_dataset):
+        if steps * rows_per_step(args) <= len(self._trainer.train_dataset):
             return
         self._cached = cache_prefix(
             self._prefix,

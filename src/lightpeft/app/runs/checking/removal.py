@@ -20,7 +20,7 @@ def why_fixed(work: Workspace) -> str | None:
     room = SearchRoom(
         rows=pace.rows,
         batch_size=work.config.training.batch_size,
-        rows_a_step=pace.batch_size * pace.accumulation,
+        rows_per_step=pace.batch_size * pace.accumulation,
         processes=processes().num_processes,
         points=work.tolerance.unit == "points",
         sharded=sharding_launched(),

@@ -135,7 +135,7 @@ def budget(found: FoundBudget) -> Drawing:
     """Draw the measured rise of the loss at the probed budgets, and the expected one at the budget that was found."""
     figure = Drawing(NARROW, 220, "Rise of the loss at the probed budgets and, expected, at the chosen one", "both")
     figure.axes.axhline(0, color=RULE, linewidth=0.8)
-    worth = found.points_a_nat or 1.0
+    worth = found.points_per_nat or 1.0
     figure.axes.axhline(worth * found.tolerance, color=QUIET, linewidth=1, linestyle="--", label="tolerance")
     for number, point in enumerate(found.probed):
         x, before, after, error = 100 * point.blocks, worth * point.before, worth * point.after, worth * point.error
