@@ -46,6 +46,7 @@ TASKS = {
     "gsm8k": "GSM8K, 640 rows, trained",
     "640 rows": "GSM8K, 640 rows, trained",
     "2560 rows": "GSM8K, 2,560 rows, trained",
+    "200 rows": "SST-2, 200 rows, trained",
     "1000 rows": "SST-2, 1,000 rows, trained",
     "arc_easy": "ARC-Easy, trained",
     "openbookqa": "OpenBookQA, trained",
