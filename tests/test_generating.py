@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from tiny import DROPPED, VOCABULARY, make, plan_for, with_lora
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from lightpeft.app.evaluation import generating
@@ -68,6 +69,21 @@ def test_batches_with_a_cache_give_the_tokens_of_single_steps(
     result = texts(model, tokenizer, batch_size=batch_size)
     assert result == expected(model, tokenizer, {END})
     assert len(set(result)) == len(PROMPTS)
+
+
+def test_the_head_never_reads_a_view(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a view of the last positions torch would copy a frozen bfloat16 head once for each row of the batch."""
+    model, usual, whole = with_lora(make("llama-gqa")), nn.functional.linear, []
+
+    def linear(given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if weight is head:
+            whole.append(given.is_contiguous())
+        return usual(given, weight, bias)
+
+    head = model.get_base_model().lm_head.weight
+    monkeypatch.setattr(nn.functional, "linear", linear)
+    texts(model, tokenizer, batch_size=5)
+    assert all(whole) and len(whole) == STEPS
 
 
 def test_texts_end_at_any_end_token(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -45,6 +45,22 @@ def skip_head(head: nn.Linear | None) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def contiguous_head(model: nn.Module) -> Iterator[None]:
+    """Give the head of a language model its input in contiguous memory inside the block; no other module changes.
+
+    transformers slices the last position out of the states. From such a view, torch multiplies by one copy of the head
+    for each row if the head is frozen and in bfloat16, on a CPU: 4.4 GB for 16 rows and a vocabulary of 152,000.
+    """
+    head = language_head(transformers_model(model))
+    if head is None:
+        yield
+        return
+    usual = head.forward
+    with override_forward(head, lambda hidden: usual(hidden.contiguous())):
+        yield
+
+
 def language_head(inner: Any) -> nn.Linear | None:
     """Return the linear layer of a transformers model that computes logits; None: there is no such layer."""
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None

@@ -15,6 +15,7 @@ from lightpeft.app.evaluation.batching import in_batches, usual_batch_size
 from lightpeft.app.tasks.answers import require_finite
 from lightpeft.console import bars
 from lightpeft.machine import autocasting
+from lightpeft.models.head import contiguous_head
 from lightpeft.models.sharding import without_graph
 
 LINE_END = "\n"
@@ -57,7 +58,7 @@ def generate_texts(
         # left, whatever side the tokenizer pads: the text must follow its prompt directly
         batch = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(device)
         seen = _FiniteCheck()
-        with without_graph(model), autocasting(device, autocast):
+        with without_graph(model), autocasting(device, autocast), contiguous_head(model):
             written = model.generate(**batch, generation_config=config, logits_processor=[seen])
         return written[:, batch["input_ids"].shape[1] :].cpu(), seen.finite.cpu()
 
