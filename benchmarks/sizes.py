@@ -191,7 +191,7 @@ def panels(costs: Sequence[Cost], budgets: Sequence[float]) -> Iterator[plots.Si
                     last = points[-1].parameters
                     extrapolated[name] = [(size, line.at(size)) for size in np.geomspace(last, LARGEST, 20).tolist()]
         unit = next(iter(of_task.values()))[0].unit
-        label = "nats a token" if unit == "nats" else "points lost"
+        label = "nats per token" if unit == "nats" else "points lost"
         yield plots.SizePanel(task, label, lines, extrapolated, claimed=task != CURVE)
 
 
