@@ -4,7 +4,7 @@
 
 Greedy answers to the first questions of a file with `question` and `answer`, in the prompt of configs/scale. A question
 is solved if the last number of the text is that of the reference. A model is a run, an adapter, a merged model or a
-base.
+base, in the data type of its checkpoint.
 `--write` keeps the solved questions of one model with its own answers, as rows to train on:
 
     python benchmarks/solving.py demo/cache/qwen2.5_coder_0.5b --questions demo/cache/gsm8k/train.jsonl --count 2560 \
@@ -61,7 +61,7 @@ def written(model: Path, rows: Dataset, longest: int, batch_size: int | None) ->
     columns = Dataset.from_dict({"question": rows["question"][:], "answers": rows["answer"][:]})
     config = DataConfig(task="generation", max_length=longest + 512, answer_tokens=longest)
     task = GenerationTask(config, columns, columns, [], TaskEntry(kind="generation"))
-    found = find_model(model, settings={"dtype": "auto"})  # bases, too, in the type that they were saved in
+    found = find_model(model, settings={"dtype": "auto"})
     opened, tokenizer = found.open(Wanted.of(task)), found.tokenizer()
     ensure_pad_token(tokenizer, transformers_model(opened).config)
     asked = BatchedModel(opened, task.collator(tokenizer), batch_size, found.precision)

@@ -37,11 +37,12 @@ MOST_SAMPLED_ROWS = 256
 LEAST_SAMPLED_ROWS = 64
 """Rows of the sample in the shortest runs: the interval is 12 points to each side."""
 TRAINED_FOR_SAMPLED = 20
-"""Rows that a run trains on for each row of the sample: four milestones then take about a fifteenth of its time."""
+"""Rows that a run trains on for each row of the sample; four milestones answer a fifth as many."""
 MOST_GENERATED_ROWS = 32
 """Most rows of the sample if a model generates its answers token by token."""
 RAISED_LOSS = 0.05
-"""Relative rise of a loss that gives a warning: about the standard error of its mean over the sample."""
+"""Relative rise of a loss that gives a warning: about the standard error of its mean over 256 rows. All
+milestones answer the same rows, so a difference between two of them has a smaller error."""
 LOWER_IS_BETTER = ("loss", "mse", "perplexity")
 """Metrics of which less is better; of all others more is."""
 
