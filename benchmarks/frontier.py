@@ -18,7 +18,7 @@ import math
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -63,7 +63,12 @@ NAMES = {
 }
 """How the figure names models and methods; folders of demo/siblings.py are named by their first layers."""
 FIRST = "first layers, all weights"
-KIND_NAMES = {"lora": "LoRA", "all": "all weights", "all, taught": "all weights, taught"}
+KIND_NAMES = {
+    "lora": "LoRA",
+    "all": "all weights",
+    "all, taught": "all weights, taught",
+    "all tokens of the task": "all weights, the task's tokens",
+}
 TITLES = {"movie_reviews": "movie reviews", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE"}
 TITLES |= {"banking77": "BANKING77", "wnut17": "WNUT-17"}
 METRIC_NAMES = {"matthews": "Matthews correlation", "entity_f1": "entity F1"}
@@ -178,13 +183,17 @@ def points_of(folders: Sequence[Path]) -> tuple[list[Point], dict[tuple[str, str
 # -- latency -----------------------------------------------------------------------------------------------------------
 
 
-def timed(cells: Mapping[str, Path], rounds: int, rows: int) -> dict[str, dict[str, Any]]:
-    """By shape: milliseconds a row and MiB of files of one task's models, in alternating rounds."""
+def timed(openers: Mapping[str, Callable[[], tuple[Any, ...]]], rounds: int, rows: int) -> dict[str, dict[str, Any]]:
+    """By shape: milliseconds a row and MiB of files of one task's models, in alternating rounds.
+
+    Args:
+        openers: give a model, its tokenizer and what makes batches, as `opened` does.
+    """
     subjects: dict[tuple[str, str], Any] = {}
-    found: dict[str, dict[str, Any]] = {shape: {"mib": {}, "ms": {}, "values": {}} for shape in cells}
+    found: dict[str, dict[str, Any]] = {shape: {"mib": {}, "ms": {}, "values": {}} for shape in openers}
     with TemporaryDirectory() as place:
-        for shape, folder in cells.items():
-            model, tokenizer, batched, *_ = opened(folder)
+        for shape, opener in openers.items():
+            model, tokenizer, batched, *_ = opener()
             given = {size: batched(size)[: -(-rows // size)] for size in SIZES}
             for dtype in DTYPES:
                 graph = Path(place) / f"{shape}-{dtype}"
@@ -204,7 +213,8 @@ def add_latency(points: Sequence[Point], shapes: Mapping[tuple[str, str], Path],
         file, cells = given.out / f"latency.{task}.json", {s: cell for (t, s), cell in shapes.items() if t == task}
         known = read_json(file) if file.is_file() else {}
         if not cells.keys() <= known.keys():
-            known = timed(cells, given.rounds, given.rows)
+            openers = {shape: partial(opened, cell) for shape, cell in cells.items()}
+            known = timed(openers, given.rounds, given.rows)
             write_json(file, known)
         for point in points:
             if point.task == task:
@@ -319,20 +329,22 @@ def named(name: str) -> str:
     return NAMES.get(whole, whole) + (f", first {layers} layers" if first else "") + comma + taught
 
 
-def panels(points: Sequence[Point], way: str) -> Iterator[plots.FrontierPanel]:
+def panels(shown: Mapping[str, Sequence[Shown]]) -> Iterator[plots.FrontierPanel]:
     """The mean of all tasks, of what was run on all of them, and one a task."""
-    tasks = list(dict.fromkeys(point.task for point in points))
-    shown = {task: [_shown(point, way) for point in points if point.task == task] for task in tasks}
-    if len(tasks) > 1:
-        yield panel(f"mean of {len(tasks)} tasks", "mean", [*means(shown)])
+    if len(shown) > 1:
+        yield panel(f"mean of {len(shown)} tasks", "mean", [*means(shown)])
     for task, of_task in shown.items():
         metric = of_task[0].point.metric
         yield panel(TITLES.get(task, task), METRIC_NAMES.get(metric, metric), of_task)
 
 
-def _shown(point: Point, way: str) -> Shown:
-    by_seed = {seed: 100 * value for seed, value in zip(point.counts, point.values, strict=True)}
-    return Shown(point, point.ms[way], by_seed, 100 * point.quality)
+def shown_by_task(points: Sequence[Point], way: str) -> dict[str, list[Shown]]:
+    """What the figure needs of points that were measured in this way."""
+    by_task: dict[str, list[Shown]] = defaultdict(list)
+    for point in points:
+        by_seed = {seed: 100 * value for seed, value in zip(point.counts, point.values, strict=True)}
+        by_task[point.task].append(Shown(point, point.ms[way], by_seed, 100 * point.quality))
+    return dict(by_task)
 
 
 def means(shown: Mapping[str, Sequence[Shown]]) -> Iterator[Shown]:
@@ -377,14 +389,32 @@ def panel(title: str, measure: str, shown: Sequence[Shown]) -> plots.FrontierPan
     return plots.FrontierPanel(title, f"{measure}, %", marks, ways)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Measure and write; 0, or 2 on bad input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="output folders")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of measuring latencies and of the figure."""
     parser.add_argument("--rounds", type=int, default=9, help="alternations")
     parser.add_argument("--rows", type=int, default=192, help="test rows a round")
     parser.add_argument("--way", default="f32 1", help='data type and rows at a time of the figure (default: "f32 1")')
     parser.add_argument("--figure", nargs="+", default=[], metavar="TITLE", help="panels of the figure (default: all)")
+
+
+def draw(shown: Mapping[str, Sequence[Shown]], given: argparse.Namespace, stem: Path) -> None:
+    """Write the figure.
+
+    Raises:
+        LightPeftError: no panel has one of the titles.
+    """
+    drawn = [each for each in panels(shown) if each.title in (given.figure or [each.title])]
+    require(drawn, f"no panel is called {' or '.join(given.figure)}; leave out --figure for all")
+    dtype, _, size = given.way.partition(" ")
+    label = f"ms a text in ONNX Runtime, {dtype.replace('f32', 'float32')}, {size} at a time"
+    plots.save(plots.frontier(drawn, label), stem)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and write; 0, or 2 on bad input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="output folders")
+    add_options(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/frontier"))
     given = parser.parse_args(arguments)
     quiet_libraries()
@@ -400,11 +430,7 @@ def main(arguments: list[str] | None = None) -> int:
         results["command"] = publishing.command("frontier", arguments)
         write_json(given.out / "frontier.results.json", results, 2)
         (given.out / "frontier.md").write_text(markdown(results) + "\n", encoding="utf-8")
-        drawn = [each for each in panels(points, given.way) if each.title in (given.figure or [each.title])]
-        require(drawn, f"no panel is called {' or '.join(given.figure)}; leave out --figure for all")
-        dtype, _, size = given.way.partition(" ")
-        label = f"ms a text in ONNX Runtime, {dtype.replace('f32', 'float32')}, {size} at a time"
-        plots.save(plots.frontier(drawn, label), given.out / "frontier")
+        draw(shown_by_task(points, given.way), given, given.out / "frontier")
     except LightPeftError as error:
         publishing.say(f"frontier: {error}")
         return 2

@@ -21,6 +21,7 @@ import frontier
 import gguf_speed
 import gpu
 import inference
+import latency
 import needs
 import numpy as np
 import peer_cells
@@ -1002,6 +1003,23 @@ def test_frontier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert frontier.main([*words, "--figure", "words"]) == 0, "nothing is asked or measured again"
     assert frontier.main([*words, "--figure", "neither"]) == 2
     assert read(out / "frontier.results.json")["points"] == results["points"]
+    # a cut has its shapes as soon as estimation ends, and one estimation is enough for budgets that share it
+    shutil.copy(tmp_path / "grid/results.json", file.with_suffix(".results.json"))
+    words = [str(file), "--task", "words", "--rounds", "2", "--rows", "8", "--out", str(tmp_path / "latency")]
+    assert latency.main(words) == 0
+    found = {(each["model"], each["method"]): each for each in read(tmp_path / "latency/latency.json")["points"]}
+    assert set(found) == {("small", "full"), *(("large", name) for name in GRID)}
+    for (model, name), each in found.items():
+        point = points[model, name.replace("%,", "").replace("%", "")]
+        assert each["mib"] == point["mib"] and set(each["ms"]) == set(point["ms"])
+        assert each["by_seed"] == pytest.approx(point["by_seed"])
+    assert found["large", "full"]["ms"] == found["large", "lora"]["ms"] != found["large", "60%, all"]["ms"]
+    cells = tmp_path / "latency/grid/cells/large/words"
+    taken = {folder.name for folder in cells.iterdir() if "taken_from" in (folder / "0/log.jsonl").read_text()}
+    assert taken == {"30_all"} and not [*cells.glob("*/0/metrics.json")], "nothing is trained to its end"
+    monkeypatch.setattr(latency, "opened", None)
+    assert latency.main([*words, "--figure", "words"]) == 0, "nothing is measured again"
+    assert latency.main([*words, "--task", "other"]) == 2
 
 
 def point(model: str, method: str, ms: float, right: list[int]) -> frontier.Point:
@@ -1077,7 +1095,7 @@ def test_the_figure_begins_with_the_mean_of_what_was_run_on_all_tasks() -> None:
         replace(point("minilm", "60 all", 4.0, [1, 0, 0, 0]), task="sst2"),
         replace(point("mpnet", "full", 40.0, [1, 1, 1, 1]), task="sst2"),
     ]
-    mean, first, second = frontier.panels(points, "f32 1")
+    mean, first, second = frontier.panels(frontier.shown_by_task(points, "f32 1"))
     assert (mean.title, first.title, second.title) == ("mean of 2 tasks", "t", "SST-2")
     assert [(mark.label, mark.x, mark.y) for mark in mean.marks] == [("MiniLM-L6", 6.0, 75.0)]
     assert mean.lines == {("MiniLM-L6", "all weights"): [(3.0, 37.5, "60%"), (6.0, 75.0, "")]}
@@ -1092,7 +1110,7 @@ def test_first_layers_begin_at_the_whole_model_and_gates_stand_alone() -> None:
         point("minilm", "FineGates 60 own recipe", 2.0, [1, 0, 0, 0]),
         point("minilm_l3", "full", 2.0, [1, 0, 0, 0]),
     ]
-    (panel,) = frontier.panels(points, "f32 1")
+    (panel,) = frontier.panels(frontier.shown_by_task(points, "f32 1"))
     assert [mark.label for mark in panel.marks] == ["MiniLM-L6", "MiniLM-L3"]
     assert panel.lines == {
         ("MiniLM-L6", "all weights"): [(4.0, 100.0, "")],

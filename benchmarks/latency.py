@@ -1,0 +1,159 @@
+"""The time of an answer in ONNX Runtime for everything that grids have published results of, and its figure.
+
+    OMP_NUM_THREADS=1 python benchmarks/latency.py configs/frontier/minilm.yaml --task sst2 cola
+
+Latency depends on shapes alone, and the shapes of a cut are known when estimation ends. So each model is estimated as
+the grid's first seed is, one estimation for all budgets, and cut; nothing is trained to its end. These and the whole
+models are written for ONNX Runtime in float32 and int8, and all of a task answer the same test rows on one thread, one
+and 32 at a time, in alternating rounds. Quality is that of the grids' results files. Writes latency.json, latency.md,
+latency.png and latency.svg into --out, where a second call finds what was estimated and measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import frontier
+import publishing
+import serving
+import torch
+
+from lightpeft.adapters.light_adapter import load_light
+from lightpeft.adapters.merging import merged_copy
+from lightpeft.app.exports.graphs.runtimes import RUNTIMES
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.reproduce import Row, load_grid, read_results
+from lightpeft.app.runs.reproduce.grid import Cell, slug
+from lightpeft.app.runs.reuse import estimation_settings, find_estimation, take_estimation
+from lightpeft.errors import LightPeftError, require
+from lightpeft.files import read_json, write_json
+from lightpeft.models.loading import quiet_libraries
+from lightpeft.profiling.surroundings import hardware
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row of a grid's results, and the cell of its first seed."""
+
+    row: Row
+    cell: Cell
+
+    @property
+    def shape(self) -> str:
+        """Name of what its latency depends on; whole models are alike, however they were trained."""
+        return f"{self.row.model}, {self.row.method}" if self.cell.config.method_spec.prunes else self.row.model
+
+    def point(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        """What is written: quality and, of the same shape, milliseconds a row and MiB."""
+        kept = ("task", "model", "method", "metric", "seeds")
+        row, measured = {name: getattr(self.row, name) for name in kept}, known[self.row.task][self.shape]
+        quality = {"quality": statistics.fmean(self.row.quality), "by_seed": self.row.quality}
+        return row | quality | {name: measured[name] for name in ("ms", "mib")}
+
+
+def published(grids: Sequence[Path], tasks: Sequence[str], out: Path) -> Iterator[Published]:
+    """All rows of the grids' results on these tasks."""
+    for file in grids:
+        cells = {(c.model, c.task, c.method, c.seed): c for c in load_grid(file).cells(out / file.stem)}
+        for row in read_results(file.with_suffix(".results.json")).rows:
+            if row.task in tasks:
+                yield Published(row, cells[row.model, row.task, row.method, row.seeds[0]])
+
+
+def opened(cell: Cell, donors: dict[str, Path]) -> tuple[Any, Any, Any]:
+    """The model of a cell, whole or cut but not trained, its tokenizer, and what makes batches.
+
+    Args:
+        donors: run folders by the settings of their estimation, to which this one's is added.
+    """
+    work = pipeline.prepare(cell.config)
+    if not cell.config.method_spec.prunes:
+        return work.dense_model().model, work.tokenizer, lambda size: [*serving.batched(work, size)]
+    settings = json.dumps(estimation_settings(cell.config), sort_keys=True, default=str)
+    donor = donors.setdefault(settings, work.run.path)
+    if donor != work.run.path:
+        take_estimation(work.run, find_estimation(cell.config, donor))
+    pipeline.estimate(work)
+    pipeline.plan(work)
+    light = pipeline.prune(work) or load_light(work.run.pruned)
+    return merged_copy(light), work.tokenizer, lambda size: [*serving.batched(work, size)]
+
+
+def measured(found: Sequence[Published], given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """By task and shape; a task whose shapes were all measured together before is not measured again."""
+    known: dict[str, dict[str, Any]] = {}
+    for task in given.task:
+        file = given.out / f"latency.{task}.json"
+        cells = {each.shape: each.cell for each in found if each.row.task == task}
+        known[task] = read_json(file) if file.is_file() else {}
+        if not cells.keys() <= known[task].keys():
+            donors: dict[str, Path] = {}
+            openers = {shape: partial(opened, cell, donors) for shape, cell in cells.items()}
+            known[task] = frontier.timed(openers, given.rounds, given.rows)
+            write_json(file, known[task])
+    return known
+
+
+def shown(points: Sequence[Mapping[str, Any]], way: str) -> dict[str, list[frontier.Shown]]:
+    """The points of the figure by task."""
+    by_task: dict[str, list[frontier.Shown]] = defaultdict(list)
+    for each in points:
+        name = slug(each["method"]).replace("_", " ")
+        point = frontier.Point(each["task"], each["model"], name, each["metric"])
+        by_seed = {seed: 100 * value for seed, value in zip(each["seeds"], each["by_seed"], strict=True)}
+        by_task[each["task"]].append(frontier.Shown(point, each["ms"][way], by_seed, 100 * each["quality"]))
+    return dict(by_task)
+
+
+def markdown(points: Sequence[Mapping[str, Any]]) -> str:
+    """One row for each model, method and task."""
+    ways = [f"{dtype} {size}" for dtype in frontier.DTYPES for size in frontier.SIZES]
+    header = ["task", "model, method", "seeds", "quality", *(f"ms a row, {way}" for way in ways)]
+    header += [f"MiB, {dtype}" for dtype in frontier.DTYPES]
+    rows = []
+    for each in points:
+        name = f"{frontier.named(each['model'])}, {frontier.named(slug(each['method']).replace('_', ' '))}"
+        row = [each["task"], name, f"{len(each['seeds'])}", f"{100 * each['quality']:.1f}"]
+        row += [f"{each['ms'][way]:.2f}" for way in ways]
+        rows.append([*row, *(f"{each['mib'][dtype]:.0f}" for dtype in frontier.DTYPES)])
+    return publishing.markdown_table(header, rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Estimate, cut, measure and write; 0, or 2 on bad input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("grids", nargs="+", type=Path, help="YAML files of grids, with results files beside them")
+    parser.add_argument("--task", nargs="+", required=True, help="tasks of the grids")
+    frontier.add_options(parser)
+    parser.add_argument("--out", type=Path, default=Path("runs/frontier/latency"))
+    given = parser.parse_args(arguments)
+    quiet_libraries()
+    try:
+        serving.check(RUNTIMES["onnx"])
+        torch.set_num_threads(1)
+        found = [*published(given.grids, given.task, given.out)]
+        lacking = ", ".join(task for task in given.task if task not in {each.row.task for each in found})
+        require(not lacking, f"no results of {lacking} beside {', '.join(map(str, given.grids))}")
+        known = measured(found, given)
+        points = [each.point(known) for each in found]
+        command = publishing.command("latency", arguments)
+        write_json(given.out / "latency.json", {"points": points, "hardware": hardware(), "command": command}, 2)
+        (given.out / "latency.md").write_text(markdown(points) + "\n", encoding="utf-8")
+        frontier.draw(shown(points, given.way), given, given.out / "latency")
+    except LightPeftError as error:
+        publishing.say(f"latency: {error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
