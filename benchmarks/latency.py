@@ -27,17 +27,20 @@ import publishing
 import serving
 import torch
 
-from lightpeft.adapters.light_adapter import load_light
 from lightpeft.adapters.merging import merged_copy
 from lightpeft.app.exports.graphs.runtimes import RUNTIMES
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.reproduce import Row, load_grid, read_results
 from lightpeft.app.runs.reproduce.grid import Cell, slug
-from lightpeft.app.runs.reuse import estimation_settings, find_estimation, take_estimation
+from lightpeft.app.runs.reuse import estimation_settings
+from lightpeft.app.runs.stages import estimated_model
+from lightpeft.app.runs.workspace import Workspace
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import read_json, write_json
 from lightpeft.models.loading import quiet_libraries
+from lightpeft.plans.planning import make_plan
 from lightpeft.profiling.surroundings import hardware
+from lightpeft.recipe.pruner import cut
 
 
 @dataclass(frozen=True)
@@ -69,23 +72,21 @@ def published(grids: Sequence[Path], tasks: Sequence[str], out: Path) -> Iterato
                 yield Published(row, cells[row.model, row.task, row.method, row.seeds[0]])
 
 
-def opened(cell: Cell, donors: dict[str, Path]) -> tuple[Any, Any, Any]:
+def opened(cell: Cell, estimated: dict[str, Workspace]) -> tuple[Any, Any, Any]:
     """The model of a cell, whole or cut but not trained, its tokenizer, and what makes batches.
 
     Args:
-        donors: run folders by the settings of their estimation, to which this one's is added.
+        estimated: runs with an estimation, by the settings that it depends on; this cell's is added if it is not there.
     """
     work = pipeline.prepare(cell.config)
-    if not cell.config.method_spec.prunes:
-        return work.dense_model().model, work.tokenizer, lambda size: [*serving.batched(work, size)]
-    settings = json.dumps(estimation_settings(cell.config), sort_keys=True, default=str)
-    donor = donors.setdefault(settings, work.run.path)
-    if donor != work.run.path:
-        take_estimation(work.run, find_estimation(cell.config, donor))
-    pipeline.estimate(work)
-    pipeline.plan(work)
-    light = pipeline.prune(work) or load_light(work.run.pruned)
-    return merged_copy(light), work.tokenizer, lambda size: [*serving.batched(work, size)]
+    if cell.config.method_spec.prunes:
+        settings = json.dumps(estimation_settings(cell.config), sort_keys=True, default=str)
+        donor = estimated.setdefault(settings, work)
+        plan = make_plan(pipeline.estimate(donor), cell.config.light)
+        model = merged_copy(cut(estimated_model(donor, plan), plan))
+    else:
+        model = work.dense_model().model
+    return model, work.tokenizer, lambda size: [*serving.batched(work, size)]
 
 
 def measured(found: Sequence[Published], given: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -96,8 +97,8 @@ def measured(found: Sequence[Published], given: argparse.Namespace) -> dict[str,
         cells = {each.shape: each.cell for each in found if each.row.task == task}
         known[task] = read_json(file) if file.is_file() else {}
         if not cells.keys() <= known[task].keys():
-            donors: dict[str, Path] = {}
-            openers = {shape: partial(opened, cell, donors) for shape, cell in cells.items()}
+            estimated: dict[str, Workspace] = {}
+            openers = {shape: partial(opened, cell, estimated) for shape, cell in cells.items()}
             known[task] = frontier.timed(openers, given.rounds, given.rows)
             write_json(file, known[task])
     return known

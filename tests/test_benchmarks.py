@@ -1015,8 +1015,8 @@ def test_frontier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert each["by_seed"] == pytest.approx(point["by_seed"])
     assert found["large", "full"]["ms"] == found["large", "lora"]["ms"] != found["large", "60%, all"]["ms"]
     cells = tmp_path / "latency/grid/cells/large/words"
-    taken = {folder.name for folder in cells.iterdir() if "taken_from" in (folder / "0/log.jsonl").read_text()}
-    assert taken == {"30_all"} and not [*cells.glob("*/0/metrics.json")], "nothing is trained to its end"
+    estimated = {folder.parents[1].name for folder in cells.glob("*/0/estimation")}
+    assert estimated == {"60", "60_all"} and not [*cells.glob("*/0/pruned")], "nothing else is trained"
     monkeypatch.setattr(latency, "opened", None)
     assert latency.main([*words, "--figure", "words"]) == 0, "nothing is measured again"
     assert latency.main([*words, "--task", "other"]) == 2
