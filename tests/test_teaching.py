@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import operator
 import random
 import shutil
 import signal
@@ -216,6 +217,16 @@ def test_a_column_is_a_teacher(light: Any, tmp_path: Path) -> None:
     found = [weights(each.model) for each in (asked, given, alone)]
     assert all(found[0][name].equal(found[1][name]) for name in found[0])
     assert losses(asked) == losses(given) != losses(alone)
+
+
+def test_the_teacher_waits_for_the_cut(tmp_path: Path) -> None:
+    """Estimation learns and scores by the labels alone; what is left learns from the teacher."""
+    options: dict[str, Any] = {"light": but(CUT, length=3), "settings": {"max_steps": 6, "num_train_epochs": 2}}
+    alone, taught = (trainer("classes", tmp_path, teacher=of, **options) for of in (None, KINDS["classes"][0](7)))
+    for each in (alone, taught):
+        each.train()
+    assert taught.light_plan == alone.light_plan
+    assert losses(taught)[:3] == losses(alone)[:3] and all(map(operator.ne, losses(taught)[3:], losses(alone)[3:]))
 
 
 @pytest.mark.parametrize("kind", ["classes", "tokens"])

@@ -203,10 +203,12 @@ class TrainingConfig:
     time, with dropout."""
     teacher: str | None = None
     """Teacher for distillation: a trained model with the same labels, as the folder of a run, of an adapter or of a
-    model, or a hub name. The student learns its logits beside the labels. The teacher reads the training texts once,
-    before training, with its own tokenizer. For classification, regression and multiple choice with a head."""
+    model, or a hub name. After the cut, the student learns its logits beside the labels. The teacher reads the training
+    texts once, before training, with its own tokenizer. For classification, regression and multiple choice with a
+    head."""
     teacher_weight: Annotated[float, Within(above=0, most=1)] = 0.5
-    """Weight w of the teacher's loss, in (0, 1]; the loss of the labels has weight 1 - w."""
+    """Weight w of the teacher's loss after the cut, in (0, 1]; the loss of the labels has weight 1 - w. 1: labels do
+    not count, and the teacher alone trains before the cut, too."""
     save_steps: Annotated[int, Within(least=1)] = 200
     """Number of steps between checkpoints, from which a killed run resumes."""
 

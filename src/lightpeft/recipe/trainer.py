@@ -75,8 +75,9 @@ class LightTraining(Training):
         prefix_cache: cache for the outputs of the frozen lower blocks from epoch to epoch; None: no cache.
         teacher: a trained model of the same task, labels and tokenizer, or its folder, for knowledge distillation: a
             model for classes, numbers, or token labels. Its logits of the training rows are computed once, before
-            training. Rows with a column `teacher_logits` need no teacher.
-        teacher_weight: weight of the teacher's loss in the total loss, in (0, 1].
+            training. Rows with a column `teacher_logits` need no teacher. Estimation uses the labels alone.
+        teacher_weight: weight of the teacher's loss in the total loss after the cut, in (0, 1]. 1: labels do not count,
+            and estimation uses the teacher alone.
 
     Attributes:
         light_plan: the units of the dense base that were kept; None if training ended before the cut.
@@ -195,6 +196,7 @@ class LightTraining(Training):
     def _begin_estimation(self, state: TrainerState, control: TrainerControl) -> None:
         """Put masks on the model. If nothing is to be cut, there is nothing to estimate: the cut comes at once."""
         assert self._light_pruner is not None
+        self._teaching.active = self._teaching.weight == 1  # labels, if they count, tell better what the task needs
         if can_write(self._peft_model) and (line := cut_of_writer(self.light_config)) is not None:
             self._warn(line)
         stage = fit_stage(self.light_config, pace_of(self), state.max_steps, longer=self.light_longer)
@@ -323,7 +325,8 @@ class LightTraining(Training):
     # -- 3. fine-tuning of what is left --------------------------------------------------------------------------
 
     def _begin_fine_tuning(self, max_steps: int) -> None:
-        """Start or resume the training of the cut model."""
+        """Start or resume the training of the cut model, with the teacher if there is one."""
+        self._teaching.active = True
         self._prefix.open(max_steps - self._estimation_steps)
         self._light_contexts.enter_context(self._light_acceleration())
 
