@@ -183,12 +183,12 @@ def points_of(folders: Sequence[Path]) -> tuple[list[Point], dict[tuple[str, str
 # -- latency -----------------------------------------------------------------------------------------------------------
 
 
-def timed(openers: Mapping[str, Callable[[], tuple[Any, ...]]], rounds: int, rows: int) -> dict[str, dict[str, Any]]:
-    """By shape: milliseconds a row and MiB of files of one task's models, in alternating rounds.
+Opener = Callable[[], tuple[Any, ...]]
+"""Returns a model, its tokenizer and what makes batches, as `opened` does."""
 
-    Args:
-        openers: give a model, its tokenizer and what makes batches, as `opened` does.
-    """
+
+def timed(openers: Mapping[str, Opener], rounds: int, rows: int) -> dict[str, dict[str, Any]]:
+    """By shape: milliseconds a row and MiB of files of one task's models, in alternating rounds."""
     subjects: dict[tuple[str, str], Any] = {}
     found: dict[str, dict[str, Any]] = {shape: {"mib": {}, "ms": {}, "values": {}} for shape in openers}
     with TemporaryDirectory() as place:
@@ -207,15 +207,20 @@ def timed(openers: Mapping[str, Callable[[], tuple[Any, ...]]], rounds: int, row
     return found
 
 
+def latencies(task: str, openers: Mapping[str, Opener], given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """By shape, as `timed`; measured only if not all of them were measured together before."""
+    file = given.out / f"latency.{task}.json"
+    known: dict[str, dict[str, Any]] = read_json(file) if file.is_file() else {}
+    if not openers.keys() <= known.keys():
+        known = timed(openers, given.rounds, given.rows)
+        write_json(file, known)
+    return {shape: known[shape] for shape in openers}
+
+
 def add_latency(points: Sequence[Point], shapes: Mapping[tuple[str, str], Path], given: argparse.Namespace) -> None:
-    """Measure every task whose shapes were not all measured together before."""
+    """Latencies and sizes of every point."""
     for task in dict.fromkeys(point.task for point in points):
-        file, cells = given.out / f"latency.{task}.json", {s: cell for (t, s), cell in shapes.items() if t == task}
-        known = read_json(file) if file.is_file() else {}
-        if not cells.keys() <= known.keys():
-            openers = {shape: partial(opened, cell) for shape, cell in cells.items()}
-            known = timed(openers, given.rounds, given.rows)
-            write_json(file, known)
+        known = latencies(task, {s: partial(opened, cell) for (t, s), cell in shapes.items() if t == task}, given)
         for point in points:
             if point.task == task:
                 point.ms, point.mib = known[point.shape]["ms"], known[point.shape]["mib"]
@@ -338,12 +343,19 @@ def panels(shown: Mapping[str, Sequence[Shown]]) -> Iterator[plots.FrontierPanel
         yield panel(TITLES.get(task, task), METRIC_NAMES.get(metric, metric), of_task)
 
 
-def shown_by_task(points: Sequence[Point], way: str) -> dict[str, list[Shown]]:
-    """What the figure needs of points that were measured in this way."""
+def written(point: Point) -> dict[str, Any]:
+    """A point as the results file has it."""
+    found = asdict(point) | {"counts": None, "quality": point.quality}
+    return found | {"seeds": list(point.counts), "by_seed": point.values}
+
+
+def shown_by_task(points: Sequence[Mapping[str, Any]], way: str) -> dict[str, list[Shown]]:
+    """What the figure needs of written points that were measured in this way."""
     by_task: dict[str, list[Shown]] = defaultdict(list)
-    for point in points:
-        by_seed = {seed: 100 * value for seed, value in zip(point.counts, point.values, strict=True)}
-        by_task[point.task].append(Shown(point, point.ms[way], by_seed, 100 * point.quality))
+    for each in points:
+        point = Point(each["task"], each["model"], each["method"], each["metric"])
+        by_seed = {seed: 100 * value for seed, value in zip(each["seeds"], each["by_seed"], strict=True)}
+        by_task[point.task].append(Shown(point, each["ms"][way], by_seed, 100 * each["quality"]))
     return dict(by_task)
 
 
@@ -423,14 +435,12 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(1)
         points, shapes = points_of(given.runs)
         add_latency(points, shapes, given)
-        shown = [asdict(p) | {"counts": None, "quality": p.quality} for p in points]
-        for point, each in zip(points, shown, strict=True):
-            each["seeds"], each["by_seed"] = list(point.counts), point.values
+        shown = [written(point) for point in points]
         results = {"points": shown, "comparisons": [*comparisons(points)], "hardware": hardware()}
         results["command"] = publishing.command("frontier", arguments)
         write_json(given.out / "frontier.results.json", results, 2)
         (given.out / "frontier.md").write_text(markdown(results) + "\n", encoding="utf-8")
-        draw(shown_by_task(points, given.way), given, given.out / "frontier")
+        draw(shown_by_task(shown, given.way), given, given.out / "frontier")
     except LightPeftError as error:
         publishing.say(f"frontier: {error}")
         return 2

@@ -15,7 +15,6 @@ import argparse
 import json
 import statistics
 import sys
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,9 +35,10 @@ from lightpeft.app.runs.reuse import estimation_settings
 from lightpeft.app.runs.stages import estimated_model
 from lightpeft.app.runs.workspace import Workspace
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import read_json, write_json
+from lightpeft.files import write_json
 from lightpeft.models.loading import quiet_libraries
 from lightpeft.plans.planning import make_plan
+from lightpeft.profiling.comparing import summarize
 from lightpeft.profiling.surroundings import hardware
 from lightpeft.recipe.pruner import cut
 
@@ -56,11 +56,18 @@ class Published:
         return f"{self.row.model}, {self.row.method}" if self.cell.config.method_spec.prunes else self.row.model
 
     def point(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        """What is written: quality and, of the same shape, milliseconds a row and MiB."""
-        kept = ("task", "model", "method", "metric", "seeds")
-        row, measured = {name: getattr(self.row, name) for name in kept}, known[self.row.task][self.shape]
-        quality = {"quality": statistics.fmean(self.row.quality), "by_seed": self.row.quality}
-        return row | quality | {name: measured[name] for name in ("ms", "mib")}
+        """A point as `frontier.written`: quality and, of its shape, MiB, and ms a row with the quartiles of rounds."""
+        row, found = self.row, known[self.row.task][self.shape]
+        point = {name: getattr(row, name) for name in ("task", "model", "metric", "seeds")}
+        point |= {"method": method_name(row.method), "quality": statistics.fmean(row.quality), "by_seed": row.quality}
+        spreads = {way: summarize(values) for way, values in found["values"].items()}
+        quartiles = {way: [spread.low, spread.high] for way, spread in spreads.items()}
+        return point | {"ms": found["ms"], "quartiles": quartiles, "mib": found["mib"]}
+
+
+def method_name(method: str) -> str:
+    """A grid's method as `frontier.py` names it, from its folder."""
+    return slug(method).replace("_", " ")
 
 
 def published(grids: Sequence[Path], tasks: Sequence[str], out: Path) -> Iterator[Published]:
@@ -90,42 +97,31 @@ def opened(cell: Cell, estimated: dict[str, Workspace]) -> tuple[Any, Any, Any]:
 
 
 def measured(found: Sequence[Published], given: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """By task and shape; a task whose shapes were all measured together before is not measured again."""
+    """By task and shape."""
     known: dict[str, dict[str, Any]] = {}
     for task in given.task:
-        file = given.out / f"latency.{task}.json"
-        cells = {each.shape: each.cell for each in found if each.row.task == task}
-        known[task] = read_json(file) if file.is_file() else {}
-        if not cells.keys() <= known[task].keys():
-            estimated: dict[str, Workspace] = {}
-            openers = {shape: partial(opened, cell, estimated) for shape, cell in cells.items()}
-            known[task] = frontier.timed(openers, given.rounds, given.rows)
-            write_json(file, known[task])
+        estimated: dict[str, Workspace] = {}
+        openers = {each.shape: partial(opened, each.cell, estimated) for each in found if each.row.task == task}
+        known[task] = frontier.latencies(task, openers, given)
     return known
 
 
-def shown(points: Sequence[Mapping[str, Any]], way: str) -> dict[str, list[frontier.Shown]]:
-    """The points of the figure by task."""
-    by_task: dict[str, list[frontier.Shown]] = defaultdict(list)
-    for each in points:
-        name = slug(each["method"]).replace("_", " ")
-        point = frontier.Point(each["task"], each["model"], name, each["metric"])
-        by_seed = {seed: 100 * value for seed, value in zip(each["seeds"], each["by_seed"], strict=True)}
-        by_task[each["task"]].append(frontier.Shown(point, each["ms"][way], by_seed, 100 * each["quality"]))
-    return dict(by_task)
+def markdown(known: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table for each task, one row for each shape."""
+    return "\n\n".join(_table(task, shapes) for task, shapes in known.items())
 
 
-def markdown(points: Sequence[Mapping[str, Any]]) -> str:
-    """One row for each model, method and task."""
-    ways = [f"{dtype} {size}" for dtype in frontier.DTYPES for size in frontier.SIZES]
-    header = ["task", "model, method", "seeds", "quality", *(f"ms a row, {way}" for way in ways)]
-    header += [f"MiB, {dtype}" for dtype in frontier.DTYPES]
+def _table(task: str, shapes: Mapping[str, Any]) -> str:
+    one, many = frontier.SIZES
+    names = {dtype: dtype.replace("f32", "float32") for dtype in frontier.DTYPES}
+    header = [f"ms a text, {frontier.TITLES.get(task, task)}, ONNX Runtime"]
+    header += [*(f"{name}: {one}, {many}" for name in names.values()), f"MiB: {', '.join(names.values())}"]
     rows = []
-    for each in points:
-        name = f"{frontier.named(each['model'])}, {frontier.named(slug(each['method']).replace('_', ' '))}"
-        row = [each["task"], name, f"{len(each['seeds'])}", f"{100 * each['quality']:.1f}"]
-        row += [f"{each['ms'][way]:.2f}" for way in ways]
-        rows.append([*row, *(f"{each['mib'][dtype]:.0f}" for dtype in frontier.DTYPES)])
+    for shape, found in shapes.items():
+        model, comma, method = shape.partition(", ")
+        name = frontier.named(model) + (f", {frontier.named(method_name(method))}" if comma else "")
+        ms = [", ".join(f"{found['ms'][f'{dtype} {size}']:.1f}" for size in (one, many)) for dtype in names]
+        rows.append([name, *ms, ", ".join(f"{found['mib'][dtype]:.0f}" for dtype in names)])
     return publishing.markdown_table(header, rows)
 
 
@@ -148,8 +144,8 @@ def main(arguments: list[str] | None = None) -> int:
         points = [each.point(known) for each in found]
         command = publishing.command("latency", arguments)
         write_json(given.out / "latency.json", {"points": points, "hardware": hardware(), "command": command}, 2)
-        (given.out / "latency.md").write_text(markdown(points) + "\n", encoding="utf-8")
-        frontier.draw(shown(points, given.way), given, given.out / "latency")
+        (given.out / "latency.md").write_text(markdown(known) + "\n", encoding="utf-8")
+        frontier.draw(frontier.shown_by_task(points, given.way), given, given.out / "latency")
     except LightPeftError as error:
         publishing.say(f"latency: {error}")
         return 2

@@ -968,7 +968,7 @@ class InPyTorch:
         return {"logits": serving.in_pytorch(self.model, inputs)}
 
 
-def test_frontier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frontier_and_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frontier, "exported", InPyTorch)
     bench, out = Workbench(tmp_path / "bench"), tmp_path / "out"
     file = grid_of_methods(bench, GRID)
@@ -999,7 +999,7 @@ def test_frontier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = (out / "frontier.md").read_text()
     assert all(f"| {point['model']}, {point['method']} | 1 | " in table for point in results["points"])
     assert all((out / f"frontier.{suffix}").stat().st_size > 5000 for suffix in ("png", "svg"))
-    monkeypatch.setattr(frontier, "opened", None)
+    monkeypatch.setattr(frontier, "opened", pytest.fail)
     assert frontier.main([*words, "--figure", "words"]) == 0, "nothing is asked or measured again"
     assert frontier.main([*words, "--figure", "neither"]) == 2
     assert read(out / "frontier.results.json")["points"] == results["points"]
@@ -1008,16 +1008,17 @@ def test_frontier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [str(file), "--task", "words", "--rounds", "2", "--rows", "8", "--out", str(tmp_path / "latency")]
     assert latency.main(words) == 0
     found = {(each["model"], each["method"]): each for each in read(tmp_path / "latency/latency.json")["points"]}
-    assert set(found) == {("small", "full"), *(("large", name) for name in GRID)}
-    for (model, name), each in found.items():
-        point = points[model, name.replace("%,", "").replace("%", "")]
+    assert set(found) == set(points)
+    for key, each in found.items():
+        point = points[key]
         assert each["mib"] == point["mib"] and set(each["ms"]) == set(point["ms"])
         assert each["by_seed"] == pytest.approx(point["by_seed"])
-    assert found["large", "full"]["ms"] == found["large", "lora"]["ms"] != found["large", "60%, all"]["ms"]
+    assert found["large", "full"]["ms"] == found["large", "lora"]["ms"] != found["large", "60 all"]["ms"]
+    assert "| small | " in (tmp_path / "latency/latency.md").read_text()
     cells = tmp_path / "latency/grid/cells/large/words"
     estimated = {folder.parents[1].name for folder in cells.glob("*/0/estimation")}
     assert estimated == {"60", "60_all"} and not [*cells.glob("*/0/pruned")], "nothing else is trained"
-    monkeypatch.setattr(latency, "opened", None)
+    monkeypatch.setattr(latency, "opened", pytest.fail)
     assert latency.main([*words, "--figure", "words"]) == 0, "nothing is measured again"
     assert latency.main([*words, "--task", "other"]) == 2
 
@@ -1026,6 +1027,11 @@ def point(model: str, method: str, ms: float, right: list[int]) -> frontier.Poin
     """A model on one task, of some latency, and the rows that it has right."""
     counts = np.stack([np.array(right, float), np.ones(len(right))], -1)
     return frontier.Point("t", model, method, "accuracy", counts={0: counts}, ms={"f32 1": ms})
+
+
+def drawn(points: list[frontier.Point]) -> list[plots.FrontierPanel]:
+    """The panels of the figure."""
+    return [*frontier.panels(frontier.shown_by_task([frontier.written(point) for point in points], "f32 1"))]
 
 
 def test_a_smaller_model_is_compared_with_the_cut_of_its_latency() -> None:
@@ -1095,7 +1101,7 @@ def test_the_figure_begins_with_the_mean_of_what_was_run_on_all_tasks() -> None:
         replace(point("minilm", "60 all", 4.0, [1, 0, 0, 0]), task="sst2"),
         replace(point("mpnet", "full", 40.0, [1, 1, 1, 1]), task="sst2"),
     ]
-    mean, first, second = frontier.panels(frontier.shown_by_task(points, "f32 1"))
+    mean, first, second = drawn(points)
     assert (mean.title, first.title, second.title) == ("mean of 2 tasks", "t", "SST-2")
     assert [(mark.label, mark.x, mark.y) for mark in mean.marks] == [("MiniLM-L6", 6.0, 75.0)]
     assert mean.lines == {("MiniLM-L6", "all weights"): [(3.0, 37.5, "60%"), (6.0, 75.0, "")]}
@@ -1110,7 +1116,7 @@ def test_first_layers_begin_at_the_whole_model_and_gates_stand_alone() -> None:
         point("minilm", "FineGates 60 own recipe", 2.0, [1, 0, 0, 0]),
         point("minilm_l3", "full", 2.0, [1, 0, 0, 0]),
     ]
-    (panel,) = frontier.panels(frontier.shown_by_task(points, "f32 1"))
+    (panel,) = drawn(points)
     assert [mark.label for mark in panel.marks] == ["MiniLM-L6", "MiniLM-L3"]
     assert panel.lines == {
         ("MiniLM-L6", "all weights"): [(4.0, 100.0, "")],

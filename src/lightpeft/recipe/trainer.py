@@ -196,7 +196,6 @@ class LightTraining(Training):
     def _begin_estimation(self, state: TrainerState, control: TrainerControl) -> None:
         """Put masks on the model. If nothing is to be cut, there is nothing to estimate: the cut comes at once."""
         assert self._light_pruner is not None
-        self._teaching.active = self._teaching.weight == 1  # labels, if they count, tell better what the task needs
         if can_write(self._peft_model) and (line := cut_of_writer(self.light_config)) is not None:
             self._warn(line)
         stage = fit_stage(self.light_config, pace_of(self), state.max_steps, longer=self.light_longer)
@@ -217,6 +216,10 @@ class LightTraining(Training):
         """Show estimation the labels: with label smoothing or a custom loss, the model is called without them."""
         if self._light_pruner is not None and isinstance(inputs, Mapping):
             self._light_pruner.estimator.see_labels(inputs.get("labels"))
+
+    def _learns_from_teacher(self) -> bool:
+        """Return True after the cut: until then labels, if they count, show better what the task needs."""
+        return self.light_plan is not None or self._teaching.weight == 1
 
     def _let_base_join(self, state: TrainerState) -> None:
         """With `light.train: all`, train all weights for the rest of estimation: PEFT alone learns nothing."""
@@ -325,8 +328,7 @@ class LightTraining(Training):
     # -- 3. fine-tuning of what is left --------------------------------------------------------------------------
 
     def _begin_fine_tuning(self, max_steps: int) -> None:
-        """Start or resume the training of the cut model, with the teacher if there is one."""
-        self._teaching.active = True
+        """Start or resume the training of the cut model."""
         self._prefix.open(max_steps - self._estimation_steps)
         self._light_contexts.enter_context(self._light_acceleration())
 

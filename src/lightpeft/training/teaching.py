@@ -149,11 +149,10 @@ class Teaching:
 
     Attributes:
         weight: weight of the teacher's loss in the total loss.
-        active: False to train on the labels alone, though the rows have logits.
     """
 
     def __init__(self, trainer: Host) -> None:
-        self.weight, self.active = WEIGHT, True
+        self.weight = WEIGHT
         self._trainer = trainer
 
     def check(self, *, plain: bool) -> None:
@@ -212,16 +211,13 @@ class Teaching:
             trainer.label_names = own
 
     def distillation(self, model: nn.Module, inputs: Any) -> DistillationLoss | None:
-        """Take the teacher's logits out of a batch, and return the loss with them.
-
-        Returns:
-            None in evaluation, without logits, or while not active.
+        """Take the teacher's logits out of a batch, and return the loss with them; None in evaluation, or without any.
 
         Raises:
             LightPeftError: the batch has no logits although the training rows do.
         """
         logits = inputs.pop(TEACHER_LOGITS, None) if isinstance(inputs, MutableMapping) else None
-        if not (self.active and model.training and has_teacher_logits(self._trainer.train_dataset)):
+        if not model.training or not has_teacher_logits(self._trainer.train_dataset):
             return None
         if logits is None:
             lost = f"a batch has no {TEACHER_LOGITS}, although the training rows do"

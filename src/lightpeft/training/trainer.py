@@ -137,12 +137,16 @@ class Training(_Below):
         distillation = self._teaching.distillation(model, inputs)
         self._see_labels(inputs)
         usual = partial(super().compute_loss, model, inputs, *args)
-        if distillation is not None and not args:
+        if distillation is not None and not args and self._learns_from_teacher():
             usual = partial(distillation.loss, usual)
         return usual(**options) if args else step_loss(usual, self, options, plain=self.has_plain_loss())
 
     def _see_labels(self, inputs: Any) -> None:
         """Look at the labels of a batch before the loss takes them out of it. Can be overridden."""
+
+    def _learns_from_teacher(self) -> bool:
+        """Return whether the loss includes that of a teacher, if there is one. Can be overridden."""
+        return True
 
     def has_plain_loss(self) -> bool:
         """Return True if the loss is computed by `Trainer`'s own method."""
