@@ -737,14 +737,18 @@ def test_parts_that_found_settings(tmp_path: Path) -> None:
 
 
 def fake_report(config: RunConfig, accuracy: float) -> None:
-    """Leave metrics.json of a run of a version that did not measure its training."""
+    """Leave metrics.json of a run that measured no training."""
     sizes = {"base": 10, "base_removed_ratio": 0.5, "trained": 3}
     report = {
         "method": config.method,
         "main_metric": "accuracy",
         "metrics": {"f1": 0.1, "accuracy": accuracy},
+        "intervals": {"accuracy": None},
         "parameters": sizes,
         "seconds": {"train": 3.0, "evaluate": 9.0},
+        "training": {},
+        "adapter_bytes": 7,
+        "hardware": {},
         "config": dataclasses.asdict(config),
     }
     run = RunFolder.open(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from lightpeft.files import (
     write_json,
     write_tensors,
 )
-from lightpeft.plans.structure import MASKED, BlockSpec, SiteSpec, role_named
+from lightpeft.plans.structure import MASKED, BlockSpec, SiteSpec
 
 _SCORES = "scores.safetensors"
 
@@ -145,9 +145,7 @@ class EstimationRecord:
         scores = read_tensors(folder / _SCORES)
         with explain_content_errors(folder / "estimation.json"):
             kept = {key: value for key, value in data.items() if key not in ("schema_version", "scores")}
-            record = from_dict(cls, {"left_out": [], **kept, "scores": scores})
-            record.blocks = list(map(_with_role, record.blocks))
-            record.left_out = list(map(_with_role, record.left_out))
+            record = from_dict(cls, {**kept, "scores": scores})
             record.check()
         return record
 
@@ -325,7 +323,7 @@ class PrunePlan:
         unknown = sorted(facts.sites.keys() - ranks)
         require(not unknown, f"the plan keeps a PEFT module that dense_sites does not list: {', '.join(unknown[:1])}")
         plan = cls(
-            specs=tuple(map(_with_role, facts.specs)),
+            specs=tuple(facts.specs),
             blocks=tuple(_block_plan(*pair) for pair in zip(facts.specs, facts.blocks, strict=False)),
             sites={name: from_ranges(kept, ranks[name]) for name, kept in facts.sites.items()},
             dense_sites=tuple(facts.dense_sites),
@@ -475,11 +473,6 @@ def _check_specs(blocks: Sequence[BlockSpec], sites: Sequence[SiteSpec]) -> None
         require(even, f"{place} has invalid counts of experts")
 
 
-def _with_role(spec: BlockSpec) -> BlockSpec:
-    """Return the spec with the role of its stack, which files of earlier versions have in the label alone."""
-    return spec if spec.role else replace(spec, role=role_named(spec.label.partition(" ")[0]))
-
-
 @dataclass(frozen=True)
 class _PlanFacts:
     """Types of the entries of a plan's file."""
@@ -497,5 +490,4 @@ class _PlanFacts:
 def _block_plan(spec: BlockSpec, kept: dict[str, str]) -> BlockPlan:
     """Convert the ranges of a block in a plan's file to a `BlockPlan`."""
     dense = {name: getattr(spec, name) for name in ("kv_heads", *MASKED)}
-    without = {} if spec.experts else {"experts": "", "expert_neurons": ""}  # as in files of earlier versions
-    return BlockPlan(**{name: from_ranges((without | kept)[name], below) for name, below in dense.items()})
+    return BlockPlan(**{name: from_ranges(kept[name], below) for name, below in dense.items()})

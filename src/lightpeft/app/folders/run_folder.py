@@ -400,17 +400,17 @@ class RunReport:
     method: str
     metrics: dict[str, float]
     parameters: dict[str, int | float]
-    intervals: dict[str, tuple[float, float] | None] = dataclasses.field(default_factory=dict)
-    main_metric: str = ""
-    """Name of the main metric; "" for runs of older versions."""
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    training: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    adapter_bytes: int | None = None
+    intervals: dict[str, tuple[float, float] | None]
+    main_metric: str
+    seconds: dict[str, float]
+    training: dict[str, dict[str, Any]]
+    adapter_bytes: int
+    hardware: dict[str, Any]
     full_width: Quality | None = None
     linear_probe: ProbeQuality | None = None
     milestones: Milestones | None = None
+    """None in the results of a grid, which leave out milestones and warnings."""
     warnings: list[str] = dataclasses.field(default_factory=list)
-    hardware: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, report: dict[str, Any]) -> RunReport:

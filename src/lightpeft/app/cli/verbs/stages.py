@@ -38,7 +38,7 @@ def show_metrics(report: dict[str, Any]) -> None:
     """Print the metrics, milestones and parameters of a run's metrics.json as tables, and its warnings on stderr."""
     from lightpeft.app.cli.tables import metrics_table, milestones_table, parameters_table
 
-    metrics, intervals = dict(report["metrics"]), dict(report.get("intervals", {}))
+    metrics, intervals = dict(report["metrics"]), dict(report["intervals"])
     if "linear_probe" in report:
         name, probe = report["main_metric"], report["linear_probe"]
         row = f"linear probe, {name}"
@@ -50,10 +50,9 @@ def show_metrics(report: dict[str, Any]) -> None:
                 **report["full_width"], title="method light at full width: what was learned, over the whole base"
             )
         )
-    if "milestones" in report:  # older runs have none
-        screen.print(milestones_table(report["milestones"]))
+    screen.print(milestones_table(report["milestones"]))
     screen.print(parameters_table(report["parameters"]))
-    screen.warn(report.get("warnings", []))
+    screen.warn(report["warnings"])
 
 
 def _estimate(given: dict[str, Any]) -> None:
