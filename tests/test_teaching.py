@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from adapters import save_light
 from datasets import Dataset, concatenate_datasets
 from lights import but, light_of
@@ -57,6 +58,7 @@ from lightpeft import LightTrainer, light_trainer
 from lightpeft.app.evaluation.predicting import predict
 from lightpeft.app.folders.run_folder import to_yaml
 from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.reproduce import reproduce
 from lightpeft.app.runs.teacher import RunTeacher
 from lightpeft.config import run_config_from_dict
 from lightpeft.recipe import teacher as recipe_teacher
@@ -473,6 +475,30 @@ def test_it_is_asked_again_where_teacher_rows_or_file_are_others(bench: Workbenc
         file = bench.folder / "asked/teacher/logits.safetensors"
         file.write_bytes(file.read_bytes()[:-4] + b"0000")
         assert (asked(), asked()) == (1, 0)
+
+
+def test_cells_of_a_grid_ask_it_once_for_the_same_rows(bench: Workbench, tmp_path: Path) -> None:
+    """And each counts the time."""
+    rows = write_rows(tmp_path / "few.csv", labeled(20, seed=6))
+    settings = bench.settings(**{"training.epochs": 1, "training.teacher": str(bench.folder / "teacher")})
+    grid = {
+        "run": {name: value for name, value in settings.items() if name != "output"},
+        "models": {"tiny": {"model": settings["model"]}},
+        "tasks": {"words": {"data": settings["data"]}, "few": {"data": {"train": str(rows)}}},
+        "methods": ["lora", "light-lora"],
+        "seeds": [0, 1],
+    }
+    file, asked = tmp_path / "grid.yaml", []
+    file.write_text(yaml.safe_dump(grid, sort_keys=False), encoding="utf-8")
+    original = RunTeacher._compute_logits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunTeacher, "_compute_logits", lambda self, size: asked.append(1) or original(self, size))
+        reproduce(file, tmp_path / "out", launch=lambda cell, *_: pipeline.run(cell.config) and None)
+    assert len(asked) == 2
+    cells = [*(tmp_path / "out/cells").glob("*/*/*/*")]
+    logits = {(cell.parts[-3], (cell / "teacher/logits.safetensors").read_bytes()) for cell in cells}
+    assert len(cells) == 8 and len(logits) == 2
+    assert all(read(cell / "metrics.json")["seconds"]["teach"] > 0 for cell in cells)
 
 
 def test_a_finished_run_needs_its_teacher_no_more(bench: Workbench) -> None:

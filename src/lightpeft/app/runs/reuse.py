@@ -1,8 +1,10 @@
-"""Reuse of an estimation: it does not depend on the budget, so runs that differ in nothing else can share one."""
+"""Reuse of what runs have computed before: an estimation by runs that differ in the budget alone, and the logits of a
+teacher by runs on the same rows."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from lightpeft.app.folders.run_folder import RunFolder, flat, is_run
 from lightpeft.app.runs.workspace import check_steps
 from lightpeft.config import READ_AFTERWARDS, READ_BY_PLANS, SWITCHES, RunConfig
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import append_line, read_json, replacing_folder, write_json
+from lightpeft.files import CHECKSUMS, append_line, read_json, replacing_folder, write_json
 from lightpeft.machine import processes
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord
@@ -83,17 +85,42 @@ def copy_estimation(donor: RunFolder, run: RunFolder, name: str) -> None:
     Raises:
         LightPeftError: the donor's estimation is unfinished, or the copy fails.
     """
-    stages = donor.finished_stages()
-    if "estimate" not in stages:
+    if "estimate" not in donor.finished_stages():
         raise LightPeftError(
             f"{donor.path} has not finished its estimation; run lightpeft estimate --run {donor.path} first"
         )
     with run.held():
-        if processes().is_main_process:
-            if donor.has("depth"):
-                write_json(run.depth, read_json(donor.depth))
-            with replacing_folder(run.estimation, last=_RECORD) as temporary:
-                shutil.copytree(donor.estimation, temporary, dirs_exist_ok=True)
-                for stage in [stage for stage in ("depth", "estimate") if stage in stages]:
-                    append_line(run.log, {**stages[stage], "taken_from": name})
-        processes().wait_for_everyone()
+        if donor.has("depth") and processes().is_main_process:
+            write_json(run.depth, read_json(donor.depth))
+        _copy_stages(donor, run, name, donor.estimation, _RECORD, ("depth", "estimate"))
+
+
+def copy_teacher_logits(donor: RunFolder, run: RunFolder, name: str) -> None:
+    """Copy the teacher's logits, whole or not at all; log their origin, and count their time for both runs.
+
+    A run for which they turn out to be of another teacher or of other rows computes its own.
+
+    Args:
+        name: name of the donor in the log.
+
+    Raises:
+        LightPeftError: the copy fails.
+    """
+    with run.held():
+        _copy_stages(donor, run, name, donor.teacher, CHECKSUMS, ("teach",))
+
+
+def _copy_stages(donor: RunFolder, run: RunFolder, name: str, result: Path, last: str, stages: Sequence[str]) -> None:
+    """Copy the folder that stages left, and their log entries.
+
+    Args:
+        last: the file of the folder that says that it is whole.
+        stages: stages that led to it; the donor may not have had all of them.
+    """
+    if processes().is_main_process:
+        finished = donor.finished_stages()
+        with replacing_folder(run.path / result.name, last=last) as temporary:
+            shutil.copytree(result, temporary, dirs_exist_ok=True)
+            for stage in [stage for stage in stages if stage in finished]:
+                append_line(run.log, {**finished[stage], "taken_from": name})
+    processes().wait_for_everyone()

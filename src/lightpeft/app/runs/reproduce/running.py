@@ -17,7 +17,7 @@ from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs.reproduce.grid import Cell, Grid, load_grid, selected
 from lightpeft.app.runs.reproduce.results import Results, main_value, summarize
 from lightpeft.app.runs.reproduce.saving import write_results
-from lightpeft.app.runs.reuse import copy_estimation, estimation_settings
+from lightpeft.app.runs.reuse import copy_estimation, copy_teacher_logits, estimation_settings
 from lightpeft.console.progress import StepProgress
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import lock_folder
@@ -94,6 +94,7 @@ def _run(cell: Cell, cells: Sequence[Cell], devices: int, launch: Launch, out: P
     log.parent.mkdir(parents=True, exist_ok=True)
     try:
         reuse_estimation(cell, cells)
+        _reuse_teacher(cell, cells)
         cell.run.begin()
     except LightPeftError as error:
         return str(error)
@@ -188,7 +189,7 @@ def _reason(code: int, log: Path) -> str:
     return f"{(killed or own or lines or [f'exit code {code}'])[-1]} (see {log})"
 
 
-# -- estimations that cells share ---------------------------------------------------------------------------------
+# -- what cells share ----------------------------------------------------------------------------------------------
 
 
 def reuse_estimation(cell: Cell, others: Iterable[Cell]) -> str | None:
@@ -214,3 +215,19 @@ def reuse_estimation(cell: Cell, others: Iterable[Cell]) -> str | None:
 def _estimation_key(cell: Cell) -> tuple[bool, dict[str, Any]]:
     """Return the settings that a cell's estimation depends on, and whether anything is to be removed at all."""
     return cell.config.light.uses_scores, estimation_settings(cell.config)
+
+
+def _reuse_teacher(cell: Cell, others: Iterable[Cell]) -> None:
+    """Copy the teacher's logits of another cell with the same teacher and data, if the cell has none and needs them.
+
+    Raises:
+        LightPeftError: the copy failed.
+    """
+    config = cell.config
+    if config.training.teacher is None or cell.run.has("teach"):
+        return
+    for other in others:
+        same = (other.config.training.teacher, other.config.data) == (config.training.teacher, config.data)
+        if same and "teach" in other.run.finished_stages():
+            copy_teacher_logits(other.run, cell.run, other.name)
+            return
