@@ -63,7 +63,6 @@ from lightpeft.app.runs.teacher import RunTeacher
 from lightpeft.config import run_config_from_dict
 from lightpeft.recipe import teacher as recipe_teacher
 from lightpeft.training.rows import batches_of
-from lightpeft.training.teaching import TEMPERATURE
 
 ROWS, BATCH = 24, 8
 NOTHING = light_of(heads=0.0, neurons=0.0, experts=0.0, modules=0.0, ranks=0.0, dropout=None, scale=1.0)
@@ -174,8 +173,9 @@ def by_hand(kind: str, student: nn.Module, teacher: nn.Module, batch: dict[str, 
     if kind == "tokens":
         ours, theirs, labels = ours[labels != -100], theirs[labels != -100], labels[labels != -100]
     own = functional.cross_entropy(ours, labels)
-    p, q = (theirs / TEMPERATURE).softmax(-1), (ours / TEMPERATURE).softmax(-1)
-    return (1 - weight) * own + weight * TEMPERATURE**2 * (p * (p.log() - q.log())).sum(-1).mean()
+    temperature = 1 if kind == "tokens" else 2
+    p, q = (theirs / temperature).softmax(-1), (ours / temperature).softmax(-1)
+    return (1 - weight) * own + weight * temperature**2 * (p * (p.log() - q.log())).sum(-1).mean()
 
 
 @pytest.mark.parametrize("parts", [1, 4])
