@@ -153,13 +153,15 @@ def without_length(collate: Any) -> Callable[[Sequence[Mapping[str, Any]]], Any]
     return lambda rows: collate([{name: each[name] for name in each if name != "length"} for each in rows])
 
 
-def opened(folder: Path, data: Path) -> tuple[Any, Any, Callable[[int], list[dict[str, Tensor]]], Any]:
-    """Of a finished cell: the model, the tokenizer, what makes batches of the test rows, and what counts answers."""
+def opened(
+    folder: Path, data: Path, split: str = "test"
+) -> tuple[Any, Any, Callable[[int], list[dict[str, Tensor]]], Any]:
+    """Of a finished cell: the model, the tokenizer, what makes batches of a split's rows, and what counts answers."""
     place = folder / "model"
     merged = (place / MERGED).is_file()
     model: Any = load_merged(place) if merged else AutoModelForTokenClassification.from_pretrained(place)
     tokenizer, names = AutoTokenizer.from_pretrained(place), [*model.config.id2label.values()]
-    rows, _ = encoded(data / "test.jsonl", tokenizer, names)
+    rows, _ = encoded(data / f"{split}.jsonl", tokenizer, names)
     collate = without_length(DataCollatorForTokenClassification(tokenizer))
 
     def batches(size: int) -> list[dict[str, Tensor]]:
@@ -168,9 +170,9 @@ def opened(folder: Path, data: Path) -> tuple[Any, Any, Callable[[int], list[dic
     return model.eval(), tokenizer, batches, partial(entities, names)
 
 
-def quality(folder: Path, data: Path) -> float:
-    """F1 of whole entities on the test rows."""
-    model, _, batches, counted = opened(folder, data)
+def quality(folder: Path, data: Path, split: str) -> float:
+    """F1 of whole entities on the rows of a split."""
+    model, _, batches, counted = opened(folder, data, split)
     counts: list[Counts] = []
     for inputs in batches(64):
         labels = inputs.pop("labels")
@@ -185,6 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--split", default="test", help="the rows that are scored; to choose settings: validation")
     parser.add_argument("--teacher", type=Path, help="the model of a finished cell, as .../full/0/model")
     parser.add_argument("--rate", type=float, help="another learning rate than that of the grids")
     parser.add_argument("--epochs", type=int, help="another number of epochs")
@@ -202,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
             folder = given.out / "cells" / model / TASK / slug(method) / str(seed)
             if not (folder / FILE).is_file():
                 found = train(model, method, seed, folder, given)
-                f1 = quality(folder, given.data)
+                f1 = quality(folder, given.data, given.split)
                 write_json(folder / FILE, {**found, "method": method, "main_metric": METRIC, "metrics": {METRIC: f1}})
                 publishing.say(f"{model}/{method}/{seed}: {METRIC} {f1:.4f}, {found['seconds']['train']:.0f} s")
         write_json(given.out / "results.json", summary(given.out, arguments))

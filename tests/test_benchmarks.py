@@ -1210,7 +1210,7 @@ def test_finegates_are_cells_of_a_grid(tmp_path: Path, capsys: pytest.CaptureFix
 def test_wnut17(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     save_base(tmp_path / "demo/cache/minilm")
-    for split, seed in {"train": 1, "test": 2}.items():
+    for split, seed in {"train": 1, "test": 2, "validation": 3}.items():
         rows = [row["text"].split() for row in workbench.labeled(256 if split == "train" else 40, seed)]
         tagged = [{"tokens": words, "tags": ["B-x" if w.startswith("good") else "O" for w in words]} for words in rows]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tagged))
@@ -1224,10 +1224,20 @@ def test_wnut17(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert reports["60_all"]["parameters"]["base"] < reports["full"]["parameters"]["base"]
     before = stamps(tmp_path / "out/cells")
     assert wnut17.main([*words, "full"]) == 0 and stamps(tmp_path / "out/cells") == before
-    teacher = ["--teacher", "out/cells/minilm/wnut17/full/0/model", "--rate", "0.02", "--prior"]
+    teacher = [
+        "--teacher",
+        "out/cells/minilm/wnut17/full/0/model",
+        "--rate",
+        "0.02",
+        "--prior",
+        "--split",
+        "validation",
+    ]
     words[words.index("out")] = "taught"
     assert wnut17.main([*words, "full", "60%, all", *teacher]) == 0
-    config = read(tmp_path / "taught/cells/minilm/wnut17/full/0/metrics.json")["config"]
+    folder = tmp_path / "taught/cells/minilm/wnut17/full/0"
+    scored, config = (read(folder / "metrics.json")[name] for name in ("metrics", "config"))
+    assert scored["entity_f1"] == wnut17.quality(folder, tmp_path, "validation")
     assert config["training"]["teacher"] and config["training"]["learning_rate"] == 0.02 and config["prior"]
     monkeypatch.setattr(frontier, "exported", InPyTorch)
     assert frontier.main(["out", "--rounds", "1", "--rows", "8", "--out", "frontier"]) == 0

@@ -134,7 +134,7 @@ def _one_of(reference: Any) -> Any:
 
 
 def course(watcher: Watcher, earlier: Iterable[Mapping[str, Any]]) -> dict[str, Metrics]:
-    """Return the known milestones of a whole run, in order; not every stage has some.
+    """Return the known milestones of a whole run, in order; a stage may have none.
 
     Args:
         watcher: the watcher of the last stage.

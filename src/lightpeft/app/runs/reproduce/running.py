@@ -93,7 +93,7 @@ def _run(cell: Cell, cells: Sequence[Cell], devices: int, launch: Launch, out: P
     log = out / "logs" / ("-".join(cell.run.path.relative_to(out / "cells").parts) + ".txt")
     log.parent.mkdir(parents=True, exist_ok=True)
     try:
-        reuse_estimation(cell, cells)
+        _reuse_estimation(cell, cells)
         _reuse_teacher(cell, cells)
         cell.run.begin()
     except LightPeftError as error:
@@ -192,24 +192,20 @@ def _reason(code: int, log: Path) -> str:
 # -- what cells share ----------------------------------------------------------------------------------------------
 
 
-def reuse_estimation(cell: Cell, others: Iterable[Cell]) -> str | None:
-    """Copy the estimation of another cell with the same settings of estimation; its time and memory count for both.
-
-    Returns:
-        The name of the other cell; None: the cell has an estimation, needs none, or no other cell has it.
+def _reuse_estimation(cell: Cell, others: Iterable[Cell]) -> None:
+    """Copy the estimation of another cell with the same settings of estimation, if the cell has none and needs one.
 
     Raises:
         LightPeftError: the copy failed.
     """
     if not cell.config.method_spec.prunes or cell.run.has("estimate"):
-        return None
+        return
     wanted = _estimation_key(cell)
     for other in others:
         done = other.run.has("estimate") and "estimate" in other.run.finished_stages()
         if done and _estimation_key(other) == wanted:
             copy_estimation(other.run, cell.run, other.name)
-            return other.name
-    return None
+            return
 
 
 def _estimation_key(cell: Cell) -> tuple[bool, dict[str, Any]]:
