@@ -44,8 +44,6 @@ def run_config(given: dict[str, Any]) -> RunConfig:
 
 def run_settings(given: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of `--run` or `--config`, overridden by the options: nested, without defaults."""
-    from lightpeft.app.folders.run_folder import stored_settings
-
     above = dict(given)
     file, folder = above.pop("config", None), above.pop("run", None)
     require(
@@ -54,6 +52,8 @@ def run_settings(given: dict[str, Any]) -> dict[str, Any]:
     )
     below: dict[str, Any] = {}
     if folder is not None:
+        from lightpeft.app.folders.run_folder import stored_settings
+
         require(
             (Path(folder) / "config.yaml").is_file(),
             f"{folder} is not a run folder: it has no config.yaml; give the --output of a run",

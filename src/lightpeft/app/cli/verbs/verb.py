@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from lightpeft.app.cli.options import Help, Option, Parser, nested
-from lightpeft.app.cli.settings import COMMON_SETTINGS, SOURCES, Section, print_config, sections
+from lightpeft.app.cli.settings import COMMON_SETTINGS, SOURCES, Section, print_config, run_config, sections
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Verb:
 
         Args:
             arguments: the words behind the verb.
-            begin: called after parsing, before the verb runs.
+            begin: called before the verb runs, after its options and settings are checked.
 
         Raises:
             LightPeftError: an option is unknown, or its value is missing or wrong; or an error of `do`.
@@ -42,6 +42,8 @@ class Verb:
         if settings.pop("print_config", False):
             print_config(settings)
             return
+        if self.on_runs:
+            run_config(settings)  # a wrong setting is reported before PyTorch loads, which takes seconds
         begin()
         self.do(*([settings] if self.on_runs else []), **own)
 
