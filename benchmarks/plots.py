@@ -13,8 +13,10 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Annotation
 from matplotlib.ticker import LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
@@ -99,29 +101,42 @@ def _draw(axes: Axes, panel: Panel) -> None:
 def label_points(axes: Axes, points: Sequence[Point], obstacles: Sequence[Bbox] = ()) -> list[Bbox]:
     """Write every point's name near it, where no other name, marker, bar or obstacle is; returns their boxes in pixels.
 
-    Places are tried from near to far in all directions; a name that ends up far away gets a line to its point.
+    A name that ends up far away gets a line to its point.
     """
-    renderer = axes.get_figure(root=True).canvas.get_renderer()  # type: ignore[union-attr]
-    scale = renderer.points_to_pixels(1)
-    inside = axes.get_window_extent(renderer)
+    scale = _renderer(axes).points_to_pixels(1)
     taken = [*obstacles, *(box for point in points for box in _obstacles(axes, point, 5 * scale))]
     placed = []
     for point in sorted(points, key=lambda point: (point.x, point.y)):
-        text = axes.annotate(point.label, (point.x, point.y), xytext=(0, 0), textcoords="offset points")
-        text.set_fontsize(_LETTERS)
-        text.set(ha="center", va="center", color=TEXT_COLORS[point.kind])
-        size = text.get_window_extent(renderer)
-        home = axes.transData.transform((point.x, point.y))
-        offset, radius = _free_place(home, size, scale, taken, inside)
-        text.set_position(offset)
-        box = _box(home, size, offset, scale)
+        color = TEXT_COLORS[point.kind]
+        _, box, radius = _write(axes, point.label, (point.x, point.y), taken, fontsize=_LETTERS, color=color)
         if radius > _RADII[0]:
+            home = axes.transData.transform((point.x, point.y))
             end: Any = axes.transData.inverted().transform(_nearest(box, home))
-            line = {"arrowstyle": "-", "color": TEXT_COLORS[point.kind], "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+            line = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
             axes.annotate("", (point.x, point.y), xytext=end, arrowprops=line)
         taken.append(box.padded(2 * scale))
         placed.append(box)
     return placed
+
+
+def _write(
+    axes: Axes, label: str, place: tuple[float, float], taken: Sequence[Bbox], **style: Any
+) -> tuple[Annotation, Bbox, float]:
+    """Write a label at the nearest free place around a point: returns it, its box in pixels, and the radius in points.
+
+    Places are tried from near to far in all directions.
+    """
+    renderer = _renderer(axes)
+    scale, home = renderer.points_to_pixels(1), axes.transData.transform(place)
+    text = axes.annotate(label, place, xytext=(0, 0), textcoords="offset points", ha="center", va="center", **style)
+    size = text.get_window_extent(renderer)
+    offset, radius = _free_place(home, size, scale, taken, axes.get_window_extent(renderer))
+    text.set_position(offset)
+    return text, _box(home, size, offset, scale), radius
+
+
+def _renderer(axes: Axes) -> Any:
+    return axes.get_figure(root=True).canvas.get_renderer()  # type: ignore[union-attr]
 
 
 def _obstacles(axes: Axes, point: Point, radius: float) -> Iterator[Bbox]:
@@ -238,6 +253,8 @@ class FrontierPanel:
 
 _CUTS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 """Colors of the ways of training."""
+_DARK = 0.65
+"""Factor on a color for small letters on white."""
 _MARKERS = "Dsv^PX"
 """Of the models."""
 
@@ -261,9 +278,6 @@ def frontier(panels: Sequence[FrontierPanel], x_label: str, columns: int = 1) ->
         for (model, kind), line in panel.lines.items():
             style: dict[str, Any] = {"color": colors[kind], "marker": markers[model], "markersize": 4}
             axes.plot(*zip(*(point[:2] for point in line), strict=True), **style)
-            for x, y, label in line:
-                beside: dict[str, Any] = {"textcoords": "offset points", "va": "top", "color": "#555555"}
-                axes.annotate(label, (x, y), (4, -4), fontsize=_LETTERS - 2, **beside)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     handles = [Line2D([], [], color=color, label=kind) for kind, color in colors.items()]
@@ -273,31 +287,37 @@ def frontier(panels: Sequence[FrontierPanel], x_label: str, columns: int = 1) ->
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=_LETTERS - 1)
     figure.canvas.draw()
     for axes, panel in drawn:
-        _hide_overlapping(axes)
-        label_points(axes, panel.marks, [*_along(axes, panel.lines.values())])
+        cuts = _label_cuts(axes, panel, colors)
+        label_points(axes, panel.marks, [*_along(axes, panel.lines.values()), *cuts])
     return figure
 
 
-def _hide_overlapping(axes: Axes) -> None:
-    """Hide each text that would cover an earlier one."""
-    renderer = axes.get_figure(root=True).canvas.get_renderer()  # type: ignore[union-attr]
-    taken: list[Bbox] = []
-    for text in axes.texts:
-        box = text.get_window_extent(renderer)
-        text.set_visible(not box.count_overlaps(taken))
-        taken += [box] if text.get_visible() else []
+def _label_cuts(axes: Axes, panel: FrontierPanel, colors: Mapping[str, str]) -> list[Bbox]:
+    """Write beside the points of lines what belongs there, in the dark color of the line; returns boxes in pixels.
+
+    Without a free place near a point, nothing is written.
+    """
+    scale = _renderer(axes).points_to_pixels(1)
+    taken = [*_along(axes, panel.lines.values())]
+    taken += [box for point in panel.marks for box in _obstacles(axes, point, 5 * scale)]
+    placed = []
+    for (_, kind), line in panel.lines.items():
+        style = {"fontsize": _LETTERS - 2, "color": [_DARK * part for part in to_rgb(colors[kind])]}
+        for x, y, label in line:
+            text, box, radius = _write(axes, label, (x, y), [*taken, *placed], **style)
+            text.set_visible(radius <= _RADII[1])
+            placed += [box] if text.get_visible() and label else []
+    return placed
 
 
 def _along(axes: Axes, lines: Iterable[Sequence[tuple[float, float, str]]]) -> Iterator[Bbox]:
-    """Boxes in pixels, one after another, that cover lines and what is written beside their points."""
+    """Boxes in pixels, one after another, that cover lines and the marks of their points."""
     for line in lines:
         ends = axes.transData.transform([point[:2] for point in line])
-        for start, end in itertools.pairwise(ends):
+        for start, end in itertools.pairwise([*ends, ends[-1]]):
             for part in range(21):
                 x, y = start + (end - start) * part / 20
                 yield Bbox.from_extents(x - 4, y - 4, x + 4, y + 4)
-    renderer = axes.get_figure(root=True).canvas.get_renderer()  # type: ignore[union-attr]
-    yield from (text.get_window_extent(renderer) for text in axes.texts if text.get_text() and text.get_visible())
 
 
 @dataclass(frozen=True)

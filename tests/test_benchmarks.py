@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -611,6 +612,24 @@ def test_names_of_points_overlap_neither_each_other_nor_a_point() -> None:
     for point in points:
         x, y = axes.transData.transform((point.x, point.y))
         assert not any(box.contains(x, y) for box in boxes)
+
+
+def test_cuts_are_labeled_beside_their_points_and_nothing_covers_a_label() -> None:
+    """Two lines that cross, and a point where three labels do not fit."""
+    lines = {
+        ("A", "one way"): [(2.0, 80.0, "90%"), (4.0, 86.0, "60%"), (8.0, 88.0, "")],
+        ("A", "another"): [(2.0, 86.0, "3"), (4.2, 85.8, "4"), (4.21, 85.81, "5"), (4.22, 85.82, "6"), (8.0, 88.0, "")],
+    }
+    marks = [plots.Point("A", "plain", 8.0, 88.0, (8.0, 8.0), (87.0, 89.0))]
+    axes = plots.frontier([plots.FrontierPanel("", "accuracy", marks, lines)], "ms").axes[0]
+    shown = {text: text.get_window_extent() for text in axes.texts if text.get_text() and text.get_visible()}
+    assert {"90%", "60%", "3", "A"} <= {text.get_text() for text in shown}
+    for (_, box), (_, other) in itertools.combinations(shown.items(), 2):
+        assert not box.overlaps(other)
+    for line in lines.values():
+        places = axes.transData.transform([point[:2] for point in line])
+        for place in np.linspace(places[:-1], places[1:], 50).reshape(-1, 2):
+            assert not any(box.contains(*place) for box in shown.values())
 
 
 def test_a_plot_of_peers_says_how_much_each_of_them_removes() -> None:
