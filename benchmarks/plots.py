@@ -300,7 +300,7 @@ def _label_cuts(axes: Axes, panel: FrontierPanel, colors: Mapping[str, str]) -> 
     scale = _renderer(axes).points_to_pixels(1)
     taken = [*_along(axes, panel.lines.values())]
     taken += [box for point in panel.marks for box in _obstacles(axes, point, 5 * scale)]
-    placed = []
+    placed: list[Bbox] = []
     for (_, kind), line in panel.lines.items():
         style = {"fontsize": _LETTERS - 2, "color": [_DARK * part for part in to_rgb(colors[kind])]}
         for x, y, label in line:

@@ -247,7 +247,7 @@ class _Blocks:
                 for spec, _, _, units, _ in parts
             ],
             "expert_neurons": [
-                self._bundle_layer("expert_neurons", spec, units, max(LEAST_NEURONS, 1)) for spec, *_, units in parts
+                self._bundle_layer("expert_neurons", spec, units, LEAST_NEURONS) for spec, *_, units in parts
             ],
         }
 
