@@ -46,6 +46,7 @@ from lightpeft.recipe.teacher import Teacher, add_teacher_logits
 from lightpeft.recipe.wrapping import add_peft_modules, inner_peft_model
 from lightpeft.training.acceleration import light_steps
 from lightpeft.training.fitting import upcast_trained_weights
+from lightpeft.training.loss_rise import loss_rise
 from lightpeft.training.prefix import PrefixCache
 from lightpeft.training.schedule import pace_of
 from lightpeft.training.step_rows import rows_per_step
@@ -183,6 +184,9 @@ class LightTraining(Training):
         if self._light_pruner is not None and self.light_record is None and self.light_plan is None:
             ended = f"training ended at step {self.state.global_step}, inside estimation"
             self._warn(f"{ended}: the model was not cut; train for more steps, or lower light.estimate.length")
+        rise = loss_rise(self.state.log_history, self._estimation_steps)
+        if rise is not None and self.has_plain_loss():  # losses of reinforcement learning may rise
+            self._warn(str(rise))
 
     def _begin_light(self, state: TrainerState, control: TrainerControl) -> None:
         """Start or resume training: with estimation if the model is dense, with fine-tuning if it is cut."""

@@ -21,6 +21,7 @@ from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.app.tasks.respondent import Respondent
 from lightpeft.errors import LightPeftError
 from lightpeft.plans.records import PrunePlan
+from lightpeft.training.loss_rise import LOWER_RATE, LossRise
 
 MILESTONES = (
     "majority_baseline",
@@ -182,23 +183,26 @@ def notices(
     milestones = course(watcher, earlier)
     noted = [entry["warnings"] for entry in (*earlier, watcher.facts()) if isinstance(entry.get("warnings"), list)]
     lines = [str(line) for warnings in noted for line in warnings]
-    lines += doubts(answers, watcher.task, intervals.get(watcher.task.main_metric))
+    rises = [str(LossRise(**entry["loss_rise"])) for entry in earlier if "loss_rise" in entry]
+    interval = intervals.get(watcher.task.main_metric)
+    lines += [*rises, *doubts(answers, watcher.task, interval, LOWER_RATE if rises else REMEDY)]
     lines += doubts_of_run(watcher, milestones)
     return {"milestones": {"examples": watcher.examples, "metrics": milestones}, "warnings": lines}
 
 
-def doubts(answers: Answers, task: Task, interval: Interval | None) -> Iterator[str]:
+def doubts(answers: Answers, task: Task, interval: Interval | None, remedy: str = REMEDY) -> Iterator[str]:
     """Yield warnings about a model's answers: all of one class, or no better than the majority baseline.
 
     Args:
         answers: answers to all test rows.
         interval: 95% interval of the main metric; all of it must be better than the baseline.
+        remedy: what to do.
     """
     constant, name = majority_answers(answers), task.main_metric
     if constant is None or interval is None:
         return
     if _answers_one_class(answers, task):
-        yield f"all {len(answers)} test rows are answered {_format_answer(answers.predictions[0], task)}; {REMEDY}"
+        yield f"all {len(answers)} test rows are answered {_format_answer(answers.predictions[0], task)}; {remedy}"
         return
     value, floor = (task.score(each)[name] for each in (answers, constant))
     gains = [_gain(name, floor, end) for end in interval]
@@ -206,7 +210,7 @@ def doubts(answers: Answers, task: Task, interval: Interval | None) -> Iterator[
         shown = f"{name} {value:.4f} ({LEVEL:.0%} interval {interval[0]:.4f} to {interval[1]:.4f})"
         verdict = "is worse than" if max(gains) < 0 else "is no better than"
         always = _format_answer(constant.predictions[0], task)
-        yield f"{shown} {verdict} the majority baseline {floor:.4f} (always {always}); {REMEDY}"
+        yield f"{shown} {verdict} the majority baseline {floor:.4f} (always {always}); {remedy}"
 
 
 def doubts_of_run(watcher: Watcher, milestones: Mapping[str, Metrics]) -> Iterator[str]:

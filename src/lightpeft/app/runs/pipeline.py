@@ -58,6 +58,7 @@ from lightpeft.prune.light_model import LightModel
 from lightpeft.recipe.checkpoints import read_cut
 from lightpeft.recipe.pruner import EarlyPruner
 from lightpeft.training.fitting import run_training
+from lightpeft.training.loss_rise import loss_rise
 
 __all__ = ["Workspace", "estimate", "evaluate", "plan", "prepare", "prune", "run", "train", "widen"]
 
@@ -300,6 +301,10 @@ def _finish(
     told = stop_facts(trainer, work) if trainer.stage == "train" else {}
     if told:
         run.announce("train", stop_line(told["stopped"]))
+    rise = loss_rise(trainer.state.log_history, begun)
+    if rise is not None:
+        run.announce(trainer.stage, f"warning: {rise}")
+        told["loss_rise"] = asdict(rise)
 
     def save_trained() -> None:
         save_result(run, model, work.tokenizer, task_facts(work.task))
