@@ -357,8 +357,8 @@ def sizes(panels: Sequence[SizePanel], largest: float) -> Figure:
             drawn["paper, 40%"] = claim
         for name, points in panel.lines.items():
             place = names.index(name)
-            x, y, low, high = zip(*points, strict=True)
-            x = [size * _APART**place for size in x]  # so that bars of different budgets do not cover each other
+            parameters, y, low, high = zip(*points, strict=True)
+            x = [each * _APART**place for each in parameters]  # so that bars of different budgets stay apart
             bars = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
             style: dict[str, Any] = {"color": _CUTS[place % 6], "markersize": 5}
             marked = {"marker": "DsvP^X"[place % 6], "capsize": 2, "elinewidth": 1, "label": name, **style}
