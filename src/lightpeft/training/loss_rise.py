@@ -15,9 +15,10 @@ FEWEST = 5
 """Fewest losses that a mean is over; training needs three times as many."""
 LEAST_RISE = 0.05
 """Smallest rise that counts, relative to the lower loss."""
-LEAST_ERRORS = 3
+LEAST_ERRORS = 3.5
 """Smallest rise that counts, in its standard errors. MiniLM with LoRA on all projections has 6.8 and 3.7 in two runs
-that unlearned movie reviews; 74 other runs have at most 1.9. (configs/frontier/predictions.txt)"""
+that unlearned movie reviews; 74 other runs have at most 1.9, and of 6,000 drawn with noise alone, 3 are above 3.5.
+(configs/frontier/predictions.txt)"""
 
 
 @dataclass(frozen=True)
