@@ -1,4 +1,4 @@
-"""Did the training loss rise for good? A model that unlearns its task often ends with a plausible score."""
+"""Did the training loss rise during training? A model that unlearns its task often ends with a plausible score."""
 
 from __future__ import annotations
 
