@@ -31,7 +31,8 @@ from torch.nn import functional
 from transformers import set_seed
 
 from lightpeft.app.cli.command import quiet
-from lightpeft.app.folders.run_folder import RunFolder, stored_config
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.folders.stored_config import stored_config
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.reproduce import Cell, markdown_table, reproduce
 from lightpeft.app.runs.reproduce.running import run_cell

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from lightpeft.app.evaluation.scores import scores_of, values_of
-from lightpeft.app.folders.run_folder import stored_config
+from lightpeft.app.folders.stored_config import stored_config
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.pipeline import Workspace
 from lightpeft.config import RunConfig

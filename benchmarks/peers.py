@@ -33,7 +33,8 @@ from rich.console import Console
 from transformers import set_seed
 
 from lightpeft.app.cli.command import quiet
-from lightpeft.app.folders.run_folder import RunFolder, read_report
+from lightpeft.app.folders.metrics_file import read_report
+from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.reproduce import Cell, Grid, reproduce
 from lightpeft.app.runs.reproduce.running import run_cell

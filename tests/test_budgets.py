@@ -23,7 +23,8 @@ from transformers import TrainingArguments
 from workbench import Workbench, comparable, completions, labeled, lightpeft, read, write_rows
 
 from lightpeft import EarlyPruner, LightConfig, LightTrainer
-from lightpeft.app.folders.run_folder import RunFolder, to_yaml
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.folders.stored_config import to_yaml
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.report.facts import read_run
 from lightpeft.app.runs.report.page import page

@@ -56,7 +56,7 @@ from workbench import (
 
 from lightpeft import LightTrainer, light_trainer
 from lightpeft.app.evaluation.predicting import predict
-from lightpeft.app.folders.run_folder import to_yaml
+from lightpeft.app.folders.stored_config import to_yaml
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.reproduce import reproduce
 from lightpeft.app.runs.teacher import RunTeacher

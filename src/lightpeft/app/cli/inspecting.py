@@ -9,8 +9,10 @@ from rich.table import Table
 
 from lightpeft.app.cli.tables import facts_table, metrics_table, plan_table
 from lightpeft.app.folders.forms import Found, LightAdapter
+from lightpeft.app.folders.metrics_file import read_report
 from lightpeft.app.folders.opening import find_folder, find_saved
-from lightpeft.app.folders.run_folder import RunFolder, is_run, read_report
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.folders.stored_config import is_run
 from lightpeft.errors import LightPeftError, require
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan

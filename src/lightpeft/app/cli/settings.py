@@ -52,7 +52,7 @@ def run_settings(given: dict[str, Any]) -> dict[str, Any]:
     )
     below: dict[str, Any] = {}
     if folder is not None:
-        from lightpeft.app.folders.run_folder import stored_settings
+        from lightpeft.app.folders.stored_config import stored_settings
 
         require(
             (Path(folder) / "config.yaml").is_file(),

@@ -20,7 +20,8 @@ from lightpeft.app.folders.forms import (
     to_device,
 )
 from lightpeft.app.folders.results import Model
-from lightpeft.app.folders.run_folder import CONFIG, RunFolder, is_run
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.folders.stored_config import CONFIG, is_run
 from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError, require

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,20 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lightpeft.config import READ_BY_PLANS, SWITCHES, RunConfig, run_config_from_dict
-from lightpeft.config.validation import from_dict, parse_yaml
+from lightpeft.app.folders.stored_config import CONFIG, differences, signed_yaml, stored_config
+from lightpeft.config import RunConfig
 from lightpeft.console.progress import exact_duration, in_bytes, print_line
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import (
     append_line,
     check_free,
     clean,
-    explain_content_errors,
     is_own_file,
     lock_folder,
-    read_json,
     read_text,
     write_text,
 )
@@ -34,7 +28,6 @@ from lightpeft.saving.adapter_files import DESCRIPTION
 from lightpeft.saving.peft_adapter import ADAPTER_CONFIG
 from lightpeft.training.checkpoints import last_checkpoint
 
-CONFIG = "config.yaml"
 _RESULTS = (
     "metrics.json",
     "bench.json",
@@ -164,12 +157,12 @@ class RunFolder:
                 if self._changed_settings():  # again: another process may have changed it
                     for name in _RESULTS:
                         _remove(self.path / name)
-                    write_text(self.path / CONFIG, _sign(to_yaml(self.config)))
+                    write_text(self.path / CONFIG, signed_yaml(self.config))
         state.wait_for_everyone()
 
     def _write_config(self) -> None:
         self._check_same()  # again: another process may have changed it
-        file, text = self.path / CONFIG, _sign(to_yaml(self.config))
+        file, text = self.path / CONFIG, signed_yaml(self.config)
         if not file.exists() or read_text(file) != text:
             write_text(file, text)
 
@@ -357,143 +350,9 @@ def _describe_cost(seconds: float, facts: Mapping[str, Any]) -> Iterator[str]:
         yield f"peak memory {in_bytes(facts['peak_memory_bytes'])}"
 
 
-def is_run(folder: Path) -> bool:
-    """Return True if a folder contains a run, finished or not."""
-    return (folder / CONFIG).is_file()
-
-
 def _remove(path: Path) -> None:
     """Remove a file, a folder, or a link (not its target)."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quality:
-    """Metrics of a model, with 95% confidence intervals."""
-
-    metrics: dict[str, float]
-    intervals: dict[str, tuple[float, float] | None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeQuality(Quality):
-    """Metrics of a linear probe of the base model, with its time."""
-
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Milestones:
-    """Metrics of a run at its milestones, on a sample of test rows."""
-
-    examples: int
-    metrics: dict[str, dict[str, float]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunReport:
-    """Content of metrics.json that tables and reports read."""
-
-    method: str
-    metrics: dict[str, float]
-    parameters: dict[str, int | float]
-    intervals: dict[str, tuple[float, float] | None]
-    main_metric: str
-    seconds: dict[str, float]
-    training: dict[str, dict[str, Any]]
-    adapter_bytes: int
-    hardware: dict[str, Any]
-    full_width: Quality | None = None
-    linear_probe: ProbeQuality | None = None
-    milestones: Milestones | None = None
-    """None in the results of a grid, which leave out milestones and warnings."""
-    warnings: list[str] = dataclasses.field(default_factory=list)
-
-    @classmethod
-    def of(cls, report: dict[str, Any]) -> RunReport:
-        """Return the report in the content of a metrics.json; further keys are ignored.
-
-        Raises:
-            LightPeftError: a key is missing or has another type.
-        """
-        names = [each.name for each in dataclasses.fields(cls) if each.name in report]
-        return from_dict(cls, {name: report[name] for name in names})
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """Return the content of a metrics.json.
-
-    Raises:
-        LightPeftError: the file is missing, damaged, or has other content.
-    """
-    report = read_json(path)
-    with explain_content_errors(path):
-        RunReport.of(report)
-    return report
-
-
-def stored_settings(folder: Path) -> dict[str, Any]:
-    """Return the nested settings in a run folder's config.yaml, without those that allow foreign code (`SWITCHES`).
-
-    Raises:
-        LightPeftError: the file is missing or was altered.
-    """
-    file = folder / CONFIG
-    text = read_text(file)
-    settings = parse_yaml(text, file)
-    require(text == _sign(text.rpartition(_SIGNATURE)[0]), f"{file} was altered or damaged; restore it")
-    require(isinstance(settings, dict), f"{file} must hold a mapping of settings")
-    model = settings.get("model")
-    if isinstance(model, dict):
-        settings["model"] = {name: value for name, value in model.items() if name not in SWITCHES}
-    return settings
-
-
-def stored_config(folder: Path) -> RunConfig:
-    """Return the config in a run folder, without settings that allow foreign code (`SWITCHES`)."""
-    return run_config_from_dict(stored_settings(folder))
-
-
-_SIGNATURE = "# sha256 of what is above: "
-"""Start of config.yaml's last line, which detects a truncated config: it would be the config of another run."""
-
-
-def _sign(text: str) -> str:
-    return f"{text}{_SIGNATURE}{hashlib.sha256(text.encode()).hexdigest()}\n"
-
-
-def to_yaml(config: RunConfig) -> str:
-    """Return a config as YAML, which `load_config` can read."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
-
-
-def differences(stored: RunConfig, given: RunConfig, skip_budget: bool = False) -> list[str]:
-    """Return the dotted names of settings that differ.
-
-    `output`, settings that the method does not use and, with `skip_budget`, the budget are ignored.
-    """
-    budget = {f"light.{name}" for name in READ_BY_PLANS} if skip_budget else set()
-    stored, given = _without_other_tasks(stored), _without_other_tasks(given)
-    skipped = budget | {"output", "light.preset"} | {f"model.{name}" for name in SWITCHES}
-    before, after = flat(dataclasses.asdict(stored)), flat(dataclasses.asdict(given))
-    return [
-        name
-        for name in after | before
-        if name not in skipped and before.get(name) != after.get(name) and not name.startswith(given.unused)
-    ]
-
-
-def _without_other_tasks(config: RunConfig) -> RunConfig:
-    """Return the config without the user's tasks that the run does not use."""
-    return dataclasses.replace(config, tasks={n: entry for n, entry in config.tasks.items() if n == config.data.task})
-
-
-def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings as dotted name -> value."""
-    result: dict[str, Any] = {}
-    for key, value in data.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return result

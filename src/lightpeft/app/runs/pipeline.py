@@ -24,9 +24,10 @@ from lightpeft.app.evaluation.linear_probe import LinearProbe, doubts_by_depth, 
 from lightpeft.app.evaluation.milestones import Watcher, notices
 from lightpeft.app.evaluation.scores import Scores, scores_of
 from lightpeft.app.folders.forms import to_device
+from lightpeft.app.folders.metrics_file import read_report
 from lightpeft.app.folders.opening import open_result
 from lightpeft.app.folders.results import Model, open_peft, save_full, save_result
-from lightpeft.app.folders.run_folder import RunFolder, read_report
+from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs.depth import found_depth, settle_depth
 from lightpeft.app.runs.reuse import find_estimation, take_estimation
 from lightpeft.app.runs.stages import (

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightpeft.app.folders.run_folder import RunFolder, flat, is_run
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.folders.stored_config import flat, is_run
 from lightpeft.app.runs.workspace import check_steps
 from lightpeft.config import READ_AFTERWARDS, READ_BY_PLANS, SWITCHES, RunConfig
 from lightpeft.errors import LightPeftError, require

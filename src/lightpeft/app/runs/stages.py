@@ -10,7 +10,8 @@ from peft import PeftModel
 
 from lightpeft.app.evaluation.milestones import moment_behind
 from lightpeft.app.folders.results import open_peft, save_peft
-from lightpeft.app.folders.run_folder import RunFolder, flat
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.folders.stored_config import flat
 from lightpeft.app.runs.workspace import Workspace
 from lightpeft.app.tasks.loading import task_facts
 from lightpeft.budget.found import FoundBudget

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightpeft.app.folders.run_folder import RunFolder, RunReport, is_run, read_report
+from lightpeft.app.folders.metrics_file import RunReport, read_report
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.folders.stored_config import is_run
 from lightpeft.budget.found import FoundBudget
 from lightpeft.config import RunConfig
 from lightpeft.config.validation import from_dict

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lightpeft.app.folders.run_folder import to_yaml
+from lightpeft.app.folders.stored_config import to_yaml
 from lightpeft.app.runs.report import figures
 from lightpeft.app.runs.report.facts import RunFacts, read_run
 from lightpeft.app.runs.report.words import FILTERS, count, interval, metric_name, quality, share

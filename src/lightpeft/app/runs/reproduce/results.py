@@ -10,7 +10,7 @@ from typing import Any
 
 from scipy.stats import ttest_rel
 
-from lightpeft.app.folders.run_folder import read_report
+from lightpeft.app.folders.metrics_file import read_report
 from lightpeft.app.runs.reproduce.grid import Cell, Grid
 from lightpeft.files import file_checksum
 

@@ -7,7 +7,8 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lightpeft.app.folders.run_folder import RunReport, differences, flat
+from lightpeft.app.folders.metrics_file import RunReport
+from lightpeft.app.folders.stored_config import differences, flat
 from lightpeft.app.runs.reproduce.grid import Cell, Grid, load_grid
 from lightpeft.app.runs.reproduce.results import MEASURES, CellReport, Results, results_of
 from lightpeft.app.runs.reproduce.tables import markdown_table

@@ -1,0 +1,76 @@
+"""The content of a run's metrics.json, for tables and reports."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightpeft.config.validation import from_dict
+from lightpeft.files import explain_content_errors, read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """Metrics of a model, with 95% confidence intervals."""
+
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float] | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeQuality(Quality):
+    """Metrics of a linear probe of the base model, with its time."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Milestones:
+    """Metrics of a run at its milestones, on a sample of test rows."""
+
+    examples: int
+    metrics: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """Content of metrics.json that tables and reports read."""
+
+    method: str
+    metrics: dict[str, float]
+    parameters: dict[str, int | float]
+    intervals: dict[str, tuple[float, float] | None]
+    main_metric: str
+    seconds: dict[str, float]
+    training: dict[str, dict[str, Any]]
+    adapter_bytes: int
+    hardware: dict[str, Any]
+    full_width: Quality | None = None
+    linear_probe: ProbeQuality | None = None
+    milestones: Milestones | None = None
+    """None in the results of a grid, which leave out milestones and warnings."""
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def of(cls, report: dict[str, Any]) -> RunReport:
+        """Return the report in the content of a metrics.json; further keys are ignored.
+
+        Raises:
+            LightPeftError: a key is missing or has another type.
+        """
+        names = [each.name for each in dataclasses.fields(cls) if each.name in report]
+        return from_dict(cls, {name: report[name] for name in names})
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Return the content of a metrics.json.
+
+    Raises:
+        LightPeftError: the file is missing, damaged, or has other content.
+    """
+    report = read_json(path)
+    with explain_content_errors(path):
+        RunReport.of(report)
+    return report
