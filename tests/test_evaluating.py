@@ -27,8 +27,10 @@ from transformers import (
 from workbench import Workbench, labeled, lightpeft, read, write_rows
 
 from lightpeft import load_light
+from lightpeft.app.evaluation.class_names import class_order
+from lightpeft.app.evaluation.harness import evaluate_harness
 from lightpeft.app.evaluation.predicting import predict
-from lightpeft.app.evaluation.reports import class_order, evaluate_harness, evaluate_model
+from lightpeft.app.evaluation.reports import evaluate_model
 from lightpeft.app.folders.opening import find_model
 from lightpeft.app.runs import pipeline
 from lightpeft.config import ModelConfig, run_config_from_dict

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from lightpeft.compat.accelerate import clear_device_cache, should_reduce_batch_size
+from lightpeft.errors import require
 
 T = TypeVar("T")
 
@@ -18,6 +19,11 @@ _ACCELERATOR_ROWS, _ACCELERATOR_TOKENS = 256, 2**18
 
 _CPU_PROMPTS, _CPU_COMPLETION_TOKENS = 16, 128
 """Most shared prompts, and most tokens of their completions, in a forward pass on a CPU."""
+
+
+def check_batch_size(size: int | None) -> None:
+    """Raise `LightPeftError` unless a batch size is at least 1, or None."""
+    require(size is None or size >= 1, f"batch_size is {size}; it must be at least 1")
 
 
 def usual_batch_size(device: torch.device, longest: int) -> int:

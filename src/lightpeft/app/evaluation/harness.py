@@ -1,4 +1,4 @@
-"""Evaluate a live model with lm-evaluation-harness, by the harness's own task files; nothing is exported.
+"""Evaluate a model with lm-evaluation-harness, by the harness's own task files; nothing is exported.
 
 The harness returns one number per document and metric. They become `Answers`, so that its tasks get the same intervals
 and paired tests as lightpeft's own.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,14 @@ from scipy.stats import norm
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightpeft.app.evaluation.statistics import LEVEL, Interval, bootstrap_intervals
+from lightpeft.app.evaluation.batching import check_batch_size
+from lightpeft.app.evaluation.statistics import LEVEL, Interval, bootstrap_intervals, compare
+from lightpeft.app.folders.forms import Found, Wanted
+from lightpeft.app.folders.opening import find_model
 from lightpeft.app.tasks.answers import Answers, MeanMetric
 from lightpeft.errors import LightPeftError, nearest, one_line, require
+from lightpeft.files import write_json
+from lightpeft.models.task_heads import CAUSAL_LM, is_decoder
 from lightpeft.models.unwrap import transformers_model
 
 if TYPE_CHECKING:
@@ -62,6 +67,77 @@ def document_scores(answers: Answers) -> dict[str, np.ndarray]:
 
 DOCUMENT_MEANS = MeanMetric(document_scores)
 """Metrics of a harness task that are means over documents."""
+
+
+def evaluate_harness(
+    name: str | Path,
+    tasks: Sequence[str],
+    settings: Mapping[str, Any] | None = None,
+    *,
+    base: str | None = None,
+    other: str | None = None,
+    json: str | Path | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, Any]:
+    """Evaluate a language model on tasks of lm-evaluation-harness, alone or against a second model.
+
+    Args:
+        name: a run, a light adapter, a merged light model, a PEFT adapter or a transformers model.
+        tasks: names of tasks or groups of the harness.
+        settings: nested settings of `RunConfig`; `model` says how to load the model.
+        base: name or folder of an adapter's base model, if it is not where the adapter says.
+        other: a second model, evaluated on the same documents.
+        json: file to write the report to.
+        batch_size: requests per forward pass; None: on an accelerator the most that fit, else 8.
+        seed: seed of solved examples and bootstrap.
+        options: include_path, num_fewshot and limit of `run_harness`.
+
+    Returns:
+        The report: model (name, kind, tasks: metrics, intervals, examples, num_fewshot); with `other`, also other (the
+        same keys) and comparison by task.
+
+    Raises:
+        LightPeftError: the input is invalid, the harness is not installed, or a model generates no text.
+
+    Example:
+        ```python
+        report = evaluate_harness("out/run", ["arc_easy"], limit=100)
+        report["model"]["tasks"]["arc_easy"]["metrics"]["acc"]
+        ```
+    """
+    check_batch_size(batch_size)
+    given = dict(settings or {})
+    found = [find_model(each, base, given.get("model")) for each in (name, other) if each is not None]
+    wanted = Wanted("tasks of lm-evaluation-harness", CAUSAL_LM)
+    for each in found:
+        each.check(wanted)
+        refusal = f"lm-evaluation-harness needs a causal language model, and {each.name} is a {each.config.model_type}"
+        require(is_decoder(each.config), refusal)
+    scores = [_score_in_harness(each, wanted, tasks, batch_size=batch_size, seed=seed, **options) for each in found]
+    report: dict[str, Any] = {
+        role: {"name": each.name, "kind": each.kind, "tasks": {task: entry.to_dict() for task, entry in of.items()}}
+        for role, each, of in zip(("model", "other"), found, scores, strict=False)
+    }
+    if len(scores) == 2:
+        report["comparison"] = {
+            task: _compare_documents(entry, scores[1][task], seed)
+            for task, entry in scores[0].items()
+            if len(entry.answers)
+        }
+    if json is not None:
+        write_json(json, report)
+    return report
+
+
+def _score_in_harness(found: Found, wanted: Wanted, tasks: Sequence[str], **options: Any) -> dict[str, HarnessScores]:
+    return run_harness(found.open(wanted), found.tokenizer(), tasks, **options)
+
+
+def _compare_documents(one: HarnessScores, other: HarnessScores, seed: int) -> dict[str, dict[str, Any]]:
+    found = compare(one.answers, other.answers, DOCUMENT_MEANS, seed=seed)
+    return {metric: asdict(comparison) for metric, comparison in found.items()}
 
 
 def run_harness(

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from sklearn.metrics import classification_report
 
-from lightpeft.app.evaluation.harness import DOCUMENT_MEANS, HarnessScores, run_harness
+from lightpeft.app.evaluation.batching import check_batch_size
+from lightpeft.app.evaluation.class_names import class_order, renumber_classes
 from lightpeft.app.evaluation.milestones import doubts, majority_score
 from lightpeft.app.evaluation.prediction_files import check_predictions_path, write_predictions
 from lightpeft.app.evaluation.respondent import BatchedModel
@@ -30,15 +30,12 @@ from lightpeft.errors import require
 from lightpeft.files import write_json
 from lightpeft.machine import autocast_dtype
 from lightpeft.models.families.family_table import max_positions
-from lightpeft.models.task_heads import CAUSAL_LM, DEFAULT_LABEL, is_decoder
 from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.profiling.sizes import parameter_report
 
 TOKEN_SUMS = ("loss", "right", "tokens")
 """Names of a text's sums in language modeling: cross-entropy in nats, correct tokens, tokens."""
-SHOWN_LABELS = 5
-"""Most labels that an error message lists."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ def evaluate_model(
         report["comparison"]["accuracy"]["p_value"]
         ```
     """
-    _check_batch_size(batch_size)
+    check_batch_size(batch_size)
     if predictions is not None:
         check_predictions_path(Path(predictions))
     given = dict(settings or {})
@@ -115,10 +112,6 @@ def evaluate_model(
     if json is not None:
         write_json(json, report)
     return report
-
-
-def _check_batch_size(size: int | None) -> None:
-    require(size is None or size >= 1, f"batch_size is {size}; it must be at least 1")
 
 
 # -- the rows, and the task as each model answers it ---------------------------------------------------------------
@@ -155,40 +148,6 @@ def _adapt_to_model(found: Found, task: Task, said: Mapping[str, Any]) -> Task:
     own = kind(config, task.train, task.test, labels, task.entry, task.more_tests)
     found.check(Wanted.of(own))
     return own
-
-
-def class_order(classes: Sequence[str], labels: Sequence[str], name: str) -> list[str]:
-    """Return the data's labels in the order of a model's classes.
-
-    Names are compared case-insensitively. Default class names (LABEL_0, ...), and labels that are numbers from 0, keep
-    their order.
-
-    Args:
-        classes: class names of the model.
-        labels: label names of the data.
-        name: name of the model, for the error message.
-
-    Raises:
-        LightPeftError: the names differ.
-    """
-    spelled = {label.casefold(): label for label in labels}
-    if spelled.keys() <= {name.casefold() for name in classes}:
-        return [spelled.get(name.casefold(), name) for name in classes]
-    numbers = [str(number) for number in range(len(classes))]
-    if set(labels) <= set(numbers):
-        return numbers
-    unnamed = all(DEFAULT_LABEL.fullmatch(name) for name in classes) and len(classes) == len(labels)
-    require(
-        unnamed,
-        f"{name} has {len(classes)} classes ({join_names(classes)}), but the data have {len(labels)} labels "
-        f"({join_names(labels)}); give rows with the model's labels, or a model that was trained on these",
-    )
-    return list(labels)
-
-
-def join_names(names: Sequence[str]) -> str:
-    """Return the first `SHOWN_LABELS` names, for an error message."""
-    return ", ".join(names[:SHOWN_LABELS]) + (", ..." if len(names) > SHOWN_LABELS else "")
 
 
 # -- measuring -----------------------------------------------------------------------------------------------------
@@ -263,23 +222,6 @@ def _comparison_dicts(comparisons: Mapping[str, Comparison]) -> dict[str, dict[s
     return {name: asdict(entry) for name, entry in comparisons.items()}
 
 
-def renumber_classes(answers: Answers, labels: Sequence[str], order: Sequence[str]) -> Answers:
-    """Return answers with class numbers as indices of `order` in place of `labels`; `order` contains all labels."""
-    if list(labels) == list(order):
-        return answers
-    numbers = [list(order).index(name) for name in labels]
-    probabilities = None
-    if answers.probabilities is not None:
-        probabilities = np.zeros((len(answers), len(order)), dtype=answers.probabilities.dtype)
-        probabilities[:, numbers] = answers.probabilities
-    return replace(
-        answers,
-        predictions=[numbers[number] for number in answers.predictions],
-        references=[numbers[number] for number in answers.references],
-        probabilities=probabilities,
-    )
-
-
 def by_class(answers: Answers, labels: Sequence[str]) -> dict[str, dict[str, float]]:
     """Return scikit-learn's report: precision, recall, f1-score and support of every class, and their means."""
     report = classification_report(
@@ -318,72 +260,3 @@ def readable(answer: Any, labels: Sequence[str], row: Mapping[str, Any]) -> Any:
         return answer
     names = row.get("options") or labels
     return names[answer] if names else answer
-
-
-# -- the harness ---------------------------------------------------------------------------------------------------
-
-
-def evaluate_harness(
-    name: str | Path,
-    tasks: Sequence[str],
-    settings: Mapping[str, Any] | None = None,
-    *,
-    base: str | None = None,
-    other: str | None = None,
-    json: str | Path | None = None,
-    batch_size: int | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> dict[str, Any]:
-    """Evaluate a language model on tasks of lm-evaluation-harness, alone or against a second model.
-
-    Args:
-        name: a run, a light adapter, a merged light model, a PEFT adapter or a transformers model.
-        tasks: names of tasks or groups of the harness.
-        settings: nested settings of `RunConfig`; `model` says how to load the model.
-        base: name or folder of an adapter's base model, if it is not where the adapter says.
-        other: a second model, evaluated on the same documents.
-        json: file to write the report to.
-        batch_size: requests per forward pass; None: on an accelerator the most that fit, else 8.
-        seed: seed of solved examples and bootstrap.
-        options: include_path, num_fewshot and limit of `harness.run_harness`.
-
-    Returns:
-        The report: model (name, kind, tasks: metrics, intervals, examples, num_fewshot); with `other`, also other (the
-        same keys) and comparison by task.
-
-    Raises:
-        LightPeftError: the input is invalid, the harness is not installed, or a model generates no text.
-
-    Example:
-        ```python
-        report = evaluate_harness("out/run", ["arc_easy"], limit=100)
-        report["model"]["tasks"]["arc_easy"]["metrics"]["acc"]
-        ```
-    """
-    _check_batch_size(batch_size)
-    given = dict(settings or {})
-    found = [find_model(each, base, given.get("model")) for each in (name, other) if each is not None]
-    wanted = Wanted("tasks of lm-evaluation-harness", CAUSAL_LM)
-    for each in found:
-        each.check(wanted)
-        refusal = f"lm-evaluation-harness needs a causal language model, and {each.name} is a {each.config.model_type}"
-        require(is_decoder(each.config), refusal)
-    scores = [_score_in_harness(each, wanted, tasks, batch_size=batch_size, seed=seed, **options) for each in found]
-    report: dict[str, Any] = {
-        role: {"name": each.name, "kind": each.kind, "tasks": {task: entry.to_dict() for task, entry in of.items()}}
-        for role, each, of in zip(("model", "other"), found, scores, strict=False)
-    }
-    if len(scores) == 2:
-        report["comparison"] = {
-            task: _comparison_dicts(compare(entry.answers, scores[1][task].answers, DOCUMENT_MEANS, seed=seed))
-            for task, entry in scores[0].items()
-            if len(entry.answers)
-        }
-    if json is not None:
-        write_json(json, report)
-    return report
-
-
-def _score_in_harness(found: Found, wanted: Wanted, tasks: Sequence[str], **options: Any) -> dict[str, HarnessScores]:
-    return run_harness(found.open(wanted), found.tokenizer(), tasks, **options)

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from lightpeft.app.evaluation.reports import class_order, join_names
+from lightpeft.app.evaluation.class_names import class_order, join_names
 from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.folders.forms import Found, Wanted, WholeModel
 from lightpeft.app.folders.opening import find_model

@@ -56,7 +56,7 @@ def _on_task(model: str, settings: dict[str, Any], compare: str | None = None, *
 
 def _on_harness(model: str, settings: dict[str, Any], compare: str | None = None, **options: Any) -> None:
     from lightpeft.app.cli.tables import metrics_table, paired_table
-    from lightpeft.app.evaluation.reports import evaluate_harness
+    from lightpeft.app.evaluation.harness import evaluate_harness
 
     only = [name for name in ("per_class", "predictions") if name in options]
     require(not only, f"--{' and --'.join(only)} do not work with --harness; leave them out, or leave --harness out")
