@@ -19,7 +19,7 @@ from typing import Any
 import subjects
 from publishing import markdown_table, spread_text
 
-from lightpeft.app.runs.bench import Subject
+from lightpeft.app.runs.subject import Subject
 from lightpeft.app.runs.workers import Worker
 from lightpeft.config import RunConfig
 from lightpeft.profiling.comparing import alternate, ratio, summarize

@@ -20,8 +20,9 @@ from publishing import markdown_table, report
 
 from lightpeft.app.cli.command import quiet
 from lightpeft.app.runs import pipeline
-from lightpeft.app.runs.bench import Subject, bench
+from lightpeft.app.runs.bench import bench
 from lightpeft.app.runs.checking import check
+from lightpeft.app.runs.subject import Subject
 from lightpeft.app.runs.workers import Worker
 from lightpeft.config import RunConfig, load_config
 from lightpeft.profiling.rehearsal import Holding

@@ -22,10 +22,10 @@ from peer_pruning import (
 )
 from torch import nn
 
-from lightpeft.app.runs.bench import Build, Made, adamw
 from lightpeft.app.runs.pipeline import Workspace
 from lightpeft.app.runs.reproduce import Arm
 from lightpeft.app.runs.reproduce.arms import NestedSettings
+from lightpeft.app.runs.subject import Build, Made, adamw
 from lightpeft.app.tasks.loading import task_facts
 from lightpeft.config import merge_settings
 from lightpeft.config.validation import load_yaml

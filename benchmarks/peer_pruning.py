@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lightpeft.app.runs.bench import sample_batches
 from lightpeft.app.runs.pipeline import Workspace
+from lightpeft.app.runs.subject import sample_batches
 from lightpeft.config import LightConfig, override_light
 from lightpeft.errors import require
 from lightpeft.models.arguments import change_arguments

@@ -13,7 +13,7 @@ from peer_methods import BASELINE, PEERS
 from peer_pruning import Goal
 from publishing import say
 
-from lightpeft.app.runs.bench import Subject
+from lightpeft.app.runs.subject import Subject
 from lightpeft.app.runs.workers import Worker
 from lightpeft.config import RunConfig
 from lightpeft.files import read_json, write_json

@@ -36,7 +36,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from lightpeft import LightTrainer, accelerated, light_trainer
-from lightpeft.app.runs.bench import sample_rows
+from lightpeft.app.runs.subject import sample_rows
 from lightpeft.app.runs.workspace import Workspace, prepare
 from lightpeft.config import RunConfig, load_config
 from lightpeft.machine import autocast_dtype

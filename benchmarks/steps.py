@@ -20,8 +20,8 @@ import torch
 
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
-from lightpeft.app.runs.bench import BUILDS, Made
 from lightpeft.app.runs.pipeline import Workspace
+from lightpeft.app.runs.subject import BUILDS, Made
 from lightpeft.config import RunConfig
 from lightpeft.models.families.family_table import block_lists
 from lightpeft.models.unwrap import transformers_model

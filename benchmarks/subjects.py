@@ -15,8 +15,8 @@ from rich.console import Console
 
 from lightpeft.app.cli.command import quiet
 from lightpeft.app.runs import pipeline
-from lightpeft.app.runs.bench import Build, Subject
 from lightpeft.app.runs.reproduce.saving import factored
+from lightpeft.app.runs.subject import Build, Subject
 from lightpeft.app.runs.workers import Worker
 from lightpeft.config import RunConfig, load_config
 from lightpeft.errors import LightPeftError
@@ -25,7 +25,7 @@ from lightpeft.profiling.comparing import alternate, ratio, summarize
 from lightpeft.profiling.surroundings import hardware
 
 Subjects = Mapping[str, tuple[str | Build, RunConfig]]
-"""By name: what to measure, as `lightpeft.app.runs.bench.Subject` takes it, and its run."""
+"""By name: what to measure, as `lightpeft.app.runs.subject.Subject` takes it, and its run."""
 
 
 def pruned(config: RunConfig, folder: Path) -> RunConfig:

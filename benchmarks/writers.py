@@ -20,8 +20,8 @@ import subjects
 from publishing import markdown_table, spread_text
 
 from lightpeft.app.runs import pipeline
-from lightpeft.app.runs.bench import Subject
 from lightpeft.app.runs.reuse import find_estimation, take_estimation
+from lightpeft.app.runs.subject import Subject
 from lightpeft.app.runs.workers import Worker
 from lightpeft.config import RunConfig
 from lightpeft.plans.records import EstimationRecord

@@ -23,7 +23,7 @@ from lightpeft.app.cli.tables import bench_table, speed_rows
 from lightpeft.app.folders.results import open_peft
 from lightpeft.app.runs import bench as benching
 from lightpeft.app.runs import pipeline
-from lightpeft.app.runs.bench import Subject, sample_batches, sample_rows
+from lightpeft.app.runs.subject import Subject, sample_batches, sample_rows
 from lightpeft.app.runs.workers import Worker
 from lightpeft.errors import LightPeftError
 from lightpeft.profiling.flops import count_flops
@@ -192,7 +192,6 @@ def test_failing_worker_gives_one_line(
     def fail(*_: Any) -> None:
         raise RuntimeError("no memory\nleft")
 
-    monkeypatch.setattr(benching, "measure_training", fail)
     monkeypatch.setattr(Subject, "_train", fail)
     capsys.readouterr()
     assert lightpeft("bench", "--config", bench.yaml("run", **UPPER), "--rounds", 1, "--steps", 1) == 2

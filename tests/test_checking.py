@@ -19,9 +19,9 @@ from workbench import Workbench
 
 from lightpeft.app import cli
 from lightpeft.app.runs import pipeline
-from lightpeft.app.runs.bench import estimating
 from lightpeft.app.runs.checking import Check, check
 from lightpeft.app.runs.checking.models import cut_evenly, shapes_of
+from lightpeft.app.runs.subject import estimating
 from lightpeft.compat.stand_ins import StorageWatch
 from lightpeft.config import LightConfig, RunConfig, TrainingConfig
 from lightpeft.errors import LightPeftError

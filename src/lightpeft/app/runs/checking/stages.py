@@ -10,7 +10,6 @@ from typing import Any
 from peft import PeftModel
 
 from lightpeft.app.evaluation.respondent import MOST_LOGIT_BYTES
-from lightpeft.app.runs.bench import accelerating, adamw, estimating
 from lightpeft.app.runs.checking.models import (
     cut_evenly,
     device,
@@ -19,6 +18,7 @@ from lightpeft.app.runs.checking.models import (
     stored_states,
     with_peft,
 )
+from lightpeft.app.runs.subject import accelerating, adamw, estimating
 from lightpeft.app.runs.workspace import Workspace
 from lightpeft.app.tasks.tokens import PADDED_TO
 from lightpeft.compat.stand_ins import StorageWatch
