@@ -32,7 +32,8 @@ from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
 from lightpeft.errors import require
 from lightpeft.models.loading import quiet_libraries
-from lightpeft.plans.records import BlockPlan, PrunePlan
+from lightpeft.plans.block_plan import BlockPlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.profiling.comparing import ratio
 from lightpeft.prune.light_model import LightModel
 

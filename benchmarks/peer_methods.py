@@ -33,7 +33,7 @@ from lightpeft.errors import require
 from lightpeft.models.families.family_table import block_specs
 from lightpeft.models.loading import LoadedModel
 from lightpeft.peft_kinds.placing import add_peft
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.plans.structure import SLOTS
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.light_model import as_light

@@ -32,9 +32,11 @@ from lightpeft.models.loading import LoadedModel
 from lightpeft.models.unwrap import base_linear, transformers_model
 from lightpeft.peft_kinds.sites.live_sites import find_sites
 from lightpeft.plans import scoring
+from lightpeft.plans.block_plan import BlockPlan, block_parameters
+from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.plans.layout import squared_norms
 from lightpeft.plans.planning import make_plan
-from lightpeft.plans.records import BlockPlan, EstimationRecord, PrunePlan, block_parameters
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.plans.structure import BlockSpec, SiteSpec
 from lightpeft.profiling.sizes import count_parameters
 from lightpeft.prune.fingerprint import fingerprint

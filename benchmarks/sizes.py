@@ -31,7 +31,7 @@ from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs.reproduce import Results, Row, read_results
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import read_json, write_json
-from lightpeft.plans.records import EstimationRecord
+from lightpeft.plans.estimation_record import EstimationRecord
 
 LARGEST = 7e9
 CURVE = "SocialIQA, right after the cut"

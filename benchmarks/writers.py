@@ -24,7 +24,7 @@ from lightpeft.app.runs.reuse import find_estimation, take_estimation
 from lightpeft.app.runs.subject import Subject
 from lightpeft.app.runs.workers import Worker
 from lightpeft.config import RunConfig
-from lightpeft.plans.records import EstimationRecord
+from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.plans.structure import SLOTS
 from lightpeft.profiling.comparing import alternate, ratio, summarize
 from lightpeft.profiling.surroundings import hardware

@@ -42,7 +42,7 @@ from lightpeft.models.families.family_table import FAMILIES, REFUSED, block_spec
 from lightpeft.models.families.spec import Family
 from lightpeft.peft_kinds.bottleneck import BottleneckConfig
 from lightpeft.peft_kinds.sites.live_sites import find_sites
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.plans.structure import BlockSpec
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan

@@ -23,7 +23,7 @@ from workbench import (
 )
 
 from lightpeft.app.runs import pipeline
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 
 Refused = Callable[..., str]
 

@@ -78,7 +78,8 @@ from lightpeft.files import read_json
 from lightpeft.models.families.family_table import block_specs
 from lightpeft.models.loading import LoadedModel
 from lightpeft.peft_kinds.placing import add_peft
-from lightpeft.plans.records import BlockPlan, PrunePlan
+from lightpeft.plans.block_plan import BlockPlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.prune.surgery import apply_plan
 
 ROOT = Path(__file__).parents[1]

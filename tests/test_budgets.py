@@ -44,7 +44,7 @@ from lightpeft.budget.tolerance import cost_in_words, tolerance_in_words
 from lightpeft.config import Tolerance
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.planning import make_plan
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.profiling.live import losses_of
 from lightpeft.prune.learning import LEAST_LEARNED
 from lightpeft.prune.surgery import cut_copy

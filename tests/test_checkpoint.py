@@ -35,7 +35,7 @@ from transformers import BertForMaskedLM
 from lightpeft import LightModel, load_light
 from lightpeft.errors import LightPeftError
 from lightpeft.peft_kinds.sites.config_file import read_config
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saving import adapter_files
 from lightpeft.saving.adapter_files import read_description

@@ -16,7 +16,7 @@ from workbench import Workbench, lightpeft, read
 from lightpeft import apply_plan
 from lightpeft.app.runs import pipeline
 from lightpeft.budget.curve import CURVE_BUDGETS, loss_curve, nested_plans
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 
 BUDGET = light_of(criterion="fisher", modules=0.0, ranks=0.0)
 

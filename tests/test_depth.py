@@ -19,7 +19,8 @@ from lightpeft import EarlyPruner, load_light, save_merged
 from lightpeft.app.runs import pipeline
 from lightpeft.models.families.family_table import block_lists
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.plans.estimation_record import EstimationRecord
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.profiling.sizes import count_parameters
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.estimation import Estimator

@@ -26,7 +26,8 @@ from training import (
     upper,
 )
 
-from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.plans.estimation_record import EstimationRecord
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.recipe.pruner import EarlyPruner
 from lightpeft.training.prefix import FrozenPrefix
 

@@ -16,8 +16,8 @@ from training import StopAt, assert_close, assert_equal, chunks, estimate, input
 from transformers import BertConfig, BertForMultipleChoice
 
 from lightpeft.errors import LightPeftError
+from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.plans.planning import make_plan
-from lightpeft.plans.records import EstimationRecord
 from lightpeft.prune import length as lengths
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.importance import ModuleObserver

@@ -39,8 +39,9 @@ from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.families.family_table import block_specs
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.live_sites import find_sites
+from lightpeft.plans.block_plan import BlockPlan
 from lightpeft.plans.planning import make_plan
-from lightpeft.plans.records import BlockPlan, PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.plans.structure import BlockSpec
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.masks import UnitMasks

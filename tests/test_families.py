@@ -39,7 +39,7 @@ from lightpeft.models.families import decoders, encoder_decoders, encoders, fami
 from lightpeft.models.families.family_table import FAMILIES, REFUSED, block_specs, family_of
 from lightpeft.models.families.spec import Family, Stack
 from lightpeft.peft_kinds.sites.live_sites import check_peft
-from lightpeft.plans.records import BlockPlan, block_parameters, removable_parameters, removed_in_block
+from lightpeft.plans.block_plan import BlockPlan, block_parameters, removable_parameters, removed_in_block
 from lightpeft.plans.structure import SLOTS, BlockSpec
 from lightpeft.prune.surgery import apply_plan
 

@@ -30,7 +30,7 @@ from lightpeft.app.exports.gguf.vocabulary import pre_tokenizer_name
 from lightpeft.app.exports.gguf.writing import GgufType
 from lightpeft.app.runs import pipeline
 from lightpeft.models.all_weights import trained_weights
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
 

@@ -24,7 +24,7 @@ from workbench import (
 
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs the gloo backend")
 

@@ -29,7 +29,8 @@ from workbench import Workbench
 from lightpeft import load_light, run
 from lightpeft.machine import autocasting, has_bf16
 from lightpeft.models.linears.bitsandbytes import prepare_quantized
-from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.plans.estimation_record import EstimationRecord
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.profiling.live import move_batch, trainable
 from lightpeft.profiling.memory import PeakMemory
 from lightpeft.profiling.speed import measure_inference, measure_training

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tiny import kept_channels as expected_channels
 from torch import Tensor
 
+from lightpeft.plans.block_plan import BlockPlan
 from lightpeft.plans.layout import cut_dim, head_channels, kept_channels, segments, squared_norms, width
-from lightpeft.plans.records import BlockPlan
 from lightpeft.plans.structure import SLOTS, BlockSpec
 
 

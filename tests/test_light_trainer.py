@@ -36,7 +36,7 @@ from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
 from lightpeft.budget.found import SHORT
 from lightpeft.config import Remove, run_config_from_dict
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.profiling.sizes import parameter_report
 from lightpeft.prune.light_model import LightModel
 from lightpeft.training.arguments import training_arguments

@@ -39,7 +39,7 @@ from lightpeft.models.linears.on_disk import is_on_disk
 from lightpeft.models.on_disk import has_weights_on_disk
 from lightpeft.models.task_heads import CAUSAL_LM
 from lightpeft.models.unwrap import base_layer
-from lightpeft.plans.records import EstimationRecord
+from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.profiling.memory import PeakMemory
 from lightpeft.training.acceleration import accelerated
 

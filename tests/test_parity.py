@@ -41,7 +41,7 @@ from lightpeft.compat.transformers import attention_of
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.live_sites import find_sites
 from lightpeft.plans.planning import make_plan
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.prune.surgery import apply_plan
 

@@ -41,7 +41,7 @@ from lightpeft.peft_kinds.sites.config_file import read_config
 from lightpeft.peft_kinds.sites.dora import DoraSite
 from lightpeft.peft_kinds.sites.ia3 import Ia3Site
 from lightpeft.peft_kinds.sites.live_sites import find_sites
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.prune.importance import ModuleObserver
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.masks import UnitMasks

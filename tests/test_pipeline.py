@@ -21,7 +21,8 @@ from lightpeft.config import ModelConfig, load_config
 from lightpeft.errors import LightPeftError
 from lightpeft.models.loading import load_model, load_tokenizer
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.plans.estimation_record import EstimationRecord
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.profiling.sizes import count_parameters
 
 PEFT_WEIGHTS = "adapter_model.safetensors"

@@ -17,8 +17,10 @@ from tiny import plan_of
 from torch import Tensor
 
 from lightpeft.errors import LightPeftError
+from lightpeft.plans.block_plan import block_parameters, removed_in_block
+from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.plans.planning import make_plan
-from lightpeft.plans.records import EstimationRecord, PrunePlan, block_parameters, removed_in_block
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.plans.selection import Layer, weakest_first
 from lightpeft.plans.structure import BlockSpec, SiteSpec
 

@@ -18,7 +18,8 @@ from lightpeft import profiling
 from lightpeft.compat.transformers import attention_of
 from lightpeft.errors import LightPeftError
 from lightpeft.models.families.family_table import block_specs
-from lightpeft.plans.records import BlockPlan, PrunePlan
+from lightpeft.plans.block_plan import BlockPlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.profiling.comparing import Spread, alternate, ratio, summarize
 from lightpeft.profiling.flops import Flops, count_flops, kv_cache_bytes
 from lightpeft.profiling.memory import PeakMemory

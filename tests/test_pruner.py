@@ -14,7 +14,7 @@ from transformers import BertModel
 from lightpeft import EarlyPruner, LightModel, LightPeftError, load_light
 from lightpeft.compat.torch import has_hooks
 from lightpeft.peft_kinds.sites.live_sites import find_sites
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 
 
 @pytest.mark.parametrize("family", ["bert", "llama-gqa", "opt"])

@@ -19,7 +19,8 @@ from workbench import Workbench, forked, labeled, lightpeft, read, write_rows
 from lightpeft import EarlyPruner, LightTrainer, find_depth
 from lightpeft.app.runs import depth, pipeline
 from lightpeft.files import read_tensors
-from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.plans.estimation_record import EstimationRecord
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.prune.reading import RIDGES, FoundDepth, enough, place_of_head, read_out, states_by_block
 from lightpeft.recipe import depth as trainers_depth
 from lightpeft.saving.peft_adapter import WEIGHTS

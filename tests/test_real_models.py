@@ -17,7 +17,7 @@ from lightpeft.app.evaluation.predicting import predict
 from lightpeft.app.evaluation.scores import scores_of
 from lightpeft.app.runs import pipeline
 from lightpeft.config import run_config_from_dict
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 
 CONFIG = Path(__file__).parents[1] / "configs" / "movie_reviews" / "minilm_default.yaml"
 IN_BLOCKS = 6 * (4 * (384 * 384 + 384) + 2 * 384 * 1536 + 1536 + 384 + 4 * 384)

@@ -16,7 +16,9 @@ from workbench import edit
 
 from lightpeft.errors import LightPeftError
 from lightpeft.files import file_checksum
-from lightpeft.plans.records import EstimationRecord, PrunePlan, from_ranges, to_ranges
+from lightpeft.plans.estimation_record import EstimationRecord
+from lightpeft.plans.prune_plan import PrunePlan
+from lightpeft.plans.ranges import from_ranges, to_ranges
 
 
 def message(error: pytest.ExceptionInfo[LightPeftError]) -> str:

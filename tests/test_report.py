@@ -21,7 +21,7 @@ from lightpeft.app.runs.report.facts import MOST_POINTS, read_run
 from lightpeft.app.runs.report.page import page, write_report
 from lightpeft.errors import LightPeftError
 from lightpeft.files import append_line
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 
 WIDTHS = (390, 1280)
 """Pixels of a phone and of a laptop."""

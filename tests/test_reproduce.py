@@ -57,7 +57,7 @@ from lightpeft.app.runs.reproduce.results import MEASURES, SeedSpread, p_value
 from lightpeft.config import PRESETS, RunConfig, run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import read_json, write_json
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 
 
 @pytest.fixture(scope="module")

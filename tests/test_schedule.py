@@ -17,7 +17,7 @@ from workbench import Workbench, lightpeft
 from lightpeft import LightPeftError
 from lightpeft.app.runs import pipeline, workspace
 from lightpeft.config import TrainingConfig, load_config
-from lightpeft.plans.records import EstimationRecord
+from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.prune import length
 from lightpeft.prune.length import fit_stage, remove_nothing_if_short, stage_of
 from lightpeft.training.schedule import (

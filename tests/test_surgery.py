@@ -35,7 +35,7 @@ from lightpeft.errors import LightPeftError
 from lightpeft.models.linears.linear_kinds import dense_weight
 from lightpeft.models.unwrap import base_layer, transformers_model
 from lightpeft.peft_kinds.sites.live_sites import find_sites
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.profiling.sizes import count_parameters
 from lightpeft.prune.surgery import apply_plan
 

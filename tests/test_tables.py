@@ -19,7 +19,7 @@ from lightpeft.app.cli.tables import (
     per_class_table,
     plan_table,
 )
-from lightpeft.plans.records import BlockPlan
+from lightpeft.plans.block_plan import BlockPlan
 from lightpeft.plans.structure import SLOTS
 
 

@@ -16,7 +16,7 @@ from workbench import Workbench, lightpeft, read
 
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.workspace import prepare
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from vllm_engine import PYTHON, Refused, Vllm
 from workbench import edit, read
 
 from lightpeft import LightModel, cut_vocabulary, load_merged, save_merged
-from lightpeft.plans.records import BlockPlan
+from lightpeft.plans.block_plan import BlockPlan
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saving import whole, whole_config

@@ -40,7 +40,7 @@ from lightpeft.app.tasks.kinds.generation import GenerationTask
 from lightpeft.app.tasks.kinds.regression import RegressionTask
 from lightpeft.config import DataConfig
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.plans.records import EstimationRecord
+from lightpeft.plans.estimation_record import EstimationRecord
 
 FEW: dict[str, Any] = {}
 """Runs this short estimate on few examples."""

@@ -23,8 +23,10 @@ from lightpeft.peft_kinds.kinds import projections
 from lightpeft.peft_kinds.sites.bottleneck import BottleneckSite
 from lightpeft.peft_kinds.sites.live_sites import find_sites
 from lightpeft.plans import planning
+from lightpeft.plans.block_plan import BlockPlan
+from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.plans.planning import make_plan
-from lightpeft.plans.records import BlockPlan, EstimationRecord, PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.plans.selection import Order
 from lightpeft.plans.structure import BlockSpec
 from lightpeft.profiling.live import device_of

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from lightpeft.app.runs.trainers import RunTrainer
 from lightpeft.models.families.family_table import block_lists
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.plans.records import EstimationRecord
+from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.profiling.live import device_of, move_batch
 from lightpeft.prune.estimation import Estimator
 from lightpeft.recipe.trainer import LightTrainer

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from lightpeft.models.vocabulary.live import cut_vocabulary
     from lightpeft.peft_kinds.bottleneck import BottleneckConfig
     from lightpeft.peft_kinds.sites.inference import fused_inference
+    from lightpeft.plans.estimation_record import EstimationRecord
     from lightpeft.plans.planning import make_plan
-    from lightpeft.plans.records import EstimationRecord, PrunePlan
+    from lightpeft.plans.prune_plan import PrunePlan
     from lightpeft.prune.discovery import ensure_family
     from lightpeft.prune.light_model import LightModel
     from lightpeft.prune.reading import find_depth
@@ -34,14 +35,14 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "EarlyPruner": "recipe.pruner",
-    "EstimationRecord": "plans.records",
+    "EstimationRecord": "plans.estimation_record",
     "BottleneckConfig": "peft_kinds.bottleneck",
     "LightConfig": "config",
     "LightModel": "prune.light_model",
     "LightPeftError": "errors",
     "LightSwitch": "app.folders.switching",
     "LightTrainer": "recipe.trainer",
-    "PrunePlan": "plans.records",
+    "PrunePlan": "plans.prune_plan",
     "RunConfig": "config",
     "accelerated": "training.acceleration",
     "apply_plan": "prune.surgery",

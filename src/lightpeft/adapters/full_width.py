@@ -32,7 +32,7 @@ from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary.cutting import vocabulary_of
 from lightpeft.peft_kinds.sites.base import Site
 from lightpeft.peft_kinds.sites.live_sites import find_sites, own_adapter, simplify_config, widens_alone
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.prune.light_model import LightModel
 from lightpeft.saving.adapter_files import DESCRIPTION, read_saved
 from lightpeft.saving.description import BaseFacts, facts_of

@@ -26,7 +26,7 @@ from lightpeft.files.foreign import parsing
 from lightpeft.models.loading import check_checkpoint
 from lightpeft.models.repositories import Token
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.prune.discovery import ensure_family
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saving.description import (

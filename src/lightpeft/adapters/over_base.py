@@ -15,7 +15,7 @@ from lightpeft.errors import require
 from lightpeft.models.linears.bitsandbytes import prepare_quantized
 from lightpeft.models.tensors import SharedTensors
 from lightpeft.models.vocabulary.cutting import check_whole, cut_model
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saving.adapter_files import Saved
 from lightpeft.saving.kept_weights import check_kept, read_kept

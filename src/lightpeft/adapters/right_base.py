@@ -12,7 +12,7 @@ from lightpeft.errors import require
 from lightpeft.models.families.family_table import block_specs
 from lightpeft.models.vocabulary.cutting import check_whole, vocabulary_of
 from lightpeft.models.vocabulary.kept import Vocabulary
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.plans.structure import BlockSpec
 from lightpeft.prune.discovery import ensure_family
 from lightpeft.prune.fingerprint import fingerprint

@@ -29,8 +29,9 @@ from lightpeft.models.linears.linear_kinds import slice_linear, stored_weight
 from lightpeft.models.tensors import Reading, SharedTensors, check_files, on_disk
 from lightpeft.models.vocabulary.cutting import rows_by_token
 from lightpeft.models.vocabulary.kept import Vocabulary
+from lightpeft.plans.block_plan import BlockPlan
 from lightpeft.plans.layout import cut_dim, kept_channels, kept_experts
-from lightpeft.plans.records import BlockPlan, PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.plans.structure import BlockSpec
 from lightpeft.prune.fingerprint import Sample, digest_of, expert_weight, sample, weight_names
 

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError, require
+from lightpeft.plans.block_plan import block_parameters, removed_parameters
+from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.plans.planning import make_plan
-from lightpeft.plans.records import EstimationRecord, PrunePlan, block_parameters, removed_parameters
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.profiling.live import losses_of
 from lightpeft.prune.surgery import cut_copy
 

@@ -17,8 +17,8 @@ from lightpeft.budget.probes import Probe
 from lightpeft.budget.room import SEARCH_BUDGETS
 from lightpeft.budget.search import PROBES, BudgetSearch
 from lightpeft.config import LightConfig, Tolerance
+from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.plans.planning import make_plan
-from lightpeft.plans.records import EstimationRecord
 from lightpeft.profiling.live import Batch, losses_and_classes_of, losses_of
 from lightpeft.prune.learning import classes_of, loss_by_frequencies, one_of_several
 

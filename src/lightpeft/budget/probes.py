@@ -19,7 +19,7 @@ from lightpeft.config import LightConfig
 from lightpeft.console.bars import progress
 from lightpeft.machine import autocasting, preserve_random_state
 from lightpeft.models.patching import in_mode
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.profiling.live import Batch, device_of, loss_of, losses_of, move_batch, trainable
 from lightpeft.prune.surgery import cut_copy
 from lightpeft.training.acceleration import light_steps

@@ -16,7 +16,7 @@ from lightpeft.budget.probes import make_probe
 from lightpeft.budget.room import SearchRoom, why_unmeasured
 from lightpeft.config import LightConfig, Tolerance
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.plans.records import EstimationRecord
+from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.training.host import Host
 from lightpeft.training.rows import rows_of_steps
 

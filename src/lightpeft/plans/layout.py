@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightpeft.plans.records import BlockPlan
+from lightpeft.plans.block_plan import BlockPlan
 from lightpeft.plans.structure import FFN_SLOTS, KEY_VALUE_SLOTS, OUTPUT_SLOTS, BlockSpec
 
 Kind = Literal["heads", "kv_heads", "neurons"]

@@ -17,7 +17,9 @@ from torch import Tensor
 from lightpeft.config import Light, LightConfig, fill_defaults, light_config
 from lightpeft.config.light import Scope
 from lightpeft.errors import require
-from lightpeft.plans.records import BlockPlan, EstimationRecord, PrunePlan, block_parameters, removed_parameters
+from lightpeft.plans.block_plan import BlockPlan, block_parameters, removed_parameters
+from lightpeft.plans.estimation_record import EstimationRecord
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.plans.selection import (
     Layer,
     Order,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
+
+from lightpeft.errors import require
 
 Role = Literal["encoder", "decoder", "cross"]
 """Role of a stack of blocks in a model with several stacks; "cross" is the cross-attention of the decoder."""
@@ -151,3 +154,26 @@ class SiteSpec:
     rank: int
     block: int | None
     slot: str | None
+
+
+_MOST_COUNTED = 2**40
+"""Upper bound of every count of a block, parameters included."""
+
+
+def check_specs(blocks: Sequence[BlockSpec], sites: Sequence[SiteSpec]) -> None:
+    """Check that the counts of specs that were read from a file are possible for a dense model.
+
+    Raises:
+        LightPeftError: a count is not.
+    """
+    for part in (*blocks, *sites):
+        for name, value in vars(part).items():
+            possible = type(value) is not int or 0 <= value < _MOST_COUNTED
+            require(possible, f"{type(part).__name__} {getattr(part, 'label', '')} has an invalid {name}: {value}")
+    for spec in blocks:
+        grouped = spec.heads % spec.kv_heads == 0 if spec.kv_heads else not spec.heads
+        place = f"block {spec.label or spec.index}"
+        require(grouped, f"{place} cannot share {spec.kv_heads} KV heads among {spec.heads} heads")
+        even = spec.needed_experts <= spec.experts and spec.expert_neurons == spec.experts * spec.expert_width
+        even = even and spec.expert_groups > 0 and spec.experts % spec.expert_groups == 0
+        require(even, f"{place} has invalid counts of experts")

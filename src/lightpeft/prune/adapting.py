@@ -17,7 +17,8 @@ from lightpeft.compat.transformers import grow_static_cache
 from lightpeft.errors import LightPeftError
 from lightpeft.models.arguments import change_arguments
 from lightpeft.models.families.spec import Family
-from lightpeft.plans.records import BlockPlan, PrunePlan
+from lightpeft.plans.block_plan import BlockPlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.plans.structure import BlockSpec
 
 # What reads head counts or has one entry a head

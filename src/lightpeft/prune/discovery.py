@@ -20,7 +20,8 @@ from lightpeft.models.families.proposal import propose_families
 from lightpeft.models.families.skeleton import one_line, random_inputs, run, skeleton, skeleton_config
 from lightpeft.models.families.spec import Family
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.plans.records import BlockPlan, PrunePlan
+from lightpeft.plans.block_plan import BlockPlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.plans.structure import BlockSpec
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.prune.surgery import apply_plan

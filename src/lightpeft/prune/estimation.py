@@ -25,7 +25,7 @@ from lightpeft.models.sharding import whole
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.base import Site
 from lightpeft.peft_kinds.sites.live_sites import check_peft, find_sites
-from lightpeft.plans.records import EstimationRecord
+from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.plans.scoring import Criterion, Facts, MaskGradients, Unit, criteria
 from lightpeft.plans.structure import MASKED, MaskedUnit
 from lightpeft.profiling.sizes import count_parameters

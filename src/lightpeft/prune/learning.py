@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from lightpeft.models.batches import IGNORED
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.plans.records import EstimationRecord
+from lightpeft.plans.estimation_record import EstimationRecord
 
 LEAST_LEARNED = 0.05
 """Minimum fraction by which estimation has to get below the loss of the label frequencies, without a warning."""

@@ -15,7 +15,7 @@ from lightpeft.models.repositories import Token
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary.cutting import vocabulary_of
 from lightpeft.peft_kinds.sites.live_sites import own_adapter
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 
 
 class LightModel(PeftModel):

@@ -16,7 +16,7 @@ from lightpeft.compat.transformers import ACT2FN, recomputes
 from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.live_sites import adapter_in_use
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.plans.scoring import MaskGradients
 from lightpeft.plans.structure import MASKED, BlockSpec, MaskedUnit
 from lightpeft.prune.routing import ClosedRouter, Masked, MaskedExperts

@@ -23,9 +23,10 @@ from lightpeft.models.on_disk import bring_weights_in
 from lightpeft.models.unwrap import base_linear, transformers_model
 from lightpeft.peft_kinds.sites.base import Site
 from lightpeft.peft_kinds.sites.live_sites import drop_reference, find_sites, merge_site, refresh_config, remove_site
+from lightpeft.plans.block_plan import BlockPlan
 from lightpeft.plans.layout import cut_dim, head_channels, kept_channels, kept_experts
 from lightpeft.plans.planning import check_experts
-from lightpeft.plans.records import BlockPlan, PrunePlan, check_fit
+from lightpeft.plans.prune_plan import PrunePlan, check_fit
 from lightpeft.plans.structure import FFN_SLOTS, BlockSpec
 from lightpeft.profiling.live import device_of
 from lightpeft.prune.adapting import (

@@ -17,7 +17,7 @@ from lightpeft.errors import require
 from lightpeft.files import explain_content_errors, read_json, read_tensors, replacing_folder, write_json, write_tensors
 from lightpeft.models.all_weights import train_all
 from lightpeft.models.sharding import is_sharded
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.recipe.host import LightHost

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from transformers import TrainerControl, TrainerState
 
 from lightpeft.budget.trainer import SearchHost
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.recipe.pruner import EarlyPruner
 
 

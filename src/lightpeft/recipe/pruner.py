@@ -20,8 +20,9 @@ from lightpeft.models.linears.bitsandbytes import prepare_quantized
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary.cutting import vocabulary_of
 from lightpeft.peft_kinds.sites.live_sites import check_peft, leave_experts
+from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.plans.planning import make_plan
-from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.prune.discovery import ensure_family
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.fingerprint import check_stored

@@ -26,8 +26,9 @@ from lightpeft.compat.accelerate import without_autocast
 from lightpeft.config import Light, LightConfig, Tolerance, cut_of_writer, tolerance_of
 from lightpeft.errors import require
 from lightpeft.models.all_weights import too_few_digits, train_all
+from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.plans.planning import make_plan
-from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.profiling.sizes import parameter_report
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.learning import unlearned_warning

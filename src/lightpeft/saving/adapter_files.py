@@ -13,7 +13,7 @@ from lightpeft.errors import require
 from lightpeft.files import check_file, explain_content_errors, file_checksum, read_json, write_json
 from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.peft_kinds.sites.config_file import hide_config
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.saving.cards import CARD, CardForm, loading_code, model_card
 from lightpeft.saving.description import BaseFacts, base_facts
 from lightpeft.saving.kept_weights import KEPT_WEIGHTS

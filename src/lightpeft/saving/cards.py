@@ -16,7 +16,7 @@ from lightpeft.config.validation import from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import read_text
 from lightpeft.models.hub import is_hub_name
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.saving.picture import plan_picture
 
 CARD = "README.md"

@@ -22,7 +22,8 @@ from lightpeft.models.loading import CUTTABLE, quantization_method
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary.cutting import vocabulary_of
 from lightpeft.models.vocabulary.kept import Vocabulary
-from lightpeft.plans.records import BlockPlan, PrunePlan
+from lightpeft.plans.block_plan import BlockPlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.plans.structure import BlockSpec
 from lightpeft.profiling.surroundings import versions
 

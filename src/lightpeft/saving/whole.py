@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from lightpeft.errors import require
 from lightpeft.files import check_file, explain_content_errors, file_checksum, read_json, replacing_folder, write_json
 from lightpeft.models.repositories import Token
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.saving.cards import CARD, CardForm, loading_code, model_card, transformers_loading_code, whole_model_form
 from lightpeft.saving.description import base_facts, per_layer_config
 from lightpeft.saving.uploading import upload

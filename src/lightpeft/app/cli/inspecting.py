@@ -14,8 +14,9 @@ from lightpeft.app.folders.opening import find_folder, find_saved
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.folders.stored_config import is_run
 from lightpeft.errors import LightPeftError, require
+from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.plans.planning import make_plan
-from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 
 _RECORD = "estimation.json"
 _META_SHOWN = ("steps", "scored_steps", "scored_examples")

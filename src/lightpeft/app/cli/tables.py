@@ -14,7 +14,7 @@ from lightpeft.app.runs.checking import Check
 from lightpeft.config import peft_type
 from lightpeft.console.progress import exact_duration, in_bytes
 from lightpeft.peft_kinds.kinds import kind_named
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.plans.structure import SLOTS
 
 

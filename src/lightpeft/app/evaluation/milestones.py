@@ -20,7 +20,7 @@ from lightpeft.app.tasks.answers import Answers, Outcome
 from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.app.tasks.respondent import Respondent
 from lightpeft.errors import LightPeftError
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.training.loss_rise import LOWER_RATE, LossRise
 
 MILESTONES = (

@@ -32,7 +32,7 @@ from lightpeft.models.task_heads import TaskHead
 from lightpeft.models.tokenizers import ensure_pad_token
 from lightpeft.models.vocabulary.cutting import cut_config
 from lightpeft.models.vocabulary.kept import Vocabulary
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.prune.light_model import LightModel
 from lightpeft.saving.adapter_files import DESCRIPTION, read_description, vocabulary_in
 from lightpeft.saving.description import base_facts

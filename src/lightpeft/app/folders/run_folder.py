@@ -14,15 +14,7 @@ from lightpeft.app.folders.stored_config import CONFIG, differences, signed_yaml
 from lightpeft.config import RunConfig
 from lightpeft.console.progress import exact_duration, in_bytes, print_line
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import (
-    append_line,
-    check_free,
-    clean,
-    is_own_file,
-    lock_folder,
-    read_text,
-    write_text,
-)
+from lightpeft.files import append_line, check_free, clean, is_own_file, lock_folder, read_text, write_text
 from lightpeft.machine import processes
 from lightpeft.saving.adapter_files import DESCRIPTION
 from lightpeft.saving.peft_adapter import ADAPTER_CONFIG

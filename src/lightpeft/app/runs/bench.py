@@ -21,7 +21,7 @@ from lightpeft.config import RunConfig
 from lightpeft.console.progress import StepProgress, duration, print_line
 from lightpeft.errors import require
 from lightpeft.files import write_json
-from lightpeft.plans.records import EstimationRecord
+from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.profiling.comparing import in_rounds, ratio, summarize
 from lightpeft.profiling.surroundings import hardware
 

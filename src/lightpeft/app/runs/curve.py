@@ -13,7 +13,7 @@ from lightpeft.budget.curve import CURVE_BUDGETS, gone_before, loss_curve, neste
 from lightpeft.errors import require
 from lightpeft.files import write_json
 from lightpeft.machine import autocast_dtype
-from lightpeft.plans.records import EstimationRecord
+from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.profiling.surroundings import hardware
 
 CURVE_ROWS = 256

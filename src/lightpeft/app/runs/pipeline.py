@@ -51,7 +51,8 @@ from lightpeft.machine import sharding_launched
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary.cutting import cut_parameters
 from lightpeft.peft_kinds.placing import add_peft
-from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.plans.estimation_record import EstimationRecord
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.profiling.memory import PeakMemory
 from lightpeft.profiling.sizes import folder_bytes, parameter_report
 from lightpeft.profiling.surroundings import hardware

@@ -16,8 +16,8 @@ from lightpeft.config import READ_AFTERWARDS, READ_BY_PLANS, SWITCHES, RunConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import CHECKSUMS, append_line, read_json, replacing_folder, write_json
 from lightpeft.machine import processes
+from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.plans.planning import make_plan
-from lightpeft.plans.records import EstimationRecord
 
 _RECORD = "estimation.json"
 """File of an estimation with the checksum of its scores."""

@@ -20,8 +20,9 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.files import explain_content_errors, read_json, write_json
 from lightpeft.machine import processes
 from lightpeft.models.all_weights import too_few_digits
+from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.plans.planning import make_plan
-from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.profiling.memory import MemoryMethod
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.learning import unlearned_warning

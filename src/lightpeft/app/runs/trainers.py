@@ -23,7 +23,8 @@ from lightpeft.app.tasks.answers import Answers
 from lightpeft.app.tasks.worth import points_per_nat
 from lightpeft.config import Tolerance
 from lightpeft.errors import LightPeftError, one_line
-from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.plans.estimation_record import EstimationRecord
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.profiling.memory import PeakMemory
 from lightpeft.prune.light_model import LightModel
 from lightpeft.recipe.trainer import light_trainer

@@ -33,7 +33,7 @@ from lightpeft.models.vocabulary.cutting import config_tokens, cut_config
 from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.models.vocabulary.tokenizer import cut_tokenizer
 from lightpeft.peft_kinds.kinds import check_peft_settings
-from lightpeft.plans.records import EstimationRecord
+from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.prune.length import StageLength, few_examples, fit_stage, remove_nothing_if_short
 from lightpeft.training.arguments import TRAINER_DEFAULTS, check_trainer_fields
 from lightpeft.training.prefix import PrefixCache

@@ -19,8 +19,8 @@ from lightpeft.models.families.encoder_decoders import ENCODER_DECODERS
 from lightpeft.models.families.encoders import ENCODERS
 from lightpeft.models.families.spec import Experts, Family, Stack
 from lightpeft.models.linears.linear_kinds import describe, features, is_linear
+from lightpeft.plans.block_plan import removable_parameters
 from lightpeft.plans.layout import Kind, cut_dim, segment_size, segments, width
-from lightpeft.plans.records import removable_parameters
 from lightpeft.plans.structure import KEY_VALUE_SLOTS, BlockSpec
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (*ENCODERS, *DECODERS, *ENCODER_DECODERS)}

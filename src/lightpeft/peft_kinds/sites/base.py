@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightpeft.compat.peft import BaseTunerLayer
+from lightpeft.plans.block_plan import BlockPlan
 from lightpeft.plans.layout import cut_dim, kept_channels, width
-from lightpeft.plans.records import BlockPlan
 from lightpeft.plans.structure import BlockSpec, SiteSpec
 
 ReportOutputs = Callable[[Tensor, Tensor, float], None]

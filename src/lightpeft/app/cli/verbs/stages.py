@@ -93,7 +93,7 @@ def _show_curve(config: RunConfig, rows: int | None) -> None:
 
 def _prune(given: dict[str, Any]) -> None:
     from lightpeft.app.runs import pipeline
-    from lightpeft.plans.records import PrunePlan
+    from lightpeft.plans.prune_plan import PrunePlan
 
     work = pipeline.prepare(run_config(given))
     pipeline.prune(work)

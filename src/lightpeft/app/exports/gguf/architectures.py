@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightpeft.errors import require
-from lightpeft.plans.records import BlockPlan, PrunePlan
+from lightpeft.plans.block_plan import BlockPlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.plans.structure import FFN_SLOTS, BlockSpec
 
 _ZERO_NEURONS = 32

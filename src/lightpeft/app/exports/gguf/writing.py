@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightpeft.app.exports.gguf.architectures import choose_architecture, metadata, tensors
 from lightpeft.app.exports.gguf.vocabulary import add_vocabulary
 from lightpeft.errors import LightPeftError, require
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.prune_plan import PrunePlan
 
 GgufType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 """Data type of matrices; auto: unchanged."""

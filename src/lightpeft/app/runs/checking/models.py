@@ -23,8 +23,8 @@ from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary.cutting import cut_model
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.peft_kinds.sites.live_sites import find_sites
+from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.plans.planning import make_plan
-from lightpeft.plans.records import EstimationRecord
 from lightpeft.plans.structure import MASKED, BlockSpec
 from lightpeft.profiling.rehearsal import BatchShapes
 from lightpeft.profiling.sizes import count_parameters

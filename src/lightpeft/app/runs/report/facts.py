@@ -17,7 +17,8 @@ from lightpeft.config import RunConfig
 from lightpeft.config.validation import from_dict
 from lightpeft.errors import require
 from lightpeft.files import explain_content_errors, read_json
-from lightpeft.plans.records import PrunePlan, block_parameters
+from lightpeft.plans.block_plan import block_parameters
+from lightpeft.plans.prune_plan import PrunePlan
 
 STAGES = {
     "teach": "Teacher",

@@ -11,7 +11,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from lightpeft.app.runs.report.drawing import BLANK, BLUE, GREEN, ORANGE, QUIET, RULE, STYLED, Drawing
 from lightpeft.app.runs.report.facts import STAGES, Losses
 from lightpeft.budget.found import FoundBudget
-from lightpeft.plans.records import BlockPlan, PrunePlan
+from lightpeft.plans.block_plan import BlockPlan
+from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.plans.structure import SLOTS, BlockSpec
 from lightpeft.saving.picture import UNITS
 

@@ -1,170 +1,24 @@
-"""Records that stages hand over, scores and plans, as versioned JSON and safetensors, never pickle."""
+"""The plan, which units to keep, as versioned JSON that applies to any copy of the same base."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from lightpeft.config import LightConfig
 from lightpeft.config.light import Train
 from lightpeft.config.validation import from_dict
-from lightpeft.errors import LightPeftError, require
-from lightpeft.files import (
-    check_file,
-    explain_content_errors,
-    file_checksum,
-    read_json,
-    read_tensors,
-    replacing_folder,
-    write_json,
-    write_tensors,
-)
-from lightpeft.plans.structure import MASKED, BlockSpec, SiteSpec
+from lightpeft.errors import require
+from lightpeft.files import explain_content_errors, read_json, write_json
+from lightpeft.plans.block_plan import BlockPlan, block_parameters, removed_in_block, removed_parameters
+from lightpeft.plans.ranges import from_ranges, to_ranges
+from lightpeft.plans.structure import MASKED, BlockSpec, SiteSpec, check_specs
 
-_SCORES = "scores.safetensors"
-
-
-@dataclass
-class EstimationRecord:
-    """Result of the estimation stage (Gu et al. 2024): scores of every unit under every criterion, and their origin.
-
-    `scores` maps "heads/<criterion>/<block>" to [query heads], "neurons/<criterion>/<block>" to [neurons],
-    "experts/<criterion>/<block>" to [experts], "expert_neurons/<criterion>/<block>" to [experts * neurons of each],
-    "modules/<criterion>" to [sites] and "ranks/<criterion>/<site index>" to [rank]; all float32 on the CPU.
-
-    Example:
-        record = EstimationRecord.load("runs/reviews/estimation")
-        plan = make_plan(record, light=0.4)
-    """
-
-    blocks: list[BlockSpec]
-    """Structure of the blocks that were scored."""
-    sites: list[SiteSpec]
-    """PEFT modules that were scored."""
-    scores: dict[str, Tensor]
-    """Key -> scores, as above."""
-    base_parameters: int
-    """Parameters of the base before pruning, without PEFT weights."""
-    fingerprint: str
-    """Hash of the base that the scores belong to."""
-    meta: dict[str, Any] = field(default_factory=dict)
-    """Steps, numbers of examples and tokens, settings, seed, versions."""
-    left_out: list[BlockSpec] = field(default_factory=list)
-    """Blocks of the base above `blocks` that were dropped whole before estimation, and have no scores."""
-
-    def check_scored(self, light: LightConfig) -> None:
-        """Check that the record has scores if the settings need any.
-
-        Raises:
-            LightPeftError: estimation took no step, because its settings removed nothing, but `light` removes some.
-        """
-        nothing = "the estimation has no scores, since its settings removed nothing; estimate again with these settings"
-        require(self.meta.get("steps") != 0 or not light.uses_scores, nothing)
-
-    @property
-    def depth(self) -> float:
-        """Fraction of the blocks that was dropped whole."""
-        return len(self.left_out) / (len(self.blocks) + len(self.left_out))
-
-    def block_scores(self, kind: str, criterion: str) -> list[Tensor]:
-        """Return the scores of one of the `MASKED` units under a criterion, one tensor for each block, maybe empty."""
-        scores = (f"{kind}/{criterion}/{block.index}" if getattr(block, kind) else None for block in self.blocks)
-        return [torch.zeros(0) if key is None else self._get(key) for key in scores]
-
-    def module_scores(self, criterion: str) -> Tensor:
-        """Return the scores of the PEFT modules under a criterion, [sites]."""
-        return self._get(f"modules/{criterion}")
-
-    def rank_scores(self, criterion: str) -> list[Tensor]:
-        """Return the scores of the ranks under a criterion, one tensor [rank] for each PEFT module."""
-        return [self._get(f"ranks/{criterion}/{index}") for index in range(len(self.sites))]
-
-    def _get(self, key: str) -> Tensor:
-        if key not in self.scores:
-            known = sorted({"/".join(name.split("/")[:2]) for name in self.scores})
-            raise LightPeftError(f'the estimation record has no scores "{key}"; choose one of {", ".join(known)}')
-        return self.scores[key]
-
-    def check(self) -> None:
-        """Check that scores, blocks and PEFT modules match.
-
-        Raises:
-            LightPeftError: something does not match.
-        """
-        _check_specs([*self.blocks, *self.left_out], self.sites)
-        numbered = [block.index for block in self.blocks] == list(range(len(self.blocks)))
-        require(self.blocks and numbered, "the blocks of the estimation record are not numbered from 0")
-        placed = all(site.block is None or site.block < len(self.blocks) for site in self.sites)
-        require(placed, "a PEFT module of the estimation record is in a block that the record does not have")
-        sizes: dict[str, int] = {}
-        for block in self.blocks:
-            sizes |= {f"{kind}/{block.index}": getattr(block, kind) for kind in MASKED}
-        sizes |= {"modules": len(self.sites)}
-        sizes |= {f"ranks/{index}": site.rank for index, site in enumerate(self.sites)}
-        for key, scores in self.scores.items():
-            kind, _, rest = key.partition("/")
-            unit = rest.partition("/")[2]
-            size = sizes.get(f"{kind}/{unit}" if unit else kind)
-            wrong = f"the scores {key} of the estimation record have shape {tuple(scores.shape)} instead of ({size},)"
-            require(scores.shape == (size,), wrong)
-
-    def save(self, folder: str | Path) -> None:
-        """Write `estimation.json` and `scores.safetensors` into `folder`."""
-        with replacing_folder(folder, last="estimation.json") as temporary:
-            write_tensors(temporary / _SCORES, self.scores)
-            write_json(
-                temporary / "estimation.json",
-                {
-                    "base_parameters": self.base_parameters,
-                    "fingerprint": self.fingerprint,
-                    "meta": self.meta,
-                    "blocks": [asdict(block) for block in self.blocks],
-                    "left_out": [asdict(block) for block in self.left_out],
-                    "sites": [asdict(site) for site in self.sites],
-                    "scores": file_checksum(temporary / _SCORES),
-                },
-            )
-
-    @classmethod
-    def load(cls, folder: str | Path) -> EstimationRecord:
-        """Read a record that `save` wrote.
-
-        Raises:
-            LightPeftError: a file is missing, damaged, or of a newer schema version.
-        """
-        folder = Path(folder)
-        data = read_json(folder / "estimation.json")
-        check_file(folder, _SCORES, data.get("scores"))
-        scores = read_tensors(folder / _SCORES)
-        with explain_content_errors(folder / "estimation.json"):
-            kept = {key: value for key, value in data.items() if key not in ("schema_version", "scores")}
-            record = from_dict(cls, {**kept, "scores": scores})
-            record.check()
-        return record
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """Units of one block to keep, as ascending indices into the dense block."""
-
-    heads: tuple[int, ...]
-    kv_heads: tuple[int, ...]
-    neurons: tuple[int, ...]
-    experts: tuple[int, ...] = ()
-    expert_neurons: tuple[int, ...] = ()
-    """Neurons of all kept experts, equally many of each, numbered over all experts of the dense block."""
-
-    @property
-    def expert_width(self) -> int:
-        """Intermediate channels of each kept expert."""
-        return len(self.expert_neurons) // len(self.experts) if self.experts else 0
+_MOST_UNITS = 2**23
+"""Maximum number of heads and neurons of a plan's model; 100 layers of 53,248 neurons have 5 million."""
 
 
 @dataclass(frozen=True)
@@ -314,7 +168,7 @@ class PrunePlan:
             LightPeftError: a part is missing or has another type, or the parts do not match (see `check_fit`).
         """
         facts = from_dict(_PlanFacts, {key: value for key, value in data.items() if key != "schema_version"}, "plan.")
-        _check_specs(facts.specs, facts.dense_sites)
+        check_specs(facts.specs, facts.dense_sites)
         require(
             sum(getattr(spec, kind) for spec in facts.specs for kind in MASKED) <= _MOST_UNITS,
             f"the plan is for a model with more than {_MOST_UNITS:,} heads and neurons, the limit of this format",
@@ -395,82 +249,6 @@ def _check_experts(spec: BlockSpec, kept: BlockPlan) -> None:
     owners = Counter(neuron // spec.expert_width for neuron in kept.expert_neurons)
     even = set(owners) == set(kept.experts) and len(set(owners.values())) <= 1
     require(even, f"block {spec.label} of the plan does not keep equally many neurons of every kept expert")
-
-
-def removed_in_block(spec: BlockSpec, kept: BlockPlan) -> int:
-    """Count the parameters of a block that are removed when only `kept` is kept."""
-    return (
-        (spec.heads - len(kept.heads)) * spec.head_parameters
-        + (spec.kv_heads - len(kept.kv_heads)) * spec.kv_parameters
-        + (spec.neurons - len(kept.neurons)) * spec.neuron_parameters
-        + (spec.experts - len(kept.experts)) * spec.expert_parameters
-        + len(kept.experts) * (spec.expert_width - kept.expert_width) * spec.expert_neuron_parameters
-        + (0 if kept.heads else spec.rest_parameters)
-    )
-
-
-def removed_parameters(parts: Iterable[tuple[BlockSpec, BlockPlan]], left_out: Iterable[BlockSpec]) -> int:
-    """Count the parameters that are removed from some blocks, and those of blocks that are dropped whole."""
-    return sum(removed_in_block(*part) for part in parts) + sum(map(block_parameters, left_out))
-
-
-def removable_parameters(spec: BlockSpec) -> int:
-    """Count the parameters of a block that pruning can remove."""
-    return removed_in_block(spec, BlockPlan((), (), ()))
-
-
-def block_parameters(spec: BlockSpec) -> int:
-    """Count all parameters of a dense block."""
-    return removable_parameters(spec) + spec.fixed_parameters
-
-
-def to_ranges(indices: Sequence[int]) -> str:
-    """Format ascending indices as ranges: (0, 1, 2, 5) -> "0-2,5"."""
-    parts: list[list[int]] = []
-    for index in indices:
-        if parts and index == parts[-1][1] + 1:
-            parts[-1][1] = index
-        else:
-            parts.append([index, index])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
-
-
-def from_ranges(text: str, below: int) -> tuple[int, ...]:
-    """Parse the indices that `to_ranges` wrote, which must be ascending and below `below`.
-
-    Raises:
-        LightPeftError: the indices are not; it is raised before any range is expanded.
-    """
-    bounds = [part.split("-") for part in text.split(",") if part]
-    ends = [(int(bound[0]), int(bound[-1])) for bound in bounds]
-    before = -1
-    for first, last in ends:
-        require(before < first <= last < below, f"{text[:40]!r} are not ascending indices below {below}")
-        before = last
-    return tuple(index for first, last in ends for index in range(first, last + 1))
-
-
-_MOST_UNITS = 2**23
-"""Maximum number of heads and neurons of a plan's model; 100 layers of 53,248 neurons have 5 million."""
-
-
-_MOST_COUNTED = 2**40
-"""Upper bound of every count of a block, parameters included."""
-
-
-def _check_specs(blocks: Sequence[BlockSpec], sites: Sequence[SiteSpec]) -> None:
-    """Check that the counts of specs that were read from a file are possible for a dense model."""
-    for part in (*blocks, *sites):
-        for name, value in vars(part).items():
-            possible = type(value) is not int or 0 <= value < _MOST_COUNTED
-            require(possible, f"{type(part).__name__} {getattr(part, 'label', '')} has an invalid {name}: {value}")
-    for spec in blocks:
-        grouped = spec.heads % spec.kv_heads == 0 if spec.kv_heads else not spec.heads
-        place = f"block {spec.label or spec.index}"
-        require(grouped, f"{place} cannot share {spec.kv_heads} KV heads among {spec.heads} heads")
-        even = spec.needed_experts <= spec.experts and spec.expert_neurons == spec.experts * spec.expert_width
-        even = even and spec.expert_groups > 0 and spec.experts % spec.expert_groups == 0
-        require(even, f"{place} has invalid counts of experts")
 
 
 @dataclass(frozen=True)
