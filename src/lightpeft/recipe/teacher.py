@@ -32,7 +32,7 @@ from lightpeft.saving.peft_adapter import ADAPTER_CONFIG, load_adapter, read_ada
 from lightpeft.saving.whole import MERGED
 from lightpeft.training.arguments import half_precision
 from lightpeft.training.host import Host
-from lightpeft.training.teaching import (
+from lightpeft.training.teacher_logits import (
     OutputKind,
     has_teacher_logits,
     one_class_warning,

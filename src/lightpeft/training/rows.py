@@ -14,7 +14,7 @@ from lightpeft.compat.transformers import LengthGroupedSampler, used_columns
 from lightpeft.profiling.live import Batch
 from lightpeft.training.host import Host
 from lightpeft.training.step_rows import rows_per_step
-from lightpeft.training.teaching import without_teacher_logits
+from lightpeft.training.teacher_logits import without_teacher_logits
 
 
 class EpochOrder(Sampler):

@@ -40,7 +40,7 @@ from lightpeft.machine import accelerator, preserve_random_state
 from lightpeft.models.families.family_table import max_positions
 from lightpeft.models.task_heads import CLASSIFICATION, MULTIPLE_CHOICE, REGRESSION, TaskHead
 from lightpeft.models.tokenizers import check_vocabulary
-from lightpeft.training.teaching import OutputKind, one_class_warning, split_over_processes, with_teacher_logits
+from lightpeft.training.teacher_logits import OutputKind, one_class_warning, split_over_processes, with_teacher_logits
 
 TEACHABLE = (CLASSIFICATION, REGRESSION, MULTIPLE_CHOICE)
 """Task heads whose logits a student can learn."""

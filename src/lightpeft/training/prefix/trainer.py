@@ -21,7 +21,7 @@ from lightpeft.training.prefix.caching import CachedRows, PrefixCache, cache_pre
 from lightpeft.training.schedule import pace_of
 from lightpeft.training.sharding import Sharding
 from lightpeft.training.step_rows import rows_per_step
-from lightpeft.training.teaching import without_teacher_logits
+from lightpeft.training.teacher_logits import without_teacher_logits
 
 _log = logging.getLogger(__name__)
 SHARDED = "the model is sharded over processes"
