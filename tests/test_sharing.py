@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pytest
+import transformers
 from adapters import light_over, logits
 from huggingface_hub import ModelCard, constants
 from lanes import thorough
@@ -37,6 +39,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
         addresses = {"ENDPOINT": "", "HUGGINGFACE_CO_URL_TEMPLATE": "/{repo_id}/resolve/{revision}/{filename}"}
         for name, path in addresses.items():
             monkeypatch.setattr(constants, name, found.url + path)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", found.url)  # noted when it was imported
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)  # has that of another test's hub
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
