@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import from_folder, light_over, logits, saved_base
+from lanes import telling
 from lights import light_of
 from peft_models import adapted
 from safetensors.torch import load_file
@@ -63,7 +64,7 @@ def test_merged_into_what_is_left(name: str, budget: dict[str, Any]) -> None:
     assert not any(p.requires_grad for p in embeddings)
 
 
-@crossed(LAYOUTS, {"usual": {}, "dropped": DROPPED})
+@crossed(LAYOUTS, {"dropped": DROPPED})
 def test_saved_and_loaded_bit_equal(name: str, budget: dict[str, Any], tmp_path: Path) -> None:
     """Over its untouched base, from disk and in memory; merged, it is the same model."""
     base = saved_base(name, tmp_path / "base")
@@ -118,7 +119,7 @@ def test_tasks_share_what_none_of_them_trained(tmp_path: Path) -> None:
     assert tables[0] == tables[1] and not own[0] & own[1]
 
 
-@pytest.mark.parametrize("form", ["onnx", "openvino"])
+@telling("form", ["onnx", "openvino"], ["onnx"])
 def test_graphs_have_what_trained(form: str, tmp_path: Path) -> None:
     model = light_over(make("bert"), train="all")
     with torch.no_grad():

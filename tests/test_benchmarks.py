@@ -48,6 +48,7 @@ import wnut17
 import workbench
 import writers
 import yaml
+from lanes import thorough
 from matplotlib.text import Text
 from tiny import make, relative_difference
 from torch import Tensor
@@ -725,6 +726,7 @@ def test_published_results_say_how_to_make_them_again(path: Path) -> None:
 # -- steps.py, inference.py ------------------------------------------------------------------------
 
 
+@thorough
 def test_subjects_of_a_run(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -864,6 +866,7 @@ def test_vllm_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
 # -- serving.py --------------------------------------------------------------------------------------------------------
 
 
+@thorough
 def test_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Workbench(tmp_path)
     light, plain = (bench.config(name, method=name) for name in ("light", "plain"))

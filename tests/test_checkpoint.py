@@ -70,7 +70,7 @@ def light(home: Path, tmp_path: Path) -> Path:
 # Save and load
 
 
-@crossed(CASES, {"usual": {}, "dropped": DROPPED})
+@crossed(CASES, {"dropped": DROPPED})
 def test_bit_equal_from_folder_memory_and_recorded_name(name: str, budget: dict[str, Any], tmp_path: Path) -> None:
     base = saved_base(name, tmp_path / "base")
     before = hashes(base)

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from adapters import light_over
-from lanes import thorough
+from lanes import telling, thorough
 from peft_models import adapted
 from tiny import (
     DECODERS,
@@ -214,7 +214,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     return bench
 
 
-@pytest.mark.parametrize("form", RUNTIMES)
+@telling("form", RUNTIMES, ["onnx"])
 def test_int8_is_measured(
     form: str, finished: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
