@@ -144,8 +144,9 @@ def write_smollm2(package: Path, folder: Path) -> None:
 def write_unpacked(file: Path, folder: Path, dtype: Literal["float32", "bfloat16"]) -> None:
     """Write a causal language model in a GGUF file, and its tokenizer, as a folder for `from_pretrained`."""
     from lightpeft.config import ModelConfig
-    from lightpeft.models.loading import load_model, load_tokenizer
+    from lightpeft.models.loading import load_model
     from lightpeft.models.task_heads import CAUSAL_LM
+    from lightpeft.models.tokenizers import load_tokenizer
 
     settings = ModelConfig(name=str(file.parent), gguf_file=file.name, dtype=dtype)
     load_tokenizer(settings).save_pretrained(folder)

@@ -21,8 +21,9 @@ from workbench import Workbench, lightpeft, read, tokenizer_of_bytes
 from lightpeft import LightModel, save_gguf
 from lightpeft.adapters.merging import merged_copy
 from lightpeft.config import ModelConfig
-from lightpeft.models.loading import load_model, load_tokenizer
+from lightpeft.models.loading import load_model
 from lightpeft.models.task_heads import CAUSAL_LM
+from lightpeft.models.tokenizers import load_tokenizer
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
 

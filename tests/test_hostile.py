@@ -28,8 +28,9 @@ from lightpeft.app.runs import pipeline
 from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.files import file_checksum
-from lightpeft.models.loading import load_model, load_model_config, load_tokenizer
+from lightpeft.models.loading import load_model, load_model_config
 from lightpeft.models.task_heads import CLASSIFICATION
+from lightpeft.models.tokenizers import load_tokenizer
 
 MUTATIONS = 400 if FULL else 40
 LABELS = ("negative", "positive")

@@ -115,7 +115,8 @@ import json, time
 from lightpeft.app.cli.command import quiet
 from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError
-from lightpeft.models.loading import load_model_config, load_tokenizer
+from lightpeft.models.loading import load_model_config
+from lightpeft.models.tokenizers import load_tokenizer
 from lightpeft.app.tasks.rows.reading import read_hub
 
 def line(load, *arguments):

@@ -19,7 +19,8 @@ from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.tasks.answers import require_finite
 from lightpeft.app.tasks.loading import load_task
 from lightpeft.config import DataConfig, ModelConfig, TaskEntry
-from lightpeft.models.loading import load_model, load_tokenizer
+from lightpeft.models.loading import load_model
+from lightpeft.models.tokenizers import load_tokenizer
 
 POISON = NEUTRAL[7]
 """A word whose embedding is NaN, so that only rows which have it overflow, as rare rows do in half precision."""

@@ -19,7 +19,8 @@ from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
 from lightpeft.config import ModelConfig, load_config
 from lightpeft.errors import LightPeftError
-from lightpeft.models.loading import load_model, load_tokenizer
+from lightpeft.models.loading import load_model
+from lightpeft.models.tokenizers import load_tokenizer
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.plans.prune_plan import PrunePlan

@@ -32,7 +32,8 @@ from lightpeft.app.tasks.text_metrics import text_match
 from lightpeft.config import DataConfig, ModelConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.models import task_heads
-from lightpeft.models.loading import load_model, load_tokenizer
+from lightpeft.models.loading import load_model
+from lightpeft.models.tokenizers import load_tokenizer
 
 
 class Bench(Workbench):

@@ -14,8 +14,7 @@ from workbench import Workbench, lightpeft
 
 from lightpeft.app.tasks.tokens import check_tokens
 from lightpeft.config import ModelConfig
-from lightpeft.models.loading import load_tokenizer
-from lightpeft.models.tokenizers import check_vocabulary
+from lightpeft.models.tokenizers import check_vocabulary, load_tokenizer
 
 EMBEDDINGS, UNKNOWN = 36, 1
 """Of the tiny bases."""

@@ -1,4 +1,4 @@
-"""Loading of models, configurations and tokenizers from hub names and local folders."""
+"""Loading of models and configurations from hub names and local folders."""
 
 from __future__ import annotations
 
@@ -16,17 +16,14 @@ import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
 from lightpeft.compat.transformers import forget_quantization, forget_renaming, has_adapter, unpacking_gguf
 from lightpeft.config import ModelConfig
-from lightpeft.config.validation import short_repr
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import check_config, check_weights, parsing
 from lightpeft.machine import processes
@@ -101,7 +98,7 @@ def load_model(
         options |= unpacking_gguf()
     architecture = None if head.architectures is None else head.architectures.get(type(hf_config), None)
     names = None if architecture is None else base_names(architecture)
-    with _explain_errors(config), weights_on_disk() if config.low_memory else nullcontext():
+    with explain_errors(config), weights_on_disk() if config.low_memory else nullcontext():
         model, info = head.auto.from_pretrained(
             config.name,
             config=hf_config,
@@ -133,7 +130,7 @@ def untrained_model(
     """
     hf_config, options = _load_configured(config, head, labels, to_prune)
     dtype = getattr(hf_config, "dtype", None) if config.dtype == "auto" else getattr(torch, config.dtype)
-    with _explain_errors(config), torch.device("meta"):
+    with explain_errors(config), torch.device("meta"):
         model = head.auto.from_config(
             hf_config, dtype=dtype or torch.float32, trust_remote_code=config.trust_remote_code, **options
         )
@@ -221,37 +218,8 @@ def load_model_config(config: ModelConfig, token: Token = None) -> PretrainedCon
     Raises:
         LightPeftError: there is no such model, or its files are damaged.
     """
-    with _explain_errors(config):
+    with explain_errors(config):
         return AutoConfig.from_pretrained(config.name, **check_checkpoint(config, token=token))
-
-
-def load_tokenizer(
-    config: ModelConfig, own: PretrainedConfig | None = None, token: Token = None
-) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer.
-
-    Args:
-        own: configuration of the model, if transformers cannot find it itself; None: it can.
-        token: access token for the hub; None: that of the logged-in account, if any.
-
-    Raises:
-        LightPeftError: there is no tokenizer, or its files are damaged.
-    """
-    with _explain_errors(config):
-        options = check_checkpoint(config, token=token)
-        tokenizer = AutoTokenizer.from_pretrained(config.name, **({} if own is None else {"config": own}), **options)
-    _check_tokenizer(tokenizer, config.name)
-    return tokenizer
-
-
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Check settings of a tokenizer that transformers does not check."""
-    longest, inputs = tokenizer.model_max_length, tokenizer.model_input_names
-    fits = isinstance(longest, (int, float)) and not isinstance(longest, bool) and longest >= 1
-    says = f"the tokenizer of model {name} has"
-    require(fits, f"{says} model_max_length {short_repr(longest)}, which is not a number of tokens; correct its files")
-    known = isinstance(inputs, (list, tuple)) and "input_ids" in inputs and all(isinstance(n, str) for n in inputs)
-    require(known, f"{says} model_input_names {short_repr(inputs)}; it must be a list of names with input_ids")
 
 
 def check_checkpoint(config: ModelConfig, weights: bool = False, token: Token = None) -> dict[str, Any]:
@@ -297,7 +265,7 @@ def _top_module(model: PreTrainedModel, key: str) -> str:
 
 
 @contextmanager
-def _explain_errors(config: ModelConfig) -> Iterator[None]:
+def explain_errors(config: ModelConfig) -> Iterator[None]:
     """Turn errors of loading a model into one line, which names the switch that may be missing."""
     try:
         with parsing(f"model {config.name} cannot be loaded"):

@@ -1,14 +1,47 @@
-"""Checks that a tokenizer and a model belong together, and their padding token."""
+"""Tokenizers: loading, checks that they belong to a model, and their padding token."""
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from lightpeft.config import ModelConfig
+from lightpeft.config.validation import short_repr
 from lightpeft.errors import require
+from lightpeft.models.loading import check_checkpoint, explain_errors
+from lightpeft.models.repositories import Token
 
 LEAST_VOCABULARY = 0.1
 """Minimum fraction of a model's embeddings that its tokenizer uses. Vocabularies padded to a round number use nearly
 all; without tokenizer files transformers makes special tokens only, for T5 104 of 32,128 tokens."""
+
+
+def load_tokenizer(
+    config: ModelConfig, own: PretrainedConfig | None = None, token: Token = None
+) -> PreTrainedTokenizerBase:
+    """Load the model's tokenizer.
+
+    Args:
+        own: configuration of the model, if transformers cannot find it itself; None: it can.
+        token: access token for the hub; None: that of the logged-in account, if any.
+
+    Raises:
+        LightPeftError: there is no tokenizer, or its files are damaged.
+    """
+    with explain_errors(config):
+        options = check_checkpoint(config, token=token)
+        tokenizer = AutoTokenizer.from_pretrained(config.name, **({} if own is None else {"config": own}), **options)
+    _check_tokenizer(tokenizer, config.name)
+    return tokenizer
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Check settings of a tokenizer that transformers does not check."""
+    longest, inputs = tokenizer.model_max_length, tokenizer.model_input_names
+    fits = isinstance(longest, (int, float)) and not isinstance(longest, bool) and longest >= 1
+    says = f"the tokenizer of model {name} has"
+    require(fits, f"{says} model_max_length {short_repr(longest)}, which is not a number of tokens; correct its files")
+    known = isinstance(inputs, (list, tuple)) and "input_ids" in inputs and all(isinstance(n, str) for n in inputs)
+    require(known, f"{says} model_input_names {short_repr(inputs)}; it must be a list of names with input_ids")
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:

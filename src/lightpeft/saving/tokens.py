@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightpeft.config import ModelConfig
 from lightpeft.errors import require
 from lightpeft.files import explain_content_errors, read_tensors
-from lightpeft.models.loading import load_model_config, load_tokenizer
+from lightpeft.models.loading import load_model_config
 from lightpeft.models.repositories import TOKENIZER, Token
-from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token
+from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token, load_tokenizer
 from lightpeft.models.vocabulary.cutting import vocabulary_of
 from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.models.vocabulary.tokenizer import cut_tokenizer

@@ -17,9 +17,9 @@ from lightpeft.app.tasks.rows.inputs import read_inputs
 from lightpeft.app.tasks.rows.reading import read_rows
 from lightpeft.errors import require
 from lightpeft.files import check_vacant, replacing_folder
-from lightpeft.models.loading import load_model, load_tokenizer
+from lightpeft.models.loading import load_model
 from lightpeft.models.task_heads import TaskHead
-from lightpeft.models.tokenizers import check_vocabulary
+from lightpeft.models.tokenizers import check_vocabulary, load_tokenizer
 from lightpeft.models.vocabulary.live import cut_vocabulary
 from lightpeft.saving.whole_config import CONFIG_FILE
 

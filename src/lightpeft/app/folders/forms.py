@@ -27,9 +27,9 @@ from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files import explain_content_errors
 from lightpeft.machine import accelerator, autocast_dtype
 from lightpeft.models.families.family_table import max_positions
-from lightpeft.models.loading import load_model, load_model_config, load_tokenizer
+from lightpeft.models.loading import load_model, load_model_config
 from lightpeft.models.task_heads import TaskHead
-from lightpeft.models.tokenizers import ensure_pad_token
+from lightpeft.models.tokenizers import ensure_pad_token, load_tokenizer
 from lightpeft.models.vocabulary.cutting import cut_config
 from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.plans.prune_plan import PrunePlan

@@ -26,8 +26,8 @@ from lightpeft.errors import require
 from lightpeft.files import explain_content_errors, read_json
 from lightpeft.machine import autocast_dtype, check_precision, has_bf16, processes, sharding_launched
 from lightpeft.models.families.family_table import max_positions
-from lightpeft.models.loading import LoadedModel, load_model_config, load_tokenizer, supports_checkpointing
-from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token
+from lightpeft.models.loading import LoadedModel, load_model_config, supports_checkpointing
+from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token, load_tokenizer
 from lightpeft.models.vocabulary.closure import kept_tokens
 from lightpeft.models.vocabulary.cutting import config_tokens, cut_config
 from lightpeft.models.vocabulary.kept import Vocabulary
