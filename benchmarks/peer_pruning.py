@@ -2,7 +2,7 @@
 
 Every decider takes the dense model and says what stays of each block; lightpeft's surgery then cuts, so that all pruned
 models are cut, saved and loaded alike. What Torch-Pruning and slimformers decide is the same as what they cut
-themselves (`tests/test_benchmarks.py` compares the logits).
+themselves (`tests/test_peers.py` compares the logits).
 """
 
 from __future__ import annotations
