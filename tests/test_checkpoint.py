@@ -16,14 +16,15 @@ import pytest
 import torch
 import workbench
 from adapters import from_folder, light_over, logits, saved_base
+from lanes import telling
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import (
     DROPPED,
+    IN_MAKE_TEST,
     LAYOUTS,
     VARIANTS,
     batch,
-    crossed,
     make,
     refusal,
     relative_difference,
@@ -70,11 +71,11 @@ def light(home: Path, tmp_path: Path) -> Path:
 # Save and load
 
 
-@crossed(CASES, {"dropped": DROPPED})
-def test_bit_equal_from_folder_memory_and_recorded_name(name: str, budget: dict[str, Any], tmp_path: Path) -> None:
+@telling("name", CASES, IN_MAKE_TEST)
+def test_bit_equal_from_folder_memory_and_recorded_name(name: str, tmp_path: Path) -> None:
     base = saved_base(name, tmp_path / "base")
     before = hashes(base)
-    model = light_over(from_folder(name, base), {"accuracy": 0.5}, **budget)
+    model = light_over(from_folder(name, base), {"accuracy": 0.5}, **DROPPED)
     expected = logits(model)
     model.save_pretrained(tmp_path / "light")
     assert sorted(os.listdir(tmp_path / "light")) == FILES

@@ -24,7 +24,7 @@ import wnut17
 import workbench
 import yaml
 from torch import Tensor
-from workbench import Workbench, forked, in_this_process, read, save_base, stamps
+from workbench import Workbench, in_this_process, read, save_base, stamps
 
 from lightpeft.app.evaluation import statistics
 from lightpeft.app.folders.run_folder import RunFolder
@@ -35,12 +35,6 @@ from lightpeft.app.tasks.metrics import accuracy, matthews
 from lightpeft.config import run_config_from_dict
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forking() -> Any:
-    with forked():
-        yield
 
 
 # -- row_counts.py, frontier.py ----------------------------------------------------------------------------------------

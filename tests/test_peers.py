@@ -22,7 +22,7 @@ import peers
 import publishing
 import pytest
 import torch
-from readmes import place, readme_with
+from benchmarking import place, readme_with, short_run
 from tiny import make, relative_difference
 from torch import Tensor
 from workbench import Workbench, checksums, forked, in_this_process, read, stamps
@@ -55,8 +55,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
 
 @pytest.fixture(scope="module")
 def config(bench: Workbench) -> Path:
-    """Eight steps, two of them estimation."""
-    return bench.yaml("tiny", **{"training.epochs": 1, "light.preset": "paper"})
+    return short_run(bench)
 
 
 def compare(config: Path, out: Path, *more: object) -> int:

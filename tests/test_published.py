@@ -18,8 +18,8 @@ import publishing
 import pytest
 import sizes
 import solving
+from benchmarking import readme_with
 from matplotlib.text import Text
-from readmes import readme_with
 from workbench import Workbench, lightpeft, read
 
 from lightpeft.app.runs.reproduce import Results, Row, read_results

@@ -19,8 +19,8 @@ import vllm_engine
 import vllm_speed
 import workbench
 import writers
+from benchmarking import place, readme_with, short_run
 from lanes import thorough
-from readmes import place, readme_with
 from transformers import AutoModelForCausalLM
 from workbench import Workbench, forked, read, save_base, tokenizer_of_bytes
 
@@ -45,8 +45,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
 
 @pytest.fixture(scope="module")
 def config(bench: Workbench) -> Path:
-    """Eight steps, two of them estimation."""
-    return bench.yaml("tiny", **{"training.epochs": 1, "light.preset": "paper"})
+    return short_run(bench)
 
 
 # -- steps.py, inference.py --------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightpeft.app.evaluation.batching import check_batch_size
-from lightpeft.app.evaluation.statistics import LEVEL, Interval, bootstrap_intervals, compare
+from lightpeft.app.evaluation.statistics import LEVEL, Interval, bootstrap_intervals, compare_as_data
 from lightpeft.app.folders.forms import Found, Wanted
 from lightpeft.app.folders.opening import find_model
 from lightpeft.app.tasks.answers import Answers, MeanMetric
@@ -122,7 +122,7 @@ def evaluate_harness(
     }
     if len(scores) == 2:
         report["comparison"] = {
-            task: _compare_documents(entry, scores[1][task], seed)
+            task: compare_as_data(entry.answers, scores[1][task].answers, DOCUMENT_MEANS, seed=seed)
             for task, entry in scores[0].items()
             if len(entry.answers)
         }
@@ -133,11 +133,6 @@ def evaluate_harness(
 
 def _score_in_harness(found: Found, wanted: Wanted, tasks: Sequence[str], **options: Any) -> dict[str, HarnessScores]:
     return run_harness(found.open(wanted), found.tokenizer(), tasks, **options)
-
-
-def _compare_documents(one: HarnessScores, other: HarnessScores, seed: int) -> dict[str, dict[str, Any]]:
-    found = compare(one.answers, other.answers, DOCUMENT_MEANS, seed=seed)
-    return {metric: asdict(comparison) for metric, comparison in found.items()}
 
 
 def run_harness(

@@ -17,7 +17,7 @@ from lightpeft.app.evaluation.milestones import doubts, majority_score
 from lightpeft.app.evaluation.prediction_files import check_predictions_path, write_predictions
 from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.evaluation.scores import add_prefix, scores_of
-from lightpeft.app.evaluation.statistics import LEVEL, RESAMPLES, Comparison, compare
+from lightpeft.app.evaluation.statistics import LEVEL, RESAMPLES, compare_as_data
 from lightpeft.app.folders.forms import Found, Wanted
 from lightpeft.app.folders.opening import find_model
 from lightpeft.app.tasks.answers import Answers, MeanMetric, Metric, Outcome
@@ -208,7 +208,7 @@ def _comparison(first: MeasuredModel, second: MeasuredModel, seed: int) -> dict[
     for prefix in first.outcomes:
         one, other = (renumber_classes(each.answers(prefix), each.task.labels, order) for each in (first, second))
         metrics: list[Metric] = [*first.task.measures, _shared_scores(one, other)]
-        result |= add_prefix(prefix, _comparison_dicts(compare(one, other, *metrics, seed=seed)))
+        result |= add_prefix(prefix, compare_as_data(one, other, *metrics, seed=seed))
     return result
 
 
@@ -216,10 +216,6 @@ def _shared_scores(one: Answers, other: Answers) -> MeanMetric:
     """Return the metric of the scores that both models have, such as the loss; head and likelihood share none."""
     names = [name for name in one.scores if name in other.scores]
     return MeanMetric(lambda answers: {name: answers.scores[name] for name in names})
-
-
-def _comparison_dicts(comparisons: Mapping[str, Comparison]) -> dict[str, dict[str, Any]]:
-    return {name: asdict(entry) for name, entry in comparisons.items()}
 
 
 def by_class(answers: Answers, labels: Sequence[str]) -> dict[str, dict[str, float]]:

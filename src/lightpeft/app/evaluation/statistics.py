@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import Any, Literal
 
@@ -101,6 +101,11 @@ def compare(
             first, second, metric, _resample([first, second], metric, resamples, seed), level
         )
     return comparisons
+
+
+def compare_as_data(first: Answers, second: Answers, *metrics: Metric, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Return what `compare` finds as plain data, for JSON: name of every value -> fields of `Comparison`."""
+    return {name: asdict(found) for name, found in compare(first, second, *metrics, seed=seed).items()}
 
 
 def _compare_metric(

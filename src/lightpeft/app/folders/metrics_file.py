@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ class RunReport:
     linear_probe: ProbeQuality | None = None
     milestones: Milestones | None = None
     """None in the results of a grid, which leave out milestones and warnings."""
-    warnings: list[str] = dataclasses.field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, report: dict[str, Any]) -> RunReport:
@@ -60,7 +59,7 @@ class RunReport:
         Raises:
             LightPeftError: a key is missing or has another type.
         """
-        names = [each.name for each in dataclasses.fields(cls) if each.name in report]
+        names = [each.name for each in fields(cls) if each.name in report]
         return from_dict(cls, {name: report[name] for name in names})
 
 

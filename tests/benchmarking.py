@@ -1,4 +1,4 @@
-"""A README that benchmark scripts write into in place of their own."""
+"""What tests of the benchmark scripts share: a short run, and a README that scripts write into."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from pathlib import Path
 
 import publishing
 import pytest
+from workbench import Workbench
+
+
+def short_run(bench: Workbench) -> Path:
+    """A configuration of eight steps, two of them estimation."""
+    return bench.yaml("tiny", **{"training.epochs": 1, "light.preset": "paper"})
 
 
 def readme_with(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
