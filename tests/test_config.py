@@ -13,7 +13,10 @@ from lightpeft.config import (
     PRESETS,
     DataConfig,
     Estimate,
+    LightConfig,
     ModelConfig,
+    Rates,
+    Remove,
     RunConfig,
     TrainingConfig,
     load_config,
@@ -35,9 +38,9 @@ def message(error: pytest.ExceptionInfo[LightPeftError]) -> str:
 @pytest.mark.parametrize(
     ("cls", "values", "says"),
     [
-        (ModelConfig, {"dtype": "int8"}, 'dtype is "int8"; choose one of float32, bfloat16, float16, auto'),
-        (ModelConfig, {"attn_implementation": "flash"}, "choose one of sdpa, eager, flash_attention_2"),
-        (DataConfig, {"answer": "loud"}, 'answer is "loud"; choose one of auto, head, likelihood'),
+        (ModelConfig, {"dtype": "int8"}, "dtype is 'int8'; it must be one of float32, bfloat16, float16, auto"),
+        (ModelConfig, {"attn_implementation": "flash"}, "it must be unset or one of sdpa, eager, flash"),
+        (DataConfig, {"answer": "loud"}, "answer is 'loud'; it must be one of auto, head, likelihood"),
         (DataConfig, {"max_length": 1}, "data.max_length is 1"),
         (DataConfig, {"test_fraction": 0.0}, "data.test_fraction is 0"),
         (DataConfig, {"limit_test": 0}, "data.limit_test is 0; it must be at least 1"),
@@ -45,8 +48,13 @@ def message(error: pytest.ExceptionInfo[LightPeftError]) -> str:
         (TrainingConfig, {"learning_rate": float("nan")}, "training.learning_rate is nan"),
         (TrainingConfig, {"warmup": 1.0}, "training.warmup is 1"),
         (TrainingConfig, {"save_steps": 0}, "training.save_steps is 0; it must be at least 1"),
-        (TrainingConfig, {"precision": "half"}, 'training.precision is "half"; choose one of float32, bf16'),
-        (RunConfig, {"method": "fulll"}, 'method is "fulll"; choose one of light, plain, full'),
+        (TrainingConfig, {"precision": "half"}, "training.precision is 'half'; it must be one of float32, bf16"),
+        (RunConfig, {"seed": "a"}, "seed is 'a'; it must be a whole number"),
+        (Remove, {"blocks": [1]}, "light.remove.blocks is [1]; it must be a number or unset or one of auto"),
+        (Remove, {"vocabulary": "x"}, "light.remove.vocabulary is 'x'; it must be one of keep, task"),
+        (Rates, {"scale": "fast"}, "light.rates.scale is 'fast'; it must be a number or unset"),
+        (LightConfig, {"preset": 3}, "light.preset is 3; it must be unset or one of fast, accurate, paper"),
+        (RunConfig, {"method": "fulll"}, "method is 'fulll'; it must be one of light, plain, full"),
     ],
 )
 def test_values_out_of_range(cls: type, values: dict[str, Any], says: str) -> None:
@@ -133,11 +141,11 @@ def test_load_config(tmp_path: Path) -> None:
 
 
 def test_numbers_as_people_write_them(tmp_path: Path) -> None:
-    """YAML 1.1 reads 3e-4 as a string."""
+    """YAML 1.1 reads 3e-4 and 2.5e1 as strings."""
     path = tmp_path / "run.yaml"
-    path.write_text("training:\n  learning_rate: 3e-4\n  warmup: 0.2\n")
+    path.write_text("training:\n  learning_rate: 3e-4\n  epochs: 2.5e1\n")
     training = load_config(path).training
-    assert (training.learning_rate, training.warmup) == (3e-4, 0.2)
+    assert (training.learning_rate, training.epochs) == (3e-4, 25.0)
 
 
 @pytest.mark.parametrize(

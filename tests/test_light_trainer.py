@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, Value
+from datasets import Dataset, IterableDataset, Value
 from lanes import telling, thorough
 from lights import but, light_of, preset
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -36,6 +36,9 @@ from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
 from lightpeft.budget.found import SHORT
 from lightpeft.config import Remove, run_config_from_dict
+from lightpeft.models.families.family_table import block_specs
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.peft_kinds.sites.live_sites import find_sites, remove_site
 from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.profiling.sizes import parameter_report
 from lightpeft.prune.light_model import LightModel
@@ -484,6 +487,24 @@ def test_rows_that_change_have_no_prefix_cache(builds: Builds, caplog: pytest.Lo
     assert isinstance(trainer.model, LightModel)
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"train_dataset": IterableDataset.from_generator(list)}, "no length"), ({"data_collator": dict}, "the collator")],
+)
+def test_the_cut_may_be_what_freezes_the_first_blocks(builds: Builds, changes: dict[str, Any], says: str) -> None:
+    trainer = builds.trainer(light=light_of(**{**BUDGET, "module_blocks": 1.0}), max_steps=24)
+    vars(trainer).update(changes)
+    said: list[str] = []
+    prefix = trainer._prefix
+    prefix.announce = said.append
+    prefix.announce_obstacle()
+    assert said == [], "nothing is frozen yet"
+    for site in find_sites(trainer.model, block_specs(transformers_model(trainer.model))[:1]):
+        remove_site(trainer.model, site)
+    prefix.open(steps=1000)
+    assert len(said) == 1 and says in said[0] and trainer._prefix._cached is None
+
+
 # -- what cannot work ----------------------------------------------------------------------------------------------
 
 
@@ -498,12 +519,20 @@ def test_refused_before_training(builds: Builds, monkeypatch: pytest.MonkeyPatch
     assert "torch.compile does not work" in refusal(lambda: builds.trainer(torch_compile=True))
     assert "auto_find_batch_size does not work" in refusal(lambda: builds.trainer(auto_find_batch_size=True))
     assert "pass a model from peft.get_peft_model" in refusal(lambda: builds.trainer(model=model))
+    assert "give model=" in refusal(lambda: LightTrainer(None, arguments(builds.folder), peft_config=lora()))
+    resumed = refusal(lambda: builds.trainer().train(resume_from_checkpoint=True))
+    assert f"{builds.folder} has no checkpoint to resume from" in resumed
     bare = torch.nn.Linear(2, 2)
     assert "Linear contains no transformers model" in refusal(lambda: builds.trainer(model=bare, peft_config=lora()))
     nowhere = lora(target_modules=["nothing"])
     assert "PEFT cannot put its modules on the model" in refusal(lambda: builds.trainer(peft_config=nowhere))
     both = get_peft_model(builds.base(), lora())
     assert "leave peft_config= out" in refusal(lambda: builds.trainer(model=both, peft_config=lora()))
+    empty = {"train_dataset": builds.rows["train"].select([]), "processing_class": builds.tokenizer}
+    steps = arguments(builds.folder, max_steps=20)
+    assert "the training dataset is empty" in refusal(
+        lambda: LightTrainer(builds.base(), steps, peft_config=lora(), light=LIGHT, **empty)
+    )
     short = light_of(**{**BUDGET, "length": 24})
     assert "leaves none of the run's 24" in refusal(lambda: builds.trainer(light=short))
     monkeypatch.setattr("lightpeft.prune.length.LEAST_EXAMPLES", 256)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lights import light_of
 from peft import LoraConfig
-from tiny import inputs_for, make, refusal, with_lora, without_dropout
+from tiny import TEXT, TOKENS, inputs_for, make, maker, refusal, with_lora, without_dropout
 from torch import Tensor, nn
 from training import chunks, dataset, trained_weights
 from transformers import TrainingArguments
@@ -21,7 +21,16 @@ from lightpeft.app.runs import depth, pipeline
 from lightpeft.files import read_tensors
 from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.plans.prune_plan import PrunePlan
-from lightpeft.prune.reading import RIDGES, FoundDepth, enough, place_of_head, read_out, states_by_block
+from lightpeft.prune.discovery import ensure_family
+from lightpeft.prune.reading import (
+    RIDGES,
+    FoundDepth,
+    enough,
+    is_classifying_decoder,
+    place_of_head,
+    read_out,
+    states_by_block,
+)
 from lightpeft.recipe import depth as trainers_depth
 from lightpeft.saving.peft_adapter import WEIGHTS
 from lightpeft.training.arguments import training_arguments
@@ -86,6 +95,19 @@ def test_the_model_stays_as_it_was() -> None:
     model.train()
     find_depth(model, batches)
     assert model.training and not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_decoder_that_is_not_listed_is_read_at_its_last_token() -> None:
+    """In its first one, a causal model knows nothing of the text."""
+    settings = {**TEXT, **TOKENS, "num_key_value_heads": 4}
+    model = without_dropout(maker("StableLmConfig", "StableLmForSequenceClassification", settings)()).eval()
+    ensure_family(model)
+    assert is_classifying_decoder(model)
+    data = inputs_for(model, padding="none", labels=True)
+    first, _ = states_by_block(model, [data])
+    data["input_ids"] = torch.cat([data["input_ids"][:, :1], data["input_ids"][:, 1:].flip(1)], 1)
+    other, _ = states_by_block(model, [data])
+    assert not any(one.allclose(two) for one, two in zip(first, other, strict=True))
 
 
 def test_without_a_mask_all_tokens_are_real() -> None:

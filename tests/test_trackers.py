@@ -80,6 +80,8 @@ def test_a_tracker_that_is_not_there(bench: Workbench, capsys: pytest.CaptureFix
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "nobody" in error
     assert not (bench.folder / "nobody").exists()
+    assert lightpeft("run", "--config", bench.yaml("absent", **{"trainer.report_to": "wandb"})) == 2
+    assert "requires wandb to be installed" in capsys.readouterr().err
 
 
 def test_fields_take_effect(bench: Workbench) -> None:

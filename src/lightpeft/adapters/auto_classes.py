@@ -70,9 +70,8 @@ def _make_reader(auto: str, table: str, load: Callable[..., PreTrainedModel]) ->
             changed = {} if config is None else config.to_diff_dict().keys() - _AS_SAVED
             model = load(folder, **_convert_options({**dict.fromkeys(changed, True), **options}, str(folder)))
             kind = type(model).__name__
-            named = class_names(table, "A merged model in transformers' auto classes").values()
-            gives = {name for names in named for name in ((names,) if isinstance(names, str) else names)}
-            require(kind in gives, f"{folder} is a {kind}, which {auto} does not load; use lightpeft.load_merged")
+            loaded = class_names(table, "A merged model in transformers' auto classes")
+            require(kind in loaded, f"{folder} is a {kind}, which {auto} does not load; use lightpeft.load_merged")
             return model
 
     return Reader

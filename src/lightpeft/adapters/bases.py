@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from lightpeft.adapters.streaming import Stream
 from lightpeft.compat.missing import needed_for
-from lightpeft.compat.transformers import apart_from_other_threads
+from lightpeft.compat.transformers import apart_from_other_threads, forget_renaming
 from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import parsing
-from lightpeft.models.loading import base_names, check_checkpoint, keep_own_names, quiet_transformers, record_origin
+from lightpeft.models.loading import base_names, check_checkpoint, quiet_transformers, record_origin
 from lightpeft.models.repositories import Token
 from lightpeft.saving.description import BaseFacts
 
@@ -81,7 +81,7 @@ def load_base(
             **saved.config.arguments(),
             **options,
         )
-    keep_own_names(loaded, names)
+    forget_renaming(loaded, names)
     record_origin(loaded, model)
     return loaded, sorted(info["missing_keys"])
 

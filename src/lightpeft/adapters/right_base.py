@@ -66,7 +66,7 @@ def check_structure(dense: PreTrainedModel, saved: BaseFacts, plan: PrunePlan, w
     """
     plain = isinstance(dense, PreTrainedModel)
     require(plain, f"base is a {type(dense).__name__}; pass the dense transformers model, without PEFT")
-    require(len({saved.model_type, dense.config.model_type}) == 1, _another_base(what))
+    require(saved.model_type == dense.config.model_type, _another_base(what))
     ensure_family(dense)
     blocks = block_specs(dense)
     same = [block.projections for block in blocks] == [spec.projections for spec in plan.specs]

@@ -46,8 +46,8 @@ SCALER_NAME = "scaler.pt"
 """File name of the gradient scaler in a checkpoint."""
 
 
-def class_names(table: str, feature: str) -> Mapping[str, Any]:
-    """Return the table of an auto class: model type -> class name, or several.
+def class_names(table: str, feature: str) -> frozenset[str]:
+    """Return the names of the classes that an auto class loads.
 
     Args:
         table: name of the table in `transformers.models.auto.modeling_auto`.
@@ -61,17 +61,23 @@ def class_names(table: str, feature: str) -> Mapping[str, Any]:
     found: Mapping[str, Any] | None = getattr(modeling_auto, table, None)
     if found is None:
         raise unavailable(feature, f"transformers.models.auto.modeling_auto has no {table}")
-    return found
+    return _all_names(found)
 
 
-def hub_tasks() -> Mapping[str, Mapping[str, Any]]:
-    """Return the hub's task names: task -> (model type -> class names); empty if transformers has no such table."""
+def _all_names(table: Mapping[str, Any]) -> frozenset[str]:
+    """Return the class names of a table from model type to class name, or to several."""
+    return frozenset(name for names in table.values() for name in ((names,) if isinstance(names, str) else names))
+
+
+def hub_tasks() -> Mapping[str, frozenset[str]]:
+    """Return the hub's task names: task -> its class names; empty if transformers has no such table."""
     try:
         from transformers.modelcard import TASK_MAPPING
         from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
     except ImportError:
         return {}
-    return {**TASK_MAPPING, "multiple-choice": MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES}
+    tables = {**TASK_MAPPING, "multiple-choice": MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES}
+    return {task: _all_names(table) for task, table in tables.items()}
 
 
 # Reading weights
@@ -216,10 +222,11 @@ def mark_read(parameter: Any) -> None:
     parameter._is_hf_initialized = True
 
 
-def forget_renaming(model: PreTrainedModel, mapping: Mapping[str, str]) -> None:
+def forget_renaming(model: PreTrainedModel, mapping: Mapping[str, str] | None) -> None:
     """Make a model save its weights under its own names, although it was loaded with this `key_mapping`."""
-    conversions = getattr(model, "_weight_conversions", None) or []
-    model._weight_conversions = [each for each in conversions if not mapping.keys() & set(each.source_patterns)]
+    if mapping:
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [each for each in conversions if not mapping.keys() & set(each.source_patterns)]
 
 
 def unpacking_gguf() -> dict[str, Any]:

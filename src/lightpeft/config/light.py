@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from lightpeft.config.validation import check_values, from_dict
+from lightpeft.config.validation import Within, check_values, from_dict
 from lightpeft.errors import LightPeftError, require
 
 Scope = Literal["layerwise", "global"]
@@ -30,17 +30,11 @@ LARGEST_BATCH = 2**20
 
 
 def _check_shares(section: Any, where: str, *names: str) -> None:
-    """Check that settings are None, "auto", or a fraction in [0, 1)."""
+    """Check that settings which are numbers are fractions in [0, 1)."""
     for name in names:
         value = getattr(section, name)
-        if isinstance(value, str):
-            require(value == "auto", f'{where}{name} is "{value}"; give a fraction to remove, for example 0.5, or auto')
-        elif value is not None:
+        if isinstance(value, (int, float)):
             require(0 <= value < 1, f"{where}{name} is {value:g}; it must be in [0, 1), for example 0.5")
-
-
-def _check_rate(value: float | None, name: str) -> None:
-    require(value is None or 0 < value < math.inf, f"{name} is {value}; it must be positive and finite")
 
 
 @dataclass(kw_only=True)
@@ -82,19 +76,16 @@ class Remove:
     head_unit: HeadUnit | None = None
     """Unit of removal under grouped-query attention. group: whole KV groups; balanced: query heads, equally many of
     every group. Unset: group, or balanced for models that generate their answers."""
-    multiple_of: int | None = None
+    multiple_of: Annotated[int | None, Within(least=1)] = None
     """Round FFN widths to the nearest multiple of this number, because kernels are fast for multiples of 8 (1: exact
     counts). Widths of experts are always multiples of 8. Unset: 8."""
 
     def __post_init__(self) -> None:
+        check_values(self, "light.remove.")
         _check_shares(self, "light.remove.", "blocks", *SHARES, "depth")
         both = next((name for name in SHARES if getattr(self, name) is not None), None)
         one = f"light.remove.blocks and light.remove.{both} both set the amount to remove; give one of them"
         require(self.blocks is None or both is None, one)
-        if self.multiple_of is not None:
-            least = f"light.remove.multiple_of is {self.multiple_of}; it must be at least 1"
-            require(self.multiple_of >= 1, least)
-        check_values(self)
         if self.tolerance is not None:
             Tolerance.read(self.tolerance)
 
@@ -129,21 +120,17 @@ class Estimate:
     """Importance score of PEFT modules. Unset: ratio."""
     rank_criterion: RankCriterion | None = None
     """Importance score of the ranks inside PEFT modules. Unset: taylor."""
-    mask_learning_rate: float | None = None
+    mask_learning_rate: Annotated[float | None, Within(above=0)] = None
     """Constant Adam learning rate of the masks, which have no weight decay. Unset: 3e-4."""
 
     def __post_init__(self) -> None:
+        check_values(self, "light.estimate.")
         length = self.length
-        if isinstance(length, str):
-            steps = f'light.estimate.length is "{length}"; give steps, a fraction of the run, or auto'
-            require(length == "auto", steps)
-        elif isinstance(length, int):
+        if isinstance(length, int):
             require(length >= 2, f"light.estimate.length is {length} steps; it must be at least 2")
-        elif length is not None:
+        elif isinstance(length, float):
             part = f"light.estimate.length is {length:g}; it must be in (0, 1), or a whole number of steps"
             require(0 < length < 1, part)
-        _check_rate(self.mask_learning_rate, "light.estimate.mask_learning_rate")
-        check_values(self)
 
 
 @dataclass(kw_only=True)
@@ -165,10 +152,10 @@ class Modules:
     """Fraction of the ranks of the remaining modules to remove, in [0, 1). Unset: by preset and task."""
 
     def __post_init__(self) -> None:
+        check_values(self, "light.modules.")
         _check_shares(self, "light.modules.", "remove", "remove_ranks")
         within = f"light.modules.blocks is {self.blocks}; it must be in (0, 1], for example 0.5 for the upper half"
         require(self.blocks is None or 0 < self.blocks <= 1, within)
-        check_values(self)
 
 
 @dataclass(kw_only=True)
@@ -179,10 +166,10 @@ class Rates:
         LightConfig(rates=Rates(scale=2.0, estimation_scale=1.0))
     """
 
-    scale: float | None = None
+    scale: Annotated[float | None, Within(above=0)] = None
     """Learning rate of a light run as a multiple of `training.learning_rate`; PEFT with few parameters needs a higher
     one. Unset: by preset and kind of PEFT."""
-    estimation_scale: float | None = None
+    estimation_scale: Annotated[float | None, Within(above=0)] = None
     """Learning rate during estimation, before ranks are removed, as a multiple of `training.learning_rate`. Unset:
     `scale`, or 1 for bottleneck adapters."""
     dropout: float | Literal["keep"] | None = None
@@ -190,14 +177,10 @@ class Rates:
     its own dropout. Unset: 0."""
 
     def __post_init__(self) -> None:
-        check_values(self)
-        for name in ("scale", "estimation_scale"):
-            _check_rate(getattr(self, name), f"light.rates.{name}")
-        dropout = self.dropout
-        if isinstance(dropout, str):
-            require(dropout == "keep", f'light.rates.dropout is "{dropout}"; give a probability in [0, 1), or keep')
-        elif dropout is not None:
-            require(0 <= dropout < 1, f"light.rates.dropout is {dropout}; it must be in [0, 1), or keep")
+        check_values(self, "light.rates.")
+        dropout = self.base_dropout
+        within = f"light.rates.dropout is {dropout}; it must be in [0, 1), or keep"
+        require(dropout is None or 0 <= dropout < 1, within)
 
     @property
     def base_dropout(self) -> float | None:
@@ -216,14 +199,12 @@ class After:
     keep: Keep = "light"
     """Result to save and evaluate. light: the pruned model; full: its trained weights as a plain PEFT adapter over the
     unpruned base; both: each of the two."""
-    full_width_steps: float = 0.0
+    full_width_steps: Annotated[float, Within(least=0, below=1)] = 0.0
     """Fraction of the run's steps, at its end, that train the adapter over the unpruned base (keep: full or both), in
     [0, 1)."""
 
     def __post_init__(self) -> None:
-        check_values(self)
-        last = f"light.after.full_width_steps is {self.full_width_steps:g}; it must be in [0, 1)"
-        require(0 <= self.full_width_steps < 1, last)
+        check_values(self, "light.after.")
         alone = "light.after.full_width_steps has no effect with keep: light; set keep to full or both"
         require(self.keep != "light" or not self.full_width_steps, alone)
 
@@ -312,7 +293,7 @@ class LightConfig:
             given = getattr(self, name)
             if not isinstance(given, section):
                 setattr(self, name, from_dict(section, given, f"light.{name}."))
-        check_values(self)
+        check_values(self, "light.")
         whole = f"light.after.keep: {self.after.keep} needs all tokens of the base"
         instead = "set light.remove.vocabulary to keep, or light.after.keep to light"
         require(self.after.keep == "light" or self.remove.vocabulary == "keep", f"{whole}; {instead}")

@@ -186,19 +186,16 @@ class Within:
 
 
 def check_values(config: Any, section: str = "") -> None:
-    """Check every field of dataclass `config`: choices are known, and numbers are finite and within their ranges.
+    """Check every field of dataclass `config`: it has its type, and numbers are finite and within their ranges.
 
     Args:
         section: prefix of the field names in error messages, such as "data.".
     """
     cls = typing.cast(Any, type(config))
     for name, hint in _hints(cls).items():
-        options = _literals(hint)
         value = getattr(config, name)
-        if options and isinstance(value, str) and value not in options:
-            raise LightPeftError(f'{section}{name} is "{value}"; choose one of {", ".join(map(str, options))}')
+        convert(value, hint, f"{section}{name}")
         if isinstance(value, (int, float)):
-            _check_number(value, f"{section}{name}")
             for within in _ranges(cls).get(name, ()):
                 within.check(value, f"{section}{name}")
 
@@ -223,8 +220,8 @@ def _literals(hint: Any) -> tuple[Any, ...]:
     return tuple(value for part in typing.get_args(hint) for value in _literals(part))
 
 
-_EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
-"""Numbers such as 3e-4, which YAML 1.1 reads as strings because they have no dot."""
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+"""Numbers such as 3e-4 and 1.5e4, which YAML 1.1 reads as strings because they lack a dot or a sign."""
 
 
 _TYPE_NAMES: dict[Any, str] = {
@@ -251,6 +248,8 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     if isinstance(value, str):
         _check_text(value, where)
     if dataclasses.is_dataclass(hint):
+        if isinstance(value, typing.cast(type, hint)):
+            return value
         section = {} if value is None else value  # a heading with nothing below it
         return from_dict(typing.cast(type, hint), section, f"{where}.")
     options = typing.get_args(hint) if typing.get_origin(hint) not in (None, list, tuple, dict, Literal) else (hint,)

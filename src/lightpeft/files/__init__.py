@@ -1,6 +1,6 @@
 """Files: reading with limits and checksums, atomic writing, and locks on folders."""
 
-from lightpeft.files.locks import check_free, is_own_file, lock_folder
+from lightpeft.files.locks import check_free, lock_folder
 from lightpeft.files.reading import (
     CHECKSUMS,
     SCHEMA_VERSION,
@@ -18,6 +18,7 @@ from lightpeft.files.writing import (
     append_line,
     check_vacant,
     clean,
+    is_own_file,
     replacing,
     replacing_folder,
     seal,

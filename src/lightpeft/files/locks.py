@@ -50,8 +50,3 @@ def check_free(folder: Path) -> None:
     if (folder / LOCK).is_file():
         with lock_folder(folder):
             pass
-
-
-def is_own_file(path: Path) -> bool:
-    """Return whether a file is a lock or a temporary file of this package."""
-    return path.name == LOCK or (path.name.startswith(".") and path.name.endswith(".tmp"))

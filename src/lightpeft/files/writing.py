@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any, TextIO
 from safetensors import SafetensorError
 
 from lightpeft.errors import LightPeftError, one_line, require
+from lightpeft.files.locks import LOCK
 from lightpeft.files.reading import CHECKSUM, CHECKSUMS, SCHEMA_VERSION, content_checksum, file_checksum
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
-_LONGEST_NAME = 200
-"""Maximum number of characters of a name that its temporary name repeats; file systems allow 255 bytes."""
+_LONGEST_NAME = 60
+"""Maximum number of characters of a name that its temporary name repeats; file systems allow 255 bytes, and a character
+has up to four."""
 
 
 def check_vacant(folder: Path, *, replaceable: bool, overwrite: bool) -> None:
@@ -38,7 +40,7 @@ def check_vacant(folder: Path, *, replaceable: bool, overwrite: bool) -> None:
         LightPeftError: the folder holds something that may not be replaced.
     """
     instead = "a new folder, or overwrite what is there (--overwrite)" if replaceable else "a new folder"
-    empty = not folder.is_dir() or all(_TEMPORARY.fullmatch(path.name) for path in folder.iterdir())
+    empty = not folder.is_dir() or all(map(is_own_file, folder.iterdir()))
     require(empty or (overwrite and replaceable), f"{folder} is not empty; give {instead}")
 
 
@@ -163,6 +165,11 @@ def seal(folder: Path) -> None:
     """Write the SHA-256 of every file in a folder into it, for `reading.check_sealed`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
     write_json(folder / CHECKSUMS, {"files": {str(path.relative_to(folder)): file_checksum(path) for path in files}})
+
+
+def is_own_file(path: Path) -> bool:
+    """Return whether a file is a lock or a temporary file of this package."""
+    return path.name == LOCK or _TEMPORARY.fullmatch(path.name) is not None
 
 
 def clean(place: Path) -> None:

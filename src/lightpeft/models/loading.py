@@ -111,7 +111,7 @@ def load_model(
     if config.gguf_file is not None:
         forget_quantization(model)
     record_origin(model, config)
-    keep_own_names(model, names)
+    forget_renaming(model, names)
     prepare_quantized(model)
     return LoadedModel(model, sorted({_top_module(model, key) for key in info["missing_keys"]}), head)
 
@@ -181,12 +181,6 @@ def base_names(architecture: type[PreTrainedModel]) -> dict[str, str] | None:
     if causal is None or causal.base_model_prefix == architecture.base_model_prefix:
         return None
     return {rf"^{causal.base_model_prefix}\.": f"{architecture.base_model_prefix}."}
-
-
-def keep_own_names(model: PreTrainedModel, mapping: Mapping[str, str] | None) -> None:
-    """Undo the mapping of `base_names` on a loaded model, so that it is saved under its own names."""
-    if mapping:
-        forget_renaming(model, mapping)
 
 
 def _check_quantization(config: ModelConfig, hf_config: PretrainedConfig) -> None:

@@ -37,11 +37,6 @@ class SharedTensors:
         own = {tensor.data_ptr() for tensor in chain(model.parameters(), model.buffers())}
         self._holders[model] = [tensor for tensor in tensors if tensor.data_ptr() in own]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all shared tensors that are alive."""
-        return sum(tensor.nbytes for tensor in self._tensors.values())
-
 
 class Reading:
     """State of one load: the tensors that it shares, and the tensor that was read last."""

@@ -152,7 +152,7 @@ class DroppedAttention(nn.Module):
     lengths and positions from the cache of the first layer. Cross-attention counts nothing.
     """
 
-    def __init__(self, attention: nn.Module, output: str | None, outputs: int = 2) -> None:
+    def __init__(self, attention: nn.Module, output: str | None, outputs: int) -> None:
         super().__init__()
         self.layer_idx = getattr(attention, "layer_idx", getattr(attention, "layer_id", None))
         self.output_name = output

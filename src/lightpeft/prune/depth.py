@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lightpeft.errors import require
 from lightpeft.models.families.family_table import block_lists
+from lightpeft.models.tables import shapes_of
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.live_sites import refresh_config
 
@@ -49,8 +49,7 @@ def _check_rest(inner: PreTrainedModel, stay: int) -> None:
     """Check that the shapes of a model's parameters do not depend on the number of blocks."""
     config = copy.deepcopy(inner.config)
     _set_depth(config, stay)
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in type(inner)(config).named_parameters()}
+    shapes = shapes_of(type(inner), config)
     # quantized weights have other shapes, and are integers
     own = {name: p.shape for name, p in inner.named_parameters() if p.is_floating_point()}
     other = [name for name in own.keys() & shapes.keys() if own[name] != shapes[name]]

@@ -17,7 +17,7 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import parsing
 from lightpeft.models.families.family_table import FAMILIES, REFUSED, block_specs, check_not_refused, register_family
 from lightpeft.models.families.proposal import propose_families
-from lightpeft.models.families.skeleton import one_line, random_inputs, run, skeleton, skeleton_config
+from lightpeft.models.families.skeleton import random_inputs, run, skeleton, skeleton_config
 from lightpeft.models.families.spec import Family
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.block_plan import BlockPlan
@@ -122,10 +122,8 @@ def _check_plan(small: PreTrainedModel, family: Family, plan: PrunePlan, dense: 
     masks = UnitMasks(plan.specs)
     masks.set_plan(plan)
     masks.attach(masked)
-    try:
+    with parsing(f"{what} cannot be cut"):
         apply_plan(pruned, plan, family)
-    except (RuntimeError, AttributeError, TypeError, IndexError, KeyError) as error:
-        raise LightPeftError(f"{what} cannot be cut: {one_line(error)}") from error
     expected = _compute_outputs(masked, family)
     require(_difference(expected, dense) > EFFECT, f"masks of {what} have no effect")
     try:
@@ -189,10 +187,8 @@ def _difference(values: list[Tensor], expected: list[Tensor]) -> float:
 def _generate(model: PreTrainedModel) -> Tensor:
     """Generate tokens greedily with the KV cache."""
     inputs = {k: v for k, v in random_inputs(model, padding="left").items() if k != "decoder_input_ids"}
-    try:
+    with parsing(f"{type(model).__name__} cannot generate"):
         return model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
-    except Exception as error:  # foreign model classes may raise any exception
-        raise LightPeftError(f"{type(model).__name__} cannot generate: {one_line(error)}") from error
 
 
 # Random plans

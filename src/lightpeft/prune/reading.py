@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from lightpeft.compat.transformers import class_names
 from lightpeft.errors import require
 from lightpeft.machine import autocasting
-from lightpeft.models.families.decoders import DECODERS
 from lightpeft.models.families.family_table import block_lists
 from lightpeft.models.patching import in_mode
+from lightpeft.models.task_heads import is_decoder
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.profiling.live import Batch, device_of, move_batch
 from lightpeft.prune.learning import classes_of, one_of_several
@@ -79,13 +79,9 @@ class FoundDepth:
 def is_classifying_decoder(model: nn.Module) -> bool:
     """Return whether a model is a decoder with a classification head, for which depth can be measured."""
     inner = transformers_model(model)
-    classifiers = class_names("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "A depth that is measured").values()
+    classifiers = class_names("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "A depth that is measured")
     named = isinstance(inner, PreTrainedModel) and type(inner).__name__ in classifiers
-    return named and _is_decoder(inner) and classes_of(inner) > 0
-
-
-def _is_decoder(model: PreTrainedModel) -> bool:
-    return model.config.model_type in {family.model_type for family in DECODERS}
+    return named and is_decoder(inner.config) and classes_of(inner) > 0
 
 
 def find_depth(model: nn.Module, batches: Iterable[Batch], autocast: torch.dtype | None = None) -> FoundDepth:
@@ -135,7 +131,7 @@ def states_by_block(
         LightPeftError: the labels are not class numbers, or all are equal.
     """
     inner = transformers_model(model)
-    first = not _is_decoder(inner)
+    first = not is_decoder(inner.config)
     blocks = block_lists(inner)[0]
     seen: list[list[Tensor]] = [[] for _ in blocks]
     labels: list[Tensor] = []

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from peft import PeftConfig, PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from lightpeft.budget.found import FoundBudget
@@ -122,6 +122,7 @@ class LightTraining(Training):
         model, options = with_loaded_model(model, type(self), options)
         refuse_parts(model)
         if peft_config is not None:
+            require(isinstance(model, nn.Module), "peft_config is put on a model that is there already; give model=")
             light = settings_of_trainer(light, peft_config, model, options)
             model = add_peft_modules(model, peft_config, light)
         super().__init__(model, *args, **with_dense_reference(options))  # type: ignore[call-arg]

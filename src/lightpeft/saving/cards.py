@@ -117,12 +117,7 @@ def _metadata(facts: Mapping[str, Any], plan: PrunePlan, form: CardForm, license
 
 def pipeline_tag(architecture: str) -> str | None:
     """Return the hub's task name of a transformers class, such as text-classification; None: it has none."""
-    return next((task for task, names in hub_tasks().items() if architecture in _classes(names)), None)
-
-
-def _classes(names: Mapping[str, Any]) -> Iterator[str]:
-    for name in names.values():
-        yield from (name,) if isinstance(name, str) else name
+    return next((task for task, names in hub_tasks().items() if architecture in names), None)
 
 
 def _results(facts: Mapping[str, Any]) -> Iterator[EvalResult]:

@@ -126,12 +126,11 @@ def training_arguments(
         arguments = TrainingArguments(**{**fields, **(given or {})})
         if arguments.report_to:
             with needed_for("trainer.report_to"):
-                from transformers.integrations import get_reporting_integration_callbacks, is_tensorboard_available
-            get_reporting_integration_callbacks(arguments.report_to)  # raises if an integration is not installed
-            there = "tensorboard" not in arguments.report_to or is_tensorboard_available()
-            require(there, "trainer.report_to: tensorboard is not installed; pip install tensorboard")
+                from transformers.integrations import get_reporting_integration_callbacks
+            for make_callback in get_reporting_integration_callbacks(arguments.report_to):
+                make_callback()  # raises if the integration is not installed
         return arguments
-    except (TypeError, ValueError, KeyError, ImportError) as error:
+    except (TypeError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise LightPeftError(f"trainer: {one_line(error, 300)}") from error
 
 

@@ -36,10 +36,11 @@ class Checkpoints:
             asked: folder of the checkpoint; True: the newest one; None or False: none.
 
         Raises:
-            LightPeftError: the checkpoint is damaged, or was trained with another global batch.
+            LightPeftError: there is none, it is damaged, or it was trained with another global batch.
         """
         folder = Path(self._trainer.args.output_dir)
         checkpoint = newest_checkpoint(folder) if asked is True else asked or None
+        require(checkpoint or not asked, f"{folder} has no checkpoint to resume from; train without resuming")
         if checkpoint is not None:
             check_resuming()
             check_state(Path(checkpoint))

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 from lightpeft.config import TrainingConfig
+from lightpeft.errors import require
 from lightpeft.training.host import Host
 
 LEAST_RUN_STEPS = 200
@@ -94,6 +95,7 @@ def pace_of(trainer: Host) -> Pace | None:
         rows = len(trainer.train_dataset)
     except TypeError:
         return None
+    require(rows > 0, "the training dataset is empty; give it rows")
     return Pace(rows, args.train_batch_size * args.world_size, args.gradient_accumulation_steps)
 
 

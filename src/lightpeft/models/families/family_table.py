@@ -19,6 +19,7 @@ from lightpeft.models.families.encoder_decoders import ENCODER_DECODERS
 from lightpeft.models.families.encoders import ENCODERS
 from lightpeft.models.families.spec import Experts, Family, Stack
 from lightpeft.models.linears.linear_kinds import describe, features, is_linear
+from lightpeft.models.unwrap import base_layer
 from lightpeft.plans.block_plan import removable_parameters
 from lightpeft.plans.layout import Kind, cut_dim, segment_size, segments, width
 from lightpeft.plans.structure import KEY_VALUE_SLOTS, BlockSpec
@@ -218,7 +219,7 @@ def _with_fixed(specs: list[BlockSpec], modules: list[nn.Module]) -> list[BlockS
 
 def _base_parameters(module: nn.Module) -> int:
     """Count the parameters of a module without PEFT; packed quantized ones count as the weights that they hold."""
-    layer = _unwrap(module)
+    layer = base_layer(module)
     if is_linear(layer):
         return math.prod(features(layer)) + (features(layer)[0] if getattr(layer, "bias", None) is not None else 0)
     own = sum(p.numel() for p in layer.parameters(recurse=False))
@@ -230,7 +231,7 @@ def _rest_parameters(spec: BlockSpec, attention: nn.Module) -> int:
     table = spec.position_bias.rpartition(".")[2] if spec.position_bias else None
     rest = sum(p.numel() for n, p in attention.named_parameters(recurse=False) if n not in spec.head_tensors)
     for name, child in attention.named_children():
-        layer = _unwrap(child)
+        layer = base_layer(child)
         if is_linear(layer):
             slots = [slot for slot, path in spec.projections.items() if path == f"{spec.attention}.{name}"]
             rest += sum(math.prod(features(layer)) for slot in slots if slot in spec.wide_norms)
@@ -271,7 +272,7 @@ def _fitting_table(stack: Stack, block: nn.Module, where: str) -> dict[str, str]
 
 def _find_linear(block: nn.Module, name: str, path: str) -> nn.Module:
     """Return the frozen linear layer `name` of a block, also from inside a PEFT module."""
-    layer = _unwrap(block.get_submodule(name))
+    layer = base_layer(block.get_submodule(name))
     if not is_linear(layer):
         raise LightPeftError(
             f"{path} is a {describe(layer)}, which lightpeft cannot cut; load the base in float32, bfloat16 or "
@@ -300,16 +301,11 @@ def _linear_names(module: nn.Module, path: str) -> Iterator[str]:
     """Yield the names of the linear layers below a module, also of those inside PEFT modules."""
     for child, inner in module.named_children():
         name = f"{path}.{child}"
-        layer = _unwrap(inner)
+        layer = base_layer(inner)
         if is_linear(layer):
             yield name
         elif layer is inner:
             yield from _linear_names(inner, name)
-
-
-def _unwrap(module: nn.Module) -> nn.Module:
-    inner = getattr(module, "base_layer", None)
-    return _unwrap(inner) if isinstance(inner, nn.Module) else module
 
 
 def _find_submodule(module: nn.Module, name: str) -> Any:

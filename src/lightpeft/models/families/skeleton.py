@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lightpeft.compat.transformers import attention_of, forget_attention
 from lightpeft.errors import LightPeftError, require
+from lightpeft.files.foreign import parsing
 
 _SKELETON_LAYERS = 2
 _VOCABULARY = 256
@@ -36,11 +37,13 @@ _SHRUNK_WIDTH_KEYS = (
     "d_ff",
     "dff",
 )
+_ROWS = 3
+_LENGTH = 9
 _SPREAD = 1.5
 """Standard deviation of random weights times the root of their inputs: large enough that attention is far from even."""
 
 
-def skeleton(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+def skeleton(model: PreTrainedModel) -> PreTrainedModel:
     """Make a model of the same class with two layers, few neurons and tokens, and random float32 weights on the CPU.
 
     Its attention is as wide as that of `model`, whose weights are neither copied nor read.
@@ -49,12 +52,10 @@ def skeleton(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
         LightPeftError: the config has no known key of the number of layers, or no model can be made from it.
     """
     config = skeleton_config(model.config)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        try:
+        with parsing(f"a small {type(model).__name__} cannot be made"):
             small = type(model)(config).float()
-        except Exception as error:  # foreign model classes may raise any exception
-            raise LightPeftError(f"a small {type(model).__name__} cannot be made: {one_line(error)}") from error
         with torch.no_grad():
             for parameter in small.parameters():
                 _randomize(parameter, generator)
@@ -108,7 +109,7 @@ def _randomize(parameter: nn.Parameter, generator: torch.Generator) -> None:
         parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
 
 
-def random_inputs(model: PreTrainedModel, rows: int = 3, length: int = 9, padding: str = "right") -> dict[str, Tensor]:
+def random_inputs(model: PreTrainedModel, padding: str = "right") -> dict[str, Tensor]:
     """Make random token ids (all rows but the first padded), images or raw sound, the same at every call.
 
     Raises:
@@ -120,32 +121,32 @@ def random_inputs(model: PreTrainedModel, rows: int = 3, length: int = 9, paddin
     require(says, f"{type(config).__name__} has no {needed}, which is needed for random inputs")
     generator = torch.Generator().manual_seed(1)
     if name == "input_ids":
-        inputs = _token_inputs(config, rows, length, padding, generator)
+        inputs = _token_inputs(config, padding, generator)
     elif name == "pixel_values":
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        inputs = {name: torch.randn(rows, config.num_channels, height, width, generator=generator)}
+        inputs = {name: torch.randn(_ROWS, config.num_channels, height, width, generator=generator)}
     elif name == "input_values":
-        inputs = {name: torch.randn(rows, 4000, generator=generator)}
+        inputs = {name: torch.randn(_ROWS, 4000, generator=generator)}
     else:
         raise LightPeftError(f"{type(model).__name__} needs the input {name}, for which there are no random values")
     if config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = _tokens(config, rows, length - 2, generator)
+        inputs["decoder_input_ids"] = _tokens(config, _LENGTH - 2, generator)
     accepted = inspect.signature(model.forward).parameters
     return {key: value for key, value in inputs.items() if key == name or key in accepted}
 
 
-def _token_inputs(config: Any, rows: int, length: int, padding: str, generator: torch.Generator) -> dict[str, Tensor]:
-    ids, mask = _tokens(config, rows, length, generator), torch.ones(rows, length, dtype=torch.long)
-    for row in range(1, rows):
-        mask[row, slice(length - 2 * row, None) if padding == "right" else slice(0, 2 * row)] = 0
+def _token_inputs(config: Any, padding: str, generator: torch.Generator) -> dict[str, Tensor]:
+    ids, mask = _tokens(config, _LENGTH, generator), torch.ones(_ROWS, _LENGTH, dtype=torch.long)
+    for row in range(1, _ROWS):
+        mask[row, slice(_LENGTH - 2 * row, None) if padding == "right" else slice(0, 2 * row)] = 0
     pad = config.pad_token_id if isinstance(getattr(config, "pad_token_id", None), int) else 0
     return {"input_ids": ids.masked_fill(mask == 0, pad), "attention_mask": mask}
 
 
-def _tokens(config: Any, rows: int, length: int, generator: torch.Generator) -> Tensor:
+def _tokens(config: Any, length: int, generator: torch.Generator) -> Tensor:
     """Draw token ids from the upper half of the vocabulary, which has no special tokens."""
-    return torch.randint(config.vocab_size // 2, config.vocab_size, (rows, length), generator=generator)
+    return torch.randint(config.vocab_size // 2, config.vocab_size, (_ROWS, length), generator=generator)
 
 
 def run(model: nn.Module, inputs: dict[str, Tensor], handles: Sequence[RemovableHandle] = ()) -> Tensor:
@@ -155,16 +156,8 @@ def run(model: nn.Module, inputs: dict[str, Tensor], handles: Sequence[Removable
         LightPeftError: the model fails on these inputs.
     """
     try:
-        with torch.no_grad():
+        with parsing(f"{type(model).__name__} fails on random inputs"), torch.no_grad():
             return cast(Tensor, model(**inputs)[0])
-    except Exception as error:  # foreign model classes may raise any exception
-        raise LightPeftError(f"{type(model).__name__} fails on random inputs: {one_line(error)}") from error
     finally:
         for handle in handles:
             handle.remove()
-
-
-def one_line(error: BaseException, limit: int = 160) -> str:
-    """Format an exception as part of a one-line message."""
-    text = f"{type(error).__name__}: {error}" if not isinstance(error, LightPeftError) else str(error)
-    return " ".join(text.split())[:limit]

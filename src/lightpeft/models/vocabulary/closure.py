@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lightpeft.errors import require
 
+KEEP_ALL = "keep all its tokens (of a run, light.remove.vocabulary: keep)"
+"""Remedy where a vocabulary cannot be cut."""
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """Pattern of a piece for one byte of a character that has no piece."""
 
@@ -45,16 +47,15 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         LightPeftError: the tokenizer is no fast one, or of a kind whose vocabulary cannot be cut.
     """
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    instead = "keep all its tokens (of a run, light.remove.vocabulary: keep)"
     name = type(tokenizer).__name__
-    require(backend is not None, f"the vocabulary of {name} cannot be cut: it is not a fast tokenizer; {instead}")
+    require(backend is not None, f"the vocabulary of {name} cannot be cut: it is not a fast tokenizer; {KEEP_ALL}")
     description: dict[str, Any] = json.loads(backend.to_str())
     model = description["model"]
     known = " and ".join([", ".join([*_CLOSURES][:-1]), [*_CLOSURES][-1]])
     cuttable = f"the vocabulary of {name} cannot be cut: its kind is {model['type']}, not one of {known}"
-    require(model["type"] in _CLOSURES, f"{cuttable}; {instead}")
+    require(model["type"] in _CLOSURES, f"{cuttable}; {KEEP_ALL}")
     marked = model.get("end_of_word_suffix") or (model["type"] == "BPE" and model.get("continuing_subword_prefix"))
-    require(not marked, f"the vocabulary of {name} cannot be cut: its BPE marks word parts ({marked}); {instead}")
+    require(not marked, f"the vocabulary of {name} cannot be cut: its BPE marks word parts ({marked}); {KEEP_ALL}")
     return description
 
 

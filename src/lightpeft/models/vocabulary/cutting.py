@@ -12,13 +12,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lightpeft.errors import require
 from lightpeft.models.tables import configs_of, distinct, match_type, shapes_of, tensor_at
+from lightpeft.models.vocabulary.closure import KEEP_ALL
 from lightpeft.models.vocabulary.kept import Vocabulary
 
 _NEVER_WRITTEN = ("suppress_tokens", "begin_suppress_tokens")
 """Lists of suppressed tokens in a generation config; removed tokens are never generated anyway."""
 _BY_TOKENS = ("bad_words_ids", "force_words_ids", "forced_decoder_ids", "sequence_bias")
 """Other settings of a generation config that contain tokens."""
-_KEEP_VOCABULARY = "keep all its tokens (of a run, light.remove.vocabulary: keep)"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def cut_model(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
     tensors = {name: tensor_at(model, name) for name in places}
     _check_ids(model, vocabulary, places)
     quantized = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
-    require(not quantized, f"{', '.join(quantized[:1])} is quantized, so its rows cannot be cut; {_KEEP_VOCABULARY}")
+    require(not quantized, f"{', '.join(quantized[:1])} is quantized, so its rows cannot be cut; {KEEP_ALL}")
     rows: dict[int, Tensor] = {}  # one entry for tied tensors
     for name, tensor in tensors.items():
         if id(tensor) not in rows:
@@ -110,12 +110,10 @@ def rows_by_token(model: PreTrainedModel, vocabulary: Vocabulary) -> dict[str, i
         differing = [dim for dim, sizes in enumerate(zip(whole[name], cut[name], strict=True)) if len(set(sizes)) > 1]
         if differing:
             plain = [whole[name][dim] for dim in differing] == [vocabulary.size]
-            require(
-                plain, f"{name} cannot be cut: its shape depends on the tokens in an unknown way; {_KEEP_VOCABULARY}"
-            )
+            require(plain, f"{name} cannot be cut: its shape depends on the tokens in an unknown way; {KEEP_ALL}")
             places[name] = differing[0]
     same = len(vocabulary) == vocabulary.size
-    require(places or same, f"{model.config.model_type} has no rows per token to cut; {_KEEP_VOCABULARY}")
+    require(places or same, f"{model.config.model_type} has no rows per token to cut; {KEEP_ALL}")
     return places
 
 
@@ -161,12 +159,10 @@ def _check_ids(model: PreTrainedModel, vocabulary: Vocabulary, places: dict[str,
         padding = getattr(module, "padding_idx", None)
         if isinstance(module, nn.Embedding) and padding is not None and f"{name}.weight" not in places:
             fixed = _renumber(padding, vocabulary) == padding
-            require(
-                fixed, f"{name} counts positions from the padding token's id, which would change; {_KEEP_VOCABULARY}"
-            )
+            require(fixed, f"{name} counts positions from the padding token's id, which would change; {KEEP_ALL}")
     generation = getattr(model, "generation_config", None)
     named = [name for name in _BY_TOKENS if getattr(generation, name, None)]
-    require(not named, f"the generation config has {', '.join(named)}, which contain tokens; {_KEEP_VOCABULARY}")
+    require(not named, f"the generation config has {', '.join(named)}, which contain tokens; {KEEP_ALL}")
 
 
 def _set_ids(model: PreTrainedModel, vocabulary: Vocabulary) -> None:

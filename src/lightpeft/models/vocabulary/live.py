@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightpeft.errors import require
 from lightpeft.models.vocabulary.closure import kept_tokens
 from lightpeft.models.vocabulary.cutting import config_tokens, cut_model
 from lightpeft.models.vocabulary.kept import Vocabulary
@@ -32,12 +33,14 @@ def cut_vocabulary(
         The tokenizer for the cut model.
 
     Raises:
-        LightPeftError: the tokenizer is not a fast tokenizer of a type that can be cut, or the model cannot be cut (see
-            `cut_model`).
+        LightPeftError: the tokenizer is not a fast tokenizer of a type that can be cut, or has more tokens than the
+            model, or the model cannot be cut (see `cut_model`).
     """
-    needed = {token for row in rows for token in row} | config_tokens(model.config) | set(tokenizer.all_special_ids)
+    kept = kept_tokens(tokenizer, {token for row in rows for token in row} | config_tokens(model.config))
     size = model.config.get_text_config().vocab_size
-    vocabulary = Vocabulary(kept_tokens(tokenizer, needed), size)
+    lacking = f"the model has rows for {size} tokens, and the tokenizer a token {kept[-1]}"
+    require(kept[-1] < size, f"{lacking}; call model.resize_token_embeddings(len(tokenizer)) first")
+    vocabulary = Vocabulary(kept, size)
     small = cut_tokenizer(tokenizer, vocabulary)
     cut_model(model, vocabulary)
     return small

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 
 import lightpeft.peft_kinds.bottleneck  # noqa: F401 (so that PEFT knows the type)
 from lightpeft.errors import require
-from lightpeft.files import explain_content_errors, parse_json, read_text, write_text
+from lightpeft.files import explain_content_errors, foreign, write_text
 
 LIGHT_PEFT_TYPE = "LIGHT_PEFT: this adapter belongs to a pruned base; load it with lightpeft.load_light(folder)"
 CONFIG_NAME = "adapter_config.json"
@@ -26,7 +25,7 @@ _PEFT_CONFIG = "peft_config"
 
 def hide_config(folder: Path) -> None:
     """Rewrite the configuration that PEFT has written into a folder so that only `read_config` can read it."""
-    config = _read(folder)
+    config = foreign.read_config(folder / CONFIG_NAME)
     # transformers loads the base before PEFT reads the type
     shown = {"peft_type": LIGHT_PEFT_TYPE, "base_model_name_or_path": config["base_model_name_or_path"]}
     write_text(folder / CONFIG_NAME, json.dumps({**shown, _PEFT_CONFIG: config}, indent=2, sort_keys=True))
@@ -41,16 +40,9 @@ def read_config(folder: Path, light: bool = True) -> PeftConfig:
     Raises:
         LightPeftError: the file is missing or damaged, hidden although `light` is False, or has no known PEFT type.
     """
-    data = _read(folder)
+    data = foreign.read_config(folder / CONFIG_NAME)
     alone = f"{folder} holds a light adapter without its plan: lightpeft.json is missing; copy the whole folder"
     require(light or _PEFT_CONFIG not in data, alone)
     with explain_content_errors(folder / CONFIG_NAME):
         own = dict(data.get(_PEFT_CONFIG, data))
         return PEFT_TYPE_TO_CONFIG_MAPPING[own["peft_type"]].from_peft_type(**own)
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    file = folder / CONFIG_NAME
-    data = parse_json(read_text(file), file)
-    require(isinstance(data, dict), f"{file} does not hold a JSON object")
-    return data

@@ -64,7 +64,7 @@ class LoraSite(Site):
 
     @classmethod
     def refresh(cls, config: LoraConfig, layers: dict[str, LoraLayer], adapter: str) -> None:
-        config.target_modules, config.target_parameters = sorted(layers), None
+        config.target_parameters = None
         config.layers_to_transform = config.layers_pattern = None
         if config.init_lora_weights == "orthogonal":  # it would need even ranks when the adapter is loaded
             config.init_lora_weights = True

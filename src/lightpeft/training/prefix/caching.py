@@ -16,10 +16,10 @@ import numpy as np
 import psutil
 import torch
 from datasets import Dataset
-from rich.filesize import decimal
 from torch import Tensor
 
 from lightpeft.console import bars
+from lightpeft.console.progress import in_bytes
 from lightpeft.errors import LightPeftError
 from lightpeft.machine import autocasting, processes
 from lightpeft.models.batches import without_labels
@@ -112,13 +112,13 @@ def cache_prefix(
     room, where = _free_bytes(settings, folder)
     blocks = len(prefix.blocks)
     if size > min(room, settings.limit):
-        most = decimal(min(room, settings.limit))
-        announce(f"no prefix cache: it needs {decimal(size)} of {where}, and the limit is {most}")
+        most = in_bytes(min(room, settings.limit))
+        announce(f"no prefix cache: it needs {in_bytes(size)} of {where}, and the limit is {most}")
         return None
     file = None if settings.place == "memory" else folder / _FILE
     store = StateStore(caching.lengths, width, dtype, file)
     what = f"{blocks} frozen block{'s' * (blocks > 1)} computed once for {len(rows)} rows"
-    announce(f"prefix cache: {what}; their outputs take {decimal(size)} of {where}")
+    announce(f"prefix cache: {what}; their outputs take {in_bytes(size)} of {where}")
     try:
         caching.fill(store)
     except OSError as error:

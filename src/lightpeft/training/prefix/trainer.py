@@ -46,23 +46,29 @@ class TrainerPrefix:
         self._trainer, self._sharding = trainer, sharding
         self._prefix: FrozenPrefix | None = None
         self._cached: CachedRows | None = None
-        self._obstacle: str | None = None
-        """Reason why there is no cache although one is set; None: no reason."""
+        self._announced: str | None = None
+        """Announced reason why there is no cache although one is set."""
 
     def announce_obstacle(self) -> None:
         """Announce before training why there will be no cache, if there is a reason."""
-        self._obstacle = None
-        if self.cache is None or not FrozenPrefix(self._model):
-            return
-        rows, collator = self._rows, self._trainer.data_collator
+        self._announced = None
+        if self.cache is not None and FrozenPrefix(self._model):
+            self._has_obstacle()
+
+    def _has_obstacle(self) -> bool:
+        """Return whether something forbids a cache, and announce it once."""
+        reason = self._find_obstacle()
+        if reason is not None and reason != self._announced:
+            self.announce(f"no prefix cache: {reason}")
+        self._announced = reason
+        return reason is not None
+
+    def _find_obstacle(self) -> str | None:
         if self._sharding.fsdp or is_sharded(self._model):
-            self._obstacle = SHARDED
-        elif pace_of(self._trainer) is None:
-            self._obstacle = "the training dataset has no length"
-        else:
-            self._obstacle = may_change(collator) or obstacle(rows, collator)
-        if self._obstacle is not None:
-            self.announce(f"no prefix cache: {self._obstacle}")
+            return SHARDED
+        if pace_of(self._trainer) is None:
+            return "the training dataset has no length"
+        return may_change(self._trainer.data_collator) or obstacle(self._rows, self._trainer.data_collator)
 
     def open(self, steps: int) -> None:
         """Make the frozen blocks run without a graph and, if rows repeat within the steps, fill the cache.
@@ -76,12 +82,10 @@ class TrainerPrefix:
         self._prefix = FrozenPrefix(self._model)
         self._prefix.attach()
         args = self._trainer.args
-        if self.cache is None or self._obstacle is not None or not self._prefix:
+        pace = pace_of(self._trainer)
+        if self.cache is None or not self._prefix or (pace and steps * rows_per_step(args) <= pace.rows):
             return
-        if is_sharded(self._model):  # FSDP shards the model only when training begins, after `announce_obstacle`
-            self.announce(f"no prefix cache: {SHARDED}")
-            return
-        if steps * rows_per_step(args) <= len(self._trainer.train_dataset):
+        if self._has_obstacle():  # the cut may have frozen the first block only now, and FSDP shards only now
             return
         self._cached = cache_prefix(
             self._prefix,

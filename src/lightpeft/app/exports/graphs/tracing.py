@@ -62,7 +62,7 @@ def _example(
     Args:
         left: True to pad on the left, as for generation.
     """
-    classes = class_names("MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES", "A graph of a model").values()
+    classes = class_names("MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES", "A graph of a model")
     options = (_OPTIONS,) if type(model).__name__ in classes else ()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (_TRACED_ROWS, *options, _TRACED_LENGTH), generator=generator)

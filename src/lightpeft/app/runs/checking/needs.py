@@ -8,12 +8,12 @@ from typing import Any
 
 import psutil
 import torch
-from rich.filesize import decimal
 
 from lightpeft.app.runs.checking.models import check_in_memory
 from lightpeft.app.runs.checking.removal import expected_light, expected_removal
 from lightpeft.app.runs.checking.stages import Rehearsal
 from lightpeft.app.runs.workspace import Workspace
+from lightpeft.console.progress import in_bytes
 from lightpeft.machine import accelerator
 from lightpeft.profiling.rehearsal import Holding
 from lightpeft.profiling.surroundings import hardware
@@ -87,7 +87,7 @@ class Check:
             alone = f"weights and optimizer state take {(self.available - self.left) / 2**30:.1f} GiB"
             yield f"  {alone} at any batch size: set model.dtype, model.quantization or model.low_memory"
         if self.prefix_bytes:
-            yield f"the prefix cache takes {decimal(self.prefix_bytes)} (training.prefix_cache: memory, file or off)"
+            yield f"the prefix cache takes {in_bytes(self.prefix_bytes)} (training.prefix_cache: memory, file or off)"
         if "train" in self.stages:
             together = "estimation and training compute" if "estimate" in self.stages else "training computes"
             yield f"{together} {self.flops_of_plain:.2f} times the floating-point operations of plain PEFT"
