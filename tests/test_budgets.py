@@ -41,7 +41,7 @@ from lightpeft.budget.probes import Probe
 from lightpeft.budget.room import SEARCH_BUDGETS, SearchRoom, sizes_of, why_unmeasured
 from lightpeft.budget.search import BudgetSearch
 from lightpeft.budget.tolerance import cost_in_words, tolerance_in_words
-from lightpeft.config import Tolerance
+from lightpeft.config import Tolerance, load_config
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.prune_plan import PrunePlan
@@ -456,6 +456,11 @@ def whole(bench: Workbench) -> Path:
     return bench.folder / "whole"
 
 
+def test_an_estimation_has_no_plan_before_its_budget_is_found(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lightpeft("inspect", whole / "estimation") == 0
+    assert "PEFT modules" in capsys.readouterr().out
+
+
 def test_a_run_finds_its_budget(whole: Path) -> None:
     metrics, found = read(whole / "metrics.json"), read(whole / "budget.json")
     assert metrics["budget"]["blocks"] == found["blocks"]
@@ -693,6 +698,15 @@ def test_a_run_too_short_for_any_estimation_trains_all_the_same(
     again = tmp_path / "again"
     assert lightpeft("run", "--config", tmp_path / "usual/config.yaml", "--output", again) == 0
     assert comparable(again) == comparable(tmp_path / "usual")
+    assert lightpeft("plan", "--config", file, "--output", tmp_path / "usual") == 0, "the settings are still the same"
+    capsys.readouterr()
+    staged = tmp_path / "staged"
+    RunFolder.open(replace(load_config(file), output=str(staged))).begin()  # as `reproduce` does
+    for stage in ("estimate", "plan", "run"):
+        assert lightpeft(stage, "--config", file, "--output", staged) == 0
+        said = capsys.readouterr().err
+        assert ("nothing of the base is removed" in said) == (stage == "estimate") and "your loop" not in said
+    assert comparable(staged) == comparable(tmp_path / "usual")
     told = {**settings, "light": 0.6}
     file.write_text(yaml.safe_dump(told), encoding="utf-8")
     assert lightpeft("run", "--config", file, "--output", tmp_path / "told") == 2

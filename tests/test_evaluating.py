@@ -178,6 +178,7 @@ def test_a_task_of_one_s_own(bench: Workbench, tmp_path: Path, capsys: pytest.Ca
         (["bad", "good"], ["0", "1"], ["0", "1"]),
         (["bad", "good", "unsure"], ["Good", "Bad"], ["Bad", "Good", "unsure"]),
         (["0", "1", "2"], ["0", "2"], ["0", "1", "2"]),
+        (["May", "may", "Mai"], ["may", "May"], ["May", "may", "Mai"]),
     ],
 )
 def test_data_labels_in_the_order_of_the_model(classes: list[str], labels: list[str], order: list[str]) -> None:

@@ -17,7 +17,8 @@ from lanes import telling
 from llama_cpp import LlamaCpp
 from pieces import TEXTS, tokenizer_of_pieces
 from tiny import make, plan_for, refusal, relative_difference, with_lora
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerFast
 from workbench import Workbench, lightpeft, save_base, tokenizer_of_bytes
 
@@ -26,7 +27,7 @@ from lightpeft.adapters.merging import merged_copy
 from lightpeft.app.exports.exporting import EXPORTS
 from lightpeft.app.exports.gguf import architectures
 from lightpeft.app.exports.gguf.exporting import GgufFile
-from lightpeft.app.exports.gguf.vocabulary import pre_tokenizer_name
+from lightpeft.app.exports.gguf.vocabulary import add_vocabulary, pre_tokenizer_name
 from lightpeft.app.exports.gguf.writing import GgufType
 from lightpeft.app.runs import pipeline
 from lightpeft.models.all_weights import trained_weights
@@ -244,6 +245,18 @@ def test_what_a_file_says_of_its_tokens(tokenizer: PreTrainedTokenizerFast, tmp_
 )
 def test_other_tokenizers_are_refused(tokenizer: dict[str, Any], reason: str) -> None:
     assert reason in refusal(lambda: pre_tokenizer_name(tokenizer))
+
+
+def test_tokens_that_the_model_has_no_row_for(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    last = len(tokenizer) - 1
+    line = refusal(lambda: add_vocabulary(None, tokenizer, last, tmp_path))
+    assert f"a token {last}, and the model has rows for {last}" in line
+
+
+def test_pieces_of_another_kind_are_refused(tmp_path: Path) -> None:
+    pieces = Tokenizer(Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0, byte_fallback=True))
+    unigram = PreTrainedTokenizerFast(tokenizer_object=pieces)
+    assert "another kind" in refusal(lambda: add_vocabulary(None, unigram, 8, tmp_path))
 
 
 # -- what llama.cpp cannot hold ----------------------------------------------------------------------------------------

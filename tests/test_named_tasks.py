@@ -377,6 +377,7 @@ class TestOwnTasks:
             ({"metrics": ["acuracy"]}, "did you mean accuracy?"),
             ({"columns": {}, "convert": "arc"}, 'tasks.mine.convert: "arc" does not exist'),
             ({"prompt": "{text_pair}?"}, 'tasks.mine.prompt: "text_pair" does not exist; did you mean text?'),
+            ({"prompt": "{label}?"}, 'tasks.mine.prompt: "label" does not exist; choose one of text'),
             ({"prompt": "{txt}?"}, 'tasks.mine.prompt: "txt" does not exist; did you mean text?'),
         ],
     )

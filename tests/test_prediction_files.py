@@ -79,6 +79,13 @@ class TestPredictionFiles:
         assert written[0] == {"text": 'a, "b"', "input_label": 1, "n": 7, "label": "yes", "p_no": 0.25}
         assert [row["label"] for row in written] == ["yes", "no"]
 
+    def test_no_column_of_the_input_is_lost(self, tmp_path: Path) -> None:
+        """A file that was written before has both."""
+        rows = Dataset.from_dict({"text": ["a"], "input_label": ["right"], "label": ["wrong"]})
+        write_predictions(tmp_path / "out.jsonl", rows, {"label": ["no"]})
+        written = {"text": "a", "input_label": "right", "input_input_label": "wrong", "label": "no"}
+        assert json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8")) == written
+
     def test_unknown_suffix(self, tmp_path: Path) -> None:
         with pytest.raises(LightPeftError, match=r"\.csv or \.jsonl"):
             check_predictions_path(tmp_path / "out.xlsx")

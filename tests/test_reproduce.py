@@ -189,6 +189,11 @@ def test_settings_come_from_run_model_task_and_method_in_that_order(tmp_path: Pa
         ({"method": ["lora"]}, "unknown key method; did you mean methods?"),
         ({"methods": ["light-lorra"]}, "unknown method light-lorra; did you mean light-lora?"),
         ({"methods": {"mine": {"from": "nothing"}}}, "methods.mine.from is 'nothing', not a known method"),
+        ({"methods": [1]}, "unknown method 1; known methods: full, lora"),
+        (
+            {"methods": {"mine": {"from": "random", "light": {"remove": {"blocks": "auto"}}}}},
+            "cell tiny/words/mine/0: light.remove.blocks is auto",
+        ),
         ({"methods": []}, "methods is empty or missing"),
         ({"methods": ["lora", "lora"]}, "methods has a name twice"),
         ({"methods": {"a b": {"light": {}}, "a_b": {"light": {}}}}, "folder would be a_b; rename one"),
@@ -229,6 +234,7 @@ def test_a_part_of_the_cells(tmp_path: Path) -> None:
     for only, message in (
         ("method=lor", "unknown method lor; did you mean lora?"),
         ("lora", "give one of model, task"),
+        ("seed=7", "unknown seed 7; known seeds: 0, 1, 2"),
     ):
         with pytest.raises(LightPeftError, match=message.replace("?", r"\?")):
             selected(cells, [only])

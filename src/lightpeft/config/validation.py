@@ -144,18 +144,19 @@ def _inner_names(cls: Any, prefix: str = "") -> Iterator[str]:
             yield from _inner_names(hint, f"{prefix}{name}.")
 
 
-def unknown_key(key: str, known: list[str], inner: Iterable[str] = ()) -> str:
+def unknown_key(key: str, known: list[str], inner: Iterable[str] = (), noun: str = "key") -> str:
     """Return the error message about an unknown key, with the nearest known key.
 
     Args:
         known: the keys that are allowed.
         inner: dotted names of settings below these keys, which may be meant as well.
+        noun: name of such keys in the message.
     """
     key = key if len(key) <= _short.maxstring else f"{key[: _short.maxstring]}..."
     own = key.rpartition(".")[2]
     meant = next((name for name in inner if name.rpartition(".")[2] == own), None) or nearest(key, known)
-    hint = f"; did you mean {meant}?" if meant else f"; known keys: {', '.join(known)}"
-    return f"unknown key {key}{hint}"
+    hint = f"; did you mean {meant}?" if meant else f"; known {noun}s: {', '.join(known)}"
+    return f"unknown {noun} {key}{hint}"
 
 
 @dataclasses.dataclass(frozen=True)

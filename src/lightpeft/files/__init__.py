@@ -16,6 +16,7 @@ from lightpeft.files.reading import (
 )
 from lightpeft.files.writing import (
     append_line,
+    check_no_folder,
     check_vacant,
     clean,
     is_own_file,
@@ -33,6 +34,7 @@ __all__ = [
     "append_line",
     "check_file",
     "check_free",
+    "check_no_folder",
     "check_sealed",
     "check_vacant",
     "clean",

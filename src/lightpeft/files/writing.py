@@ -44,6 +44,19 @@ def check_vacant(folder: Path, *, replaceable: bool, overwrite: bool) -> None:
     require(empty or (overwrite and replaceable), f"{folder} is not empty; give {instead}")
 
 
+def check_no_folder(path: str | Path | None, what: str) -> None:
+    """Check that a file can take the place of `path`; call it before the work.
+
+    Args:
+        path: the file to be written; None: none.
+        what: name of the file in the error message.
+
+    Raises:
+        LightPeftError: there is a folder.
+    """
+    require(path is None or not Path(path).is_dir(), f"{what} {path} is a folder; give a file")
+
+
 def write_json(path: str | Path, data: Mapping[str, Any], depth: int | None = None) -> None:
     """Write `data` as JSON with the schema version and a checksum; it replaces `path` when it is complete.
 

@@ -99,8 +99,9 @@ def _estimation(folder: Path) -> list[Table]:
         "base parameters": record.base_parameters,
     }
     facts = facts_table(found, f"estimation {folder}")
-    if not is_run(folder.parent):
+    light = RunFolder.at(folder.parent).config.light if is_run(folder.parent) else None
+    if light is None or light.is_auto:
         return [facts]
-    plan = plan_table(make_plan(record, RunFolder.at(folder.parent).config.light))
+    plan = plan_table(make_plan(record, light))
     plan.title, plan.title_justify = "plan by the budget of the run", "left"
     return [facts, plan]

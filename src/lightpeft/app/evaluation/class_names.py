@@ -18,8 +18,8 @@ SHOWN_LABELS = 5
 def class_order(classes: Sequence[str], labels: Sequence[str], name: str) -> list[str]:
     """Return the data's labels in the order of a model's classes.
 
-    Names are compared case-insensitively. Default class names (LABEL_0, ...), and labels that are numbers from 0, keep
-    their order.
+    Names that differ are compared without case. Default class names (LABEL_0, ...), and labels that are numbers from 0,
+    keep their order.
 
     Args:
         classes: class names of the model.
@@ -29,6 +29,8 @@ def class_order(classes: Sequence[str], labels: Sequence[str], name: str) -> lis
     Raises:
         LightPeftError: the names differ.
     """
+    if set(labels) <= set(classes):
+        return list(classes)
     spelled = {label.casefold(): label for label in labels}
     if spelled.keys() <= {name.casefold() for name in classes}:
         return [spelled.get(name.casefold(), name) for name in classes]

@@ -25,7 +25,7 @@ from lightpeft.app.folders.forms import Found, Wanted
 from lightpeft.app.folders.opening import find_model
 from lightpeft.app.tasks.answers import Answers, MeanMetric
 from lightpeft.errors import LightPeftError, nearest, one_line, require
-from lightpeft.files import write_json
+from lightpeft.files import check_no_folder, write_json
 from lightpeft.models.task_heads import CAUSAL_LM, is_decoder
 from lightpeft.models.unwrap import transformers_model
 
@@ -108,6 +108,7 @@ def evaluate_harness(
         ```
     """
     check_batch_size(batch_size)
+    check_no_folder(json, "--json")
     given = dict(settings or {})
     found = [find_model(each, base, given.get("model")) for each in (name, other) if each is not None]
     wanted = Wanted("tasks of lm-evaluation-harness", CAUSAL_LM)

@@ -126,7 +126,8 @@ def majority_answers(answers: Answers) -> Answers | None:
 def majority_score(answers: Answers, task: Task) -> Metrics:
     """Return the main metric of the majority baseline on the same examples; empty without references."""
     constant, name = majority_answers(answers), task.main_metric
-    return {} if constant is None else {name: task.score(constant)[name]}
+    scores = {} if constant is None else task.score(constant)
+    return {name: scores[name]} if name in scores else {}
 
 
 def _one_of(reference: Any) -> Any:
@@ -232,7 +233,7 @@ def doubts_of_run(watcher: Watcher, milestones: Mapping[str, Metrics]) -> Iterat
     cut, (what, less) = milestones.get(moment, {}), _CUTS[moment]
     left = min(cut.get("loss", 0), end.get("loss", 0)) > (1 + RAISED_LOSS) * before.get("loss", math.inf)
     if (
-        left and _gain(name, before[name], end[name]) <= 0
+        left and name in end and _gain(name, before[name], end[name]) <= 0
     ):  # a better metric at a higher loss: fewer but more confident mistakes
         losses = f"from {before['loss']:.4f} to {cut['loss']:.4f}, and training left it at {end['loss']:.4f}"
         yield f"{what} raised the loss on {examples} {losses}; {less}, or train longer (training.epochs)"

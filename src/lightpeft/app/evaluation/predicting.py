@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lightpeft.app.evaluation.batching import check_batch_size
 from lightpeft.app.evaluation.prediction_files import check_predictions_path, write_predictions
 from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.folders.forms import Found, Wanted
@@ -67,7 +68,7 @@ def predict(
         predict("out/run", "new.csv", "answers.csv")  # columns of new.csv, label, and p_<label> of each label
         ```
     """
-    require(batch_size is None or batch_size >= 1, f"batch_size is {batch_size}; it must be at least 1")
+    check_batch_size(batch_size)
     require(
         (source is None) != (example is None),
         "predict needs either a file (- for standard input) or an example; give one of them",
@@ -137,7 +138,7 @@ def _restore_trained_task(found: Found, columns: dict[str, str | None], answer_t
     )
     task = restore_task(found.facts)
     given = {name: column for name, column in columns.items() if column is not None}
-    allowed = (*task.columns, *task.optional)
+    allowed = () if task.entry.convert else (*task.columns, *task.optional)
     for name in given:
         require(name in allowed, f"{name}: task {task.config.task} has no such column; leave it out")
     task.entry = replace(task.entry, columns={**task.entry.columns, **given})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,7 +12,7 @@ import pandas as pd
 from datasets import Dataset
 
 from lightpeft.errors import require
-from lightpeft.files import replacing
+from lightpeft.files import check_no_folder, replacing
 
 
 def write_predictions(path: Path | None, rows: Dataset, columns: Mapping[str, Sequence[Any]]) -> None:
@@ -26,7 +26,8 @@ def write_predictions(path: Path | None, rows: Dataset, columns: Mapping[str, Se
     Raises:
         LightPeftError: the suffix is another one, or the file cannot be written.
     """
-    given = {f"input_{name}" if name in columns else name: rows[name][:] for name in rows.column_names}
+    taken = {*columns, *rows.column_names}
+    given = {_free_name(name, taken) if name in columns else name: rows[name][:] for name in rows.column_names}
     table = pd.DataFrame({**given, **columns}, dtype=object)
     if path is None:
         _write_csv(table, sys.stdout)
@@ -40,11 +41,16 @@ def write_predictions(path: Path | None, rows: Dataset, columns: Mapping[str, Se
             table.to_json(file, orient="records", **options)
 
 
+def _free_name(name: str, taken: Set[str]) -> str:
+    """Return a name with as many `input_` before it as it takes to be a new one."""
+    return _free_name(f"input_{name}", taken) if name in taken else name
+
+
 def check_predictions_path(path: Path) -> None:
     """Raise `LightPeftError` unless predictions can be written to `path`; call it before the work."""
     fits = path.suffix.lower() in (".csv", ".jsonl")
     require(fits, f'predictions file "{path}" has an unknown suffix; use .csv or .jsonl')
-    require(not path.is_dir(), f"predictions file {path} is a folder; give another name")
+    check_no_folder(path, "predictions file")
 
 
 def _write_csv(table: pd.DataFrame, file: TextIO) -> None:

@@ -27,7 +27,7 @@ from lightpeft.app.tasks.loading import load_task, run_settings
 from lightpeft.app.tasks.tokens import check_max_length, check_tokens
 from lightpeft.config import RunConfig, merge_settings, run_config_from_dict
 from lightpeft.errors import require
-from lightpeft.files import write_json
+from lightpeft.files import check_no_folder, write_json
 from lightpeft.machine import autocast_dtype
 from lightpeft.models.families.family_table import max_positions
 from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token
@@ -95,6 +95,7 @@ def evaluate_model(
         ```
     """
     check_batch_size(batch_size)
+    check_no_folder(json, "--json")
     if predictions is not None:
         check_predictions_path(Path(predictions))
     given = dict(settings or {})

@@ -37,6 +37,7 @@ _RESULTS = (
     "checkpoints",
     "log.jsonl",
     "report.html",
+    "tensorboard",
 )
 """All files and folders of a run except its config; later results first."""
 
@@ -175,7 +176,7 @@ class RunFolder:
 
     @property
     def curve(self) -> Path:
-        """File with the expected cost of each budget; a plot of the same name is beside it."""
+        """File with the expected cost of each budget."""
         return self.path / "curve.json"
 
     @property

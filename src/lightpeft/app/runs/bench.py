@@ -20,7 +20,7 @@ from lightpeft.app.runs.workspace import Workspace, prepare
 from lightpeft.config import RunConfig
 from lightpeft.console.progress import StepProgress, duration, print_line
 from lightpeft.errors import require
-from lightpeft.files import write_json
+from lightpeft.files import check_no_folder, write_json
 from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.profiling.comparing import in_rounds, ratio, summarize
 from lightpeft.profiling.surroundings import hardware
@@ -60,7 +60,7 @@ def bench(
     """
     require(rounds >= 1 and steps >= 1, f"--rounds {rounds} and --steps {steps} must be at least 1")
     require(max(rounds, steps) <= _LIMIT, f"--rounds {rounds} and --steps {steps} must be at most {_LIMIT:,}")
-    require(json is None or not Path(json).is_dir(), f"--json {json} is a folder; give a file")
+    check_no_folder(json, "--json")
     in_memory = "bench supports models in memory only; set model.low_memory to false"
     require(not config.model.low_memory, in_memory)
     config = replace(config, method="light")

@@ -146,10 +146,11 @@ def _write_unscored(work: Workspace) -> None:
     started, model = time.perf_counter(), _with_peft(work)
     with PeakMemory(model) as memory:
         pruner = EarlyPruner(model, work.config.light)
-        pruner.start(work.steps)
+        pruner.estimator.start(work.steps)
         record = pruner.record()
         pruner.estimator.stop()
     with work.run.held():
+        work.announce_settings()
         seconds = time.perf_counter() - started
         leave_estimation(work, model, record, StageCost(seconds, 0.0, memory.bytes, memory.method, 0))
 

@@ -15,10 +15,11 @@ def _check(given: dict[str, Any], memory: float | None = None, json: str | None 
     from lightpeft.app.runs.checking import check
     from lightpeft.app.runs.pipeline import prepare
     from lightpeft.errors import require
-    from lightpeft.files import write_json
+    from lightpeft.files import check_no_folder, write_json
 
     if memory is not None:
         require(0 < memory < 2**20, f"--memory: {memory:g} GiB is out of range; give a number above 0")
+    check_no_folder(json, "--json")
     available = None if memory is None else int(memory * 2**30)
     found = check(prepare(run_config(given), overwrite=True), available)
     screen.print(needs_table(found))

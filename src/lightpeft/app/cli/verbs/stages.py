@@ -77,8 +77,7 @@ def _plan(given: dict[str, Any], estimation: str | None = None, curve: bool = Fa
     if curve:
         _show_curve(config, rows)
     else:
-        measured = config.light.is_auto and not run.has("prune")
-        screen.print(plan_table(pipeline.plan(pipeline.prepare(config, replan=True) if measured else run)))
+        screen.print(plan_table(pipeline.plan(pipeline.prepare(config, replan=True) if config.light.is_auto else run)))
 
 
 def _show_curve(config: RunConfig, rows: int | None) -> None:

@@ -42,7 +42,7 @@ def add_vocabulary(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int, f
         folder: folder for temporary files.
 
     Raises:
-        LightPeftError: the kind of tokenizer is not supported.
+        LightPeftError: the kind of tokenizer is not supported, or it has more tokens than the model.
     """
     from gguf import SpecialVocab
 
@@ -50,17 +50,20 @@ def add_vocabulary(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int, f
     file = folder / "tokenizer.json"
     require(file.is_file(), "the tokenizer has no tokenizer.json, which GGUF export needs; use a fast tokenizer")
     found = json.loads(file.read_text(encoding="utf-8"))
-    pieces = bool(found["model"].get("byte_fallback"))
-    names, types = _tokens(found, size)
+    pieces = found["model"]["type"] == "BPE" and bool(found["model"].get("byte_fallback"))
     if pieces:
         _check_pieces(found)
+    else:
+        words = pre_tokenizer_name(found)
+    names, types = _tokens(found, size)
+    if pieces:
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(_scores(found, names))
         writer.add_add_space_prefix(tokenizer.tokenize("a")[0].startswith(_SPACE))
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(pre_tokenizer_name(found))
+        writer.add_tokenizer_pre(words)
     writer.add_token_list(names)
     writer.add_token_types(types)
     special = SpecialVocab(folder, load_merges=not pieces, n_vocab=size)
@@ -129,6 +132,9 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
 
 
 def _tokens(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
+    last = max([*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer.get("added_tokens", []))])
+    rows = f"the tokenizer has a token {last}, and the model has rows for {size} tokens"
+    require(last < size, f"{rows}; call model.resize_token_embeddings(len(tokenizer)) before training")
     names, types = [f"[PAD{number}]" for number in range(size)], [_UNUSED] * size
     fallback = bool(tokenizer["model"].get("byte_fallback"))
     for name, number in tokenizer["model"]["vocab"].items():

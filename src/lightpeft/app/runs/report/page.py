@@ -18,7 +18,7 @@ from lightpeft.config import RunConfig
 from lightpeft.console.progress import exact_duration as duration
 from lightpeft.console.progress import in_bytes as size
 from lightpeft.errors import require
-from lightpeft.files import explain_content_errors, read_text, write_text
+from lightpeft.files import check_no_folder, explain_content_errors, read_text, write_text
 from lightpeft.profiling.surroundings import versions
 from lightpeft.saving.picture import UNITS
 
@@ -52,7 +52,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
 
 
 def _check_replaceable(file: Path) -> None:
-    require(not file.is_dir(), f"output {file} is a folder; give a file")
+    check_no_folder(file, "output")
     if file.exists():
         known = _GENERATOR in read_text(file, _PAGE_LIMIT)[:500]
         require(known, f"output {file} exists and is not a report of lightpeft; give another file")

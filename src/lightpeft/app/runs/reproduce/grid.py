@@ -101,9 +101,9 @@ class Grid:
             config = run_config_from_dict({**data, "seed": seed, "output": str(folder)})
             find_entry(config.data, config.tasks)
             check_peft_settings(config)
+            return self.arms[method].config(config)
         except LightPeftError as error:
             raise LightPeftError(f"{self.name}: cell {cell_name(model, task, method, seed)}: {error}") from error
-        return self.arms[method].config(config)
 
 
 def slug(name: str) -> str:
@@ -188,7 +188,7 @@ def _read_seeds(path: Path, given: Any) -> list[int]:
 def _read_arm(path: Path, name: str, settings: dict[str, Any]) -> Arm:
     """Read a method: a known one, or a variant of a known one with other settings."""
     if name not in ARMS and not settings:
-        raise LightPeftError(f"{path}: {unknown_key(name, list(ARMS)).replace('key', 'method', 1)}")
+        raise LightPeftError(f"{path}: {unknown_key(name, list(ARMS), noun='method')}")
     start = settings.pop(FROM, name if name in ARMS else START)
     known = isinstance(start, str) and start in ARMS
     require(
@@ -213,6 +213,6 @@ def selected(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
         require(bool(equals) and axis in AXES, f'--only {condition}: give one of {", ".join(AXES)} as in "method=lora"')
         values = {str(getattr(cell, axis)): None for cell in cells}
         if value not in values:
-            raise LightPeftError(f"--only {condition}: {unknown_key(value, list(values)).replace('key', axis, 1)}")
+            raise LightPeftError(f"--only {condition}: {unknown_key(value, list(values), noun=axis)}")
         wanted.setdefault(axis, set()).add(value)
     return [cell for cell in cells if all(str(getattr(cell, axis)) in some for axis, some in wanted.items())]

@@ -74,8 +74,9 @@ def check_entry(entry: TaskEntry) -> None:
         _check_known(entry.convert, CONVERTERS, f"{where}.convert")
     _check_columns(entry.kind, entry.columns, where)
     columns = tuple(kind.sources(entry.columns)) if entry.columns else (*kind.columns, *kind.optional)
+    asked = tuple(column for column in columns if column not in kind.targets)
     for column in template_columns(entry.prompt or ""):
-        _check_known(column, columns, f"{where}.prompt")
+        _check_known(column, asked, f"{where}.prompt")
 
 
 def _check_columns(kind: str, named: Mapping[str, str], where: str) -> None:

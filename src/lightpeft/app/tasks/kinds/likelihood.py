@@ -22,7 +22,7 @@ from lightpeft.app.tasks.metrics import accuracy, rename_values
 from lightpeft.app.tasks.respondent import Respondent, token_sums
 from lightpeft.app.tasks.tokens import Collator, in_chunks
 from lightpeft.config import LikelihoodRule
-from lightpeft.errors import require
+from lightpeft.errors import LightPeftError, require
 from lightpeft.models.batches import IGNORED
 from lightpeft.models.task_heads import CAUSAL_LM, TaskHead
 
@@ -120,7 +120,11 @@ class LikelihoodTask(OptionsTask):
         names = list(columns)
         for values in zip(*columns.values(), strict=True):
             row = dict(zip(names, values, strict=True))
-            prompt = row.get("prompt") or self.prompt(row).format_map(row)
+            try:
+                prompt = row.get("prompt") or self.prompt(row).format_map(row)
+            except KeyError as error:
+                lacking = f"the prompt of task {self.config.task} names the column {error}, which the rows do not have"
+                raise LightPeftError(f"{lacking}; name it in columns, or leave it out of the prompt") from error
             options, ending = self.options(row), row.get("ending")
             if ending:
                 yield Scored([f"{prompt} {option}" for option in options], [f" {ending}"] * len(options))

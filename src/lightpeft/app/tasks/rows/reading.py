@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,13 +41,18 @@ def read_rows(source: str, what: str) -> Dataset:
         LightPeftError: the source is missing, empty, malformed or of unknown type, or the hub cannot be reached.
     """
     require(source, f"{what} is not set; give a {_suffixes()} file or the name of a hub data set")
-    path = Path(source).expanduser()
+    path = local_path(source)
     return read_file(path, what) if is_local(source) else read_hub(source, what)
+
+
+def local_path(source: str) -> Path:
+    """Return a path, with the home folder for `~`; `~name` of an unknown user stays, and names no file."""
+    return Path(os.path.expanduser(source))  # noqa: PTH111 (Path.expanduser raises for an unknown user)
 
 
 def is_local(source: str) -> bool:
     """Return True if `source` is the path of a file (existing or not), not the name of a hub data set."""
-    path = Path(source).expanduser()
+    path = local_path(source)
     looks_like_file = path.is_absolute() or source.startswith((".", "~")) or FILE_SUFFIX.fullmatch(path.suffix)
     return path.exists() or bool(looks_like_file) or HUB_NAME.fullmatch(source) is None
 

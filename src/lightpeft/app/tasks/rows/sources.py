@@ -13,6 +13,7 @@ from lightpeft.app.tasks.rows.reading import (
     READERS,
     HubNotReachedError,
     is_local,
+    local_path,
     read_file,
     read_hub,
     read_rows,
@@ -68,7 +69,7 @@ def read_splits(entry: TaskEntry, config: DataConfig, train: bool = True) -> Spl
         path is not None or entry.hub is not None,
         "no test rows are given; set --data.test to a file, or --data.task to a task with its own data",
     )
-    return _read_hub_splits(entry, train) if path is None else _read_folder(Path(path).expanduser(), entry, train)
+    return _read_hub_splits(entry, train) if path is None else _read_folder(local_path(path), entry, train)
 
 
 def hub_rows(entry: TaskEntry, config: DataConfig) -> dict[str, str]:
