@@ -14,9 +14,14 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
+from datasets import Dataset
+from torch import nn
 
+from lightpeft.app.evaluation.respondent import BatchedModel
+from lightpeft.app.evaluation.scores import values_of
 from lightpeft.app.tasks.entries.task_entries import ENTRIES
 from lightpeft.app.tasks.kinds.base import Task
+from lightpeft.app.tasks.tokens import Collator
 
 WORDS = tuple(f"word{index}" for index in range(12))
 TELLING = ("red", "green", "blue", "black", "white")
@@ -292,3 +297,8 @@ def write_rows(path: Path, rows: list[Row]) -> Path:
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def evaluate(model: nn.Module, encoded: Dataset, task: Task, collator: Collator, batch_size: int) -> dict[str, float]:
+    """The metrics of a model on encoded test rows."""
+    return values_of(task.answer(BatchedModel(model, collator, batch_size), encoded), task)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from datasets import Dataset
-from layouts import cut_to
+from layouts import cut_to, evaluate
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from lightpeft.app.evaluation.respondent import BatchedModel
-from lightpeft.app.evaluation.scores import evaluate
 from lightpeft.app.tasks.kinds.causal import CausalLMTask
 from lightpeft.app.tasks.kinds.classification import ClassificationTask
 from lightpeft.app.tasks.respondent import finite_logits

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from layouts import cut_to
+from layouts import cut_to, evaluate
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
@@ -23,7 +23,6 @@ from transformers import (
 )
 
 from lightpeft.app.evaluation.respondent import BatchedModel
-from lightpeft.app.evaluation.scores import evaluate
 from lightpeft.app.tasks.kinds.classification import ClassificationByLikelihood
 from lightpeft.app.tasks.kinds.likelihood import ACCURACIES, LikelihoodTask, encode_pairs
 from lightpeft.app.tasks.kinds.multiple_choice import MultipleChoiceByLikelihood, MultipleChoiceTask

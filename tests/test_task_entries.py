@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 from lanes import telling
-from layouts import LAYOUTS, TELLING, WORDS, write_task
+from layouts import LAYOUTS, TELLING, WORDS, evaluate, write_task
 from lights import nested
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from lightpeft.adapters.light_adapter import load_light
-from lightpeft.app.evaluation.scores import evaluate
 from lightpeft.app.runs import pipeline
 from lightpeft.app.tasks.entries.task_entries import ENTRIES
 from lightpeft.app.tasks.kinds.base import Task

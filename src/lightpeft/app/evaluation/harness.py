@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightpeft.app.evaluation.batching import check_batch_size
 from lightpeft.app.evaluation.statistics import LEVEL, Interval, bootstrap_intervals, compare_as_data
-from lightpeft.app.folders.forms import Found, Wanted
+from lightpeft.app.folders.forms import Wanted
 from lightpeft.app.folders.opening import find_model
 from lightpeft.app.tasks.answers import Answers, MeanMetric
 from lightpeft.errors import LightPeftError, nearest, one_line, require
@@ -78,7 +78,6 @@ def evaluate_harness(
     other: str | None = None,
     json: str | Path | None = None,
     batch_size: int | None = None,
-    seed: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
     """Evaluate a language model on tasks of lm-evaluation-harness, alone or against a second model.
@@ -91,7 +90,6 @@ def evaluate_harness(
         other: a second model, evaluated on the same documents.
         json: file to write the report to.
         batch_size: requests per forward pass; None: on an accelerator the most that fit, else 8.
-        seed: seed of solved examples and bootstrap.
         options: include_path, num_fewshot and limit of `run_harness`.
 
     Returns:
@@ -116,24 +114,21 @@ def evaluate_harness(
         each.check(wanted)
         refusal = f"lm-evaluation-harness needs a causal language model, and {each.name} is a {each.config.model_type}"
         require(is_decoder(each.config), refusal)
-    scores = [_score_in_harness(each, wanted, tasks, batch_size=batch_size, seed=seed, **options) for each in found]
+    options["batch_size"] = batch_size
+    scores = [run_harness(each.open(wanted), each.tokenizer(), tasks, **options) for each in found]
     report: dict[str, Any] = {
         role: {"name": each.name, "kind": each.kind, "tasks": {task: entry.to_dict() for task, entry in of.items()}}
         for role, each, of in zip(("model", "other"), found, scores, strict=False)
     }
     if len(scores) == 2:
         report["comparison"] = {
-            task: compare_as_data(entry.answers, scores[1][task].answers, DOCUMENT_MEANS, seed=seed)
+            task: compare_as_data(entry.answers, scores[1][task].answers, DOCUMENT_MEANS)
             for task, entry in scores[0].items()
             if len(entry.answers)
         }
     if json is not None:
         write_json(json, report)
     return report
-
-
-def _score_in_harness(found: Found, wanted: Wanted, tasks: Sequence[str], **options: Any) -> dict[str, HarnessScores]:
-    return run_harness(found.open(wanted), found.tokenizer(), tasks, **options)
 
 
 def run_harness(
@@ -145,7 +140,6 @@ def run_harness(
     num_fewshot: int | None = None,
     limit: float | None = None,
     batch_size: int | None = None,
-    seed: int = 0,
 ) -> dict[str, HarnessScores]:
     """Evaluate a live model, pruned or dense, on tasks of lm-evaluation-harness.
 
@@ -157,7 +151,6 @@ def run_harness(
         num_fewshot: solved examples in the prompt; None: what each task says.
         limit: most documents per task or, below 1, their share; None: all.
         batch_size: requests per forward pass; None: on an accelerator the most that fit, else 8.
-        seed: seed of the choice of solved examples.
 
     Returns:
         Name of a task, or of a group with metrics of its own -> its scores.
@@ -190,10 +183,10 @@ def run_harness(
         num_fewshot=num_fewshot,
         limit=limit,
         bootstrap_iters=0 if limit == 1 else 1000,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
+        random_seed=0,
+        numpy_random_seed=0,
+        torch_random_seed=0,
+        fewshot_random_seed=0,
     )
     assert report is not None
     scores = {name: _task_scores(report, name) for name in report["samples"]}

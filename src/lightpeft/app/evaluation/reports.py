@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from sklearn.metrics import classification_report
 
 from lightpeft.app.evaluation.batching import check_batch_size
@@ -64,7 +63,6 @@ def evaluate_model(
     predictions: str | Path | None = None,
     json: str | Path | None = None,
     batch_size: int | None = None,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Evaluate a model on the rows of a task, alone or against a second model.
 
@@ -79,7 +77,6 @@ def evaluate_model(
         predictions: .csv or .jsonl file to write, one row per example.
         json: file to write the report to.
         batch_size: rows per forward pass; None: the default of the device.
-        seed: seed of the bootstrap.
 
     Returns:
         The report: task, examples, majority_baseline (its main metric), and model (name, kind, metrics, intervals,
@@ -107,7 +104,7 @@ def evaluate_model(
     require(not per_class or task.labels, f"per_class: task {task.config.task} has no classes; leave it out")
     autocast = autocast_dtype(config.training)
     measured = [_measure(each, of, batch_size, autocast) for each, of in zip(found, tasks, strict=True)]
-    report = _report(measured, per_class, seed)
+    report = _report(measured, per_class)
     if predictions is not None:
         write_predictions(Path(predictions), task.test, _predictions(measured[0]))
     if json is not None:
@@ -158,7 +155,7 @@ def _measure(found: Found, task: Task, batch_size: int | None, autocast: torch.d
     tokenizer = found.tokenizer()
     check_vocabulary(tokenizer, found.config)
     check_max_length(task.config.max_length, max_positions(found.config), tokenizer)
-    encoded = {prefix: task.encode_test(rows, tokenizer) for prefix, rows in _splits(task)}
+    encoded = {prefix: task.encode_test(rows, tokenizer) for prefix, rows in {"": task.test, **task.more_tests}.items()}
     for rows in encoded.values():
         check_tokens(rows, found.config, "the test rows", tokenizer)
     model = found.open(Wanted.of(task))
@@ -169,30 +166,25 @@ def _measure(found: Found, task: Task, batch_size: int | None, autocast: torch.d
     return MeasuredModel(found, task, outcomes, parameter_report(model))
 
 
-def _splits(task: Task) -> Iterator[tuple[str, Dataset]]:
-    yield "", task.test
-    yield from task.more_tests.items()
-
-
-def _report(measured: Sequence[MeasuredModel], per_class: bool, seed: int) -> dict[str, Any]:
+def _report(measured: Sequence[MeasuredModel], per_class: bool) -> dict[str, Any]:
     first = measured[0]
     report = {
         "task": first.task.config.task,
         "examples": len(first.answers()),
         "majority_baseline": majority_score(first.answers(), first.task),
-        "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "seed": seed},
-        "model": _model_report(first, seed),
+        "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "seed": 0},
+        "model": _model_report(first),
     }
     if per_class:
         report["classes"] = by_class(first.answers(), first.task.labels)
     if len(measured) == 2:
-        report["other"] = _model_report(measured[1], seed)
-        report["comparison"] = _comparison(first, measured[1], seed)
+        report["other"] = _model_report(measured[1])
+        report["comparison"] = _comparison(first, measured[1])
     return report
 
 
-def _model_report(measured: MeasuredModel, seed: int) -> dict[str, Any]:
-    scores = scores_of(measured.outcomes, measured.task, seed)
+def _model_report(measured: MeasuredModel) -> dict[str, Any]:
+    scores = scores_of(measured.outcomes, measured.task)
     interval = scores.intervals.get(measured.task.main_metric)
     return {
         "name": measured.found.name,
@@ -203,13 +195,13 @@ def _model_report(measured: MeasuredModel, seed: int) -> dict[str, Any]:
     }
 
 
-def _comparison(first: MeasuredModel, second: MeasuredModel, seed: int) -> dict[str, Any]:
+def _comparison(first: MeasuredModel, second: MeasuredModel) -> dict[str, Any]:
     order = list(dict.fromkeys([*first.task.labels, *second.task.labels]))
     result: dict[str, Any] = {}
     for prefix in first.outcomes:
         one, other = (renumber_classes(each.answers(prefix), each.task.labels, order) for each in (first, second))
         metrics: list[Metric] = [*first.task.measures, _shared_scores(one, other)]
-        result |= add_prefix(prefix, compare_as_data(one, other, *metrics, seed=seed))
+        result |= add_prefix(prefix, compare_as_data(one, other, *metrics))
     return result
 
 

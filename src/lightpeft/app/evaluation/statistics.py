@@ -70,7 +70,7 @@ def bootstrap_intervals(
 
 
 def compare(
-    first: Answers, second: Answers, *metrics: Metric, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
+    first: Answers, second: Answers, *metrics: Metric, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Comparison]:
     """Test if two models differ in metrics, on the same examples.
 
@@ -84,7 +84,6 @@ def compare(
         second: answers of the other model, to the same examples in the same order.
         metrics: metrics to compare.
         resamples: number of resamples.
-        level: confidence level of the intervals, in (0, 1).
         seed: seed of the draws.
 
     Returns:
@@ -97,19 +96,17 @@ def compare(
     require(same, "the references of the two models differ; compare models on the same examples")
     comparisons: dict[str, Comparison] = {}
     for metric in metrics:
-        comparisons |= _compare_metric(
-            first, second, metric, _resample([first, second], metric, resamples, seed), level
-        )
+        comparisons |= _compare_metric(first, second, metric, _resample([first, second], metric, resamples, seed))
     return comparisons
 
 
-def compare_as_data(first: Answers, second: Answers, *metrics: Metric, seed: int = 0) -> dict[str, dict[str, Any]]:
+def compare_as_data(first: Answers, second: Answers, *metrics: Metric) -> dict[str, dict[str, Any]]:
     """Return what `compare` finds as plain data, for JSON: name of every value -> fields of `Comparison`."""
-    return {name: asdict(found) for name, found in compare(first, second, *metrics, seed=seed).items()}
+    return {name: asdict(found) for name, found in compare(first, second, *metrics).items()}
 
 
 def _compare_metric(
-    first: Answers, second: Answers, metric: Metric, values: list[dict[str, np.ndarray]], level: float
+    first: Answers, second: Answers, metric: Metric, values: list[dict[str, np.ndarray]]
 ) -> dict[str, Comparison]:
     """Return the comparisons of one metric; `values` holds its resampled values for both models."""
     before, after, exact = metric(first), metric(second), _mcnemar(first, second, metric)
@@ -121,7 +118,7 @@ def _compare_metric(
             before[name],
             after[name],
             after[name] - before[name],
-            percentile_interval(differences, level),
+            percentile_interval(differences, LEVEL),
             exact[name] if name in exact else _bootstrap_p(differences),
             test,
         )

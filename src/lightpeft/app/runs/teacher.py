@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import time
@@ -87,9 +86,8 @@ class RunTeacher:
         except LightPeftError as error:
             raise LightPeftError(f"training.teacher: {error}") from error
         limits = (found.facts.get("max_length", task.config.max_length), max_positions(found.config))
-        own = copy.copy(task)
-        own.config = replace(task.config, max_length=min(limit for limit in limits if limit))
-        return cls(found, own, rows)
+        shorter = replace(task.config, max_length=min(limit for limit in limits if limit))
+        return cls(found, replace(task, config=shorter), rows)
 
     def add_logits(self, run: RunFolder, rows: Dataset, batch_size: int) -> Dataset:
         """Add the teacher's logits to the encoded training rows: those in the run folder or, if it has none, new ones.

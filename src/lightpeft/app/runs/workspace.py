@@ -119,10 +119,7 @@ class Workspace:
     def held_batches(self) -> list[dict[str, Tensor]]:
         """Make batches of the held-out rows, each of rows of similar length."""
         assert self.held_rows is not None
-        size, lengths = self.config.training.eval_batch_size, self.held_rows["length"][:]
-        order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        starts = range(0, len(order), size)
-        return [self.collator(self.held_rows.select(order[start : start + size]).to_list()) for start in starts]
+        return self._batches(self.held_rows, self.config.training.eval_batch_size)
 
     def taught_rows(self) -> Dataset:
         """Return the training rows, with the logits of the teacher if there is one; compute missing logits.
@@ -178,13 +175,15 @@ class Workspace:
         Args:
             size: rows per batch; None: the evaluation batch size.
         """
-        size = size or self.config.training.eval_batch_size
         generator = torch.Generator().manual_seed(self.config.seed)
         drawn = torch.randperm(len(self.train_rows), generator=generator)[:rows].tolist()
-        lengths = self.train_rows["length"][:]
-        order = sorted(drawn, key=lengths.__getitem__)
+        return self._batches(self.train_rows.select(drawn), size or self.config.training.eval_batch_size)
+
+    def _batches(self, rows: Dataset, size: int) -> list[dict[str, Tensor]]:
+        lengths = rows["length"][:]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
         starts = range(0, len(order), size)
-        return [self.collator(self.train_rows.select(order[start : start + size]).to_list()) for start in starts]
+        return [self.collator(rows.select(order[start : start + size]).to_list()) for start in starts]
 
     def watcher(self) -> Watcher:
         """Make the watcher that measures the model between stages on a sample of test rows."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from datasets import Dataset
@@ -18,20 +18,14 @@ _TOKENS = ("input_ids", "labels")
 def task_tokens(task: Task, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the ids of all tokens in the training rows, encoded for training and for evaluation, with all options."""
     both = (task.encode(task.train, tokenizer), task.encode_test(task.train, tokenizer))
-    return {token for encoded in both for row in _token_lists_of_rows(encoded) for token in row if token >= 0}
+    return {token for encoded in both for token in _tokens_of(encoded) if token >= 0}
 
 
-def _token_lists_of_rows(encoded: Dataset) -> Iterator[list[int]]:
-    """Yield the token ids of each row; those of several options are concatenated."""
+def _tokens_of(encoded: Dataset) -> Iterator[int]:
     there = [name for name in _TOKENS if name in encoded.column_names]
     for chunk in encoded.select_columns(there).iter(ENCODE_ROWS):
-        for values in _lists(chunk):
-            yield [token for value in values for token in _flat(value)]
-
-
-def _lists(chunk: Mapping[str, list[Any]]) -> Iterator[list[Any]]:
-    for values in zip(*chunk.values(), strict=True):
-        yield [value for value in values if isinstance(value, list)]
+        for column in chunk.values():
+            yield from _flat([value for value in column if isinstance(value, list)])
 
 
 def _flat(value: Any) -> Iterator[int]:
