@@ -93,9 +93,8 @@ class UnitMasks:
     def _attach_experts(self, inner: nn.Module, place: int, masks: dict[MaskedUnit, Masked]) -> None:
         block = self.blocks[place]
         layer = ExpertLayer.of(inner, block.expert_modules)
-        experts = MaskedExperts(layer, masks["experts"], masks["expert_neurons"])
-        experts.masked, experts.examples = self._batch.masked, self._batch.of_tokens
-        experts.attach()
+        counts = (self._batch.masked, self._batch.of_tokens)
+        experts = MaskedExperts(layer, masks["experts"], masks["expert_neurons"], *counts)
         self._handles += [experts, ClosedRouter(layer.router, lambda: self._closed[place])]
 
     def detach(self) -> None:

@@ -38,17 +38,24 @@ class Masked:
 class MaskedExperts:
     """Forward pass of a module of experts with masks, in place of its own."""
 
-    def __init__(self, layer: ExpertLayer, experts: Masked, neurons: Masked) -> None:
-        self._layer, self._experts, self._neurons = layer, experts, neurons
-        self.masked: Callable[[], bool] = lambda: True
-        """Function that returns whether the current pass is masked."""
-        self.examples: Callable[[int], int] = lambda tokens: 1
-        """Function from a number of tokens to the number of examples that they belong to."""
-        self._forward = layer.experts.forward
+    def __init__(
+        self,
+        layer: ExpertLayer,
+        experts: Masked,
+        neurons: Masked,
+        masked: Callable[[], bool],
+        examples: Callable[[int], int],
+    ) -> None:
+        """Replace the module's forward pass.
 
-    def attach(self) -> None:
-        """Replace the module's forward pass."""
-        vars(self._layer.experts)["forward"] = self
+        Args:
+            masked: function that returns whether the current pass is masked.
+            examples: function from a number of tokens to the number of examples that they belong to.
+        """
+        self._layer, self._experts, self._neurons = layer, experts, neurons
+        self._masked, self._examples = masked, examples
+        self._forward = layer.experts.forward
+        vars(layer.experts)["forward"] = self
 
     def remove(self) -> None:
         """Restore the module's forward pass."""
@@ -62,13 +69,13 @@ class MaskedExperts:
             index: experts of each token, [tokens, experts per token].
             weights: weights of these experts, [tokens, experts per token].
         """
-        if not self.masked():
+        if not self._masked():
             return self._forward(states, index, weights)
         # sorted as transformers does, not stably: on some CPUs the rounding of a row depends on its position
         experts, order = index.flatten().sort()
         rows = order // index.shape[1]
         tokens = len(states)
-        examples = self.examples(tokens)
+        examples = self._examples(tokens)
         owners = _Owners(experts, rows * examples // tokens, examples)
         # one copy of the counts to the host for each layer, as in transformers' own loop over experts
         routed = _RoutedRows(experts, experts.bincount(minlength=self._layer.count).tolist())

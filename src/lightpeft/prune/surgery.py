@@ -9,7 +9,6 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from lightpeft.config import LightConfig
 from lightpeft.errors import require
 from lightpeft.machine import preserve_random_state
 from lightpeft.models.all_weights import train_all
@@ -25,7 +24,6 @@ from lightpeft.peft_kinds.sites.base import Site
 from lightpeft.peft_kinds.sites.live_sites import drop_reference, find_sites, merge_site, refresh_config, remove_site
 from lightpeft.plans.block_plan import BlockPlan
 from lightpeft.plans.layout import cut_dim, head_channels, kept_channels, kept_experts
-from lightpeft.plans.planning import check_experts
 from lightpeft.plans.prune_plan import PrunePlan, check_fit
 from lightpeft.plans.structure import FFN_SLOTS, BlockSpec
 from lightpeft.profiling.live import device_of
@@ -120,16 +118,6 @@ def cut_copy(model: PeftModel, plan: PrunePlan | None) -> PeftModel:
         if plan is not None:
             apply_plan(shadow, plan)
     return shadow
-
-
-def check_amount(model: nn.Module, light: LightConfig) -> None:
-    """Check before estimation that the amount to remove leaves every layer the experts that its router needs.
-
-    Raises:
-        LightPeftError: too few experts would remain; the message has the largest share.
-    """
-    for spec in block_specs(transformers_model(model)):
-        check_experts(spec, light)
 
 
 def _check_sites(model: PeftModel, plan: PrunePlan) -> list[Site]:

@@ -21,14 +21,14 @@ from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary.cutting import vocabulary_of
 from lightpeft.peft_kinds.sites.live_sites import check_peft, leave_experts
 from lightpeft.plans.estimation_record import EstimationRecord
-from lightpeft.plans.planning import make_plan
+from lightpeft.plans.planning import check_experts, make_plan
 from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.prune.discovery import ensure_family
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.fingerprint import check_stored
 from lightpeft.prune.learning import unlearned_warning
 from lightpeft.prune.light_model import LightModel, as_light
-from lightpeft.prune.surgery import apply_plan, check_amount
+from lightpeft.prune.surgery import apply_plan
 from lightpeft.recipe.settling import can_write, peft_config_of, settings_of_loop
 from lightpeft.recipe.wrapping import remove_disallowed_modules
 
@@ -87,7 +87,8 @@ class EarlyPruner:
             leave_experts(model, block_specs(transformers_model(model)))
         check_peft(model)
         self.config = settings_of_loop(light, peft_config_of(model), model)
-        check_amount(model, self.config)
+        for spec in block_specs(transformers_model(model)):
+            check_experts(spec, self.config)
         _check_vocabulary(model, self.config)
         remove_disallowed_modules(model, self.config)
         self.estimator = estimator(model, self.config)

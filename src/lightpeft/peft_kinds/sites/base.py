@@ -36,6 +36,8 @@ class Site(ABC):
 
     peft_type: ClassVar[PeftType]
     layer_type: ClassVar[type]
+    needs_base: ClassVar[bool] = False
+    """True if expanding to the dense base needs its weights, as for DoRA's magnitudes of restored rows."""
 
     # -- the kind ------------------------------------------------------------------------------------------------
 
@@ -65,11 +67,6 @@ class Site(ABC):
     @classmethod  # noqa: B027 (most kinds say as much in any form)
     def simplify(cls, config: Any) -> None:
         """Replace sizes per module, which `refresh` sets, by a single number where that is possible."""
-
-    @classmethod
-    def needs_base(cls, config: Any) -> bool:
-        """Return whether `unfitted` needs weights of the base."""
-        return False
 
     # -- one module ----------------------------------------------------------------------------------------------
 

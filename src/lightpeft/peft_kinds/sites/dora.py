@@ -24,14 +24,11 @@ _MAGNITUDE = "lora_magnitude_vector"
 class DoraSite(LoraSite):
     """Access to `m * V x / ||V||` with V = W + scaling * B A, and one magnitude m and norm per row (DoRA, eq. 5)."""
 
+    needs_base = True
+
     @classmethod
     def matches(cls, config: LoraConfig) -> bool:
         return super().matches(config) and config.use_dora
-
-    @classmethod
-    def needs_base(cls, config: LoraConfig) -> bool:
-        """Return True: magnitudes of restored rows come from the base."""
-        return True
 
     @property
     def magnitude(self) -> Any:

@@ -181,7 +181,7 @@ def simplify_config(config: PeftConfig) -> None:
 
 def widens_alone(config: PeftConfig) -> bool:
     """Return whether an adapter of a cut model can be expanded to the dense base without the base's weights."""
-    return not _site_class(config).needs_base(config)
+    return not _site_class(config).needs_base
 
 
 def _config(model: PeftModel) -> Any:
