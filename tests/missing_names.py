@@ -287,18 +287,17 @@ def outcome(names: Collection[str], models: dict[str, Any], folder: Path, number
     return said or ("" if status == 0 else f"ended with {status}")
 
 
-def outcomes(folder: Path, groups: list[list[str]], resuming: bool) -> list[str]:
-    """What becomes of it without each group of names, one after the other."""
+def outcomes(folder: Path, cases: list[tuple[list[str], bool]]) -> list[str]:
+    """What becomes of the main path without each group of names, or of going on where the case says `True`."""
     import accelerate  # noqa: F401
     import datasets  # noqa: F401
     import peft  # noqa: F401
     from transformers import Trainer  # noqa: F401
 
     models = base_models(folder)
-    return [outcome(names, models, folder, number, resuming) for number, names in enumerate(groups)]
+    return [outcome(names, models, folder, number, resuming) for number, (names, resuming) in enumerate(cases)]
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.stdin.read())
-    found = outcomes(Path(sys.argv[1]), asked["groups"], asked["resuming"])
+    found = outcomes(Path(sys.argv[1]), json.loads(sys.stdin.read()))
     sys.stdout.write("\n" + json.dumps(found) + "\n")

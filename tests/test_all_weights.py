@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import from_folder, light_over, logits, saved_base
-from lanes import telling
+from lanes import telling, thorough
 from lights import light_of
 from peft_models import adapted
 from safetensors.torch import load_file
@@ -120,7 +120,8 @@ def test_tasks_share_what_none_of_them_trained(tmp_path: Path) -> None:
     assert tables[0] == tables[1] and not own[0] & own[1]
 
 
-@telling("form", ["onnx", "openvino"], ["onnx"])
+@thorough
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
 def test_graphs_have_what_trained(form: str, tmp_path: Path) -> None:
     model = light_over(make("bert"), train="all")
     with torch.no_grad():
@@ -150,7 +151,8 @@ def test_a_training_and_its_checkpoints(tmp_path: Path) -> None:
 
 
 def never_learns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every estimation is extended to its maximum."""
+    """Every estimation is extended to its maximum; it begins with 8 steps."""
+    monkeypatch.setattr("lightpeft.prune.length.LEAST_STEPS", 8)
     monkeypatch.setattr(Estimator, "learned", -1.0)
 
 
@@ -159,17 +161,17 @@ def test_the_base_joins_if_peft_alone_learns_too_little(tmp_path: Path, monkeypa
     never_learns(monkeypatch)
 
     def trainer(name: str, **settings: Any) -> Any:
-        return one_light_training(tmp_path / name, length="auto", max_steps=300, train="all", **settings)
+        return one_light_training(tmp_path / name, length="auto", max_steps=80, train="all", **settings)
 
-    whole = trainer("whole", save_strategy="steps", save_steps=72, logging_steps=1)
+    whole = trainer("whole", save_strategy="steps", save_steps=18, logging_steps=1)
     before = {name: p.detach().clone() for name, p in trained_weights(whole.model).items()}
     assert not any("lora" in name for name in before)
     whole.train()
     joined, cut = whole.light_record.meta["base_joined"], whole.light_report["estimation_steps"]
-    assert 0 < joined < 72 < cut < 144
+    assert 0 < joined < 18 < cut < 36
     rates = [entry["learning_rate"] for entry in whole.state.log_history if "learning_rate" in entry]
     assert max(rates[:joined]) == pytest.approx(1e-3) and max(rates[joined:]) == pytest.approx(1e-4)
-    for step in (72, 144):
+    for step in (18, 36):
         place = tmp_path / "whole" / f"checkpoint-{step}"
         if joined < step < cut:
             estimated = load_file(place / KEPT_WEIGHTS)
@@ -218,7 +220,7 @@ def test_a_run_in_one_go_in_stages_and_killed(bench: Workbench) -> None:
 def test_a_run_whose_base_joins(bench: Workbench, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """In one go and in stages, it prunes the same trained base."""
     never_learns(monkeypatch)
-    settings = {**SETTINGS, "light.estimate.length": "auto", "training.epochs": 25}
+    settings = {**SETTINGS, "light.estimate.length": "auto", "training.epochs": 10}
     assert lightpeft("run", "--config", bench.yaml("joined", **settings)) == 0
     assert "in the last ones all weights trained" in capsys.readouterr().err
     for verb in ("estimate", "plan", "prune", "train"):

@@ -47,12 +47,6 @@ def report(bench: Workbench) -> dict[str, Any]:
     return read(bench.folder / "run" / "bench.json")
 
 
-def test_workers_are_fresh_processes(bench: Workbench, report: dict[str, Any]) -> None:
-    """Outside these tests they are not forked, so what they are told to make is pickled and they import all anew."""
-    with Worker(Subject, "light", bench.config("run", **UPPER), STEPS) as worker:
-        assert worker.measure("fixed")["flops"] == report["subjects"]["light"]["flops"]
-
-
 def test_report_is_complete(report: dict[str, Any]) -> None:
     assert report["rounds"] == ROUNDS
     assert report["steps"] == STEPS
@@ -270,7 +264,7 @@ def test_measurements_that_are_stopped(
 
 @thorough
 def test_processes_that_measure_say_nothing(bench: Workbench, report: dict[str, Any]) -> None:
-    """No process tells of what libraries lack when they are imported."""
+    """Nor of what libraries lack when they are imported anew: outside these tests no process is forked."""
     place = bench.folder / "quiet.json"
     command = [sys.executable, "-m", "lightpeft", "bench", "--run", str(bench.folder / "run"), "--json", str(place)]
     done = subprocess.run([*command, "--rounds", "2", "--steps", "1"], capture_output=True, text=True, check=True)

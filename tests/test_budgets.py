@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lights import but, light_of, preset
 from tiny import inputs_for, make, random_record, refusal, with_lora
@@ -137,7 +138,6 @@ def test_a_search_behind_a_depth_is_one_of_the_rest() -> None:
         assert (own.left, own.upper) == pytest.approx((same.left, same.upper))
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     order=st.permutations([0.15, 0.3, 0.45]),
     costs=st.lists(st.floats(-0.05, 0.3), min_size=3, max_size=3),
@@ -165,7 +165,6 @@ def test_what_is_not_sure_is_not_cut() -> None:
     assert unsure.expected(0.4).upper > unsure.expected(0.4).left
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     before=st.floats(1e-3, 20),
     recovery=st.floats(-0.2, 1.5),
@@ -478,6 +477,15 @@ def test_a_run_finds_its_budget(whole: Path) -> None:
     assert f"cost {cost_in_words(found['expected']['left'], found['points_per_nat'])}, at most" in summary
 
 
+def test_the_report_of_a_run_tells_of_its_search(whole: Path) -> None:
+    run = read_run(whole)
+    seconds = {stage.name: stage.seconds or 0.0 for stage in run.stages}
+    assert run.budget is not None and seconds["budget"] == pytest.approx(run.budget.seconds, abs=1e-3)
+    assert run.training_seconds == pytest.approx(sum(seconds.values()) - seconds["evaluate"])
+    text = html.unescape(page([run]))
+    assert "Search for the budget" in text and "of the computation of plain PEFT's run" in text
+
+
 def test_rows_aside_are_not_those_of_estimation(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
     losses = Probe.losses
@@ -489,7 +497,8 @@ def test_rows_aside_are_not_those_of_estimation(bench: Workbench, monkeypatch: p
     monkeypatch.setattr(Probe, "losses", watched)
     config = short(bench, "aside")
     work = pipeline.prepare(config)
-    pipeline.run(config)
+    pipeline.estimate(work)
+    pipeline.plan(pipeline.prepare(config))
     probe = seen["probe"]
     assert len(set(probe.rows)) == len(probe.rows) >= 128
     aside = {tuple(work.train_rows[number]["input_ids"]) for number in probe.rows}
@@ -589,7 +598,6 @@ def test_no_search_takes_more_than_it_may(
     assert cost.of_plain(probed) <= searching_room.SEARCH_FRACTION
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     rows=st.integers(512, 100_000),
     epochs=st.integers(1, 40),
@@ -652,15 +660,15 @@ def test_a_run_too_short_for_a_search_has_a_fixed_budget(
         **bench.settings(**{"training.epochs": 1}),
         "light": {"estimate": {"length": 40}},
     }
-    for name, more in (("asked", {"remove": {"blocks": "auto"}}), ("usual", {})):
+    for name, more, verbs in (("asked", {"remove": {"blocks": "auto"}}, ["run"]), ("usual", {}, ["estimate", "plan"])):
         file = tmp_path / f"{name}.yaml"
         file.write_text(yaml.safe_dump({**settings, "light": {**settings["light"], **more}}), encoding="utf-8")
-        assert lightpeft("run", "--config", file, "--output", tmp_path / name) == 0
+        assert not any(lightpeft(verb, "--config", file, "--output", tmp_path / name) for verb in verbs)
         assert "cuts 40% of the blocks, a fixed budget for short runs: a budget search would" in capsys.readouterr().err
         found = read(tmp_path / name / "budget.json")
         assert found["blocks"] == SHORT and "75 steps" in found["unmeasured"] and found["learned"] is not None
-        assert read(tmp_path / name / "metrics.json")["parameters"]["base_removed_ratio"] > 0.1
-        assert "fixed budget" in page([read_run(tmp_path / name)])
+    assert read(tmp_path / "asked" / "metrics.json")["parameters"]["base_removed_ratio"] > 0.1
+    assert "fixed budget" in page([read_run(tmp_path / "asked")])
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +23,8 @@ from training import (
     trainer,
     upper,
 )
+from two_processes import main
+from workbench import in_children
 
 from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.plans.prune_plan import PrunePlan
@@ -42,13 +42,13 @@ TRAINERS = ["trainer", "trainer-accumulation", "trainer-resumed"]
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with what both processes wrote."""
     folder = tmp_path_factory.mktemp("distributed")
-    worker = Path(__file__).with_name("two_processes.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*launch, str(worker), str(folder)], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+
+    def process(rank: int) -> None:
+        main(folder)
+        os._exit(0)
+
+    ends = in_children(2, process)
+    assert [code for code, _ in ends] == [0, 0], ends
     return folder
 
 

@@ -37,6 +37,8 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 DOCUMENTS.remove(ROOT / "docs/tutorials/serve.md")  # test_start.py runs it, in processes and a clone of its own
 CHANGES = sorted((ROOT / "docs/how-to").glob("from_*.md"))
 ENCODER, DECODER = "sentence-transformers/all-MiniLM-L6-v2", "HuggingFaceTB/SmolLM2-135M-Instruct"
+ROWS = 80
+"""Of most data sets; those of the hub have twice as many for training."""
 LONG = {"command_line", "several_gpus", "grids", "onnx_openvino"}
 """Pages whose commands take longest: `make test-all` runs them."""
 OTHER_PROGRAMS = {"git", "pip", "python", "pre-commit", "pytest", ".venv/bin/pytest", ".venv/bin/pre-commit"}
@@ -66,7 +68,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / "demo/cache/smollm2/chat_template.jinja").write_text(CHAT_TEMPLATE)
         for cached, name in (("minilm", ENCODER), ("smollm2", DECODER)):  # folders of these names come before the hub
             shutil.copytree(folder / f"demo/cache/{cached}", folder / name)
-        rows = workbench.labeled(160)
+        rows = workbench.labeled(ROWS)
         (folder / "demo/cache/movie_reviews").mkdir()
         for name in ("train", "test"):
             workbench.write_rows(folder / f"demo/cache/movie_reviews/{name}.csv", rows)
@@ -76,19 +78,19 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / "reviews.txt").write_text("\n".join(row["text"] for row in rows[:5]))
         (folder / "demo/cache/socialiqa").mkdir()
         for name in ("train", "test"):
-            workbench.write_rows(folder / f"demo/cache/socialiqa/{name}.jsonl", workbench.completions(160))
-        workbench.write_rows(folder / "questions.jsonl", questions(160))
+            workbench.write_rows(folder / f"demo/cache/socialiqa/{name}.jsonl", workbench.completions(ROWS))
+        workbench.write_rows(folder / "questions.jsonl", questions(ROWS))
         layouts.write_task(folder / "data/sst2", "sst2")
-        write_jsonl(folder / "passages.jsonl", squad(160, longest=100, unanswerable=0.3))
-        write_jsonl(folder / "trivia.jsonl", web_questions(160))
-        write_jsonl(folder / "chats.jsonl", chats(160))
+        write_jsonl(folder / "passages.jsonl", squad(ROWS, longest=100, unanswerable=0.3))
+        write_jsonl(folder / "trivia.jsonl", web_questions(ROWS))
+        write_jsonl(folder / "chats.jsonl", chats(2 * ROWS))
         for name, kind in (("cornell-movie-review-data/rotten_tomatoes", classes), ("trl-lib/Capybara", chats)):
             write_splits(folder / name, kind)
         write_splits(folder / "sentence-transformers/natural-questions", pairs)
         (folder / "tasks").mkdir()
         (folder / "tasks/questions.yaml").write_text(blocks(ROOT / "docs/how-to/evaluate.md", "yaml")[0])
-        layouts.write_task(folder / "data/quartz", "quartz", train=160)
-        layouts.write_task(folder / "demo/cache/quartz", "quartz", train=160)
+        layouts.write_task(folder / "data/quartz", "quartz", train=ROWS)
+        layouts.write_task(folder / "demo/cache/quartz", "quartz", train=ROWS)
         write_own_task(folder, rows)
         run_python(blocks(ROOT / "README.md", "python")[0], folder)  # leaves the folder "adapter"
         run = commands(blocks(ROOT / "README.md", "")[1])[0]  # leaves the folder "runs/stars"
@@ -107,7 +109,7 @@ def in_reach_of_demo(folder: Path, patch: pytest.MonkeyPatch) -> None:
 def write_splits(folder: Path, rows: Callable[[int], list[dict[str, Any]]]) -> None:
     """A data set of the hub with the splits train and test, as a folder."""
     folder.mkdir(parents=True)
-    for split, count in (("train", 320), ("test", 32)):
+    for split, count in (("train", 2 * ROWS), ("test", 32)):
         write_jsonl(folder / f"{split}.jsonl", rows(count))
 
 

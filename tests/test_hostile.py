@@ -32,7 +32,7 @@ from lightpeft.models.loading import load_model, load_model_config
 from lightpeft.models.task_heads import CLASSIFICATION
 from lightpeft.models.tokenizers import load_tokenizer
 
-MUTATIONS = 400 if FULL else 40
+MUTATIONS = 400 if FULL else 20
 LABELS = ("negative", "positive")
 
 Edit = Callable[[dict[str, Any]], Any]

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
@@ -80,43 +79,42 @@ def cached(home: Path, name: str, *, seed: int = 0, tag: str = "main") -> str:
     return commit
 
 
-def offline(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes that are started from here have this cache, and no network."""
-    monkeypatch.setenv("HF_HOME", str(home))
+def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cached model is loaded; for others, and for data sets, one line says that there is no network.
+
+    A light adapter names the commit of its base: the base moves on; the adapter is loaded on the one it was trained on.
+    """
+    older, newer = (cached(tmp_path, "someone/tiny", seed=seed, tag=tag) for seed, tag in ((1, "v1"), (2, "main")))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-
-
-def answer_of(program: str, *arguments: object) -> dict[str, Any]:
-    """What a program prints, as JSON."""
-    command = [sys.executable, "-c", program, *map(str, arguments)]
+    command = [sys.executable, "-c", _PROGRAM, str(tmp_path / "adapter")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "Retrying" not in done.stderr
-    return dict(json.loads(done.stdout))
-
-
-def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cached model is loaded; for others, and for data sets, one line says that there is no network."""
-    cached(tmp_path, "someone/tiny")
-    offline(tmp_path, monkeypatch)
-    found = answer_of(_LOADING)
+    found = json.loads(done.stdout)
     assert found["model"] == "bert"
     assert found["tokens"] > 0
     assert "couldn't find them in the cached files" in found["other"]
     assert "the hub cannot be reached for a data set of that name" in found["data"]
     assert all("\n" not in found[name] for name in ("other", "data"))
     assert found["seconds"] < 5  # the libraries' own retries take 23
+    assert older != newer and [found[name] for name in ("saved", "loaded", "saved again")] == [older] * 3
 
 
-_LOADING = """
-import json, time
+_PROGRAM = """
+import json, sys, time
+from tiny import plan_for, with_lora
 from lightpeft.app.cli.command import quiet
 from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError
-from lightpeft.models.loading import load_model_config
+from lightpeft.models.loading import load_model, load_model_config
+from lightpeft.models.task_heads import CLASSIFICATION
 from lightpeft.models.tokenizers import load_tokenizer
+from lightpeft.prune.surgery import apply_plan
+from lightpeft.saving.adapter_files import read_description
+from lightpeft.adapters.light_adapter import as_light, load_light
 from lightpeft.app.tasks.rows.reading import read_hub
 
 def line(load, *arguments):
@@ -125,6 +123,9 @@ def line(load, *arguments):
     except LightPeftError as error:
         return str(error)
 
+def revision(folder):
+    return read_description(folder)["base"]["revision"]
+
 quiet()
 started = time.monotonic()
 tiny = ModelConfig(name="someone/tiny")
@@ -132,40 +133,12 @@ found = {"model": load_model_config(tiny).model_type, "tokens": len(load_tokeniz
 found["other"] = line(load_model_config, ModelConfig(name="someone/other"))
 found["data"] = line(read_hub, "someone/rows", "data.train")
 found["seconds"] = time.monotonic() - started
-print(json.dumps(found))
-"""
-
-
-def test_a_light_adapter_names_the_commit_of_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The base moves on; the adapter is loaded on the one it was trained on."""
-    older, newer = (cached(tmp_path, "someone/tiny", seed=seed, tag=tag) for seed, tag in ((1, "v1"), (2, "main")))
-    offline(tmp_path, monkeypatch)
-    found = answer_of(_SAVING, tmp_path / "adapter")
-    assert older != newer and found == {"saved": older, "loaded": older, "saved again": older}
-
-
-_SAVING = """
-import json, sys
-from tiny import plan_for, with_lora
-from lightpeft.app.cli.command import quiet
-from lightpeft.config import ModelConfig, light
-from lightpeft.models.loading import load_model
-from lightpeft.models.task_heads import CLASSIFICATION
-from lightpeft.prune.surgery import apply_plan
-from lightpeft.saving.adapter_files import read_description
-from lightpeft.adapters.light_adapter import as_light, load_light
-
-def revision(folder):
-    return read_description(folder)["base"]["revision"]
-
-quiet()
-light.LEAST_EXAMPLES = 0
 model = with_lora(load_model(ModelConfig(name="someone/tiny", revision="v1"), CLASSIFICATION, ["a", "b"]).model)
 plan = plan_for(model)
 apply_plan(model, plan)
 as_light(model, plan).save_pretrained(sys.argv[1])
 loaded = load_light(sys.argv[1])
-found = {"saved": revision(sys.argv[1]), "loaded": loaded.get_base_model().light_revision}
+found |= {"saved": revision(sys.argv[1]), "loaded": loaded.get_base_model().light_revision}
 loaded.save_pretrained(sys.argv[1] + "-again")
 print(json.dumps({**found, "saved again": revision(sys.argv[1] + "-again")}))
 """

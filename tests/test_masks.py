@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from lanes import telling
 from lights import light_of
 from peft import PeftModel
 from tiny import LAYOUTS, MODELS, every_family, inputs_for, make, with_lora
@@ -81,8 +83,7 @@ class PlainMasks:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("fused", [False, True])
+@telling(("bf16", "fused"), product([False, True], repeat=2), [(False, False), (True, True)])
 def test_gradients_equal_plain_autograd(name: str, bf16: bool, fused: bool) -> None:
     """What is computed again in the backward pass gives weights the very gradient that a saved one gives."""
     model, data = student(name), inputs(name)
@@ -129,8 +130,7 @@ class Live(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("lora_dropout", [0.0, 0.05])
+@telling(("fused", "lora_dropout"), product([False, True], [0.0, 0.05]), [(True, 0.0), (False, 0.05)])
 def test_masks_keep_no_activation(name: str, fused: bool, lora_dropout: float) -> None:
     """LoRA without dropout keeps the inputs of the output projections; masks compute them again instead.
 

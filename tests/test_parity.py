@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lanes import thorough
+from lanes import telling, thorough
 from lights import light_of
 from peft import PeftModel
 from tiny import (
@@ -219,7 +219,7 @@ RANKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("ranks", [0.34, 0.5, 0.9])
+@telling("ranks", [0.34, 0.5, 0.9], [0.34])
 @pytest.mark.parametrize("settings", RANKS.values(), ids=RANKS.keys())
 @pytest.mark.parametrize("name", ["bert", "llama-gqa"])
 def test_rank_pruning_equals_zeroing(name: str, settings: dict[str, Any], ranks: float) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from lanes import telling
 from lights import light_of
 from quantized import CONFIGS, SIZES, densified
 from tiny import batch, make, plan_for, relative_difference, with_lora
@@ -291,7 +292,7 @@ def test_trains_saves_and_loads(folder: Path, tmp_path: Path, kind: str, budget:
     assert logits(load_light(tmp_path, base=load(folder, kind))).equal(expected)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "nf4-double"])
+@telling("kind", ["nf4", "nf4-double"], ["nf4-double"])
 @pytest.mark.parametrize("budget", NARROW)
 def test_heads_and_neurons_of_any_width_in_4_bits(tmp_path: Path, kind: str, budget: dict[str, Any]) -> None:
     """Heads of 16 channels, of which a block has four, in a width of 160: nothing is a multiple of 64."""

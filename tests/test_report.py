@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from workbench import Workbench, checksums, edit, labeled, lightpeft, read, write_rows
+from workbench import Workbench, checksums, edit, lightpeft, read
 
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import curve, pipeline
@@ -306,20 +306,6 @@ class TestAutoBudget:
         assert "the tolerance is 5 points (0.1 nats)" in text and "compared with no cut, in points" in text
         assert "measured on 256 rows in 3 s" in text
 
-    def test_of_a_real_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("lightpeft.budget.room.SEARCH_FRACTION", 100.0)
-        bench = Workbench(tmp_path)
-        write_rows(bench.train, labeled(600, seed=1))
-        fisher = {"light.estimate.criterion": "fisher"}
-        auto = {"light.remove.blocks": "auto"}
-        pipeline.run(bench.config("run", **fisher, **auto, **{"training.epochs": 0.5}))
-        found = read_run(tmp_path / "run")
-        seconds = {stage.name: stage.seconds or 0.0 for stage in found.stages}
-        assert found.budget is not None and seconds["budget"] == pytest.approx(found.budget.seconds, abs=1e-3)
-        assert found.training_seconds == pytest.approx(sum(seconds.values()) - seconds["evaluate"])
-        text = Reader(html(tmp_path / "run")).text
-        assert "Search for the budget" in text and "of the computation of plain PEFT's run" in text
-
     def test_nothing_within_the_tolerance(self, light: Path) -> None:
         budget = {**AUTO, "blocks": 0.0, "expected": None, "points_per_nat": None}
         edit(light / "metrics.json", lambda report: report.update(budget=budget))
@@ -466,16 +452,22 @@ return [...document.querySelectorAll("svg")]
 """How large the figures that are shown are, as a part of their own size."""
 
 
+@pytest.fixture(scope="module")
+def written(bench: Workbench) -> dict[str, Path]:
+    """Files of these pages."""
+    places = {name: bench.folder / f"{name}.html" for name in PAGES}
+    return {name: write_report([bench.folder / run for run in PAGES[name]], file) for name, file in places.items()}
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", PAGES)
-def test_in_a_browser(bench: Workbench, browser: Any, tmp_path: Path, name: str, width: int, scheme: str) -> None:
-    file = write_report([bench.folder / each for each in PAGES[name]], tmp_path / "page.html")
+def test_in_a_browser(written: dict[str, Path], browser: Any, name: str, width: int, scheme: str) -> None:
     features = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", features)
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.get(file.as_uri())
+    browser.get(written[name].as_uri())
     assert browser.get_log("browser") == []
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.execute_script(WIDER) == []

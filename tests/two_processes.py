@@ -5,7 +5,6 @@ Each process writes the records it sees, and its masks, to a folder of its own.
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lights import few_examples_are_enough, light_of
+from lights import light_of
 from safetensors.torch import save_file
 from tiny import batch
 from torch.nn.parallel import DistributedDataParallel
@@ -39,7 +38,6 @@ from lightpeft.recipe.pruner import EarlyPruner
 from lightpeft.training.prefix import FrozenPrefix, PrefixCache, cache_prefix
 
 STEPS, ROWS = 3, 8
-learning.FEWEST_TELLING = 2 * ROWS  # of both processes, in the last window of two steps
 
 
 def loop(parts: int = 1, synchronize: str = "last", **options: Any) -> Estimator:
@@ -134,6 +132,8 @@ def shared_prefix(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def main(folder: Path) -> None:
+    """What one of them does, which is forked from the process of the tests."""
+    learning.FEWEST_TELLING = 2 * ROWS  # of both processes, in the last window of two steps
     dist.init_process_group("gloo")
     estimators = {
         "ddp": loop(),
@@ -162,8 +162,3 @@ def main(folder: Path) -> None:
     save_file(trained_weights(classifier), folder / f"rank{dist.get_rank()}" / "classifier.safetensors")
     save_file(shared_prefix(folder), folder / f"rank{dist.get_rank()}" / "prefix.safetensors")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    few_examples_are_enough()
-    main(Path(sys.argv[1]))
