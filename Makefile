@@ -72,9 +72,9 @@ test-gpu: fetch
 
 # Lanes of Pythons and of versions. Their tests need none of the extras.
 TOOLS := hypothesis pytest pytest-xdist
-CORE := missing_names acceleration bottleneck budgets chat checkpoint cli compat config depth distributed estimation evaluating
+CORE := missing_names acceleration bottleneck budgets chat checkpoint cli compat config depth depth_probes distributed estimation evaluating
 CORE += evaluation files float16 full_width generating importance labeled layout learning light_trainer likelihood loss_rise masks
-CORE += metrics on_disk parity peft_kinds pipeline planning predicting prefix pruner reading recomputing records
+CORE += metrics on_disk parity peft_kinds pipeline planning predicting prefix pruner recomputing records
 CORE += scoring selection sharded step_loss streaming surgery switching tasks text_qa tokens windows
 RUN_CORE = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	$(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(CORE:%=tests/test_%.py)

@@ -118,7 +118,7 @@ def test_texts_are_means_over_their_own_tokens(bench: Workbench) -> None:
     """Whatever is padded beside them; the base stays in the mode that it was in."""
     work = pipeline.prepare(bench.config("states"))
     base = work.dense_model().model.train()
-    asked = replace(work.asking(base), model=base.base_model)
+    asked = replace(work.respondent(base), model=base.base_model)
     rows = linear_probe._embed(asked, work.test_rows)
     assert np.allclose(rows, embedded(bench, [row["text"] for row in labeled(40, seed=2)]), atol=0.02)
     assert base.base_model.training
@@ -168,7 +168,7 @@ def test_states_that_are_no_numbers_are_refused(bench: Workbench) -> None:
     base = work.dense_model().model
     base.base_model.encoder.layer[0].output.dense.weight.data.fill_(float("nan"))
     with pytest.raises(LightPeftError, match="hidden states of the base model are NaN or infinite"):
-        linear_probe.linear_probe(work.asking(base), base, work.task, work.train_rows, work.test_rows)
+        linear_probe.linear_probe(work.respondent(base), base, work.task, work.train_rows, work.test_rows)
 
 
 # -- what is said and fitted -------------------------------------------------------------------------------------------
@@ -198,5 +198,5 @@ def test_a_class_that_no_training_row_has_has_a_finite_loss(tmp_path: Path) -> N
     write_rows(bench.test, labeled(40, seed=2))
     work = pipeline.prepare(bench.config("run"))
     base, some = work.dense_model().model, work.train_rows.filter(lambda row: row["labels"] != 1)
-    found = linear_probe.linear_probe(work.asking(base), base, work.task, some, work.test_rows)
+    found = linear_probe.linear_probe(work.respondent(base), base, work.task, some, work.test_rows)
     assert work.task.labels == ["negative", "neither", "positive"] and np.isfinite(found.scores.metrics["loss"])

@@ -59,7 +59,7 @@ def run_disturbed(file: Path, disturb: Disturb) -> int:
 
 KILLS: dict[str, Disturb] = {
     "estimation": at_step(5, KILL),
-    "the cut": before(trainers, "leave_plan", KILL),
+    "the cut": before(trainers, "write_plan", KILL),
     "training": at_step(18, KILL),
     "evaluation": before(pipeline, "measure", KILL),
 }

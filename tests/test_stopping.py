@@ -15,7 +15,7 @@ from workbench import Workbench, at_step, in_child, labeled, lightpeft, read, si
 from lightpeft.app.folders.opening import open_result
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.checking import check
-from lightpeft.app.runs.stopping import PATIENCE, loss_aside
+from lightpeft.app.runs.stopping import PATIENCE, held_out_loss
 from lightpeft.training.schedule import FEWEST_HELD, LEAST_EPOCHS, rows_held
 
 AUTO: dict[str, Any] = {"training.epochs": "auto", "training.batch_size": 16, "training.learning_rate": 3e-3}
@@ -46,13 +46,13 @@ def test_a_run_stops_early_and_keeps_the_best(
     config = bench.config(method, method=method, **AUTO)
     report = pipeline.run(config)
     told, work = report["stopped"], pipeline.prepare(config)
-    assert told["rows_aside"] == 40 and len(work.train_rows) == 200 and told["of"] == work.steps == 208
+    assert told["held_out_rows"] == 40 and len(work.train_rows) == 200 and told["of"] == work.steps == 208
     assert told["kept"] == told["step"] - PATIENCE * work.pace.steps_per_epoch < told["of"]
     said = " ".join(capsys.readouterr().err.split())
     assert "40 training rows are held out: training stops early where the loss on them rises" in said
     assert f"training stopped early at step {told['step']} of 208" in said and f"at step {told['kept']}" in said
     kept = open_result(work.run, work.task)
-    assert loss_aside(work, kept, None) == pytest.approx(told["loss"], rel=1e-5)
+    assert held_out_loss(work, kept, None) == pytest.approx(told["loss"], rel=1e-5)
     assert not (bench.folder / method / "checkpoints").exists()
 
 

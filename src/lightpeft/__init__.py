@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from lightpeft.plans.estimation_record import EstimationRecord
     from lightpeft.plans.planning import make_plan
     from lightpeft.plans.prune_plan import PrunePlan
+    from lightpeft.prune.depth_probes import find_depth
     from lightpeft.prune.discovery import ensure_family
     from lightpeft.prune.light_model import LightModel
-    from lightpeft.prune.reading import find_depth
     from lightpeft.prune.surgery import apply_plan
     from lightpeft.recipe.pruner import EarlyPruner
     from lightpeft.recipe.trainer import LightTrainer, light_trainer
@@ -49,7 +49,7 @@ _HOMES = {
     "cut_vocabulary": "models.vocabulary.live",
     "ensure_family": "prune.discovery",
     "export_model": "app.exports.exporting",
-    "find_depth": "prune.reading",
+    "find_depth": "prune.depth_probes",
     "full_width": "adapters.full_width",
     "fused_inference": "peft_kinds.sites.inference",
     "light_tokenizer": "adapters.light_adapter",

@@ -13,8 +13,8 @@ from transformers import Trainer, TrainingArguments
 
 from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError
+from lightpeft.prune.depth_probes import DECODERS_ONLY, PROBE_ROWS, find_depth, is_classifying_decoder
 from lightpeft.prune.light_model import LightModel
-from lightpeft.prune.reading import DECODERS_ONLY, PROBE_ROWS, find_depth, is_classifying_decoder
 from lightpeft.recipe.parallel import broadcast_from_main
 from lightpeft.training.arguments import half_precision
 from lightpeft.training.rows import batches_of

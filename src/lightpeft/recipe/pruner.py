@@ -29,7 +29,7 @@ from lightpeft.prune.fingerprint import check_stored
 from lightpeft.prune.learning import unlearned_warning
 from lightpeft.prune.light_model import LightModel, as_light
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.recipe.settling import can_write, peft_config_of, settings_of_loop
+from lightpeft.recipe.settings import can_write, peft_config_of, settings_of_loop
 from lightpeft.recipe.wrapping import remove_disallowed_modules
 
 _log = logging.getLogger(__name__)

@@ -42,7 +42,7 @@ from lightpeft.recipe.parallel import broadcast_from_main
 from lightpeft.recipe.pruner import EarlyPruner, cut
 from lightpeft.recipe.refusals import check_length, check_light, refuse_parts
 from lightpeft.recipe.schedule import LightSchedule
-from lightpeft.recipe.settling import can_write, gives_classes, peft_config_of, settings_of_trainer
+from lightpeft.recipe.settings import can_write, gives_classes, peft_config_of, settings_of_trainer
 from lightpeft.recipe.teacher import Teacher, add_teacher_logits
 from lightpeft.recipe.wrapping import add_peft_modules, inner_peft_model
 from lightpeft.training.acceleration import light_steps

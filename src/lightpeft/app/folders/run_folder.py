@@ -120,7 +120,7 @@ class RunFolder:
         )
 
     @property
-    def goes_on(self) -> bool:
+    def has_same_config(self) -> bool:
         """True if the folder is new, or its run has the same config."""
         return not self._changed_settings()
 

@@ -9,7 +9,7 @@ from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs.workspace import Workspace, with_found_depth
 from lightpeft.files import read_json, write_json
 from lightpeft.machine import autocast_dtype
-from lightpeft.prune.reading import DECODERS_ONLY, PROBE_ROWS, find_depth, is_classifying_decoder
+from lightpeft.prune.depth_probes import DECODERS_ONLY, PROBE_ROWS, find_depth, is_classifying_decoder
 from lightpeft.recipe.parallel import broadcast_from_main
 
 

@@ -35,9 +35,9 @@ from lightpeft.app.runs.stages import (
     StageCost,
     estimated_model,
     found_budget,
-    leave_estimation,
-    leave_plan,
-    leave_pruned,
+    write_estimation,
+    write_plan,
+    write_pruned,
 )
 from lightpeft.app.runs.stopping import stop_facts, stop_line
 from lightpeft.app.runs.trainers import DenseRun, LightRun, WideRun
@@ -152,7 +152,7 @@ def _write_unscored(work: Workspace) -> None:
     with work.run.held():
         work.announce_settings()
         seconds = time.perf_counter() - started
-        leave_estimation(work, model, record, StageCost(seconds, 0.0, memory.bytes, memory.method, 0))
+        write_estimation(work, model, record, StageCost(seconds, 0.0, memory.bytes, memory.method, 0))
 
 
 def _with_peft(work: Workspace) -> PeftModel:
@@ -170,7 +170,7 @@ def plan(work: Workspace | RunFolder) -> PrunePlan:
     with nullcontext() if run.has("prune") else run.held():  # the plan of a pruned run does not change
         if run.config.light.is_auto and isinstance(work, Workspace) and found_budget(run) is None:
             _find_budget(work)
-        return leave_plan(run)
+        return write_plan(run)
 
 
 def _find_budget(work: Workspace) -> None:
@@ -179,7 +179,7 @@ def _find_budget(work: Workspace) -> None:
     set_seed(work.config.seed)
     light = work.config.light.with_depth(0.0)  # those blocks are gone
     work = replace(work, config=replace(work.config, light=light), teacher=None)  # labels alone tell
-    LightRun(work, estimated_model(work, record)).leave_light_budget(record)
+    LightRun(work, estimated_model(work, record)).write_light_budget(record)
 
 
 def prune(work: Workspace) -> LightModel | None:
@@ -192,7 +192,7 @@ def prune(work: Workspace) -> LightModel | None:
     set_seed(work.config.seed)
     model = estimated_model(work, chosen)
     with run.held():
-        return leave_pruned(work, model, chosen)
+        return write_pruned(work, model, chosen)
 
 
 def train(work: Workspace, callbacks: Sequence[TrainerCallback] = (), model: Model | None = None) -> None:
@@ -391,7 +391,7 @@ def _probe(work: Workspace, watcher: Watcher, base: PreTrainedModel) -> LinearPr
         return None
     started = time.perf_counter()
     try:
-        return linear_probe(work.asking(base), base, task, task.encode(task.train, work.tokenizer), work.test_rows)
+        return linear_probe(work.respondent(base), base, task, task.encode(task.train, work.tokenizer), work.test_rows)
     except LightPeftError as error:
         watcher.warnings.append(f"linear probe: {error}")
         return None
@@ -401,7 +401,7 @@ def _probe(work: Workspace, watcher: Watcher, base: PreTrainedModel) -> LinearPr
 
 def measure(work: Workspace, model: Model) -> dict[str, Outcome]:
     """Compute the model's answers on the test rows (prefix ""), and on further splits by their prefix."""
-    asked, splits = work.asking(model), {"": work.test_rows, **work.more_test_rows}
+    asked, splits = work.respondent(model), {"": work.test_rows, **work.more_test_rows}
     return {prefix: work.task.answer(asked, rows) for prefix, rows in splits.items()}
 
 

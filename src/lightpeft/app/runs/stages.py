@@ -45,7 +45,7 @@ class StageCost:
     """Step of the run at which the last part of the stage began; 0 for a stage that was not interrupted."""
 
 
-def leave_estimation(work: Workspace, model: PeftModel, record: EstimationRecord, cost: StageCost) -> None:
+def write_estimation(work: Workspace, model: PeftModel, record: EstimationRecord, cost: StageCost) -> None:
     """Write the scores and the trained weights of a finished estimation, and its line in the log."""
     run, steps, planned = work.run, record.meta["steps"], record.meta["planned_steps"]
     joined = bool(record.meta.get("base_joined"))
@@ -66,7 +66,7 @@ LEARNING = ("steps", "planned_steps", "learned")
 answer by label frequencies that training took away by the last window (None: unknown)."""
 
 
-def leave_budget(run: RunFolder, found: FoundBudget) -> None:
+def write_budget(run: RunFolder, found: FoundBudget) -> None:
     """Write the budget that `light: auto` found, and the seconds of the search."""
     facts = {**found.facts(), "settings": _budget_settings(run.config.light)}
     run.finish_stage("budget", found.seconds, lambda: write_json(run.budget, facts))
@@ -106,7 +106,7 @@ def light_with_budget(run: RunFolder) -> LightConfig:
         return light.with_blocks(float(found["blocks"]))
 
 
-def leave_plan(run: RunFolder) -> PrunePlan:
+def write_plan(run: RunFolder) -> PrunePlan:
     """Make the plan (which heads, neurons, modules and ranks to keep) from scores and budget, and write it.
 
     Raises:
@@ -131,7 +131,7 @@ def estimated_model(work: Workspace, record: EstimationRecord | PrunePlan) -> Pe
     return model
 
 
-def leave_pruned(work: Workspace, model: PeftModel, plan: PrunePlan) -> LightModel:
+def write_pruned(work: Workspace, model: PeftModel, plan: PrunePlan) -> LightModel:
     """Cut the model in place by the plan, measure it before and after the cut, and write it into the run folder."""
     started = time.perf_counter()
     watcher = work.watcher()

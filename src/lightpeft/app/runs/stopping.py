@@ -39,7 +39,7 @@ def stopping_callbacks(work: Workspace) -> list[TrainerCallback]:
     return [EarlyStoppingCallback(PATIENCE)] if work.stops_early else []
 
 
-def loss_aside(work: Workspace, model: nn.Module, autocast: torch.dtype | None) -> float:
+def held_out_loss(work: Workspace, model: nn.Module, autocast: torch.dtype | None) -> float:
     """Compute the mean loss of the held-out rows.
 
     Args:
@@ -56,10 +56,10 @@ def stop_facts(trainer: Any, work: Workspace) -> dict[str, Any]:
     if work.held_rows is None or not work.stops_early or not best or best == last:
         return {}
     rows, loss = len(work.held_rows), trainer.state.best_metric
-    return {"stopped": {"step": last, "of": work.steps, "kept": best, "loss": loss, "rows_aside": rows}}
+    return {"stopped": {"step": last, "of": work.steps, "kept": best, "loss": loss, "held_out_rows": rows}}
 
 
 def stop_line(told: dict[str, Any]) -> str:
     """Return the line about early stopping."""
-    lowest = f"the loss on {told['rows_aside']} held-out rows was lowest ({told['loss']:.3f}) at step {told['kept']}"
+    lowest = f"the loss on {told['held_out_rows']} held-out rows was lowest ({told['loss']:.3f}) at step {told['kept']}"
     return f"training stopped early at step {told['step']} of {told['of']}: {lowest}, and that model is kept"

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from lightpeft.app.evaluation.scores import scores_of
-from lightpeft.app.runs.stages import StageCost, leave_budget, leave_estimation, leave_plan, leave_pruned
-from lightpeft.app.runs.stopping import loss_aside, stopping_arguments, stopping_callbacks
+from lightpeft.app.runs.stages import StageCost, write_budget, write_estimation, write_plan, write_pruned
+from lightpeft.app.runs.stopping import held_out_loss, stopping_arguments, stopping_callbacks
 from lightpeft.app.runs.workspace import Workspace
 from lightpeft.app.tasks.answers import Answers
 from lightpeft.app.tasks.worth import points_per_nat
@@ -109,8 +109,8 @@ class RunTrainer(Training, Trainer):
     def _compute_metrics(self, prefix: str) -> dict[str, float]:
         work = self.work
         if work.stops_early:  # test rows must not decide where training stops
-            return {f"{prefix}_loss": loss_aside(work, self.model, half_precision(self.args))}
-        answers = {"": work.task.answer(work.asking(self.model), work.test_rows)}
+            return {f"{prefix}_loss": held_out_loss(work, self.model, half_precision(self.args))}
+        answers = {"": work.task.answer(work.respondent(self.model), work.test_rows)}
         return {f"{prefix}_{name}": value for name, value in scores_of(answers, work.task).metrics.items()}
 
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:
@@ -180,17 +180,17 @@ class LightRun(light_trainer(RunTrainer)):  # type: ignore[misc]
     def make_light_plan(self, record: EstimationRecord) -> PrunePlan | None:
         """Write the scores into the run folder, and make the plan there; None: stop before the cut."""
         assert self.meter is not None
-        leave_estimation(self.work, self._peft_model, record, self.meter.stop(self.state.global_step))
+        write_estimation(self.work, self._peft_model, record, self.meter.stop(self.state.global_step))
         if self.stop_at_cut:
             return None
         if self.light_config.is_auto:
-            self.leave_light_budget(record)
-        return leave_plan(self.work.run)
+            self.write_light_budget(record)
+        return write_plan(self.work.run)
 
-    def leave_light_budget(self, record: EstimationRecord) -> None:
+    def write_light_budget(self, record: EstimationRecord) -> None:
         """Search for the budget of `light: auto` on the estimated model, and write it into the run folder."""
         self.light_budget = self.find_light_budget(record, self.work.steps)
-        leave_budget(self.work.run, self.light_budget)
+        write_budget(self.work.run, self.light_budget)
         self.announce_light_budget(self.light_budget.summary())
 
     def announce_light_budget(self, line: str) -> None:
@@ -207,7 +207,7 @@ class LightRun(light_trainer(RunTrainer)):  # type: ignore[misc]
 
     def prune_light_model(self, plan: PrunePlan) -> LightModel:
         """Cut the model, and write the light adapter before fine-tuning into the run folder."""
-        return leave_pruned(self.work, self._peft_model, plan)
+        return write_pruned(self.work, self._peft_model, plan)
 
     def _begin_fine_tuning(self, max_steps: int) -> None:
         self._show("train")

@@ -164,7 +164,7 @@ class Workspace:
         waits = to_train and sharding_launched()
         return open_base(self.config.model, Wanted.of(self.task), self.tokenizer, self.vocabulary, waits)
 
-    def asking(self, model: nn.Module) -> BatchedModel:
+    def respondent(self, model: nn.Module) -> BatchedModel:
         """Wrap a model to answer padded batches in the run's evaluation batch size and precision."""
         training = self.config.training
         return BatchedModel(model, self.collator, training.eval_batch_size, autocast_dtype(training))
@@ -189,7 +189,7 @@ class Workspace:
         """Make the watcher that measures the model between stages on a sample of test rows."""
         chosen = sample(self.task, len(self.train_rows) * float(self.config.training.epochs))
         rows = self.task.encode_test(chosen, self.tokenizer)
-        return Watcher(self.task, rows, len(chosen), self.asking)
+        return Watcher(self.task, rows, len(chosen), self.respondent)
 
     def announce_settings(self) -> None:
         """Announce, when training begins, the values of auto and the settings with a cost that users may not expect."""
@@ -284,9 +284,11 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
         config.training, len(train_rows), width, processes().num_processes, has_peft=config.method_spec.has_peft
     )
     config = replace(config, training=training)
-    if run.has("depth") and run.goes_on:
+    if run.has("depth") and run.has_same_config:
         config = with_found_depth(config, run)
-    trained = run.goes_on and run.has(run.last_training)  # the teacher is not needed any more then, and may be deleted
+    trained = run.has_same_config and run.has(
+        run.last_training
+    )  # the teacher is not needed any more then, and may be deleted
     work = Workspace(
         run,
         task,
@@ -301,7 +303,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
         held_rows=held_rows,
         teacher=None if trained else RunTeacher.of(config, task, texts),
     )
-    if config.method_spec.prunes and run.goes_on and run.has("estimate") and not run.has(run.last_training):
+    if config.method_spec.prunes and run.has_same_config and run.has("estimate") and not run.has(run.last_training):
         check_steps(config, run, EstimationRecord.load(run.estimation))
     if config.method_spec.prunes and (overwrite or not run.has("estimate")):
         _ = work.stage  # raises if estimation leaves no steps for training, or scores too few rows

@@ -21,8 +21,7 @@ from lightpeft.app.runs import depth, pipeline
 from lightpeft.files import read_tensors
 from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.plans.prune_plan import PrunePlan
-from lightpeft.prune.discovery import ensure_family
-from lightpeft.prune.reading import (
+from lightpeft.prune.depth_probes import (
     RIDGES,
     FoundDepth,
     enough,
@@ -31,6 +30,7 @@ from lightpeft.prune.reading import (
     read_out,
     states_by_block,
 )
+from lightpeft.prune.discovery import ensure_family
 from lightpeft.recipe import depth as trainers_depth
 from lightpeft.saving.peft_adapter import WEIGHTS
 from lightpeft.training.arguments import training_arguments
