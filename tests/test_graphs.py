@@ -120,7 +120,9 @@ HEADS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-@pytest.mark.parametrize(("head", "form"), cases(HEADS, {("options", "onnx")}))
+@thorough
+@pytest.mark.parametrize("form", RUNTIMES)
+@pytest.mark.parametrize("head", HEADS)
 def test_heads(head: str, form: str, tmp_path: Path) -> None:
     light = light_over(HEADS[head](), **UNEVEN)
     export_model(light, tmp_path, form)
