@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from fsdp_on_cpus import shard_on_cpus
 from lanes import older
-from lights import few_examples_are_enough
 from sharded_trainings import MODELS, found, training
 from tiny import make
 from torch.distributed.tensor import DTensor
@@ -76,10 +72,3 @@ def sharded(model: torch.nn.Module) -> dict[str, Any]:
 
 def _held(parameter: Any) -> int:
     return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
-
-
-if __name__ == "__main__":
-    few_examples_are_enough()
-    shard_on_cpus()
-    trainings(Path(sys.argv[1]))
-    dist.destroy_process_group()

@@ -360,7 +360,7 @@ def test_wnut17(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         "validation",
     ]
     words[words.index("out")] = "taught"
-    assert wnut17.main([*words, "full", "60%, all", *teacher]) == 0
+    assert wnut17.main([*words, "full", *teacher]) == 0
     folder = tmp_path / "taught/cells/minilm/wnut17/full/0"
     scored, config = (read(folder / "metrics.json")[name] for name in ("metrics", "config"))
     assert scored["entity_f1"] == wnut17.quality(folder, tmp_path, "validation")

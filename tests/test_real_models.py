@@ -38,7 +38,7 @@ def test_minilm_learns_with_two_fifths_of_its_blocks(minilm: Path, movie_reviews
             limit_train=1200,
             limit_test=400,
         ),
-        training=replace(config.training, epochs=2, batch_size=16, learning_rate=1.5e-3),
+        training=replace(config.training, epochs=1, batch_size=16, learning_rate=1.5e-3),
     )
     report = pipeline.run(config)
     plan = PrunePlan.load(tmp_path / "run" / "plan.json")

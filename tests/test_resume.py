@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from lanes import telling
 from transformers import Trainer, TrainerCallback
 from workbench import (
     Disturb,
@@ -93,7 +94,7 @@ def test_resumed_run_does_not_start_over(bench: Workbench) -> None:
     assert {name: stamps(bench.folder / "resumed" / name) for name in kept} == before
 
 
-@pytest.mark.parametrize("method", ["plain", "full"])
+@telling("method", ["plain", "full"], ["plain"])
 def test_plain_lora_and_full_fine_tuning_go_on_too(bench: Workbench, method: str) -> None:
     settings = {**SETTINGS, "training.learning_rate": 1e-3}
     whole = bench.yaml(f"{method}_whole", method=method, **settings)

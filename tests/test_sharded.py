@@ -8,18 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from sharded_processes import REFUSED
+from sharded_processes import REFUSED, trainings
 from sharded_trainings import FSDP, LONG, MODELS, found, training
 from tiny import make
 from transformers import TrainingArguments
-from workbench import in_other_process
+from workbench import in_children
 
 from lightpeft import LightTrainer, load_light
 from lightpeft.errors import LightPeftError
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs the gloo backend")
 
-WORKER = Path(__file__).with_name("sharded_processes.py")
 SIDES = ["before", "behind"]
 
 
@@ -27,8 +26,8 @@ SIDES = ["before", "behind"]
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with what both processes found."""
     folder = tmp_path_factory.mktemp("fsdp2")
-    done = in_other_process("torch.distributed.run", "--standalone", "--nproc_per_node=2", WORKER, folder)
-    assert done.returncode == 0, done.stderr[-12000:]
+    ends = in_children(2, lambda rank: trainings(folder))
+    assert [code for code, _ in ends] == [0, 0], ends
     return folder
 
 

@@ -20,7 +20,7 @@ import vllm_speed
 import workbench
 import writers
 from benchmarking import place, readme_with, short_run
-from lanes import thorough
+from lanes import telling, thorough
 from transformers import AutoModelForCausalLM
 from workbench import Workbench, forked, read, save_base, tokenizer_of_bytes
 
@@ -92,7 +92,7 @@ def test_needs(
     assert list(stages) == ["plain", "estimate"] and stages["plain"]["measured_bytes"] > 0
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@telling("family", ["bert", "llama"], ["llama"])
 def test_inference(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Workbench(tmp_path / "bench", family)
     monkeypatch.chdir(tmp_path)
@@ -117,7 +117,7 @@ def test_gguf_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     texts = bench.train.read_text(encoding="utf-8").splitlines()
     save_base(bench.base, "llama", tokenizer=tokenizer_of_bytes(texts=texts))
     light, plain = (
-        bench.config(name, **{"method": name, "data.max_length": 128, "light.remove.heads": 0.5})
+        bench.config(name, **{"method": name, "data.max_length": 128, "light.remove.heads": 0.5, "training.epochs": 1})
         for name in ("light", "plain")
     )
     pipeline.run(light)
@@ -159,7 +159,8 @@ class Asked:
 
 def test_vllm_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Workbench(tmp_path, "llama", "causal-lm")
-    light, plain = (bench.config(name, **{"method": name, "light.remove.heads": 0.5}) for name in ("light", "plain"))
+    changes = {"light.remove.heads": 0.5, "training.epochs": 1}
+    light, plain = (bench.config(name, method=name, **changes) for name in ("light", "plain"))
     for config in (light, plain):
         pipeline.run(config)
     monkeypatch.setattr(vllm_speed, "Vllm", Asked)
@@ -221,7 +222,8 @@ def test_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 def test_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Workbench(tmp_path / "bench", "llama", "causal-lm")
     monkeypatch.chdir(tmp_path)
-    config = bench.yaml("tiny", **{"light.after.keep": "full", "light.remove.head_unit": "group"})  # has few heads
+    light = {"light.after.keep": "full", "light.remove.head_unit": "group"}  # has few heads
+    config = bench.yaml("tiny", **light, **{"training.epochs": 1})
     assert writers.main([str(config), "--rounds", "2", "--steps", "1", "--out", str(tmp_path / "out.json")]) == 0
     results = read(tmp_path / "out.json")
     weights = list(results["weights_bytes"].values())
@@ -290,10 +292,20 @@ def test_gpu_measures_tiny_shapes_on_the_cpu(tmp_path: Path) -> None:
     assert results["quality"] == {}
 
 
-def test_gpu_says_the_quality_beside_the_speed(bench: Workbench, config: Path, tmp_path: Path) -> None:
+def test_gpu_says_the_quality_beside_the_speed(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And goes on where one of two cannot be measured."""
     sizes = ("--device", "cpu", "--shapes", "--limit", "32", "--out", str(tmp_path))
-    assert gpu.main([*sizes, "--quality", str(config)]) == 0
-    reports = read(tmp_path / "gpu.results.json")["quality"]["tiny"]
+    assert gpu.main(list(sizes)) == 2
+    assert capsys.readouterr().err == "gpu: nothing to measure; give --shapes, --quality or both\n"
+    missing = str(tmp_path / "none.yaml")
+    assert gpu.main([*sizes, "--quality", missing]) == 2
+    assert "none.yaml does not exist" in capsys.readouterr().err and not (tmp_path / "gpu.md").exists()
+    assert gpu.main([*sizes, "--quality", str(config), missing]) == 1
+    results = read(tmp_path / "gpu.results.json")
+    assert list(results["quality"]) == ["tiny"] and "does not exist" in results["failures"]["none"]
+    reports = results["quality"]["tiny"]
     assert {method: report["method"] for method, report in reports.items()} == {"plain": "plain", "light": "light"}
     lines = (tmp_path / "gpu.md").read_text().splitlines()[2:]
     for report, line in zip(reports.values(), lines, strict=True):
@@ -302,15 +314,3 @@ def test_gpu_says_the_quality_beside_the_speed(bench: Workbench, config: Path, t
         speed = report["training"]["train"]["samples_per_second"]
         assert speed > 0 and f"| accuracy {report['metrics']['accuracy']:.1%} |" in line and f"| {speed:,.0f} |" in line
     assert list(reports["light"]["training"]) == ["estimate", "train"]
-
-
-def test_gpu_says_what_could_not_be_measured(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--device", "cpu", "--shapes", "--out", str(tmp_path), "--limit", "32"]
-    assert gpu.main(words) == 2
-    assert capsys.readouterr().err == "gpu: nothing to measure; give --shapes, --quality or both\n"
-    missing = str(tmp_path / "none.yaml")
-    assert gpu.main([*words, "--quality", missing]) == 2
-    assert "none.yaml does not exist" in capsys.readouterr().err and not (tmp_path / "gpu.md").exists()
-    assert gpu.main([*words, "--quality", str(config), missing]) == 1
-    results = read(tmp_path / "gpu.results.json")
-    assert list(results["quality"]) == ["tiny"] and "does not exist" in results["failures"]["none"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import support
 import torch
-from lanes import thorough
+from lanes import telling, thorough
 from peft import PeftModel
 from support import CELLS, CHECKS, DOCUMENT, KINDS, NOT_APPLICABLE, TABLES, TOLERANCE, YES, logits, pair
 from tiny import (
@@ -39,15 +39,15 @@ from lightpeft.prune.adapting import ConfigView, SelectedChannels, SharedBiases
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.prune.surgery import apply_plan
 
-COMPILED = {"llama-gqa": "bottleneck"}
-"""Compiling takes seconds: `make test` compiles one model."""
+ADAPTED = {"bert", "llama-gqa", "t5", "mixtral"}
+"""Models for which `make test` checks bottleneck adapters; it checks LoRA for one of each layout."""
 
 every_model = every_family(MODELS)
 
 
 def quick(check: str, kind: str, name: str) -> bool:
     """Whether `make test` checks a cell."""
-    return COMPILED.get(name) == kind if check == "compile" else name in IN_MAKE_TEST
+    return check != "compile" and name in (IN_MAKE_TEST if kind == "lora" else ADAPTED)
 
 
 def runs() -> list[Any]:
@@ -74,9 +74,9 @@ def test_the_document_says_what_works(name: str, kind: str, check: str) -> None:
             CHECKS[check](name, kind)
 
 
-def test_an_encoder_is_captured_as_a_graph() -> None:
+def test_a_model_is_captured_as_a_graph() -> None:
     """All of `torch.compile` but the code that Inductor makes of the graph, where its time goes."""
-    support.compiles("bert", "lora", backend="aot_eager")
+    support.compiles("llama-gqa", "bottleneck", backend="aot_eager")
 
 
 def test_the_document_has_a_row_for_every_family() -> None:
@@ -180,7 +180,7 @@ def plain(key: str) -> str:
 
 
 @every_model
-@pytest.mark.parametrize("kind", KINDS)
+@telling("kind", KINDS, ["lora"])
 def test_nothing_but_weights_is_left(name: str, kind: str) -> None:
     model = KINDS[kind](make(name))
     keys, tied = {plain(key) for key in model.state_dict()}, shared(model)

@@ -17,6 +17,7 @@ import torch
 import yaml
 from adapters import save_light
 from datasets import Dataset, concatenate_datasets
+from lanes import telling
 from lights import but, light_of
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -231,7 +232,7 @@ def test_the_teacher_waits_for_the_cut(tmp_path: Path) -> None:
     assert losses(taught)[:3] == losses(alone)[:3] and all(map(operator.ne, losses(taught)[3:], losses(alone)[3:]))
 
 
-@pytest.mark.parametrize("kind", ["classes", "tokens"])
+@telling("kind", ["classes", "tokens"], ["tokens"])
 def test_a_student_learns_what_its_teacher_says_and_labels_do_not(kind: str, tmp_path: Path) -> None:
     teacher = KINDS[kind][0](7)
     settings = {"max_steps": 150, "optim": "adamw_torch", "learning_rate": 1e-2, "max_grad_norm": 1.0}
@@ -371,7 +372,7 @@ def accuracy(report: dict[str, Any]) -> float:
     return float(report["metrics"]["accuracy"])
 
 
-@pytest.mark.parametrize("method", ["light", "plain", "full"])
+@telling("method", ["light", "plain", "full"], ["light"])
 def test_a_run_learns_from_a_teacher_with_another_tokenizer(bench: Workbench, method: str) -> None:
     changes = {"method": method} | ({"training.learning_rate": 3e-3} if method == "full" else {})
     assert accuracy(read(bench.folder / "teacher/metrics.json")) > 0.95
@@ -391,7 +392,7 @@ def test_a_run_warns_of_a_teacher_that_gives_one_class(bench: Workbench) -> None
     weights = {n: 0 * w + (n.startswith("classifier.out_proj.bias")) * 1.0 for n, w in load_file(file).items()}
     weights["classifier.out_proj.bias"][0] = 5.0
     save_file(weights, file, {"format": "pt"})
-    useless = {"method": "plain", "training.teacher": str(bench.folder / "useless/model")}
+    useless = {"method": "plain", "training.teacher": str(bench.folder / "useless/model"), "training.epochs": 1}
     warnings = pipeline.run(taught(bench, "useless_teacher", **useless))["warnings"]
     assert any('gives all 64 training rows the same class ("' in line for line in warnings)
 
@@ -416,9 +417,10 @@ def test_the_run_folder_has_what_the_teacher_predicts(bench: Workbench) -> None:
 @pytest.mark.parametrize("step", [4, 15])
 def test_a_killed_run_goes_on_without_asking_again(bench: Workbench, step: int) -> None:
     """Before the cut and behind it."""
-    whole = pipeline.run(taught(bench, "whole"))
+    whole, killed = (taught(bench, name, **{"training.epochs": 3}) for name in ("whole", f"killed{step}"))
+    whole = pipeline.run(whole)
     file = bench.folder / f"killed{step}.yaml"
-    file.write_text(to_yaml(taught(bench, f"killed{step}")), encoding="utf-8")
+    file.write_text(to_yaml(killed), encoding="utf-8")
     assert in_child(at_step(step, signalling(signal.SIGKILL)), "run", "--config", file)[0] == -signal.SIGKILL
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunTeacher, "_compute_logits", lambda *_: pytest.fail("the teacher was asked again"))
@@ -478,7 +480,7 @@ def test_it_is_asked_again_where_teacher_rows_or_file_are_others(bench: Workbenc
 
 
 def test_cells_of_a_grid_ask_it_once_for_the_same_rows(bench: Workbench, tmp_path: Path) -> None:
-    """And each counts the time."""
+    """Whatever their methods and seeds; and each counts the time."""
     rows = write_rows(tmp_path / "few.csv", labeled(20, seed=6))
     settings = bench.settings(**{"training.epochs": 1, "training.teacher": str(bench.folder / "teacher")})
     grid = {
@@ -493,11 +495,12 @@ def test_cells_of_a_grid_ask_it_once_for_the_same_rows(bench: Workbench, tmp_pat
     original = RunTeacher._compute_logits
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunTeacher, "_compute_logits", lambda self, size: asked.append(1) or original(self, size))
-        reproduce(file, tmp_path / "out", launch=lambda cell, *_: pipeline.run(cell.config) and None)
+        for part in (["method=lora", "seed=0"], ["method=lora", "task=few"], ["seed=0", "task=few"]):
+            reproduce(file, tmp_path / "out", part, launch=lambda cell, *_: pipeline.run(cell.config) and None)
     assert len(asked) == 2
     cells = [*(tmp_path / "out/cells").glob("*/*/*/*")]
     logits = {(cell.parts[-3], (cell / "teacher/logits.safetensors").read_bytes()) for cell in cells}
-    assert len(cells) == 8 and len(logits) == 2
+    assert len(cells) == 4 and len(logits) == 2
     assert all(read(cell / "metrics.json")["seconds"]["teach"] > 0 for cell in cells)
 
 

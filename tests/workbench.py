@@ -396,7 +396,7 @@ def in_child(disturb: Disturb, *arguments: object) -> tuple[int, str]:
 def in_children(
     count: int, disturb: Callable[[int], object], *arguments: object, engine: str = "ddp"
 ) -> list[tuple[int, str]]:
-    """The command in forked processes that are one run (over gloo), or in one alone, and how each of them ends.
+    """The command, if any, in forked processes that are one run (over gloo), or in one, and how each of them ends.
 
     Args:
         disturb: called first in each, with its rank.
@@ -433,7 +433,7 @@ def _forked(first: Callable[[], object], arguments: tuple[object, ...]) -> tuple
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
         sys.stderr = os.fdopen(writing, "w", encoding="utf-8", buffering=1)
         first()
-        os._exit(lightpeft(*arguments))
+        os._exit(lightpeft(*arguments) if arguments else 0)
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
