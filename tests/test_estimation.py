@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lanes import telling
 from lights import light_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import batch, without_dropout
@@ -368,12 +369,9 @@ def test_steps_out_of_place() -> None:
 # Resuming
 
 
-@pytest.mark.parametrize(
-    "learning",
-    [False, True],
-)
+@pytest.mark.parametrize("learning", [False, True])
 @pytest.mark.usefixtures("few_tell")
-@pytest.mark.parametrize("stop", [5, 6, 8])
+@telling("stop", [5, 6, 8], [6, 8])
 def test_a_resumed_stage_gives_the_record_of_an_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learning: bool, stop: int
 ) -> None:

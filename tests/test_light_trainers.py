@@ -193,7 +193,7 @@ def trained_sites(trainer: Any) -> set[tuple[str, int]]:
     return {(name.replace(".ref.", "."), p.numel()) for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
+@telling("kind", TRAINERS, ["dpo", "grpo", "reward"])
 def test_a_model_given_by_name_is_the_loaded_one(kind: str, named: str, tmp_path: Path) -> None:
     """Its modules sit where those of a loaded one do, in the blocks in which they may; then it trains and is cut."""
     light = but(LIGHT, module_blocks=2 / 3)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lanes import telling
 from workbench import Workbench, at_step, in_child, labeled, lightpeft, read, signalling, write_rows
 
 from lightpeft.app.folders.opening import open_result
@@ -39,7 +40,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     return made
 
 
-@pytest.mark.parametrize("method", ["light", "plain"])
+@telling("method", ["light", "plain"], ["light"])
 def test_a_run_stops_early_and_keeps_the_best(
     bench: Workbench, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -57,7 +58,7 @@ def test_a_run_stops_early_and_keeps_the_best(
 
 
 def test_a_killed_run_stops_where_it_would_have(bench: Workbench) -> None:
-    whole = pipeline.run(bench.config("whole", **AUTO))
+    whole = pipeline.run(bench.config("light", **AUTO))
     file = bench.yaml("killed", **AUTO)
     step = whole["stopped"]["kept"] + 2
     assert in_child(at_step(step, signalling(signal.SIGKILL)), "run", "--config", file)[0] == -signal.SIGKILL
