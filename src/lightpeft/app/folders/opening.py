@@ -152,8 +152,8 @@ def find_light(name: str | Path, base: str | None = None, settings: Mapping[str,
 
 
 def _task_facts_of(run: RunFolder) -> dict[str, Any]:
-    """Return the task's facts of a run without a light adapter."""
-    return read_task_facts(read_json(run.task), run.task)
+    """Return the task's facts of a run without a light adapter; empty for a folder that lacks them."""
+    return read_task_facts(read_json(run.task), run.task) if run.task.is_file() else {}
 
 
 # -- live --------------------------------------------------------------------------------------------------------
