@@ -715,6 +715,11 @@ def test_a_run_too_short_for_any_estimation_trains_all_the_same(
         said = capsys.readouterr().err
         assert ("nothing of the base is removed" in said) == (stage == "estimate") and "your loop" not in said
     assert comparable(staged) == comparable(tmp_path / "usual")
+    assert "Search for the budget" not in html.unescape(page([read_run(staged)]))
+    auto = load_config(file)
+    file.write_text(to_yaml(replace(auto, light=auto.light.without_pruning())), encoding="utf-8")
+    assert lightpeft("run", "--config", file, "--output", staged) == 2, "who asks for no cut has another run"
+    assert "holds a run with other settings" in capsys.readouterr().err
     told = {**settings, "light": 0.6}
     file.write_text(yaml.safe_dump(told), encoding="utf-8")
     assert lightpeft("run", "--config", file, "--output", tmp_path / "told") == 2

@@ -263,6 +263,13 @@ def test_a_block_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_long_names_of_any_script(tmp_path: Path) -> None:
+    """The name of the temporary file is as long as the file system allows, in bytes."""
+    path = tmp_path / f"{'日' * 82}.json"
+    write_json(path, {"a": 1})
+    assert read_json(path)["a"] == 1 and [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
 @pytest.mark.parametrize("alone", [False, True])
 def test_what_an_earlier_result_had_besides_goes(alone: bool, tmp_path: Path) -> None:
     kept = old_folder(tmp_path / "out")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from layouts import cut_to, evaluate
+from tiny import refusal
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
@@ -140,6 +141,12 @@ class TestScores:
         assert list(given.references) == [0, 1, 1]
         metrics = evaluate(llama, encoded, task, task.collator(tokenizer), 4)
         assert set(metrics) == {"f1", *ACCURACIES.values(), "loss", "examples"}
+
+    def test_a_prompt_with_a_column_that_the_rows_lack(self) -> None:
+        entry = TaskEntry(labels=["bad", "good"], words=["no", "yes"], prompt="{text} {text_pair}")
+        task = ClassificationByLikelihood(DataConfig(), TEXTS, TEXTS, ["bad", "good"], entry)
+        line = refusal(lambda: task.encode_test(task.test, word_tokenizer()))
+        assert "names the column 'text_pair', which the rows do not have" in line
 
     def test_what_follows_the_option_is_scored_where_there_is_an_ending(self, llama: LlamaForCausalLM) -> None:
         rows = Dataset.from_dict(

@@ -8,19 +8,26 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from tiny import refusal
 from transformers import AutoTokenizer
 from workbench import Workbench, labeled, lightpeft, read, write_rows
 
 from lightpeft import load_light
+from lightpeft.app.evaluation import predicting
 from lightpeft.app.evaluation.predicting import predict
 from lightpeft.app.evaluation.reports import evaluate_model
 from lightpeft.app.runs import pipeline
+from lightpeft.app.tasks.entries.task_entries import find_entry
+from lightpeft.app.tasks.kinds.task_kinds import task_class
+from lightpeft.app.tasks.loading import task_facts
+from lightpeft.config import DataConfig
 
 LABELS = ["negative", "positive"]
 METHODS = ("light", "plain", "full")
@@ -191,6 +198,15 @@ def test_pairs(tmp_path: Path) -> None:
     texts = [(row["text"], row["second"]) for row in pairs[:6]]
     expected = direct(tmp_path / "pairs" / "adapter", bench.base, texts)
     assert np.allclose([float(row["p_positive"]) for row in rows], expected[:, 1], atol=2e-6)
+
+
+def test_columns_of_a_task_that_converts_its_rows_are_its_own() -> None:
+    none, config = Dataset.from_dict({}), DataConfig(task="multirc")
+    entry = find_entry(config, {})
+    task = task_class(entry.kind, "likelihood", None)(config, none, none, list(entry.labels), entry)
+    found = SimpleNamespace(name="adapter", kind="light adapter", facts=task_facts(task))
+    line = refusal(lambda: predicting._restore_trained_task(found, {"text": "body"}, None))  # type: ignore[arg-type]
+    assert line == "text: task multirc has no such column; leave it out"
 
 
 def test_another_text_column_by_likelihood(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from lanes import thorough
 from workbench import Workbench, lightpeft, read
 
+from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.workspace import prepare
 from lightpeft.plans.prune_plan import PrunePlan
@@ -41,6 +42,8 @@ def test_tensorboard_from_the_shell(bench: Workbench) -> None:
     report = read(bench.folder / "board" / "metrics.json")["parameters"]
     assert found["train/light/base_parameters_before"] == [(6, report["base_dense"])]
     assert found["train/light/base_parameters_after"] == [(6, report["base"])]
+    RunFolder.open(bench.config("board", seed=1), overwrite=True).start_anew()
+    assert not (bench.folder / "board" / "tensorboard").exists(), "it would be mixed with that of the next run"
 
 
 @thorough

@@ -500,6 +500,14 @@ def test_at_full_width_it_is_over_the_base_with_all_tokens(base: Path, tmp_path:
 # -- live models -------------------------------------------------------------------------------------------------------
 
 
+def test_a_token_that_the_model_has_no_row_for(base: Path) -> None:
+    model, tokenizer = type(family("llama-tied")).from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    while len(tokenizer) <= model.config.vocab_size:
+        tokenizer.add_special_tokens({"additional_special_tokens": [f"<{len(tokenizer)}>"]}, False)
+    line = refusal(lambda: cut_vocabulary(model, tokenizer, ids_of(tokenizer, FEW)))
+    assert f"the model has rows for {model.config.vocab_size} tokens" in line and "resize_token_embeddings" in line
+
+
 def test_a_live_model_is_cut_by_hand(base: Path, tmp_path: Path) -> None:
     model = type(family("llama-tied")).from_pretrained(base)
     tokenizer = AutoTokenizer.from_pretrained(base)

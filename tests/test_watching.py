@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from lightpeft.app.tasks.kinds.causal import CausalLMTask
 from lightpeft.app.tasks.kinds.classification import ClassificationTask
 from lightpeft.app.tasks.kinds.generation import GenerationTask
 from lightpeft.app.tasks.kinds.regression import RegressionTask
+from lightpeft.app.tasks.kinds.span import SpanTask
 from lightpeft.config import DataConfig
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.estimation_record import EstimationRecord
@@ -76,6 +78,11 @@ class TestConstantAnswers:
         answers = Answers([(1.0, 2.0, 3.0)], [None])
         assert majority_answers(answers) is None
         assert majority_score(answers, task_of(CausalLMTask)) == {}
+
+    def test_a_metric_that_these_rows_do_not_have(self) -> None:
+        task = task_of(SpanTask)
+        task.entry = replace(task.entry, metrics=["answerability"])
+        assert majority_score(Answers(["", "a"], [[], []]), task) == {}
 
     def test_classes_that_no_row_has_count_too(self) -> None:
         """F1 of three classes is a mean over them, whichever are right somewhere."""

@@ -106,7 +106,7 @@ def evaluate_harness(
         ```
     """
     check_batch_size(batch_size)
-    check_no_folder(json, "--json")
+    check_no_folder(json, "json")
     given = dict(settings or {})
     found = [find_model(each, base, given.get("model")) for each in (name, other) if each is not None]
     wanted = Wanted("tasks of lm-evaluation-harness", CAUSAL_LM)
@@ -114,8 +114,9 @@ def evaluate_harness(
         each.check(wanted)
         refusal = f"lm-evaluation-harness needs a causal language model, and {each.name} is a {each.config.model_type}"
         require(is_decoder(each.config), refusal)
-    options["batch_size"] = batch_size
-    scores = [run_harness(each.open(wanted), each.tokenizer(), tasks, **options) for each in found]
+    scores = [
+        run_harness(each.open(wanted), each.tokenizer(), tasks, batch_size=batch_size, **options) for each in found
+    ]
     report: dict[str, Any] = {
         role: {"name": each.name, "kind": each.kind, "tasks": {task: entry.to_dict() for task, entry in of.items()}}
         for role, each, of in zip(("model", "other"), found, scores, strict=False)

@@ -232,9 +232,8 @@ def doubts_of_run(watcher: Watcher, milestones: Mapping[str, Metrics]) -> Iterat
     moment = next((each for each in _CUTS if each in milestones), "after_pruning")
     cut, (what, less) = milestones.get(moment, {}), _CUTS[moment]
     left = min(cut.get("loss", 0), end.get("loss", 0)) > (1 + RAISED_LOSS) * before.get("loss", math.inf)
-    if (
-        left and name in end and _gain(name, before[name], end[name]) <= 0
-    ):  # a better metric at a higher loss: fewer but more confident mistakes
+    # a better metric at a higher loss: fewer but more confident mistakes
+    if left and name in end and _gain(name, before[name], end[name]) <= 0:
         losses = f"from {before['loss']:.4f} to {cut['loss']:.4f}, and training left it at {end['loss']:.4f}"
         yield f"{what} raised the loss on {examples} {losses}; {less}, or train longer (training.epochs)"
 

@@ -92,7 +92,7 @@ def evaluate_model(
         ```
     """
     check_batch_size(batch_size)
-    check_no_folder(json, "--json")
+    check_no_folder(json, "json")
     if predictions is not None:
         check_predictions_path(Path(predictions))
     given = dict(settings or {})

@@ -50,19 +50,24 @@ class RunFolder:
     config: RunConfig
     replan: bool = False
     """True to accept another budget than the folder's, as long as nothing was pruned."""
+    asked: RunConfig | None = None
+    """Settings as given, which config.yaml holds, if `config` has others in their place; None: `config`."""
 
     @classmethod
-    def open(cls, config: RunConfig, replan: bool = False, overwrite: bool = False) -> RunFolder:
+    def open(
+        cls, config: RunConfig, replan: bool = False, overwrite: bool = False, asked: RunConfig | None = None
+    ) -> RunFolder:
         """Return the run of `config` in its output folder, new or to be resumed; `begin` writes the first file.
 
         Args:
+            asked: the settings as given, if `config` has others in their place.
             replan: True to accept another budget than the folder's, as long as nothing was pruned.
             overwrite: True to accept the run of another config, which `start_anew` removes.
 
         Raises:
             LightPeftError: the folder contains other files, or the run of another config.
         """
-        run = cls(Path(config.output), config, replan)
+        run = cls(Path(config.output), config, replan, asked)
         require(not run.path.exists() or run.path.is_dir(), f"output {run.path} is a file; give a folder")
         if processes().is_main_process:
             check_free(run.path)
@@ -136,7 +141,7 @@ class RunFolder:
             raise LightPeftError(
                 f"output {self.path} is not a run, or its {CONFIG} was edited ({error}); give a new folder"
             ) from error
-        return differences(stored, self.config, skip_budget=self.replan and not self.has("prune"))
+        return differences(stored, self._as_given, skip_budget=self.replan and not self.has("prune"))
 
     def start_anew(self) -> None:
         """Remove the results of a run of another config, and no other file; a run of the same config is kept.
@@ -150,14 +155,18 @@ class RunFolder:
                 if self._changed_settings():  # again: another process may have changed it
                     for name in _RESULTS:
                         _remove(self.path / name)
-                    write_text(self.path / CONFIG, signed_yaml(self.config))
+                    write_text(self.path / CONFIG, signed_yaml(self._as_given))
         state.wait_for_everyone()
 
     def _write_config(self) -> None:
         self._check_same()  # again: another process may have changed it
-        file, text = self.path / CONFIG, signed_yaml(self.config)
+        file, text = self.path / CONFIG, signed_yaml(self._as_given)
         if not file.exists() or read_text(file) != text:
             write_text(file, text)
+
+    @property
+    def _as_given(self) -> RunConfig:
+        return self.config if self.asked is None else self.asked
 
     @property
     def estimation(self) -> Path:

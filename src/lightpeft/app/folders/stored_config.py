@@ -63,12 +63,8 @@ def _signed(text: str) -> str:
 def differences(stored: RunConfig, given: RunConfig, skip_budget: bool = False) -> list[str]:
     """Return the dotted names of settings that differ.
 
-    `output`, settings that the method does not use and, with `skip_budget`, the budget are ignored. `light: auto`
-    equals the settings without pruning, which runs of few steps have in its place.
+    `output`, settings that the method does not use and, with `skip_budget`, the budget are ignored.
     """
-    lights = (stored.light, given.light)
-    if any(auto.is_auto and short == auto.without_pruning() for auto, short in (lights, lights[::-1])):
-        stored = dataclasses.replace(stored, light=given.light)
     budget = {f"light.{name}" for name in READ_BY_PLANS} if skip_budget else set()
     stored, given = _without_other_tasks(stored), _without_other_tasks(given)
     skipped = budget | {"output", "light.preset"} | {f"model.{name}" for name in SWITCHES}

@@ -60,7 +60,7 @@ def bench(
     """
     require(rounds >= 1 and steps >= 1, f"--rounds {rounds} and --steps {steps} must be at least 1")
     require(max(rounds, steps) <= _LIMIT, f"--rounds {rounds} and --steps {steps} must be at most {_LIMIT:,}")
-    check_no_folder(json, "--json")
+    check_no_folder(json, "json")
     in_memory = "bench supports models in memory only; set model.low_memory to false"
     require(not config.model.low_memory, in_memory)
     config = replace(config, method="light")

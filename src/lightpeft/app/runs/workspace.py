@@ -278,17 +278,16 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     width = getattr(model_config.get_text_config(), "hidden_size", None)
     train_rows, held_rows = _split_held_out(config, train_rows, width)
     texts, _ = _split_held_out(config, task.train, width)
-    config, unable = _cut_nothing_if_short(config, train_rows, width)
-    run = RunFolder.open(config, replan=replan, overwrite=overwrite)
+    asked, (config, unable) = config, _cut_nothing_if_short(config, train_rows, width)
+    run = RunFolder.open(config, replan=replan, overwrite=overwrite, asked=asked)
     training: TrainingConfig = resolve_auto(
         config.training, len(train_rows), width, processes().num_processes, has_peft=config.method_spec.has_peft
     )
     config = replace(config, training=training)
     if run.has("depth") and run.has_same_config:
         config = with_found_depth(config, run)
-    trained = run.has_same_config and run.has(
-        run.last_training
-    )  # the teacher is not needed any more then, and may be deleted
+    # once trained, a run does not need its teacher any more, which may be deleted
+    trained = run.has_same_config and run.has(run.last_training)
     work = Workspace(
         run,
         task,

@@ -56,7 +56,7 @@ class TrainerPrefix:
             self._has_obstacle()
 
     def _has_obstacle(self) -> bool:
-        """Return whether something forbids a cache, and announce it once."""
+        """Return whether something forbids a cache; announce a reason that was not announced before."""
         reason = self._find_obstacle()
         if reason is not None and reason != self._announced:
             self.announce(f"no prefix cache: {reason}")

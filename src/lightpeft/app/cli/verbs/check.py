@@ -19,7 +19,7 @@ def _check(given: dict[str, Any], memory: float | None = None, json: str | None 
 
     if memory is not None:
         require(0 < memory < 2**20, f"--memory: {memory:g} GiB is out of range; give a number above 0")
-    check_no_folder(json, "--json")
+    check_no_folder(json, "json")
     available = None if memory is None else int(memory * 2**30)
     found = check(prepare(run_config(given), overwrite=True), available)
     screen.print(needs_table(found))

@@ -53,17 +53,13 @@ def add_vocabulary(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int, f
     pieces = found["model"]["type"] == "BPE" and bool(found["model"].get("byte_fallback"))
     if pieces:
         _check_pieces(found)
-    else:
-        words = pre_tokenizer_name(found)
+    model, words = ("llama", "default") if pieces else ("gpt2", pre_tokenizer_name(found))
     names, types = _tokens(found, size)
+    writer.add_tokenizer_model(model)
+    writer.add_tokenizer_pre(words)
     if pieces:
-        writer.add_tokenizer_model("llama")
-        writer.add_tokenizer_pre("default")
         writer.add_token_scores(_scores(found, names))
         writer.add_add_space_prefix(tokenizer.tokenize("a")[0].startswith(_SPACE))
-    else:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(words)
     writer.add_token_list(names)
     writer.add_token_types(types)
     special = SpecialVocab(folder, load_merges=not pieces, n_vocab=size)

@@ -143,7 +143,8 @@ def read_run(folder: Path) -> RunFacts:
 def _read_stages(run: RunFolder, report: RunReport | None) -> Iterable[StageFacts]:
     method, logged = run.config.method_spec, run.finished_stages()
     light = run.config.light
-    before, after = ["depth"] if light.remove.depth == "auto" else [], ["budget"] if light.is_auto else []
+    searched = light.is_auto and (run.has("budget") or not run.has("plan"))  # short runs have a plan without one
+    before, after = ["depth"] if light.remove.depth == "auto" else [], ["budget"] if searched else []
     names = [*before, "estimate", *after, "prune", "train"] if method.prunes else ["train"]
     taught = ["teach"] if run.config.training.teacher is not None else []
     for name in [*taught, *names, *(["widen"] if run.keeps_full else []), "evaluate"]:
