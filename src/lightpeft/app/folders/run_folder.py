@@ -60,9 +60,9 @@ class RunFolder:
         """Return the run of `config` in its output folder, new or to be resumed; `begin` writes the first file.
 
         Args:
-            asked: the settings as given, if `config` has others in their place.
             replan: True to accept another budget than the folder's, as long as nothing was pruned.
             overwrite: True to accept the run of another config, which `start_anew` removes.
+            asked: the settings as given, if `config` has others in their place.
 
         Raises:
             LightPeftError: the folder contains other files, or the run of another config.
