@@ -22,11 +22,11 @@ from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerFast
 from workbench import Workbench, lightpeft, save_base, tokenizer_of_bytes
 
-from lightpeft import LightModel, save_gguf
+from lightpeft import LightModel
 from lightpeft.adapters.merging import merged_copy
 from lightpeft.app.exports.exporting import EXPORTS
 from lightpeft.app.exports.gguf import architectures
-from lightpeft.app.exports.gguf.exporting import GgufFile
+from lightpeft.app.exports.gguf.exporting import GgufFile, save_gguf
 from lightpeft.app.exports.gguf.vocabulary import add_vocabulary, pre_tokenizer_name
 from lightpeft.app.exports.gguf.writing import GgufType
 from lightpeft.app.runs import pipeline

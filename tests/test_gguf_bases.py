@@ -18,8 +18,9 @@ from tiny import make, plan_for, refusal, relative_difference, with_lora
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from workbench import Workbench, lightpeft, read, tokenizer_of_bytes
 
-from lightpeft import LightModel, save_gguf
+from lightpeft import LightModel
 from lightpeft.adapters.merging import merged_copy
+from lightpeft.app.exports.gguf.exporting import save_gguf
 from lightpeft.config import ModelConfig
 from lightpeft.models.loading import load_model
 from lightpeft.models.task_heads import CAUSAL_LM

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from lightpeft.adapters.merging import load_merged, save_merged
     from lightpeft.adapters.sharing import push_to_hub
     from lightpeft.app.exports.exporting import export_model
-    from lightpeft.app.exports.gguf.exporting import save_gguf
     from lightpeft.app.folders.switching import LightSwitch
     from lightpeft.app.runs.pipeline import run
     from lightpeft.config import LightConfig, RunConfig, load_config
@@ -60,7 +59,6 @@ _HOMES = {
     "make_plan": "plans.planning",
     "push_to_hub": "adapters.sharing",
     "run": "app.runs.pipeline",
-    "save_gguf": "app.exports.gguf.exporting",
     "save_merged": "adapters.merging",
     "weights_on_disk": "models.on_disk",
 }
@@ -93,7 +91,6 @@ __all__ = [
     "make_plan",
     "push_to_hub",
     "run",
-    "save_gguf",
     "save_merged",
     "weights_on_disk",
 ]

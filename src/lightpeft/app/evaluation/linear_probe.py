@@ -20,9 +20,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lightpeft.app.evaluation.milestones import LOWER_IS_BETTER
 from lightpeft.app.evaluation.respondent import BatchedModel
-from lightpeft.app.evaluation.scores import Scores, scores_of
+from lightpeft.app.evaluation.scores import LOWER_IS_BETTER, Scores, scores_of
 from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.app.tasks.respondent import OutputsOnly
 from lightpeft.console.progress import exact_duration

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from lightpeft.app.evaluation.scores import values_of
+from lightpeft.app.evaluation.scores import LOWER_IS_BETTER, values_of
 from lightpeft.app.evaluation.statistics import LEVEL, Interval, compare
 from lightpeft.app.tasks.answers import Answers, Outcome
 from lightpeft.app.tasks.kinds.base import Task
@@ -44,8 +44,6 @@ MOST_GENERATED_ROWS = 32
 RAISED_LOSS = 0.05
 """Relative rise of a loss that gives a warning: about the standard error of its mean over 256 rows. All
 milestones answer the same rows, so a difference between two of them has a smaller error."""
-LOWER_IS_BETTER = ("loss", "mse", "perplexity")
-"""Metrics of which less is better; of all others more is."""
 
 Metrics = dict[str, float]
 

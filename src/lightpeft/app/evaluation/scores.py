@@ -10,6 +10,9 @@ from lightpeft.app.evaluation.statistics import Interval, bootstrap_intervals
 from lightpeft.app.tasks.answers import SCORE_MEANS, Outcome
 from lightpeft.app.tasks.kinds.base import Task
 
+LOWER_IS_BETTER = ("loss", "mse", "perplexity")
+"""Metrics of which less is better; of all others more is."""
+
 T = TypeVar("T")
 
 

@@ -126,7 +126,7 @@ def export_model(
         model: a `LightModel`. It does not change: a copy is merged, which takes the memory of the model once more.
         folder: a new or empty folder.
         form: "merged", "gguf", "onnx" or "openvino".
-        tokenizer: tokenizer to write with the model.
+        tokenizer: tokenizer to write with the model; "gguf" needs it.
         dtype: data type of weights, one of the form's; None: unchanged.
         overwrite: True to replace the same form in the folder, with all its files.
 

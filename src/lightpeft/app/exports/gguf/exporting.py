@@ -37,30 +37,11 @@ def save_gguf(
     dtype: GgufType = "auto",
     overwrite: bool = False,
 ) -> GgufFile:
-    """Write a light model with merged PEFT weights as `model.gguf`, with tokenizer and chat template, for llama.cpp.
+    """Write a merged copy of a light model as `model.gguf`, with its tokenizer and chat template (see `export_model`).
 
     Supported are causal language models of the families Llama (also SmolLM2), Mistral, Qwen2 and Qwen3. Heads, KV heads
-    and neurons may differ from layer to layer; the first block needs attention.
-
-    Args:
-        model: a `LightModel`. It does not change: a copy is merged, which takes the memory of the model once more.
-        folder: a new or empty folder.
-        tokenizer: the model's tokenizer, which the file contains.
-        dtype: data type of matrices; "auto": unchanged. With `q8_0`, matrices whose rows are no multiple of 32 are
-            written in `f16` (`light.remove.multiple_of: 32` avoids this).
-        overwrite: True to replace an earlier GGUF file in the folder, with all files there.
-
-    Returns:
-        The path of the file, and the number of matrices in each data type.
-
-    Raises:
-        LightPeftError: `gguf` is not installed; llama.cpp does not support this model or its tokenizer; or the folder
-            cannot be written. Nothing is half-written.
-
-    Example:
-        ```python
-        written = save_gguf(load_light("adapter"), "gguf_model", light_tokenizer("adapter"), dtype="q8_0")
-        ```
+    and neurons may differ from layer to layer; the first block needs attention. With dtype `q8_0`, matrices whose rows
+    are no multiple of 32 are written in `f16` (`light.remove.multiple_of: 32` avoids this).
     """
     folder = Path(folder)
     check_vacant(folder, replaceable=(folder / GGUF_FILE).is_file(), overwrite=overwrite)

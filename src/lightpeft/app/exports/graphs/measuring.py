@@ -16,8 +16,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightpeft.app.evaluation.milestones import LOWER_IS_BETTER
-from lightpeft.app.evaluation.scores import values_of
+from lightpeft.app.evaluation.scores import LOWER_IS_BETTER, values_of
 from lightpeft.app.exports.graphs import sessions
 from lightpeft.app.exports.graphs.runtimes import Runtime
 from lightpeft.app.exports.graphs.tracing import reads

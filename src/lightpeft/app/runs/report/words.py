@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from lightpeft.app.evaluation.milestones import LOWER_IS_BETTER
+from lightpeft.app.evaluation.scores import LOWER_IS_BETTER
 from lightpeft.console.progress import exact_duration as duration
 from lightpeft.console.progress import in_bytes as size
 

@@ -8,7 +8,7 @@ from pandas import DataFrame
 from rich.markup import escape
 from rich.table import Table
 
-from lightpeft.app.evaluation.milestones import LOWER_IS_BETTER
+from lightpeft.app.evaluation.scores import LOWER_IS_BETTER
 from lightpeft.app.runs.reproduce.results import Results, Row, SeedSpread, spread
 
 _MIB = 2**20
