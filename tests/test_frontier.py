@@ -23,6 +23,7 @@ import torch
 import wnut17
 import workbench
 import yaml
+from lanes import thorough
 from torch import Tensor
 from workbench import Workbench, in_this_process, read, save_base, stamps
 
@@ -138,6 +139,7 @@ class InPyTorch:
         return {"logits": serving.in_pytorch(self.model, inputs)}
 
 
+@thorough
 def test_frontier_and_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frontier, "exported", InPyTorch)
     bench, out = Workbench(tmp_path / "bench"), tmp_path / "out"
@@ -302,6 +304,7 @@ def test_frontier_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     assert not (tmp_path / "out").exists()
 
 
+@thorough
 def test_finegates_are_cells_of_a_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """At lightpeft's size; what trains are gates and head; the model is there again as it was measured."""
     bench = Workbench(tmp_path / "bench")
@@ -333,6 +336,7 @@ def test_finegates_are_cells_of_a_grid(tmp_path: Path, capsys: pytest.CaptureFix
 # -- wnut17.py, siblings.py --------------------------------------------------------------------------------------------
 
 
+@thorough
 def test_wnut17(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     save_base(tmp_path / "demo/cache/minilm")

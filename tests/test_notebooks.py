@@ -67,9 +67,8 @@ def numbers(path: Path, book: Any) -> list[float]:
     return [float(number) for number in found.groups()]
 
 
-@pytest.mark.parametrize(
-    "path", [pytest.param(path, id=path.stem, marks=() if path.stem == "classify_csv" else thorough) for path in BOOKS]
-)
+@thorough
+@books
 def test_every_cell_runs(path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models learn in them, too."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
@@ -113,6 +112,7 @@ def test_prose_is_plain(path: Path) -> None:
     assert not list(faults("\n\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")))
 
 
+@thorough
 def test_a_cell_that_raises_ends_the_run(home: Path, tmp_path: Path) -> None:
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
     nbformat.write(book, tmp_path / "wrong.ipynb")

@@ -23,7 +23,7 @@ import publishing
 import pytest
 import torch
 from benchmarking import place, readme_with, short_run
-from lanes import FULL
+from lanes import thorough
 from tiny import make, relative_difference
 from torch import Tensor
 from workbench import Workbench, checksums, forked, in_this_process, read, stamps
@@ -38,6 +38,7 @@ from lightpeft.plans.block_plan import BlockPlan
 from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.prune.surgery import apply_plan
 
+pytestmark = thorough
 ROOT = Path(__file__).parents[1]
 
 PRUNED = {"random", "magnitude", "tp_magnitude", "tp_taylor", "slimformers"}
@@ -69,9 +70,7 @@ def cell_folder(out: Path, method: str, seed: int = 0) -> Path:
     return out / "cells" / "tiny" / "classification" / method / str(seed)
 
 
-REPEATED = ("magnitude", "tp_taylor", "slimformers", "light_default", "light_thorough", "light_uniform", "light_fast")
-"""Other criteria and settings of methods that `make test` compares."""
-METHODS = [name for name in peer_methods.PEERS if name != "light_auto" and (FULL or name not in REPEATED)]
+METHODS = [name for name in peer_methods.PEERS if name != "light_auto"]
 """All but the one that sets rows aside to measure on, for which the tests' are too few."""
 
 
@@ -93,7 +92,6 @@ def results(compared: Path) -> dict[str, Any]:
 
 def test_every_method_has_a_result(results: dict[str, Any], compared: Path) -> None:
     assert set(results["methods"]) == set(METHODS)
-    assert {*METHODS, "light_auto"} | set(REPEATED) == set(peer_methods.PEERS)
     assert results["failures"] == {}
     for name, method in results["methods"].items():
         assert 0 <= method["quality"]["mean"] <= 1

@@ -20,7 +20,7 @@ import vllm_speed
 import workbench
 import writers
 from benchmarking import place, readme_with, short_run
-from lanes import telling, thorough
+from lanes import thorough
 from transformers import AutoModelForCausalLM
 from workbench import Workbench, forked, read, save_base, tokenizer_of_bytes
 
@@ -29,6 +29,7 @@ from lightpeft.app.runs import pipeline
 from lightpeft.config import run_config_from_dict
 from lightpeft.models.families.family_table import block_specs
 
+pytestmark = thorough
 ROOT = Path(__file__).parents[1]
 
 
@@ -51,7 +52,6 @@ def config(bench: Workbench) -> Path:
 # -- steps.py, inference.py --------------------------------------------------------------------------------------------
 
 
-@thorough
 def test_subjects_of_a_run(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,7 +92,7 @@ def test_needs(
     assert list(stages) == ["plain", "estimate"] and stages["plain"]["measured_bytes"] > 0
 
 
-@telling("family", ["bert", "llama"], ["llama"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
 def test_inference(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Workbench(tmp_path / "bench", family)
     monkeypatch.chdir(tmp_path)
@@ -192,7 +192,6 @@ def test_vllm_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
 # -- serving.py --------------------------------------------------------------------------------------------------------
 
 
-@thorough
 def test_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Workbench(tmp_path)
     light, plain = (bench.config(name, method=name) for name in ("light", "plain"))
