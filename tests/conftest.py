@@ -32,7 +32,7 @@ hypothesis.settings.load_profile("any machine")
 
 CACHE = Path(__file__).parents[1] / "demo" / "cache"
 
-LONG = ("support", "peers", "graphs", "resume", "parity", "docs", "going_on", "surgery", "reproduce", "checking")
+LONG = ("support", "graphs", "resume", "parity", "docs", "going_on", "surgery", "reproduce", "checking")
 LONG += ("real_models", "faults", "sharded", "peft_variants", "full_width", "switching", "pipeline", "checkpoint")
 LONG += ("hostile", "gpu", "task_entries", "start", "discovery", "on_disk", "exporting", "prefix", "bad_input")
 """Test files that take longest, the longest first."""

@@ -135,10 +135,8 @@ def test_heads(head: str, form: str, tmp_path: Path) -> None:
     assert not any("cache" in name for name in sessions.load(form, tmp_path).run(inputs))
 
 
-@pytest.mark.parametrize(
-    ("form", "dtype"),
-    [("onnx", "int8"), *(pytest.param("openvino", name, marks=thorough) for name in ("int8", "f16"))],
-)
+@thorough
+@pytest.mark.parametrize(("form", "dtype"), [("onnx", "int8"), ("openvino", "int8"), ("openvino", "f16")])
 def test_data_types(form: str, dtype: str, tmp_path: Path) -> None:
     sizes = {**SHALLOW, "hidden_size": 64, "intermediate_size": 256, "vocab_size": 500}
     light = light_over(make("bert", **sizes), **UNEVEN)
