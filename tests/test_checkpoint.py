@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import json
@@ -46,6 +47,17 @@ from lightpeft.saving.tokens import VOCABULARY_FILE
 CASES = [*LAYOUTS, *VARIANTS]
 """Of other families test_support.py saves and loads a model."""
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "lightpeft.json"]
+
+
+def test_a_base_with_more_tokens(tmp_path: Path) -> None:
+    """PEFT would save its embeddings, which no light adapter holds."""
+    base = make("bert")
+    base.resize_token_embeddings(base.config.vocab_size + 3)
+    original = copy.deepcopy(base)
+    light = light_over(base)
+    light.save_pretrained(tmp_path)
+    assert not [name for name in load_file(tmp_path / "adapter_model.safetensors") if "embeddings" in name]
+    assert logits(load_light(tmp_path, base=original)).equal(logits(light))
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset, Value
+from datasets import Dataset, DatasetDict, IterableDataset, Value
 from lanes import telling, thorough
 from lights import but, light_of, preset
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -56,7 +56,7 @@ BUDGET: dict[str, Any] = {
     "estimation_scale": 1.0,
 }
 LIGHT = light_of(**BUDGET)
-PASSED = ("callbacks", "optimizers", "optimizer_cls_and_kwargs")
+PASSED = ("callbacks", "teacher", "optimizers", "optimizer_cls_and_kwargs")
 STEPS = {"estimation": 6, "run": 24}
 
 
@@ -508,6 +508,41 @@ def test_the_cut_may_be_what_freezes_the_first_blocks(builds: Builds, changes: d
 # -- what cannot work ----------------------------------------------------------------------------------------------
 
 
+def test_a_head_that_does_not_train_is_said(builds: Builds, caplog: pytest.LogCaptureFixture) -> None:
+    builds.trainer(peft_config=lora(task_type=None))
+    assert "(classifier) does not train, and an adapter does not hold it: set task_type" in caplog.text
+    caplog.clear()
+    builds.trainer(peft_config=lora(task_type=None, modules_to_save=["classifier"]))
+    assert "does not train" not in caplog.text
+
+
+def test_more_training_of_a_light_model_is_as_its_plan_says(builds: Builds, caplog: pytest.LogCaptureFixture) -> None:
+    first = builds.trainer()
+    assert first.train() and builds.trainer(model=first.model, light=None).light_config.train == "peft"
+    assert "no effect" not in caplog.text
+    builds.trainer(model=first.model, light=0.4)
+    assert "the model is cut already, so the amount in light= has no effect" in caplog.text
+    everything = {"train": "all"}
+    refused = refusal(lambda: builds.trainer(model=first.model, light=everything))
+    assert "light.train is all, and this model was cut with peft" in refused
+    for parameter in first.model.parameters():
+        parameter.requires_grad_(False)
+    assert "so nothing would train" in refusal(builds.trainer(model=first.model, light=None).train)
+
+
+def test_checkpoints_of_another_model_are_not_called_damaged(builds: Builds) -> None:
+    whole = builds.trainer(save_strategy="steps", save_steps=4)
+    whole.train()
+    before = str(builds.folder / "checkpoint-4")
+    assert "was written before the cut, and this trainer's" in refusal(
+        lambda: whole.train(resume_from_checkpoint=before)
+    )
+    other = builds.trainer(peft_config=lora(r=2))
+    assert "has weights of other sizes" in refusal(lambda: other.train(resume_from_checkpoint=before))
+    nowhere = str(builds.folder / "nowhere")
+    assert "there is no such folder" in refusal(lambda: builds.trainer().train(resume_from_checkpoint=nowhere))
+
+
 def test_refused_before_training(builds: Builds, monkeypatch: pytest.MonkeyPatch) -> None:
     model = builds.base()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -525,7 +560,19 @@ def test_refused_before_training(builds: Builds, monkeypatch: pytest.MonkeyPatch
     bare = torch.nn.Linear(2, 2)
     assert "Linear contains no transformers model" in refusal(lambda: builds.trainer(model=bare, peft_config=lora()))
     nowhere = lora(target_modules=["nothing"])
-    assert "PEFT cannot put its modules on the model" in refusal(lambda: builds.trainer(peft_config=nowhere))
+    placing = refusal(lambda: builds.trainer(peft_config=nowhere))
+    assert "PEFT cannot put its modules on the model" in placing and "light.modules.blocks allows them in" in placing
+    other_task = lora(task_type="CAUSAL_LM")
+    assert "task_type CAUSAL_LM may be that of another" in refusal(lambda: builds.trainer(peft_config=other_task))
+    assert "give a PEFT configuration" in refusal(lambda: builds.trainer(peft_config={"r": 8}))
+    assert "prefix_cache is 'memory'" in refusal(lambda: builds.trainer(prefix_cache="memory"))
+    assert "teacher is a int; give a model" in refusal(lambda: builds.trainer(teacher=5))
+    splits = {"train_dataset": DatasetDict(builds.rows), "peft_config": lora()}
+    assert "pass one of its splits: train, test" in refusal(lambda: LightTrainer(builds.base(), **splits))
+    assert "give it a subclass of transformers.Trainer" in refusal(lambda: light_trainer(dict))
+    assert light_trainer(LightTrainer) is LightTrainer
+    frozen = get_peft_model(builds.base(), lora(inference_mode=True))
+    assert "load it with is_trainable=True" in refusal(lambda: builds.trainer(model=frozen))
     both = get_peft_model(builds.base(), lora())
     assert "leave peft_config= out" in refusal(lambda: builds.trainer(model=both, peft_config=lora()))
     empty = {"train_dataset": builds.rows["train"].select([]), "processing_class": builds.tokenizer}

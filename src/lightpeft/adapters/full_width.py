@@ -66,6 +66,7 @@ def full_width(light: LightModel, base: PreTrainedModel | None = None, *, is_tra
         plain.save_pretrained("plain_adapter")  # an ordinary PEFT adapter
         ```
     """
+    require(isinstance(light, LightModel), f"full_width got a {type(light).__name__}; give it a light model")
     _check_kept_apart(light.light_plan)
     saved = from_dict(BaseFacts, facts_of(light)["base"], "base.")
     name = own_adapter(light)

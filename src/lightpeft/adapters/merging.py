@@ -112,6 +112,7 @@ def merged_copy(model: Described) -> PreTrainedModel:
     Raises:
         LightPeftError: the PEFT modules cannot be merged, or the base is quantized.
     """
+    require(hasattr(model, "light_plan"), f"the model is a {type(model).__name__}, not a light model; load one")
     light = cast(PeftModel, model)
     check_mergeable(transformers_model(light).config)
     try:

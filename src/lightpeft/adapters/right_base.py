@@ -77,7 +77,7 @@ def check_structure(dense: PreTrainedModel, saved: BaseFacts, plan: PrunePlan, w
 def _another_base(what: str) -> str:
     return (
         f"{what} belongs to another base: its fingerprint does not match the weights of this one; "
-        "pass the original base, in the same revision and, if it was quantized, in the same bits"
+        "pass the original base: the same revision and tokens and, if it was quantized, the same bits"
     )
 
 

@@ -48,8 +48,11 @@ def light_config(light: Light) -> LightConfig:
     return light if isinstance(light, LightConfig) else from_dict(LightConfig, light_mapping(light), "light.")
 
 
-def cut_of_writer(light: LightConfig) -> str | None:
+def cut_of_writer(light: LightConfig, keeping: str = "set light.after.keep: both") -> str | None:
     """Return a warning for settings that prune a model that generates text (docs/explanation/decoders.md).
+
+    Args:
+        keeping: how to get a full-width model as well.
 
     Returns:
         None where no block is pruned, where a full-width model is kept, and for an `auto` budget, which is measured.
@@ -57,7 +60,7 @@ def cut_of_writer(light: LightConfig) -> str | None:
     if not light.cuts_blocks or light.after.keep != "light" or light.is_auto:
         return None
     loses = "pruning costs a model that generates text far more quality than a classifier"
-    return f"{loses}; set light: 0 to prune nothing, or light.after.keep: both to keep a full-width model as well"
+    return f"{loses}; set light: 0 to prune nothing, or {keeping} to get a full-width model as well"
 
 
 def merge_settings(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -55,8 +55,7 @@ class LightModel(PeftModel):
         if not is_main_process:
             return
         vocabulary = vocabulary_of(transformers_model(self))
-        if vocabulary is not None:
-            kwargs["save_embedding_layers"] = False  # PEFT takes resized embeddings for trained ones
+        kwargs["save_embedding_layers"] = False  # PEFT takes resized embeddings for trained ones
         from lightpeft.saving.adapter_files import DESCRIPTION, FILES, write_beside
         from lightpeft.saving.description import facts_of
         from lightpeft.saving.kept_weights import write_kept

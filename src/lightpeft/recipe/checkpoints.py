@@ -98,11 +98,13 @@ class LightCheckpoints(Checkpoints):
         if is_sharded(trainer.model):
             return
         report = read_cut(Path(folder))
+        dense = f"{folder} was written before the cut, and this trainer's model is cut already"
+        require(report is not None or trainer.light_plan is None, f"{dense}; make a new trainer from the dense model")
         if report is not None:
             trainer.light_report, trainer._estimation_steps = report, int(report["estimation_steps"])
             if trainer._light_pruner is not None and trainer.light_plan is None:
-                dense = trainer._light_pruner.estimator.fingerprint
-                trainer.light_plan = _cut_to_saved_plan(trainer._peft_model, dense, Path(folder))
+                fingerprint = trainer._light_pruner.estimator.fingerprint
+                trainer.light_plan = _cut_to_saved_plan(trainer._peft_model, fingerprint, Path(folder))
         if self._wraps_peft_model:
             _load_inside(trainer.model, trainer._peft_model, Path(folder))
         else:

@@ -30,7 +30,7 @@ from lightpeft.prune.learning import unlearned_warning
 from lightpeft.prune.light_model import LightModel, as_light
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.recipe.settings import can_write, peft_config_of, settings_of_loop
-from lightpeft.recipe.wrapping import remove_disallowed_modules
+from lightpeft.recipe.wrapping import check_trains, remove_disallowed_modules
 
 _log = logging.getLogger(__name__)
 
@@ -86,6 +86,7 @@ class EarlyPruner:
         if isinstance(model, PeftModel):
             leave_experts(model, block_specs(transformers_model(model)))
         check_peft(model)
+        check_trains(model)
         self.config = settings_of_loop(light, peft_config_of(model), model)
         for spec in block_specs(transformers_model(model)):
             check_experts(spec, self.config)
@@ -137,7 +138,8 @@ class EarlyPruner:
         lines = "; ".join(self.advice())
         if lines:
             _log.warning("EarlyPruner: your loop has to do what LightTrainer does by itself: %s", lines)
-        if can_write(self.model) and (line := cut_of_writer(self.config)) is not None:
+        call = "call lightpeft.full_width(light) after training"
+        if can_write(self.model) and (line := cut_of_writer(self.config, call)) is not None:
             _log.warning("%s", line)
 
     def step(self, grad_scale: float = 1.0) -> None:

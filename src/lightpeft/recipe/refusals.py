@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from peft import PeftConfig
 from torch import nn
 
 from lightpeft.errors import require
@@ -10,6 +13,7 @@ from lightpeft.models.sharding import is_sharded
 from lightpeft.prune.fingerprint import check_stored
 from lightpeft.prune.length import fit_stage
 from lightpeft.recipe.host import LightHost
+from lightpeft.training.prefix import PrefixCache
 from lightpeft.training.schedule import pace_of, steps_of
 
 
@@ -43,6 +47,25 @@ def check_light(trainer: LightHost, *, sharded: bool) -> None:
         f"{type(trainer).__name__} would use the cut model as its reference model; pass the dense model as ref_model=, "
         "or set beta to 0",
     )
+
+
+def check_arguments(rows: object, peft_config: object, prefix_cache: object) -> None:
+    """Refuse arguments of a type that fails late, inside a library.
+
+    Args:
+        rows: training rows.
+        peft_config: PEFT modules for a dense model.
+        prefix_cache: cache for the outputs of frozen blocks.
+
+    Raises:
+        LightPeftError: naming the argument and its type.
+    """
+    splits = f"; pass one of its splits: {', '.join(map(str, rows))}" if isinstance(rows, Mapping) else ""
+    require(not isinstance(rows, str | Mapping), f"train_dataset is a {type(rows).__name__}, not rows{splits}")
+    config = isinstance(peft_config, PeftConfig | None)
+    require(config, f"peft_config is a {type(peft_config).__name__}; give a PEFT configuration such as LoraConfig(r=8)")
+    cache = isinstance(prefix_cache, PrefixCache | None)
+    require(cache, f"prefix_cache is {prefix_cache!r}; give a PrefixCache, or None for no cache")
 
 
 def check_length(trainer: LightHost) -> None:

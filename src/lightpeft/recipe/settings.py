@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,8 +34,10 @@ def light_settings(light: Light, peft: PeftConfig, model: nn.Module) -> LightCon
     Raises:
         LightPeftError: an unknown form, setting or value, or `train: all` for a model that does not allow it.
     """
-    kind = kind_of(peft)
-    settings = fill_defaults(light_config(light), kind.name, can_write(model))
+    kind, given = kind_of(peft), light_config(light)
+    if isinstance(model, LightModel):
+        given = _of_light_model(given, model)
+    settings = fill_defaults(given, kind.name, can_write(model))
     if settings.train == "all":
         asked = "light.train: all trains the base weights"
         require(kind.merges, f"light.train: all merges PEFT at the cut, and {kind.title} cannot be merged; use LoRA")
@@ -44,6 +47,20 @@ def light_settings(light: Light, peft: PeftConfig, model: nn.Module) -> LightCon
             not has_weights_on_disk(model), f"{asked}, and this model's are on disk; load it without weights_on_disk"
         )
     return settings
+
+
+def _of_light_model(given: LightConfig, model: LightModel) -> LightConfig:
+    """Return the settings for more training of a model that is cut: `train` as its plan has it.
+
+    Raises:
+        LightPeftError: they ask for other weights to train.
+    """
+    train = model.light_plan.train
+    other = f"light.train is {given.train}, and this model was cut with {train}; leave it out"
+    require(given.train in (None, train), other)
+    if given.remove.has_amount:
+        _log.warning("the model is cut already, so the amount in light= has no effect")
+    return replace(given, train=train)
 
 
 def settings_of_trainer(light: Light, peft: PeftConfig, model: nn.Module, options: Mapping[str, Any]) -> LightConfig:

@@ -57,6 +57,8 @@ def add_teacher_logits(trainer: Host, teacher: Teacher, warn: Callable[[str], No
         LightPeftError: the teacher has another task, other classes or another vocabulary, or returns NaN; or the rows
             are no `datasets.Dataset`.
     """
+    given = isinstance(teacher, nn.Module | str | os.PathLike)
+    require(given, f"teacher is a {type(teacher).__name__}; give a model, or its folder or name")
     rows = trainer.train_dataset
     if has_teacher_logits(rows):
         return rows

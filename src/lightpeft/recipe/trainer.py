@@ -40,11 +40,11 @@ from lightpeft.recipe.checkpoints import LightCheckpoints
 from lightpeft.recipe.naming import with_loaded_model
 from lightpeft.recipe.parallel import broadcast_from_main
 from lightpeft.recipe.pruner import EarlyPruner, cut
-from lightpeft.recipe.refusals import check_length, check_light, refuse_parts
+from lightpeft.recipe.refusals import check_arguments, check_length, check_light, refuse_parts
 from lightpeft.recipe.schedule import LightSchedule
 from lightpeft.recipe.settings import can_write, gives_classes, peft_config_of, settings_of_trainer
 from lightpeft.recipe.teacher import Teacher, add_teacher_logits
-from lightpeft.recipe.wrapping import add_peft_modules, inner_peft_model
+from lightpeft.recipe.wrapping import add_peft_modules, check_trains, inner_peft_model
 from lightpeft.training.acceleration import light_steps
 from lightpeft.training.fitting import upcast_trained_weights
 from lightpeft.training.loss_rise import loss_rise
@@ -56,6 +56,7 @@ from lightpeft.training.trainer import Training
 
 _log = logging.getLogger(__name__)
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
+FULL_WIDTH_CALL = "call lightpeft.full_width(trainer.model) after training"
 
 
 class LightTraining(Training):
@@ -118,6 +119,7 @@ class LightTraining(Training):
         **options: Any,
     ) -> None:
         args, options = trainer_kwargs(super().__init__, args, options)
+        check_arguments(options.get("train_dataset"), peft_config, prefix_cache)
         self.fast_steps, self.light_report = fast_steps, {}
         model, options = with_loaded_model(model, type(self), options)
         refuse_parts(model)
@@ -173,6 +175,8 @@ class LightTraining(Training):
         Args:
             checkpoint: folder to resume from, written before or after the cut; None: start anew.
         """
+        if self._light_pruner is None:
+            check_trains(self._peft_model)
         self._light_checkpoint = checkpoint
         if checkpoint is None:
             self._estimation_steps = self._base_joined = 0  # a light model that trains once more does so for all of it
@@ -202,7 +206,7 @@ class LightTraining(Training):
     def _begin_estimation(self, state: TrainerState, control: TrainerControl) -> None:
         """Put masks on the model. If nothing is to be cut, there is nothing to estimate: the cut comes at once."""
         assert self._light_pruner is not None
-        if can_write(self._peft_model) and (line := cut_of_writer(self.light_config)) is not None:
+        if can_write(self._peft_model) and (line := cut_of_writer(self.light_config, FULL_WIDTH_CALL)) is not None:
             self._warn(line)
         stage = fit_stage(self.light_config, pace_of(self), state.max_steps, longer=self.light_longer)
         self._light_pruner.estimator.start(state.max_steps, stage)
@@ -368,9 +372,10 @@ class LightTraining(Training):
     def _warn_about_full_width(self) -> None:
         """Warn that `light.after.keep` is left to the caller: the dense base is gone when training ends."""
         _log.warning(
-            "light.after.keep: %s is not done by the trainer; call lightpeft.full_width(trainer.model) after training, "
-            "and train its result with any trainer for full_width_steps",
+            "light.after.keep: %s is not done by the trainer; %s, and train its result with any trainer for "
+            "full_width_steps",
             self.light_config.after.keep,
+            FULL_WIDTH_CALL,
         )
 
 
@@ -390,6 +395,10 @@ def light_trainer(trainer_class: type[AnyTrainer]) -> type[AnyTrainer]:
         trainer.train()
         ```
     """
+    given = isinstance(trainer_class, type) and issubclass(trainer_class, Trainer)
+    require(given, f"light_trainer got {trainer_class!r}; give it a subclass of transformers.Trainer")
+    if issubclass(trainer_class, LightTraining):
+        return trainer_class
     name = f"Light{trainer_class.__name__}"
     return cast("type[AnyTrainer]", type(name, (LightTraining, trainer_class), {"__doc__": LightTraining.__doc__}))
 

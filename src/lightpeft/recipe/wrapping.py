@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -14,11 +15,14 @@ from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.models.families.family_table import block_specs
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.kinds import ModulePlaces, kind_of, projections
-from lightpeft.peft_kinds.sites.live_sites import find_sites, refresh_config, remove_site
+from lightpeft.peft_kinds.sites.live_sites import find_sites, own_adapter, refresh_config, remove_site
 from lightpeft.prune.discovery import ensure_family
 
+_log = logging.getLogger(__name__)
 _PLACES = ("target_modules", "exclude_modules", "feedforward_modules")
 """Fields of PEFT's configurations that say where modules go."""
+_HEADS = ("classifier", "score", "qa_outputs")
+"""Names of the heads that transformers' classes for labels and spans add to a base."""
 
 
 def inner_peft_model(model: nn.Module) -> PeftModel:
@@ -65,10 +69,15 @@ def add_peft_modules(model: nn.Module, config: PeftConfig, light: LightConfig, *
 
 
 def _make_peft_model(model: nn.Module, config: PeftConfig, light: LightConfig, **options: Any) -> PeftModel:
+    allowed = with_allowed_modules(config, model, light)
     try:
-        return get_peft_model(model, with_allowed_modules(config, model, light), **options)
-    except ValueError as error:
-        raise LightPeftError(f"peft_config: PEFT cannot put its modules on the model: {one_line(error)}") from error
+        return get_peft_model(model, allowed, **options)
+    except (ValueError, AttributeError) as error:
+        hint = f"light.modules.blocks allows them in {light.modules.blocks or 1:.0%} of the blocks, the upper ones"
+        if isinstance(error, AttributeError):
+            hint = f"task_type {config.task_type} may be that of another model"
+        reason = f"{one_line(error)}; {hint}"
+        raise LightPeftError(f"peft_config: PEFT cannot put its modules on the model: {reason}") from error
 
 
 def with_allowed_modules(config: PeftConfig, model: nn.Module, light: LightConfig) -> PeftConfig:
@@ -116,3 +125,26 @@ def remove_disallowed_modules(model: PeftModel, light: LightConfig) -> None:
         for site in gone:
             remove_site(model, site)
         refresh_config(model)
+
+
+def check_trains(model: PeftModel) -> None:
+    """Refuse a frozen adapter, and warn of a head that neither trains nor is saved.
+
+    Raises:
+        LightPeftError: no weight trains.
+    """
+    trains = any(parameter.requires_grad for parameter in model.parameters())
+    way = "load it with is_trainable=True, and leave inference_mode out"
+    require(trains, f"all weights of the adapter are frozen, so nothing would train; {way}")
+    inner, config = transformers_model(model), model.peft_config[own_adapter(model)]
+    head = next((name for name in _HEADS if hasattr(inner, name)), None)
+    if head is None or config.task_type is not None or config.modules_to_save:
+        return
+    if not any(parameter.requires_grad for parameter in getattr(inner, head).parameters()):
+        kind = type(inner).__name__
+        _log.warning(
+            "the head of %s (%s) does not train, and an adapter does not hold it: set task_type or modules_to_save "
+            "in the PEFT configuration",
+            kind,
+            head,
+        )

@@ -80,7 +80,7 @@ def check_adapter_fit(skeleton: PreTrainedModel, config: PeftConfig, folder: Pat
         LightPeftError: tensors are missing, additional, or of another shape.
     """
     try:
-        expected = _expected_shapes(skeleton, config, folder)
+        expected = _expected_shapes(skeleton, config, folder, embeddings=False if exact else "auto")
     except LightPeftError as error:
         # some of PEFT's kinds look at values, which are not there
         if exact or not isinstance(error.__cause__, RuntimeError):
@@ -96,14 +96,20 @@ def check_adapter_fit(skeleton: PreTrainedModel, config: PeftConfig, folder: Pat
     _report_difference(other, f"{folder} does not fit its base: tensors of another shape")
 
 
-def _expected_shapes(skeleton: PreTrainedModel, config: PeftConfig, folder: Path) -> TensorShapes:
-    """Return the shapes of the tensors that an adapter needs on a model, by PEFT's names."""
+def _expected_shapes(
+    skeleton: PreTrainedModel, config: PeftConfig, folder: Path, embeddings: bool | str
+) -> TensorShapes:
+    """Return the shapes of the tensors that an adapter needs on a model, by PEFT's names.
+
+    Args:
+        embeddings: PEFT's `save_embedding_layers` at the time of saving.
+    """
     config = copy.deepcopy(config)
     config.base_model_name_or_path = None  # the base may have moved; PEFT would warn
     config.inference_mode = True
     skeleton.name_or_path = ""  # PEFT would compare vocabulary sizes with it, and take a cut one for trained
     with parsing(f"{folder} does not fit its base"), torch.device("meta"):
-        tensors = get_peft_model_state_dict(get_peft_model(skeleton, config))
+        tensors = get_peft_model_state_dict(get_peft_model(skeleton, config), save_embedding_layers=embeddings)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 

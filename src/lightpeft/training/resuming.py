@@ -43,6 +43,7 @@ class Checkpoints:
         require(checkpoint or not asked, f"{folder} has no checkpoint to resume from; train without resuming")
         if checkpoint is not None:
             check_resuming()
+            require(Path(checkpoint).is_dir(), f"{checkpoint} is not a checkpoint: there is no such folder")
             check_state(Path(checkpoint))
             check_step(Path(checkpoint), self._trainer.args)
         return checkpoint
@@ -50,7 +51,7 @@ class Checkpoints:
     def load_weights(self, folder: str, usual: Callable[[], None]) -> None:
         """Load weights by the trainer's own method, unless the model is sharded: those are loaded before sharding."""
         if not is_sharded(self._trainer.model):
-            with _reporting_damage(folder, "weights"), self._sharding.as_one_process():
+            with _reporting_damage(folder, "weights"), self._sharding.as_one_process(), _reporting_other_sizes(folder):
                 usual()
 
     def load_states(self, checkpoint: str | None, usual: Callable[[str | None], None]) -> None:
@@ -75,6 +76,17 @@ def _reporting_damage(checkpoint: str | None, what: str) -> Iterator[None]:
     """Turn errors inside the block into one line: this part of the checkpoint is damaged."""
     with parsing(f"{checkpoint} is damaged: its {what} cannot be read", _USE_OLDER), reporting_lost_processes():
         yield
+
+
+@contextmanager
+def _reporting_other_sizes(checkpoint: str) -> Iterator[None]:
+    """Turn PyTorch's list of tensors of other sizes into one line: the model is another one."""
+    try:
+        yield
+    except RuntimeError as error:
+        other = f"{checkpoint} has weights of other sizes than this trainer's model"
+        require("size mismatch" not in str(error), f"{other}; use the same model and peft_config as before")
+        raise
 
 
 def check_state(checkpoint: Path) -> None:

@@ -96,6 +96,8 @@ def run(
         print(metrics["metrics"]["accuracy"])
         ```
     """
+    given = f"run got a {type(config).__name__}; make a RunConfig by load_config"
+    require(isinstance(config, RunConfig), given)
     work = prepare(config, overwrite=overwrite)
     donor = None if estimation is None else find_estimation(config, Path(estimation))
     if overwrite:
