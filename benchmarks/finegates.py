@@ -202,7 +202,9 @@ def per_cent(method: str) -> str:
         LightPeftError: the name has no part.
     """
     found = next((word.rstrip("%,") for word in method.split() if "%" in word), "")
-    require(found.isdigit() and 0 < int(found) < 100, f'method "{method}" says no per cent; name it as "FineGates, 60%"')
+    require(
+        found.isdigit() and 0 < int(found) < 100, f'method "{method}" says no per cent; name it as "FineGates, 60%"'
+    )
     return found
 
 
