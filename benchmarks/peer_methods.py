@@ -189,21 +189,11 @@ PEERS: dict[str, Peer] = {
 
 
 def shared_settings(path: Path) -> dict[str, Any]:
-    """What all peers take of a config."""
-    return {name: value for name, value in load_yaml(path).items() if name not in ("light", *_OF_A_RUN)}
+    """Settings of a config for all peers, without those that differ from cell to cell."""
+    return {name: value for name, value in load_yaml(path).items() if name not in ("light", "method", "output", "seed")}
 
 
-_OF_A_RUN = ("method", "output", "seed")
-"""Settings that differ from cell to cell."""
-
-
-def own_settings(path: Path, name: str, own: Path | None = None) -> dict[str, Any]:
-    """What a peer takes of a config beside that: `light_default` the file's `light`, which would make all others alike.
-
-    Args:
-        own: another file to take for this peer, all of it.
-    """
-    if own is not None:
-        return {key: value for key, value in load_yaml(own).items() if key not in _OF_A_RUN}
+def own_settings(path: Path, name: str) -> dict[str, Any]:
+    """Settings of a config for one peer: `light` for `light_default` alone, since it would make all others alike."""
     data = load_yaml(path)
     return {"light": data["light"]} if name == "light_default" and "light" in data else {}
