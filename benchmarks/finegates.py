@@ -74,7 +74,7 @@ class Gated(nn.Module):
 
 
 class Narrow(nn.Module):
-    """What stays of a gated layer: it reads the columns that stay, and gives zeros where no row does.
+    """The rest of a gated layer: it reads the columns that stay, and gives zeros where no row does.
 
     Args:
         inside: "ffn_in" or "ffn_out" on that side of an FFN, between which only neurons that stay are passed on.

@@ -1,4 +1,4 @@
-"""What `lightpeft check` says that a run needs, beside what it then takes.
+"""Memory and computation that `lightpeft check` foretells, beside those that a run then takes.
 
     python benchmarks/needs.py configs/movie_reviews/minilm_default.yaml configs/glue/mpnet_sst2.yaml
 

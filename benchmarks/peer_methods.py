@@ -55,7 +55,7 @@ class Peer:
     label: str
     kind: Kind
     settings: NestedSettings = field(default_factory=dict)
-    """What differs from the given config."""
+    """Settings that differ from the given config."""
     make: Maker | None = None
     """Makes the model that trains; None: it is what `lightpeft run` makes of the settings."""
     accelerated: bool = False
@@ -70,7 +70,7 @@ class Peer:
         return Arm(merge_settings(dict(self.settings), dict(settings)))
 
     def subject(self, goal: Goal) -> str | Build:
-        """What a measurement of speed takes."""
+        """The subject of a measurement of speed."""
         if self.make is None:
             return "light" if self.kind == "light" else "plain"
         return Build(partial(_made, self.make, goal), self.accelerating)
@@ -143,7 +143,7 @@ PLAIN = {"method": "plain"}
 LORA = {**PLAIN, "peft": {"type": "lora", "slots": None, "target_modules": None}}
 """LoRA on q and v."""
 BASELINE = "lora"
-"""What all others are compared with."""
+"""The method that all others are compared with."""
 _ALL_RANKS = {"preset": "accurate", "remove": {"blocks": 0.6}}
 _FOUR_RANKS = {"remove": {"blocks": 0.4}, "modules": {"remove_ranks": 0.5}, "rates": {"scale": 1.0}}
 LIGHT: dict[str, Any] = {

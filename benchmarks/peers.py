@@ -52,7 +52,7 @@ NEVER = 10**9
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for."""
+    """The options of the command line, checked."""
 
     config: Path
     seeds: Sequence[int]
@@ -198,7 +198,7 @@ def _launch(run: Callable[..., str | None], goal: Goal, curve: int, cell: Cell, 
 
 
 def _own(options: Options, name: str) -> dict[str, Any]:
-    """What of the options concerns one method."""
+    """Settings of one method, from its config and the options."""
     settings = own_settings(options.config, name)
     rate = options.learning_rates.get(name)
     return settings if rate is None else merge_settings(settings, {"training": {"learning_rate": rate}})
@@ -254,7 +254,7 @@ def summary(
 
 
 def numbers(cell: Cell, goal: Goal) -> dict[str, Any]:
-    """What is compared of a finished cell."""
+    """The numbers of a finished cell that are compared."""
     report, file = read_report(cell.run.metrics), cell.run.path / CURVE
     curve: dict[str, Any] = read_json(file) if file.is_file() else {"points": [], "spent": 0.0, "lasted": 0.0}
     seconds = {stage: value for stage, value in report["seconds"].items() if stage != "evaluate"}

