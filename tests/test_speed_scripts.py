@@ -65,6 +65,7 @@ def test_subjects_of_a_run(
         assert results["samples_per_second"][subject]["median"] > 0
         assert f"| {subject} |" in readme.read_text()
     assert results["time_ratio"][first]["median"] == 1
+    capsys.readouterr()
     assert steps.main([str(tmp_path / "missing.yaml"), "--steps", "0"]) == 2
     assert capsys.readouterr().err == "steps: --steps is 0; give at least 1\n"
     assert steps.main([str(tmp_path / "missing.yaml")]) == 2
