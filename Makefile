@@ -36,7 +36,7 @@ help:
 	@echo "make release VERSION=0.2.0  write the version and its date, build, check, and say what is left to do"
 	@echo "make clean        remove caches and build outputs (not .venv, not demo/cache)"
 
-demo: $(VENV)/.installed-demo
+demo: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/lightpeft demo --cache demo/cache
 
 ALL_TESTS = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
@@ -132,8 +132,13 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build dist .cache htmlcov .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* src/*.egg-info
-	find src tests demo -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf build dist .cache htmlcov .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* src/*.egg-info \
+		plugins/vllm/src/*.egg-info .import_linter_cache
+	find src tests demo benchmarks docs plugins .ci -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -e .
+	touch $@
 
 # One stamp for each dependency group, renewed when pyproject.toml changes. pip reads groups since 25.1.
 ALL_EXTRAS := [gguf,harness,onnx,openvino,quantized]

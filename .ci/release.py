@@ -97,7 +97,7 @@ def check(root: Path, tag: str) -> None:
 
 
 def notes(root: Path, tag: str) -> str:
-    """What the changelog says of the version of a tag.
+    """The text of the changelog for the version of a tag.
 
     Raises:
         ReleaseError: it has nothing of it.
@@ -109,7 +109,7 @@ def notes(root: Path, tag: str) -> str:
 
 
 def section(changelog: str, version: str) -> str:
-    """What stands under the heading of a version; "" if nothing does."""
+    """The text under the heading of a version; "" if there is none."""
     found = re.search(rf"^## \[{re.escape(version)}\][^\n]*\n(.*?)(?=^## |\Z)", changelog, re.MULTILINE | re.DOTALL)
     return found[1].strip() if found else ""
 

@@ -29,7 +29,7 @@ ROWS = 600
 """Of README's data: few, but enough for the estimation."""
 BESIDE = {"LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "CHANGELOG.md", "CITATION.cff", "pyproject.toml"}
 BESIDE |= {"setup.cfg", "setup.py"}
-"""What an sdist has beside the sources."""
+"""Files of an sdist beside the sources."""
 PLUGIN = (
     "from importlib.metadata import entry_points as found; "
     "assert [callable(each.load()) for each in found(group='vllm.general_plugins')] == [True]"

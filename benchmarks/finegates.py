@@ -16,6 +16,7 @@ import shutil
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,11 @@ from lightpeft.app.cli.command import quiet
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.folders.stored_config import stored_config
 from lightpeft.app.runs import pipeline
-from lightpeft.app.runs.reproduce import Cell, markdown_table, reproduce
+from lightpeft.app.runs.reproduce import Cell, load_grid, markdown_table, reproduce
 from lightpeft.app.runs.reproduce.running import run_cell
 from lightpeft.app.runs.workspace import Workspace
 from lightpeft.config import LightConfig, override_light
-from lightpeft.errors import LightPeftError
+from lightpeft.errors import LightPeftError, require
 from lightpeft.files import read_json, write_json
 from lightpeft.models.families.family_table import block_specs
 from lightpeft.models.loading import quiet_libraries
@@ -73,7 +74,7 @@ class Gated(nn.Module):
 
 
 class Narrow(nn.Module):
-    """What stays of a gated layer: it reads the columns that stay, and gives zeros where no row does.
+    """The rest of a gated layer: it reads the columns that stay, and gives zeros where no row does.
 
     Args:
         inside: "ffn_in" or "ffn_out" on that side of an FFN, between which only neurons that stay are passed on.
@@ -194,10 +195,22 @@ def reopened(run: RunFolder, work: Workspace) -> Any:
     return model
 
 
+def per_cent(method: str) -> str:
+    """The part of the blocks that a method removes, in per cent, by its name.
+
+    Raises:
+        LightPeftError: the name has no part.
+    """
+    found = next((word.rstrip("%,") for word in method.split() if "%" in word), "")
+    require(
+        found.isdigit() and 0 < int(found) < 100, f'method "{method}" says no per cent; name it as "FineGates, 60%"'
+    )
+    return found
+
+
 def launch(run: Callable[..., str | None], cell: Cell, devices: int, log: Path) -> str | None:
     """Run a cell in a process of its own."""
-    per_cent = next(word.rstrip("%,") for word in cell.method.split() if "%" in word)
-    return run(cell, devices, log, ["finegates", "--cell", str(cell.run.path), per_cent])
+    return run(cell, devices, log, ["finegates", "--cell", str(cell.run.path), per_cent(cell.method)])
 
 
 def main(arguments: list[str] | None = None, run: Callable[..., str | None] = run_cell) -> int:
@@ -214,7 +227,10 @@ def main(arguments: list[str] | None = None, run: Callable[..., str | None] = ru
         parser.add_argument("--out", help="folder of cells and results, as of lightpeft reproduce")
         given = parser.parse_args(words)
         quiet()
-        results = reproduce(given.grid, given.out, given.only, devices=1, launch=partial(launch, run))
+        grid = replace(load_grid(given.grid), command=publishing.command("finegates", words))
+        for method in grid.arms:
+            per_cent(method)
+        results = reproduce(grid, given.out, given.only, devices=1, launch=partial(launch, run))
     except LightPeftError as error:
         publishing.say(f"finegates: {error}")
         return 2

@@ -1,4 +1,4 @@
-"""What `light: auto` finds, beside what every budget costs: the verdict on one grid after another.
+"""Budgets that `light: auto` finds, beside the cost of every budget: the verdict on one grid after another.
 
     python benchmarks/found_budgets.py configs/glue/budgets.results.json configs/movie_reviews/auto.results.json
 
@@ -45,9 +45,9 @@ class Found:
     again: float
     """The budget that today's search finds by the same probes."""
     expected: float | None
-    """What that would cost, as the run said; None where nothing was cut."""
+    """Its cost as the run expected it; None where nothing was cut."""
     cost: float
-    """What it did cost, against nothing cut with the same seed."""
+    """Its cost in the end, against nothing cut with the same seed."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Pair:
     metric: str
     unit: str
     tolerance: float
-    """What may be lost, in the unit."""
+    """The largest cost that is allowed, in the unit."""
     dense: float
     """Nothing cut: mean of the metric."""
     costs: dict[float, list[float]]

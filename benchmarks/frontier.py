@@ -44,13 +44,15 @@ from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.reproduce.results import MEASURES
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import read_json, write_json
+from lightpeft.files import read_json, write_json, write_text
 from lightpeft.models.loading import quiet_libraries
 from lightpeft.profiling.comparing import alternate
 from lightpeft.profiling.sizes import folder_bytes
 from lightpeft.profiling.surroundings import hardware
 
 DTYPES, SIZES = ("f32", "int8"), (1, 32)
+WAYS = [f"{dtype} {size}" for dtype in DTYPES for size in SIZES]
+"""Data type, and rows at a time."""
 COUNTED = {"accuracy": row_counts.right, "matthews": row_counts.confusion}
 MEASURED = ("seconds", "peak_memory_bytes", "parameters", "removed", "trained")
 NAMES = {
@@ -58,6 +60,7 @@ NAMES = {
     "minilm_l3": "MiniLM-L3",
     "mpnet": "MPNet-base",
     "full": "all weights",
+    "full smoothed": "all weights, smoothed labels",
     "lora": "LoRA",
     "lora on all projections": "LoRA on all projections",
 }
@@ -83,7 +86,7 @@ class Point:
     method: str
     metric: str = ""
     shape: str = ""
-    """What its latency depends on; of the first seed."""
+    """Name of the shapes of its weights, on which its latency depends; of the first seed."""
     counts: dict[int, Any] = field(default_factory=dict)
     """By seed."""
     int8: dict[int, float] = field(default_factory=dict)
@@ -95,8 +98,13 @@ class Point:
 
     @property
     def cut(self) -> bool:
-        """Whether lightpeft cut it."""
+        """True if it was trained as lightpeft trains a cut; of 0% is the whole model."""
         return self.method[0].isdigit()
+
+    @property
+    def part(self) -> int:
+        """Per cent of the blocks that lightpeft removed."""
+        return int(self.method.split()[0]) if self.cut else 0
 
     @property
     def kind(self) -> str:
@@ -138,7 +146,7 @@ def exported(model: Any, tokenizer: Any, dtype: str, folder: Path) -> sessions.S
 
 
 def answered(folder: Path, in_int8: bool) -> dict[str, Any]:
-    """What a cell's model answers, asked once: metric, shape, and counts by data type."""
+    """Answers of a cell's model, asked once: metric, shape, and counts by data type."""
     file = folder / "answers.json"
     found: dict[str, Any] = read_json(file) if file.is_file() else {"counts": {}}
     if not set(DTYPES[: 1 + in_int8]) <= set(found["counts"]):
@@ -208,13 +216,13 @@ def timed(openers: Mapping[str, Opener], rounds: int, rows: int) -> dict[str, di
 
 
 def latencies(task: str, openers: Mapping[str, Opener], given: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """By shape, as `timed`; measured only if not all of them were measured together before."""
-    file = given.out / f"latency.{task}.json"
-    known: dict[str, dict[str, Any]] = read_json(file) if file.is_file() else {}
-    if not openers.keys() <= known.keys():
-        known = timed(openers, given.rounds, given.rows)
+    """By shape, as `timed`; measured only if not all of them were measured together, and in this way, before."""
+    file, counts = given.out / f"latency.{task}.json", {"rounds": given.rounds, "rows": given.rows}
+    known: dict[str, Any] = read_json(file) if file.is_file() else {}
+    if not (counts.items() <= known.items() and openers.keys() <= known["shapes"].keys()):
+        known = {**counts, "shapes": timed(openers, given.rounds, given.rows)}
         write_json(file, known)
-    return {shape: known[shape] for shape in openers}
+    return {shape: known["shapes"][shape] for shape in openers}
 
 
 def add_latency(points: Sequence[Point], shapes: Mapping[tuple[str, str], Path], given: argparse.Namespace) -> None:
@@ -233,14 +241,16 @@ def comparisons(points: Sequence[Point]) -> Iterator[dict[str, Any]]:
     """Every cut beside its own model whole and by FineGates, and every smaller model beside the cuts of its latency."""
     for cut in (point for point in points if point.cut):
         whole = {p.method: p for p in points if (p.task, p.model) == (cut.task, cut.model)}
-        peers = ("full", "lora", *(name for name in whole if name.startswith(f"FineGates {cut.method[:2]}")))
+        peers = ["full", "lora", *(["full smoothed"] if cut.kind.startswith("all") else [])]
+        peers += ["full, taught"] if cut.method.endswith(", taught") else []
+        peers += [name for name in whole if name.startswith(f"FineGates {cut.method[:2]}")]
         yield from (_compared(cut, whole[method]) for method in peers if method in whole)
     dense = [point for point in points if not point.cut and not point.method.startswith("FineGates")]
     for small in dense:
         larger: dict[tuple[str, str], list[Point]] = defaultdict(list)
         for cut in points:
             full = next((p.ms["f32 1"] for p in dense if (p.task, p.model) == (small.task, cut.model)), 0.0)
-            if cut.cut and cut.task == small.task and cut.model != small.model and full > small.ms["f32 1"]:
+            if cut.part and cut.task == small.task and cut.model != small.model and full > small.ms["f32 1"]:
                 larger[cut.model, cut.kind].append(cut)
         for cuts in larger.values():
             yield _compared(min(cuts, key=lambda cut: abs(math.log(cut.ms["f32 1"] / small.ms["f32 1"]))), small)
@@ -259,15 +269,14 @@ def _compared(cut: Point, other: Point) -> dict[str, Any]:
 
 def markdown(results: Mapping[str, Any]) -> str:
     """One row for each way of training a model, one a point, and one a comparison."""
-    ways = [f"{dtype} {size}" for dtype in DTYPES for size in SIZES]
-    header = ["task", "model, method", "seeds", "quality", "in int8", *(f"ms a row, {way}" for way in ways)]
+    header = ["task", "model, method", "seeds", "quality", "in int8", *(f"ms a row, {way}" for way in WAYS)]
     header += [f"MiB, {dtype}" for dtype in DTYPES] + ["removed, %", "trained", "training, s", "peak, MiB"]
     rows = []
     for point in results["points"]:
         of = defaultdict(lambda: math.nan, {name: statistics.fmean(all_) for name, all_ in point["measures"].items()})
         row = [point["task"], f"{point['model']}, {point['method']}", f"{len(point['by_seed'])}"]
         row += [_cell(point), f"{100 * statistics.fmean(point['int8'].values()):.1f}"]
-        row += [f"{point['ms'][way]:.2f}" for way in ways] + [f"{point['mib'][dtype]:.0f}" for dtype in DTYPES]
+        row += [f"{point['ms'][way]:.2f}" for way in WAYS] + [f"{point['mib'][dtype]:.0f}" for dtype in DTYPES]
         row += [f"{100 * of['removed']:.0f}", f"{of['trained']:,.0f}"]
         rows.append([*row, f"{of['seconds']:.0f}", f"{of['peak_memory_bytes'] / 2**20:.0f}"])
     text = f"{overview(results['points'])}\n\n{publishing.markdown_table(header, rows)}"
@@ -314,7 +323,7 @@ def _time_beside(point: Mapping[str, Any], dense: Mapping[str, Any]) -> float:
 
 @dataclass(frozen=True)
 class Shown:
-    """What the figure needs of a point, or of all points of a model that was trained in one way."""
+    """A point as the figure needs it, or all points of a model that was trained in one way."""
 
     point: Point
     ms: float
@@ -336,11 +345,17 @@ def named(name: str) -> str:
 
 def panels(shown: Mapping[str, Sequence[Shown]]) -> Iterator[plots.FrontierPanel]:
     """The mean of all tasks, of what was run on all of them, and one a task."""
+    mean, *names = titles([*shown])
     if len(shown) > 1:
-        yield panel(f"mean of {len(shown)} tasks", "mean", [*means(shown)])
-    for task, of_task in shown.items():
+        yield panel(mean, "mean", [*means(shown)])
+    for name, of_task in zip(names, shown.values(), strict=True):
         metric = of_task[0].point.metric
-        yield panel(TITLES.get(task, task), METRIC_NAMES.get(metric, metric), of_task)
+        yield panel(name, METRIC_NAMES.get(metric, metric), of_task)
+
+
+def titles(tasks: Sequence[str]) -> list[str]:
+    """Titles of the panels: of the mean, which is not there of one task alone, and of every task."""
+    return [f"mean of {len(tasks)} tasks", *(TITLES.get(task, task) for task in tasks)]
 
 
 def written(point: Point) -> dict[str, Any]:
@@ -350,7 +365,7 @@ def written(point: Point) -> dict[str, Any]:
 
 
 def shown_by_task(points: Sequence[Mapping[str, Any]], way: str) -> dict[str, list[Shown]]:
-    """What the figure needs of written points that were measured in this way."""
+    """Written points that were measured in this way, as the figure needs them, by task."""
     by_task: dict[str, list[Shown]] = defaultdict(list)
     for each in points:
         point = Point(each["task"], each["model"], each["method"], each["metric"])
@@ -380,7 +395,7 @@ def way_of(point: Point) -> tuple[str, str, str]:
     if point.method.startswith("FineGates"):
         name, part, *recipe = point.method.split()
         return named(source), " ".join([name, *recipe]), f"{part}%"
-    if point.cut:
+    if point.part:
         return named(source), KIND_NAMES.get(point.kind, point.kind), f"{point.method.split()[0]}%"
     return named(source), named(point.method), ""
 
@@ -405,18 +420,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of measuring latencies and of the figure."""
     parser.add_argument("--rounds", type=int, default=9, help="alternations")
     parser.add_argument("--rows", type=int, default=192, help="test rows a round")
-    parser.add_argument("--way", default="f32 1", help='data type and rows at a time of the figure (default: "f32 1")')
+    about = 'data type and rows at a time of the figure (default: "f32 1")'
+    parser.add_argument("--way", choices=WAYS, default=WAYS[0], help=about)
     parser.add_argument("--figure", nargs="+", default=[], metavar="TITLE", help="panels of the figure (default: all)")
 
 
-def draw(shown: Mapping[str, Sequence[Shown]], given: argparse.Namespace, stem: Path) -> None:
-    """Write the figure.
+def check_figure(given: argparse.Namespace, tasks: Sequence[str]) -> None:
+    """Check the panels that were asked for, before anything is measured.
 
     Raises:
         LightPeftError: no panel has one of the titles.
     """
+    known = titles(tasks)[len(tasks) < 2 :]
+    wrong = " or ".join(title for title in given.figure if title not in known)
+    require(not wrong, f"--figure: no panel is called {wrong}; there are: {', '.join(known)}")
+
+
+def draw(shown: Mapping[str, Sequence[Shown]], given: argparse.Namespace, stem: Path) -> None:
+    """Write the figure."""
     drawn = [each for each in panels(shown) if each.title in (given.figure or [each.title])]
-    require(drawn, f"no panel is called {' or '.join(given.figure)}; leave out --figure for all")
     dtype, _, size = given.way.partition(" ")
     label = f"ms a text in ONNX Runtime, {dtype.replace('f32', 'float32')}, {size} at a time"
     plots.save(plots.frontier(drawn, label), stem)
@@ -431,15 +453,17 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     quiet_libraries()
     try:
+        publishing.check_counts(given, "rounds", "rows")
         serving.check(RUNTIMES["onnx"])
         torch.set_num_threads(1)
         points, shapes = points_of(given.runs)
+        check_figure(given, [*dict.fromkeys(point.task for point in points)])
         add_latency(points, shapes, given)
         shown = [written(point) for point in points]
         results = {"points": shown, "comparisons": [*comparisons(points)], "hardware": hardware()}
         results["command"] = publishing.command("frontier", arguments)
         write_json(given.out / "frontier.results.json", results, 2)
-        (given.out / "frontier.md").write_text(markdown(results) + "\n", encoding="utf-8")
+        write_text(given.out / "frontier.md", markdown(results) + "\n")
         draw(shown_by_task(shown, given.way), given, given.out / "frontier")
     except LightPeftError as error:
         publishing.say(f"frontier: {error}")

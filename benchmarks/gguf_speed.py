@@ -16,13 +16,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from llama_cpp import LlamaCpp, is_there
-from publishing import markdown_table, report, spread_text
+from publishing import check_counts, markdown_table, report, spread_text
 from transformers import PreTrainedModel
 
 from lightpeft.adapters.merging import merged_copy
@@ -34,7 +35,7 @@ from lightpeft.errors import require
 from lightpeft.models.loading import quiet_libraries
 from lightpeft.plans.block_plan import BlockPlan
 from lightpeft.plans.prune_plan import PrunePlan
-from lightpeft.profiling.comparing import ratio
+from lightpeft.profiling.comparing import alternate, ratio
 from lightpeft.prune.light_model import LightModel
 
 TYPES = ("f32", "bf16", "q8_0")
@@ -91,18 +92,18 @@ def compare(
 ) -> dict[str, Any]:
     """Both files, prompt by prompt."""
     models = {name: LlamaCpp(str(file)) for name, file in files.items()}
-    speeds: dict[str, list[float]] = {name: [] for name in models}
-    same = 0
-    for prompt, text in zip(prompts, expected, strict=True):
-        for name, model in models.items():
-            started = time.perf_counter()
-            written = model.greedy(prompt, tokens)
-            speeds[name].append(len(written) / (time.perf_counter() - started))
-            same += name == "light" and written == text
+    texts: dict[str, list[list[int]]] = {name: [] for name in models}
+
+    def write(name: str) -> float:
+        prompt, started = prompts[len(texts[name])], time.perf_counter()
+        texts[name].append(models[name].greedy(prompt, tokens))
+        return len(texts[name][-1]) / (time.perf_counter() - started)
+
+    speeds = alternate({name: partial(write, name) for name in models}, len(prompts))
     for model in models.values():
         model.close()
     return {
-        "same_texts": same,
+        "same_texts": sum(own == its for own, its in zip(texts["light"], expected, strict=True)),
         "texts": len(prompts),
         "tokens_per_second": {name: statistics.median(values) for name, values in speeds.items()},
         "speed_ratio": vars(ratio(speeds["light"], speeds["dense"])),
@@ -113,7 +114,7 @@ def compare(
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """What llama.cpp says to stderr, past Python, goes nowhere."""
+    """Discard the messages that llama.cpp writes to stderr, past Python."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -156,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     quiet_libraries()
 
     def found() -> dict[str, Any]:
-        require(options.rows >= 1 and options.tokens >= 1, "--rows and --tokens start at 1")
+        check_counts(options, "rows", "tokens")
         sizes = {"rows": options.rows, "tokens": options.tokens}
         results = {str(run): measure(run, options.rows, options.tokens, options.types) for run in options.runs}
         return {**sizes, "results": results}

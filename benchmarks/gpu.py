@@ -3,10 +3,10 @@
     python benchmarks/gpu.py --shapes roberta-large llama-1b --quality configs/movie_reviews/minilm_default.yaml
 
 Models have the shapes of RoBERTa-large and of Llama 3 with 1 to 8 billion parameters, and random weights. Times are
-taken with CUDA events, in processes of their own and in alternation; memory is what the CUDA allocator handed out. What
-random weights cannot say, the quality that goes with a speed, is that of whole runs of real models: with `--quality`,
-configs are run plain and light, for one epoch in bfloat16, on the device that is there. Ends at once where there is no
-CUDA device. `--device cpu --shapes roberta-tiny llama-tiny` tries the script out.
+taken with CUDA events, in processes of their own and in alternation; memory is the peak of the CUDA allocator. Random
+weights cannot say which quality goes with a speed. Whole runs of real models can: with `--quality`, configs are run
+plain and light, for one epoch in bfloat16, on the device that is there. Ends at once where there is no CUDA device.
+`--device cpu --shapes roberta-tiny llama-tiny` tries the script out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from publishing import add_option, command, markdown_table, publish, say, spread_text
+from publishing import add_option, check_counts, command, markdown_table, publish, say, spread_text
 from rich.console import Console
 from subjects import with_settings
 from synthetic import SUBJECTS, Case, Shape, measure
@@ -28,7 +28,7 @@ from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.workers import Worker
 from lightpeft.config import RunConfig, fill_defaults, light_config, load_config, override_light
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import write_json
+from lightpeft.files import write_json, write_text
 from lightpeft.profiling.surroundings import hardware
 
 SHAPES = {
@@ -44,7 +44,7 @@ SHAPES = {
 }
 LABELS = {"plain": "plain LoRA", "estimation": "estimation", "light": "light"}
 METHODS = ("plain", "light")
-"""What is run for quality."""
+"""The runs of `--quality`."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     quiet()
     failures: dict[str, str] = {}
     try:
-        require(given.rounds >= 1 and given.steps >= 1, "--rounds and --steps start at 1")
+        check_counts(given, "rounds", "steps", "batch", "length")
         require(given.shapes or given.quality, "nothing to measure; give --shapes, --quality or both")
         results = [*_done(given.shapes, lambda name: _measure(name, given), failures).values()]
         configs = {path.stem: path for path in given.quality}
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         report["command"] = command("gpu", arguments)
         write_json(given.out / "gpu.results.json", report)
         text = "\n\n".join(([_table(results)] if results else []) + ([_quality_table(quality)] if quality else []))
-        (given.out / "gpu.md").write_text(text + "\n", encoding="utf-8")
+        write_text(given.out / "gpu.md", text + "\n")
         if given.write_readme:
             about = f"{text}\n\n{machine['gpu'] or machine['cpu']}, torch {machine['torch']}."
             publish("gpu", about, "gpu.results.json", report)
@@ -103,7 +103,7 @@ def _measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _done(names: Iterable[str], measure: Callable[[str], Any], failures: dict[str, str]) -> dict[str, Any]:
-    """What was measured, by name; what failed is said, and noted."""
+    """Measurements by name; one that fails is reported and noted."""
     done = {}
     for name in names:
         try:
@@ -121,7 +121,7 @@ class Run:
         self.config = config
 
     def report(self) -> dict[str, Any]:
-        """What metrics.json holds."""
+        """The content of metrics.json."""
         return pipeline.run(self.config, overwrite=True)
 
 

@@ -35,7 +35,7 @@ from lightpeft.app.runs.reuse import estimation_settings
 from lightpeft.app.runs.stages import estimated_model
 from lightpeft.app.runs.workspace import Workspace
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import write_json
+from lightpeft.files import write_json, write_text
 from lightpeft.models.loading import quiet_libraries
 from lightpeft.plans.planning import make_plan
 from lightpeft.profiling.comparing import summarize
@@ -52,8 +52,8 @@ class Published:
 
     @property
     def shape(self) -> str:
-        """Name of what its latency depends on; whole models are alike, however they were trained."""
-        return f"{self.row.model}, {self.row.method}" if self.cell.config.method_spec.prunes else self.row.model
+        """Name of the shapes, on which its latency depends; whole models are alike, however they were trained."""
+        return f"{self.row.model}, {self.row.method}" if is_cut(self.cell) else self.row.model
 
     def point(self, known: Mapping[str, Any]) -> dict[str, Any]:
         """A point as `frontier.written`: quality and, of its shape, MiB, and ms a row with the quartiles of rounds."""
@@ -63,6 +63,11 @@ class Published:
         spreads = {way: summarize(values) for way, values in found["values"].items()}
         quartiles = {way: [spread.low, spread.high] for way, spread in spreads.items()}
         return point | {"ms": found["ms"], "quartiles": quartiles, "mib": found["mib"]}
+
+
+def is_cut(cell: Cell) -> bool:
+    """True if something of the blocks is removed."""
+    return cell.config.method_spec.prunes and cell.config.light.cuts_blocks
 
 
 def method_name(method: str) -> str:
@@ -86,7 +91,7 @@ def opened(cell: Cell, estimated: dict[str, Workspace]) -> tuple[Any, Any, Any]:
         estimated: runs with an estimation, by the settings that it depends on; this cell's is added if it is not there.
     """
     work = pipeline.prepare(cell.config)
-    if cell.config.method_spec.prunes:
+    if is_cut(cell):
         settings = json.dumps(estimation_settings(cell.config), sort_keys=True, default=str)
         donor = estimated.setdefault(settings, work)
         plan = make_plan(pipeline.estimate(donor), cell.config.light)
@@ -135,16 +140,18 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     quiet_libraries()
     try:
+        publishing.check_counts(given, "rounds", "rows")
         serving.check(RUNTIMES["onnx"])
         torch.set_num_threads(1)
         found = [*published(given.grids, given.task, given.out)]
         lacking = ", ".join(task for task in given.task if task not in {each.row.task for each in found})
         require(not lacking, f"no results of {lacking} beside {', '.join(map(str, given.grids))}")
+        frontier.check_figure(given, [*dict.fromkeys(each.row.task for each in found)])
         known = measured(found, given)
         points = [each.point(known) for each in found]
         command = publishing.command("latency", arguments)
         write_json(given.out / "latency.json", {"points": points, "hardware": hardware(), "command": command}, 2)
-        (given.out / "latency.md").write_text(markdown(known) + "\n", encoding="utf-8")
+        write_text(given.out / "latency.md", markdown(known) + "\n")
         frontier.draw(frontier.shown_by_task(points, given.way), given, given.out / "latency")
     except LightPeftError as error:
         publishing.say(f"latency: {error}")

@@ -31,7 +31,7 @@ class LlamaCpp:
         return list(self._llama.tokenize(text))
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
-        """What comes after these tokens: [vocabulary], float32."""
+        """Logits of the token that follows these: [vocabulary], float32."""
         self._llama._clear_context_state()
         return self._after(tokens, 0)
 

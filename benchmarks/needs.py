@@ -1,4 +1,4 @@
-"""What `lightpeft check` says that a run needs, beside what it then takes.
+"""Memory and computation that `lightpeft check` foretells, beside those that a run then takes.
 
     python benchmarks/needs.py configs/movie_reviews/minilm_default.yaml configs/glue/mpnet_sst2.yaml
 
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from publishing import markdown_table, report
+from publishing import check_counts, markdown_table, report
 
 from lightpeft.app.cli.command import quiet
 from lightpeft.app.runs import pipeline
@@ -41,9 +41,10 @@ def compare(path: Path, steps: int, dense: bool = False) -> dict[str, dict[str, 
         if stage not in said or subject not in measured:
             continue
         holding, taken = said[stage].holding, measured[subject]
+        outside = 0 if taken["peak_memory_method"] == "cuda" else resident(holding)
         found[stage] = {
             "said_bytes": holding.total,
-            "measured_bytes": resident(holding) + taken["peak_memory_bytes"],
+            "measured_bytes": outside + taken["peak_memory_bytes"],
             "said_flops": holding.flops,
             "measured_flops": taken["flops"]["training"],
         }
@@ -98,6 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = {"steps": options.steps}
 
     def found_all() -> dict[str, Any]:
+        check_counts(options, "steps")
         return {**found, "results": measure(options.configs, options.steps, options.dense)}
 
     return report("needs", arguments, options.out, found_all, markdown)

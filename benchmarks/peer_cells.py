@@ -1,4 +1,4 @@
-"""What the process of a cell of `peers.py` does where that is not `lightpeft run` alone."""
+"""The process of a cell of `peers.py`, where that is not `lightpeft run` alone."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run(config: RunConfig, *, peer: str, goal: Mapping[str, Any] | None = None, 
 
 
 def run_watched(work: Workspace, watching: Curve) -> None:
-    """What `lightpeft run` does, with fine-tuning watched."""
+    """Do as `lightpeft run`, with fine-tuning watched."""
     if work.config.method == "light":
         pipeline.estimate(work)
         pipeline.plan(work)
@@ -80,7 +80,7 @@ def without_cache(work: Workspace) -> Workspace:
 
 
 def report(work: Workspace, model: Any, goal: Goal) -> dict[str, Any]:
-    """What metrics.json holds of a model that is in memory."""
+    """The content of metrics.json for a model that is in memory."""
     scores = scores_of(pipeline.measure(work, model), work.task)
     found = pipeline.report(work, model, scores)
     removed = 1 - found["parameters"]["base"] / goal.base

@@ -55,7 +55,7 @@ class Peer:
     label: str
     kind: Kind
     settings: NestedSettings = field(default_factory=dict)
-    """What differs from the given config."""
+    """Settings that differ from the given config."""
     make: Maker | None = None
     """Makes the model that trains; None: it is what `lightpeft run` makes of the settings."""
     accelerated: bool = False
@@ -70,7 +70,7 @@ class Peer:
         return Arm(merge_settings(dict(self.settings), dict(settings)))
 
     def subject(self, goal: Goal) -> str | Build:
-        """What a measurement of speed takes."""
+        """The subject of a measurement of speed."""
         if self.make is None:
             return "light" if self.kind == "light" else "plain"
         return Build(partial(_made, self.make, goal), self.accelerating)
@@ -143,7 +143,7 @@ PLAIN = {"method": "plain"}
 LORA = {**PLAIN, "peft": {"type": "lora", "slots": None, "target_modules": None}}
 """LoRA on q and v."""
 BASELINE = "lora"
-"""What all others are compared with."""
+"""The method that all others are compared with."""
 _ALL_RANKS = {"preset": "accurate", "remove": {"blocks": 0.6}}
 _FOUR_RANKS = {"remove": {"blocks": 0.4}, "modules": {"remove_ranks": 0.5}, "rates": {"scale": 1.0}}
 LIGHT: dict[str, Any] = {
@@ -189,21 +189,11 @@ PEERS: dict[str, Peer] = {
 
 
 def shared_settings(path: Path) -> dict[str, Any]:
-    """What all peers take of a config."""
-    return {name: value for name, value in load_yaml(path).items() if name not in ("light", *_OF_A_RUN)}
+    """Settings of a config for all peers, without those that differ from cell to cell."""
+    return {name: value for name, value in load_yaml(path).items() if name not in ("light", "method", "output", "seed")}
 
 
-_OF_A_RUN = ("method", "output", "seed")
-"""Settings that differ from cell to cell."""
-
-
-def own_settings(path: Path, name: str, own: Path | None = None) -> dict[str, Any]:
-    """What a peer takes of a config beside that: `light_default` the file's `light`, which would make all others alike.
-
-    Args:
-        own: another file to take for this peer, all of it.
-    """
-    if own is not None:
-        return {key: value for key, value in load_yaml(own).items() if key not in _OF_A_RUN}
+def own_settings(path: Path, name: str) -> dict[str, Any]:
+    """Settings of a config for one peer: `light` for `light_default` alone, since it would make all others alike."""
     data = load_yaml(path)
     return {"light": data["light"]} if name == "light_default" and "light" in data else {}

@@ -1,8 +1,8 @@
 """One-shot pruning before any training, by other criteria and other libraries: which heads and neurons stay.
 
 Every decider takes the dense model and says what stays of each block; lightpeft's surgery then cuts, so that all pruned
-models are cut, saved and loaded alike. What Torch-Pruning and slimformers decide is the same as what they cut
-themselves (`tests/test_peers.py` compares the logits).
+models are cut, saved and loaded alike. Torch-Pruning and slimformers would cut the same themselves
+(`tests/test_peers.py` compares the logits).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Goal:
 
 
 def goal_of(loaded: LoadedModel, light: LightConfig) -> Goal:
-    """What a plan of these settings removes; which units those are hardly changes how many parameters go.
+    """The amount that a plan of these settings removes; which units those are hardly changes how many parameters go.
 
     Raises:
         LightPeftError: they have a depth and no total, which the peers could take for theirs.
@@ -151,7 +151,7 @@ def _record(model: PreTrainedModel, seed: int) -> EstimationRecord:
 def by_torch_pruning(
     work: Workspace, model: PreTrainedModel, goal: Goal, criterion: str = "taylor"
 ) -> tuple[BlockPlan, ...]:
-    """What Torch-Pruning keeps (DepGraph, Fang et al., CVPR 2023), with equal ratios in every layer.
+    """The units that Torch-Pruning keeps (DepGraph, Fang et al., CVPR 2023), with equal ratios in every layer.
 
     Args:
         criterion: "magnitude": L2 norms of the coupled weights; "taylor": first-order Taylor on training batches. At
@@ -239,7 +239,7 @@ def _layer(model: PreTrainedModel, spec: BlockSpec, slot: str) -> nn.Module:
 
 
 def _from_history(specs: Sequence[BlockSpec], history: Sequence[Sequence[Any]]) -> tuple[BlockPlan, ...]:
-    """What stays of each block, from the modules and channels that were pruned."""
+    """The units that stay of each block, from the modules and channels that were pruned."""
     owners = {name: (spec.index, slot) for spec in specs for slot, name in spec.projections.items()}
     gone: dict[tuple[int, str], set[int]] = {}
     for name, _, channels in history:
@@ -261,7 +261,7 @@ def _stays(spec: BlockSpec, heads: set[int], neurons: set[int]) -> BlockPlan:
 
 
 def by_slimformers(work: Workspace, model: PreTrainedModel, goal: Goal) -> tuple[BlockPlan, ...]:
-    """What slimformers keeps: the largest mean activations, FFN first, then heads by their queries."""
+    """The units that slimformers keeps: the largest mean activations, FFN first, then heads by their queries."""
     specs = block_specs(model)
     kept = slimmed(work, copy.deepcopy(model), goal)
     neurons, heads = kept[: len(specs)], kept[len(specs) :]

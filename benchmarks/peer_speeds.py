@@ -49,7 +49,7 @@ class Speeds:
         todo = [name for name in runs if self.found(name) is None]
         others = [name for name in todo if name != BASELINE]
         size = self.together - 1
-        for start in range(0, max(len(others), len(todo)), size):
+        for start in range(0, len(others) or len(todo), size):
             group = {name: runs[name] for name in (BASELINE, *others[start : start + size])}
             self._guard(f"speeds of {', '.join(group)}", partial(self._measure, group))
 

@@ -4,7 +4,7 @@
 
 All methods get the same data, padding, batches by length, batch size, data type, epochs, seeds and schedule. Every
 (method, seed) is a cell of a grid (docs/how-to/grids.md), in a process of its own; finished cells stay in the output
-folder and not repeated, and one that fails is reported while the others go on. Speeds are measured last, in
+folder and are not repeated, and one that fails is reported while the others go on. Speeds are measured last, in
 alternation. Writes peers.results.json, peers.md, peers.png and peers.svg beside the grid's own table. Paths inside the
 config are relative to the current folder.
 """
@@ -41,7 +41,7 @@ from lightpeft.app.runs.reproduce.running import run_cell
 from lightpeft.app.runs.reproduce.saving import factored
 from lightpeft.config import load_config, merge_settings
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import file_checksum, read_json, write_json
+from lightpeft.files import file_checksum, read_json, write_json, write_text
 from lightpeft.profiling.surroundings import hardware
 
 POINT = 0.01
@@ -52,7 +52,7 @@ NEVER = 10**9
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for."""
+    """The options of the command line, checked."""
 
     config: Path
     seeds: Sequence[int]
@@ -63,7 +63,6 @@ class Options:
     together: int
     curve: int
     learning_rates: Mapping[str, float]
-    light_files: Mapping[str, Path]
     finished_only: bool
     command: str
 
@@ -127,9 +126,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="METHOD=VALUE",
         help="other learning rates than the config's, or the method's own",
     )
-    parser.add_argument(
-        "--light-config", nargs="+", default=[], metavar="PRESET=FILE", help="a config of its own for a preset"
-    )
     parser.add_argument("--finished-only", action="store_true", help="run nothing: results of the cells that are there")
     publishing.add_option(parser)
     return parser
@@ -145,12 +141,13 @@ def options_of(given: argparse.Namespace, command: str) -> Options:
     require(given.together >= 2, "--together starts at 2: plain LoRA and one other")
     require(given.curve >= 0, "--curve starts at 0")
     chosen = [name for name in PEERS if name in given.methods or name == BASELINE]
-    rates = _pairs(given.learning_rate, "--learning-rate", chosen)
+    rates = dict(value.partition("=")[::2] for value in given.learning_rate)
+    unknown = ", ".join(sorted({*rates} - {*chosen}))
+    require(not unknown, f"--learning-rate names {unknown}, which is not among the methods that run")
     try:
         numbers = {name: float(value) for name, value in rates.items()}
     except ValueError as error:
         raise LightPeftError(f"--learning-rate: {error}") from error
-    files = _pairs(given.light_config, "--light-config", [name.removeprefix("light_") for name in chosen])
     return Options(
         given.config,
         given.seeds,
@@ -161,17 +158,9 @@ def options_of(given: argparse.Namespace, command: str) -> Options:
         given.together,
         given.curve,
         numbers,
-        {f"light_{preset}": Path(file) for preset, file in files.items()},
         given.finished_only,
         command,
     )
-
-
-def _pairs(values: Sequence[str], option: str, known: Sequence[str]) -> dict[str, str]:
-    pairs = dict(value.partition("=")[::2] for value in values)
-    unknown = sorted(set(pairs) - set(known))
-    require(not unknown, f"{option} names {', '.join(unknown)}, which is not among the methods that run")
-    return pairs
 
 
 # -- the grid ----------------------------------------------------------------------------------------------------------
@@ -209,8 +198,8 @@ def _launch(run: Callable[..., str | None], goal: Goal, curve: int, cell: Cell, 
 
 
 def _own(options: Options, name: str) -> dict[str, Any]:
-    """What of the options concerns one method."""
-    settings = own_settings(options.config, name, options.light_files.get(name))
+    """Settings of one method, from its config and the options."""
+    settings = own_settings(options.config, name)
     rate = options.learning_rates.get(name)
     return settings if rate is None else merge_settings(settings, {"training": {"learning_rate": rate}})
 
@@ -265,7 +254,7 @@ def summary(
 
 
 def numbers(cell: Cell, goal: Goal) -> dict[str, Any]:
-    """What is compared of a finished cell."""
+    """The numbers of a finished cell that are compared."""
     report, file = read_report(cell.run.metrics), cell.run.path / CURVE
     curve: dict[str, Any] = read_json(file) if file.is_file() else {"points": [], "spent": 0.0, "lasted": 0.0}
     seconds = {stage: value for stage, value in report["seconds"].items() if stage != "evaluate"}
@@ -307,7 +296,6 @@ def over_seeds(cells: Mapping[int, dict[str, Any]], baseline: Mapping[int, dict[
             name: statistics.mean(cell["parameters"][name] for cell in cells.values()) for name in first["parameters"]
         },
         "seconds": spread([cell["seconds"]["total"] for cell in cells.values()]),
-        "seconds_before_training": spread([c["seconds"]["total"] - c["seconds"]["train"] for c in cells.values()]),
         "seconds_to_quality": {**spread(times), "reached": len(times), "of": len(reached)} if watched else None,
         "adapter_bytes": statistics.mean(cell["adapter_bytes"] for cell in cells.values()),
         "learning_rate": first["settings"]["training"]["learning_rate"],
@@ -330,7 +318,7 @@ def spread(values: Sequence[float]) -> dict[str, float | None]:
 def write(results: dict[str, Any], out: Path) -> None:
     """The results as JSON, Markdown and plots."""
     write_json(out / "peers.results.json", results, publishing.LINES)
-    (out / "peers.md").write_text(peer_tables.markdown(results) + "\n", encoding="utf-8")
+    write_text(out / "peers.md", peer_tables.markdown(results) + "\n")
     plots.save(peer_tables.plot(results), out / "peers")
 
 
@@ -341,7 +329,7 @@ def publish(results: dict[str, Any], options: Options) -> None:
     svg.unlink()
     numbers = f"{name}.peers.results.json"
     text = f"![quality against time and against inference speed]({png.name})\n\n{peer_tables.markdown(results)}"
-    publishing.publish(f"peers {name}", f"{text}\n\nEvery number: [{numbers}]({numbers}).", numbers, results)
+    publishing.publish(f"peers {name}", text, numbers, results)
 
 
 if __name__ == "__main__":

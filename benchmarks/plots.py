@@ -192,7 +192,7 @@ LINES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class CostPanel:
-    """What budgets cost one model on one task, and what a search found."""
+    """Costs of budgets for one model on one task, and budgets that a search found."""
 
     title: str
     y_label: str
@@ -201,7 +201,7 @@ class CostPanel:
     found: Sequence[tuple[float, float]]
     """Budgets that were found, and what they cost."""
     tolerance: float
-    """What may be lost."""
+    """The largest cost that is allowed."""
 
 
 def costs(panels: Sequence[CostPanel], columns: int = 3) -> Figure:

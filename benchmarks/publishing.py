@@ -1,4 +1,4 @@
-"""What `--write-readme` does: numbers beside benchmarks/README.md, and tables in it.
+"""`--write-readme`: numbers beside benchmarks/README.md, and tables in it.
 
 Each table has its place between two HTML comments and is written by a script.
 """
@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import write_json
+from lightpeft.files import read_text, write_json, write_text
 from lightpeft.profiling.surroundings import hardware
 
 README = Path(__file__).with_name("README.md")
@@ -52,7 +52,7 @@ def report(
 
     Args:
         script, arguments: as for `command`, which is written beside what was found.
-        measure: gives what is written, with what the table is made of under "results".
+        measure: gives the content of the file, with that of the table under "results".
         markdown: makes the table.
     """
     try:
@@ -66,6 +66,12 @@ def report(
     return 0
 
 
+def check_counts(given: argparse.Namespace, *names: str) -> None:
+    """Raise `LightPeftError` if one of these options is below 1."""
+    for name in names:
+        require(getattr(given, name) >= 1, f"--{name} is {getattr(given, name)}; give at least 1")
+
+
 def say(line: str) -> None:
     """A line on stderr."""
     Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
@@ -77,21 +83,20 @@ def beside(name: str) -> Path:
 
 
 def publish(place: str, text: str, numbers: str, results: dict[str, Any]) -> None:
-    """Put `text` between `<!-- results: place -->` and `<!-- /results: place -->` of README.md, and the results beside
-    it, into the file `numbers`.
+    """Put `text` between `<!-- results: place -->` and `<!-- /results: place -->` of README.md, with a link to the file
+    `numbers` beside it, which gets the results.
 
     Raises:
         LightPeftError: README.md has no such place.
     """
     start, end = f"<!-- results: {place} -->", f"<!-- /results: {place} -->"
-    content = README.read_text(encoding="utf-8")
+    content = read_text(README)
     before, found, rest = content.partition(start)
     _, closed, after = rest.partition(end)
     require(found and closed, f"{README} has no place for these results; add the lines {start} and {end}")
     write_json(beside(numbers), results, LINES)
-    temporary = beside(f".{README.name}.tmp")
-    temporary.write_text(f"{before}{start}\n\n{text.strip()}\n\n{end}{after}", encoding="utf-8")
-    temporary.replace(README)
+    every = f"Every number: [{numbers}]({numbers})."
+    write_text(README, f"{before}{start}\n\n{text.strip()}\n\n{every}\n\n{end}{after}")
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-"""What a model got right as counts, row by row: their sums give the metric, so models are compared on equal rows."""
+"""Right answers of a model as counts, row by row: their sums give the metric, so models are compared on equal rows."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from publishing import markdown_table, report, spread_text
+from publishing import check_counts, markdown_table, report, spread_text
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -194,6 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     quiet_libraries()
 
     def found() -> dict[str, Any]:
+        check_counts(options, "rounds", "batches")
         for runtime in RUNTIMES.values():
             check(runtime)
         results = {str(run): measure(run, options.rounds, options.batches) for run in options.runs}

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
-from publishing import markdown_table, report, say
+from publishing import check_counts, markdown_table, report, say
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
@@ -209,13 +209,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="default: all")
     parser.add_argument("--out", type=Path, help="JSON file")
     given = parser.parse_args(arguments)
-    return report(
-        "sft",
-        arguments,
-        given.out,
-        lambda: measure(load_config(given.config), given.arms, given.rounds, given.steps),
-        markdown,
-    )
+
+    def found() -> dict[str, Any]:
+        check_counts(given, "rounds", "steps")
+        return measure(load_config(given.config), given.arms, given.rounds, given.steps)
+
+    return report("sft", arguments, given.out, found, markdown)
 
 
 if __name__ == "__main__":

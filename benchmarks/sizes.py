@@ -1,4 +1,4 @@
-"""What a cut costs by the size of the model: results of grids and loss curves in one figure, extended to 7 billion.
+"""The cost of a cut by the size of the model: results of grids and loss curves in one figure, extended to 7 billion.
 
     python benchmarks/sizes.py configs/scale/generation.results.json configs/scale/choice.results.json \
         --curves runs/scale/curves/*
@@ -30,7 +30,7 @@ from rich.console import Console
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs.reproduce import Results, Row, read_results
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import read_json, write_json
+from lightpeft.files import read_json, write_json, write_text
 from lightpeft.plans.estimation_record import EstimationRecord
 
 LARGEST = 7e9
@@ -130,7 +130,7 @@ class Trend:
     slope: float
     start: float
     logarithmic: bool
-    """Whether the cost is in logarithms, too."""
+    """True if the cost is in logarithms, too."""
 
     def at(self, parameters: float) -> float:
         """The cost of a model of this size."""
@@ -215,12 +215,11 @@ def main(arguments: list[str] | None = None) -> int:
         costs = [cost for grid in grids for cost in costs_of(grid)]
         costs = [*(cost for folder in given.curves for cost in curve_of(folder)), *costs]
         require(costs, "nothing to compare: no results with a cut beside no cut or lora, and no --curves")
-        given.out.mkdir(parents=True, exist_ok=True)
         command = publishing.command("sizes", arguments)
         processors = sorted({report["hardware"]["cpu"] for grid in grids for report in grid.reports.values()})
         found = {"command": command, "processors": processors, "costs": [asdict(cost) for cost in costs]}
         write_json(given.out / "sizes.json", found, 2)
-        (given.out / "sizes.md").write_text(markdown(costs) + "\n", encoding="utf-8")
+        write_text(given.out / "sizes.md", markdown(costs) + "\n")
         Console().print(markdown(costs), markup=False, soft_wrap=True)
         plots.save(plots.sizes([*panels(costs, given.drawn)], LARGEST), given.out / "sizes")
     except LightPeftError as error:

@@ -33,6 +33,7 @@ from lightpeft.app.tasks.kinds.generation import GenerationTask
 from lightpeft.app.tasks.rows.inputs import read_inputs
 from lightpeft.config import DataConfig, TaskEntry
 from lightpeft.errors import require
+from lightpeft.files import write_text
 from lightpeft.models.tokenizers import ensure_pad_token
 from lightpeft.models.unwrap import transformers_model
 
@@ -93,8 +94,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 for q, text, solved in kept
                 if solved
             ]
-            options.write.parent.mkdir(parents=True, exist_ok=True)
-            options.write.write_text("".join(json.dumps(row) + "\n" for row in own), encoding="utf-8")
+            write_text(options.write, "".join(json.dumps(row) + "\n" for row in own))
     return {"results": found}
 
 

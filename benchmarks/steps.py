@@ -1,4 +1,4 @@
-"""What makes a step of a light run fast: one setting after the other taken away, in alternation.
+"""Causes of the speed of a light run's steps: one setting after the other taken away, in alternation.
 
     python benchmarks/steps.py configs/movie_reviews/minilm_default.yaml
 
@@ -35,7 +35,7 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
     "without prefix cache": {"training.prefix_cache": "off"},
     "in float32": {"training.precision": "float32"},
 }
-"""What is measured: settings that differ from the config's."""
+"""By name: settings that differ from the config's."""
 FLOAT16 = "in float16, the loss scaled"
 CHECKPOINTED, COMPILED = "with gradient checkpointing", "compiled (torch.compile)"
 UNROUNDED = "neurons in any number instead of multiples of 8"
@@ -67,7 +67,7 @@ def changed(run: RunConfig, settings: Mapping[str, Any], folder: Path) -> RunCon
 
 
 def subjects_of(config: RunConfig) -> subjects.Subjects:
-    """What is measured, nearly all of it on one pruned model."""
+    """The variants of the run, nearly all on one pruned model."""
     folder = Path("runs") / "steps" / Path(config.output).name
     run = subjects.pruned(config, folder / AS_IT_IS)
     found = {name: ("light", changed(run, settings, folder / name)) for name, settings in SETTINGS.items()}

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from publishing import add_option, command, markdown_table, publish, say
+from publishing import add_option, check_counts, command, markdown_table, publish, say
 from rich.console import Console
 
 from lightpeft.app.cli.command import quiet
@@ -118,6 +118,7 @@ def main(
     name = given.config.stem
     quiet()
     try:
+        check_counts(given, "rounds", "steps")
         measured = measure(subjects_of(load_config(given.config)), given.rounds, given.steps)
         results = {**measured, "command": command(script, arguments)}
         write_json(given.out or Path("runs") / script / f"{name}.json", results)

@@ -1,4 +1,4 @@
-"""Random models of known shapes, plain and light, measured in processes of their own: what scaling.py and gpu.py share.
+"""Random models of known shapes, plain and light, measured in processes of their own.
 
 Speed and memory do not depend on what weights say, so random ones serve for shapes that no checkpoint is at hand for.
 """
@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -26,24 +25,19 @@ from transformers import (
 )
 
 from lightpeft.app.runs.workers import Worker
-from lightpeft.config import LightConfig
+from lightpeft.config import LightConfig, override_light
 from lightpeft.machine import autocasting
 from lightpeft.models.families.family_table import block_specs
 from lightpeft.profiling.comparing import alternate, ratio, summarize
 from lightpeft.profiling.flops import count_flops
-from lightpeft.profiling.memory import PeakMemory
+from lightpeft.profiling.memory import PeakMemory, weights_bytes
 from lightpeft.profiling.sizes import count_parameters
 from lightpeft.profiling.speed import measure_inference, measure_training
 from lightpeft.recipe.pruner import EarlyPruner
 from lightpeft.training.acceleration import accelerated
 
-FAMILIES = ("roberta", "llama")
 SUBJECTS = ("plain", "estimation", "light")
 """LoRA on q and v of the dense model, the estimation stage, and the pruned model."""
-
-PRODUCTS = {f"aten::{name}" for name in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_")}
-ATTENTION = "aten::_scaled_dot_product"
-"""Operators, by their names in a profile; of attention the start of the name."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +52,6 @@ class Shape:
     kv_heads: int
     ffn: int
     vocabulary: int
-
-    @property
-    def parameters(self) -> int:
-        """Weights of the blocks and of the embeddings, without biases, norms and heads."""
-        attention = 2 * self.hidden**2 + 2 * self.hidden**2 * self.kv_heads // self.heads
-        ffn = (3 if self.family == "llama" else 2) * self.hidden * self.ffn
-        return self.layers * (attention + ffn) + self.hidden * self.vocabulary
 
 
 @dataclass(frozen=True)
@@ -85,7 +72,7 @@ class Case:
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """What is computed in under autocast."""
+        """Data type of autocast; None: no autocast."""
         return torch.bfloat16 if self.bf16 else None
 
 
@@ -154,7 +141,7 @@ class Synthetic:
         return pruner.prune()
 
     def _estimating(self) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-        pruner = EarlyPruner(self.model, {"preset": "paper", "estimate": {"length": 10**9}})
+        pruner = EarlyPruner(self.model, override_light(self.case.light, {"estimate": {"length": 10**9}}))
         pruner.start()
 
         def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -166,7 +153,6 @@ class Synthetic:
 
     def fixed(self) -> dict[str, Any]:
         """Parameters, FLOPs of a batch, and the peak of training memory, weights included."""
-        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         with self._training_as_a_run(), PeakMemory(self.model) as memory:
             measure_training(
                 self.model, self.batches[:1], self.optimizer, steps=2, warmup=1, autocast=self.case.autocast
@@ -175,7 +161,7 @@ class Synthetic:
             flops = count_flops(self.model, self.batches[0])
         count = count_parameters(self.model)
         return {
-            "peak_memory_bytes": memory.bytes + (0 if memory.method == "cuda" else weights),
+            "peak_memory_bytes": memory.bytes + (0 if memory.method == "cuda" else weights_bytes(self.model)),
             "base_parameters": count.base,
             "removed_ratio": 1 - count.base / self.dense_parameters,
             "peft_parameters": count.peft,
@@ -189,21 +175,9 @@ class Synthetic:
                 measure_training(self.model, self.batches, self.optimizer, autocast=self.case.autocast)
             )
 
-    def parts(self) -> dict[str, float]:
-        """Seconds of a training step on the CPU that are spent in what FLOPs count, products of matrices and attention
-        as a whole, and in all other operators."""
-        steps, batch, autocast = 2, self.batches[:1], self.case.autocast
-        with self._training_as_a_run(), profile(activities=[ProfilerActivity.CPU]) as profiled:
-            measure_training(self.model, batch, self.optimizer, steps=steps, warmup=0, autocast=autocast)
-        seconds = {event.key: event.self_cpu_time_total / 1e6 / steps for event in profiled.key_averages()}
-        products = sum(time for key, time in seconds.items() if key in PRODUCTS or key.startswith(ATTENTION))
-        return {"products": products, "else": sum(seconds.values()) - products}
-
     def _training_as_a_run(self) -> AbstractContextManager[None]:
-        """Light models train as in light runs, the others as by habit."""
-        if self.subject != "light":
-            return nullcontext()
-        return accelerated(self.model, dropout=0.0)
+        """Both stages of a light run have its steps; plain LoRA has those of PEFT and PyTorch."""
+        return nullcontext() if self.subject == "plain" else accelerated(self.model, dropout=0.0)
 
     def inference(self) -> float:
         """Seconds a forward pass, with merged weights."""

@@ -33,7 +33,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Written:
-    """What vLLM wrote behind some prompts."""
+    """The continuations that vLLM wrote for some prompts."""
 
     tokens: list[list[int]]
     seconds: float

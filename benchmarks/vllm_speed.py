@@ -7,8 +7,8 @@ r"""A merged light model in vLLM: does it write what PyTorch writes, and how fas
     LIGHTPEFT_VLLM=.venv-vllm/bin/python python benchmarks/vllm_speed.py runs/socialiqa/smollm2_vllm
 
 Two processes of vLLM hold one model each, the light one with PEFT merged into it and the untouched base. In float32,
-on as many threads as `OMP_NUM_THREADS` says, they continue the same held-out prompts greedily, all at once and one
-after another, in alternation. PyTorch continues them too.
+on as many threads as `OMP_NUM_THREADS` says, they continue the same held-out prompts greedily, all at once and the
+first four one after another, in alternation. PyTorch continues all of them, too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from gguf_speed import continued
-from publishing import markdown_table, report, spread_text
+from publishing import check_counts, markdown_table, report, spread_text
 from vllm_engine import PYTHON, Refused, Vllm, Written
 
 from lightpeft.adapters.merging import load_merged, save_merged
@@ -33,7 +33,7 @@ from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.loading import quiet_libraries
-from lightpeft.profiling.comparing import alternate, ratio
+from lightpeft.profiling.comparing import alternate, ratio, summarize
 from lightpeft.profiling.sizes import folder_bytes
 from lightpeft.prune.light_model import LightModel
 
@@ -99,7 +99,7 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
         [
             [
                 f"{found['removed_of_blocks']:.0%} of the blocks gone, {way}",
-                *(f"{sorted(values[name])[len(values[name]) // 2]:.1f}" for name in ("light", "dense")),
+                *(f"{summarize(values[name]).median:.1f}" for name in ("light", "dense")),
                 spread_text(found["speed_ratio"][way]),
                 *(f"{found['bytes'][name] / 2**20:.0f}" for name in ("light", "dense")),
                 f"{found['same_texts']} of {found['texts']}",
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     def found() -> dict[str, Any]:
         python = os.environ.get(PYTHON)
         require(python, f"{PYTHON} does not say which Python has vLLM and plugins/vllm; make test-vllm makes one")
-        require(options.rows >= 1 and options.tokens >= 1, "--rows and --tokens start at 1")
+        check_counts(options, "rows", "tokens", "rounds")
         sizes = {"rows": options.rows, "tokens": options.tokens, "rounds": options.rounds}
         try:
             results = {str(run): measure(run, str(python), **sizes) for run in options.runs}

@@ -94,7 +94,7 @@ def ask(teacher: Path, file: Path, names: Sequence[str], rows: Sequence[dict[str
 
 
 def train(model: str, method: str, seed: int, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """Train a cell and leave its model in the folder; what metrics.json holds beside the metric."""
+    """Train a cell and leave its model in the folder; returns metrics.json but for the metric."""
     set_seed(seed)
     source, chosen = str(Path("demo") / "cache" / model), METHODS[method]
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -105,8 +105,8 @@ def train(model: str, method: str, seed: int, folder: Path, given: argparse.Name
     if given.prior:
         labels = torch.tensor([label for row in rows for label in row["labels"] if label >= 0])
         base.classifier.bias.data = (labels.bincount(minlength=len(names)).clamp(min=1) / len(labels)).log()
-    full, lora, epochs = RATES[model.partition("_")[0]]
-    rate, epochs = given.rate or (full if chosen is None else lora), given.epochs or epochs
+    config = settings_of(model, method, given)
+    rate, epochs = (config["training"][name] for name in ("learning_rate", "epochs"))
     training = TrainingConfig(batch_size=32, learning_rate=rate, save_steps=10**9)
     steps = epochs * -(-len(rows) // 32)
     common: dict[str, Any] = {
@@ -140,12 +140,47 @@ def train(model: str, method: str, seed: int, folder: Path, given: argparse.Name
         "training": {"train": {"peak_memory_bytes": memory.bytes, "resumed_at": 0}},
         "adapter_bytes": folder_bytes(folder / "model"),
         "hardware": hardware(),
-        "config": {
-            "data": {"path": str(given.data)},
-            "training": {"teacher": given.teacher and str(given.teacher), "learning_rate": rate, "epochs": epochs},
-            "prior": given.prior,
-        },
+        "config": config,
     }
+
+
+def settings_of(model: str, method: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Settings of a cell, as metrics.json has them."""
+    full, lora, epochs = RATES[model.partition("_")[0]]
+    training = {
+        "teacher": given.teacher and str(given.teacher),
+        "learning_rate": given.rate or (full if METHODS[method] is None else lora),
+        "epochs": given.epochs or epochs,
+    }
+    data = {"path": str(given.data), "rows": given.rows, "split": given.split}
+    return {"data": data, "training": training, "prior": given.prior}
+
+
+def check(given: argparse.Namespace) -> None:
+    """Check that all that cells read is there.
+
+    Raises:
+        LightPeftError: a file, model or teacher is missing, or a model has no rates.
+    """
+    for split in ("train", given.split):
+        file = given.data / f"{split}.jsonl"
+        require(file.is_file(), f"{file} does not exist; give the folder of WNUT-17 as --data")
+    for model in given.models:
+        require(model.partition("_")[0] in RATES, f"--models {model}: no rate is known but for {' and '.join(RATES)}")
+    places = [Path("demo") / "cache" / model for model in given.models]
+    for place in [*places, *([given.teacher] if given.teacher else [])]:
+        require((place / "config.json").is_file(), f"{place} is no folder of a model")
+
+
+def check_cell(file: Path, wanted: dict[str, Any]) -> None:
+    """Check that a finished cell was made with these settings; cells had no rows or split in theirs once.
+
+    Raises:
+        LightPeftError: it was made with others.
+    """
+    found = read_json(file)["config"]
+    known = {**found, "data": {"rows": None, "split": "test", **found["data"]}}
+    require(known == wanted, f"{file.parent} was made with other settings: {known}; give another --out")
 
 
 def without_length(collate: Any) -> Callable[[Sequence[Mapping[str, Any]]], Any]:
@@ -181,7 +216,7 @@ def quality(folder: Path, data: Path, split: str) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what is not done; 0, or 2 on bad input."""
+    """Run cells that are not done; 0, or 2 on bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["minilm"], help="folders in demo/cache")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
@@ -201,9 +236,12 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     quiet()
     try:
+        check(given)
         for seed, model, method in itertools.product(given.seeds, given.models, given.methods):
             folder = given.out / "cells" / model / TASK / slug(method) / str(seed)
-            if not (folder / FILE).is_file():
+            if (folder / FILE).is_file():
+                check_cell(folder / FILE, settings_of(model, method, given))
+            else:
                 found = train(model, method, seed, folder, given)
                 f1 = quality(folder, given.data, given.split)
                 write_json(folder / FILE, {**found, "method": method, "main_metric": METRIC, "metrics": {METRIC: f1}})

@@ -27,6 +27,7 @@ from lightpeft.config import RunConfig
 from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.plans.structure import SLOTS
 from lightpeft.profiling.comparing import alternate, ratio, summarize
+from lightpeft.profiling.memory import weights_bytes
 from lightpeft.profiling.surroundings import hardware
 
 PLAIN, EVERYWHERE, ESTIMATION, WHOLE = "plain LoRA on q and v", "on all projections", "estimation", "no cut"
@@ -39,8 +40,10 @@ class Weighed(Subject):
     """A subject that knows what its weights take."""
 
     def fixed(self) -> dict[str, Any]:
-        """As a subject's, with `weights_bytes`."""
-        return {**super().fixed(), "weights_bytes": sum(p.numel() * p.element_size() for p in self.model.parameters())}
+        """As a subject's, with `weights_bytes`, which the peak includes."""
+        found, weights = super().fixed(), weights_bytes(self.model)
+        outside = 0 if found["peak_memory_method"] == "cuda" else weights
+        return {**found, "peak_memory_bytes": found["peak_memory_bytes"] + outside, "weights_bytes": weights}
 
 
 def subjects_of(config: RunConfig) -> subjects.Subjects:
@@ -85,7 +88,7 @@ def measure(found: subjects.Subjects, rounds: int, steps: int) -> dict[str, Any]
     runs = {name: _seconds(values, share) for name, share in shares.items()}
     return {
         "samples_per_second": {name: asdict(summarize(of)) for name, of in values.items()},
-        "memory_bytes": {name: each["peak_memory_bytes"] + each["weights_bytes"] for name, each in fixed.items()},
+        "memory_bytes": {name: each["peak_memory_bytes"] for name, each in fixed.items()},
         "weights_bytes": {name: each["weights_bytes"] for name, each in fixed.items()},
         "training_flops": {name: each["flops"]["training"] for name, each in fixed.items()},
         "run_time_ratio": {

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lightpeft.app.runs.demo.fetching import split
+from lightpeft.errors import one_line
+from lightpeft.files import replacing_folder
 
 log = logging.getLogger("chats")
 
@@ -29,13 +31,13 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         parts = split(read(args.file), "question")
-        args.folder.mkdir(parents=True, exist_ok=True)
-        for name, rows in parts.items():
-            chats = "".join(json.dumps({"messages": row["messages"]}, ensure_ascii=False) + "\n" for row in rows)
-            (args.folder / f"{name}.jsonl").write_text(chats, encoding="utf-8")
+        with replacing_folder(args.folder, "test.jsonl") as folder:
+            for name, rows in parts.items():
+                chats = "".join(json.dumps({"messages": row["messages"]}, ensure_ascii=False) + "\n" for row in rows)
+                (folder / f"{name}.jsonl").write_text(chats, encoding="utf-8")
     except (OSError, ValueError) as error:
-        log.error("%s: %s", args.file, error)
-        return 1
+        log.error("%s: %s", args.file, one_line(error))
+        return 2
     return 0
 
 

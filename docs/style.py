@@ -23,6 +23,7 @@ DONE = (
     "docs/**/*.md",
     "benchmarks/README.md",
     "examples/README.md",
+    "plugins/vllm/README.md",
 )
 """Pages in plain English, as patterns. Add a page here when its prose is edited."""
 GENERATED = ("docs/reference/settings.md",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +103,8 @@ GRID: dict[str, Any] = {
     "60%": {"from": "light-lora", "light": {"remove": {"blocks": 0.6}}},
     "60%, all": {"from": "light-lora", "light": {"remove": {"blocks": 0.6}, "train": "all"}},
     "30%, all": {"from": "light-lora", "light": {"remove": {"blocks": 0.3}, "train": "all"}},
+    "full, smoothed": {"from": "full", "trainer": {"label_smoothing_factor": 0.1}},
+    "0%, all": {"from": "light-lora", "light": {"remove": {"blocks": 0}, "train": "all"}},
 }
 
 
@@ -150,7 +153,7 @@ def test_frontier_and_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert frontier.main(words) == 0
     results = read(out / "frontier.results.json")
     points = {(point["model"], point["method"]): point for point in results["points"]}
-    assert set(points) == {("small", "full"), *(("large", name.replace("%,", "").replace("%", "")) for name in GRID)}
+    assert set(points) == {("small", "full"), *(("large", latency.method_name(name)) for name in GRID)}
     for (model, name), point in points.items():
         metrics = read(tmp_path / f"grid/cells/{model}/words/{name.replace(' ', '_')}/0/metrics.json")
         assert point["quality"] == pytest.approx(metrics["metrics"]["accuracy"])
@@ -158,13 +161,15 @@ def test_frontier_and_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert 0 <= point["int8"]["0"] <= 1
         assert point["measures"]["trained"] == [metrics["parameters"]["trained"]]
     shapes = {name: point["shape"] for (model, name), point in points.items() if model == "large"}
-    assert shapes["full"] == shapes["lora"] and shapes["60"] == shapes["60 all"]
+    assert shapes["full"] == shapes["lora"] == shapes["0 all"] and shapes["60"] == shapes["60 all"]
     assert len({*shapes.values(), points["small", "full"]["shape"]}) == 4
     assert points["large", "60"]["ms"] == points["large", "60 all"]["ms"], "latency depends on the plan alone"
     assert points["large", "60"]["mib"]["f32"] < points["large", "full"]["mib"]["f32"]
     pairs = {(each["cut"], each["other"]): each for each in results["comparisons"]}
     whole = {(f"large, {cut}", f"large, {other}") for cut in ("60", "60 all", "30 all") for other in ("full", "lora")}
-    assert whole <= set(pairs)
+    cuts = ("0 all", "30 all", "60 all")
+    assert whole | {(f"large, {cut}", "large, full smoothed") for cut in cuts} <= set(pairs)
+    assert ("large, 60", "large, full smoothed") not in pairs
     for (cut, other), each in pairs.items():
         of = [points[model, name]["quality"] for model, _, name in (side.partition(", ") for side in (cut, other))]
         assert each["difference"]["mean"] == pytest.approx(of[0] - of[1])
@@ -173,7 +178,9 @@ def test_frontier_and_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert all((out / f"frontier.{suffix}").stat().st_size > 5000 for suffix in ("png", "svg"))
     monkeypatch.setattr(frontier, "opened", pytest.fail)
     assert frontier.main([*words, "--figure", "words"]) == 0, "nothing is asked or measured again"
-    assert frontier.main([*words, "--figure", "neither"]) == 2
+    before = stamps(out)
+    assert frontier.main([*words, "--figure", "neither"]) == 2 and frontier.main([*words, "--rounds", "0"]) == 2
+    assert stamps(out) == before
     assert read(out / "frontier.results.json")["points"] == results["points"]
     # a cut has its shapes as soon as estimation ends, and one estimation is enough for budgets that share it
     shutil.copy(tmp_path / "grid/results.json", file.with_suffix(".results.json"))
@@ -185,14 +192,19 @@ def test_frontier_and_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         point = points[key]
         assert each["mib"] == point["mib"] and set(each["ms"]) == set(point["ms"])
         assert each["by_seed"] == pytest.approx(point["by_seed"])
-    assert found["large", "full"]["ms"] == found["large", "lora"]["ms"] != found["large", "60 all"]["ms"]
+    assert found["large", "full"]["ms"] == found["large", "0 all"]["ms"] != found["large", "60 all"]["ms"]
     assert "| small | " in (tmp_path / "latency/latency.md").read_text()
     cells = tmp_path / "latency/grid/cells/large/words"
     estimated = {folder.parents[1].name for folder in cells.glob("*/0/estimation")}
     assert estimated == {"60", "60_all"} and not [*cells.glob("*/0/pruned")], "nothing else is trained"
     monkeypatch.setattr(latency, "opened", pytest.fail)
     assert latency.main([*words, "--figure", "words"]) == 0, "nothing is measured again"
-    assert latency.main([*words, "--task", "other"]) == 2
+    assert latency.main([*words, "--task", "other"]) == 2 and latency.main([*words, "--figure", "other"]) == 2
+    monkeypatch.setattr(frontier, "timed", lambda openers, rounds, rows: pytest.fail(f"{rounds} of {rows}"))
+    with pytest.raises(pytest.fail.Exception, match="3 of 8"):
+        frontier.main([str(tmp_path / "grid"), "--rounds", "3", "--rows", "8", "--out", str(out)])
+    with pytest.raises(SystemExit):
+        frontier.main([str(tmp_path / "grid"), "--way", "f32 8"])
 
 
 def point(model: str, method: str, ms: float, right: list[int]) -> frontier.Point:
@@ -206,6 +218,15 @@ def drawn(points: list[frontier.Point]) -> list[plots.FrontierPanel]:
     return [*frontier.panels(frontier.shown_by_task([frontier.written(point) for point in points], "f32 1"))]
 
 
+def test_cuts_are_compared_with_whole_models_that_were_trained_alike() -> None:
+    methods = ("full", "full smoothed", "full, taught", "60", "60 all", "60 all, taught", "0 all")
+    found: dict[str, list[str]] = {}
+    for each in frontier.comparisons([point("large", method, 2.0, [1, 0]) for method in methods]):
+        found.setdefault(each["cut"].partition(", ")[2], []).append(each["other"].partition(", ")[2])
+    alike = ["full", "full smoothed"]
+    assert found == {"60": ["full"], "60 all": alike, "60 all, taught": [*alike, "full, taught"], "0 all": alike}
+
+
 def test_a_smaller_model_is_compared_with_the_cut_of_its_latency() -> None:
     """Of every larger model and way of training; not with cuts of smaller models."""
     points = [
@@ -214,6 +235,7 @@ def test_a_smaller_model_is_compared_with_the_cut_of_its_latency() -> None:
         point("large", "20 all", 6.0, [1, 1, 1, 0]),
         point("large", "80 all", 1.9, [1, 1, 0, 0]),
         point("large", "90", 1.0, [0, 0, 0, 0]),
+        point("large", "0 all tokens of the task", 2.0, [0, 0, 0, 0]),
         point("large", "FineGates 80", 1.9, [1, 1, 0, 1]),
         point("small", "60 all", 1.0, [1, 0, 0, 0]),
     ]
@@ -233,6 +255,8 @@ def test_a_smaller_model_is_compared_with_the_cut_of_its_latency() -> None:
         ("minilm_first3", "MiniLM-L6, first 3 layers"),
         ("full, taught", "all weights, taught"),
         ("60", "60% cut, LoRA"),
+        ("full smoothed", "all weights, smoothed labels"),
+        ("0 all", "0% cut, all weights"),
         ("60 all, taught", "60% cut, all weights, taught"),
         ("FineGates 60", "FineGates 60"),
     ],
@@ -287,6 +311,7 @@ def test_first_layers_begin_at_the_whole_model_and_gates_stand_alone() -> None:
         point("minilm_first3", "full", 2.0, [1, 1, 0, 0]),
         point("minilm", "FineGates 60 own recipe", 2.0, [1, 0, 0, 0]),
         point("minilm_l3", "full", 2.0, [1, 0, 0, 0]),
+        point("minilm", "0 all", 4.0, [1, 1, 0, 1]),
     ]
     (panel,) = drawn(points)
     assert [mark.label for mark in panel.marks] == ["MiniLM-L6", "MiniLM-L3"]
@@ -295,6 +320,7 @@ def test_first_layers_begin_at_the_whole_model_and_gates_stand_alone() -> None:
         ("MiniLM-L6", "first layers, all weights"): [(2.0, 50.0, "3"), (4.0, 100.0, "")],
         ("MiniLM-L6", "FineGates own recipe"): [(2.0, 25.0, "60%")],
         ("MiniLM-L3", "all weights"): [(2.0, 25.0, "")],
+        ("MiniLM-L6", "0% cut, all weights"): [(4.0, 75.0, "")],
     }
 
 
@@ -329,8 +355,20 @@ def test_finegates_are_cells_of_a_grid(tmp_path: Path, capsys: pytest.CaptureFix
         pipeline.report(work, model, peer_cells.scores_of(pipeline.measure(work, model), work.task))["metrics"]
         == report["metrics"]
     )
+    command = read(tmp_path / "out/results.json")["command"]
+    assert shlex.split(command)[-6:] == [
+        "benchmarks/finegates.py",
+        str(file),
+        "--only",
+        "model=large",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert finegates.main([str(tmp_path / "none.yaml")]) == 2
     assert "finegates: " in capsys.readouterr().err
+    file = grid_of_methods(bench, {"FineGates": {"from": "full"}})
+    assert finegates.main([str(file), "--out", str(tmp_path / "none")], pytest.fail) == 2
+    assert 'method "FineGates" says no per cent' in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 # -- wnut17.py, siblings.py --------------------------------------------------------------------------------------------
@@ -354,6 +392,19 @@ def test_wnut17(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert reports["60_all"]["parameters"]["base"] < reports["full"]["parameters"]["base"]
     before = stamps(tmp_path / "out/cells")
     assert wnut17.main([*words, "full"]) == 0 and stamps(tmp_path / "out/cells") == before
+    capsys.readouterr()
+    for wrong, reason in {
+        "--rate 0.5": "was made with other settings",
+        "--rows 8": "was made with other settings",
+        "--models minilm_l3": "demo/cache/minilm_l3 is no folder of a model",
+        "--models bert": "no rate is known but for minilm",
+        "--split dev": "dev.jsonl does not exist",
+        "--teacher nowhere": "nowhere is no folder of a model",
+    }.items():
+        assert wnut17.main([*words, "full", *wrong.split()]) == 2
+        error = capsys.readouterr().err
+        assert reason in error and error.count("\n") == 1
+    assert stamps(tmp_path / "out/cells") == before
     teacher = [
         "--teacher",
         "out/cells/minilm/wnut17/full/0/model",
@@ -391,15 +442,20 @@ def test_weights_of_an_onnx_file_get_their_names() -> None:
     assert found["encoder.layer.0.output.dense.weight"].tolist() == weight.T.tolist()
 
 
-def test_data_are_linked_where_grids_read_them(tmp_path: Path) -> None:
+def test_data_are_linked_where_grids_read_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source, cache = tmp_path / "data", tmp_path / "cache"
-    for name in ("cola", "rte", "sst2", "banking77", "wnut17"):
+    names = ("sst2", "banking77", "cola", "rte", "wnut17")
+    words = ["--data", str(source), "--cache", str(cache)]
+    assert siblings.main(words) == 2 and "run demo/fetch.py first" in caplog.text
+    (cache / "minilm").mkdir(parents=True)
+    for name in names:
+        assert siblings.main(words) == 2 and [path.name for path in cache.iterdir()] == ["minilm"]
         (source / name).mkdir(parents=True)
         for split in ("train", "validation"):
             (source / name / f"{split}.jsonl").write_text(f'{{"of": "{name}"}}\n' * (siblings.SST2_ROWS + 1))
-    cache.mkdir()
+    assert len(caplog.records) == 1 + len(names) and not any("\n" in record.message for record in caplog.records)
     for _ in range(2):
-        siblings.link_data(source, cache)
+        siblings.take_data(source, cache)
     assert (cache / "glue/cola").resolve() == (source / "cola").resolve()
     assert (cache / "glue/sst2_part/train.jsonl").read_text().count("sst2") == siblings.SST2_ROWS
     assert (cache / "wnut17/train.jsonl").is_file()

@@ -157,7 +157,7 @@ def test_a_decoder_in_parts(whole: LightModel, tmp_path: Path, monkeypatch: pyte
     parts = decoders.Parts("some-part", "1.0", digests, hashlib.sha256(content).hexdigest())
     monkeypatch.setattr(decoders, "SMALLER", replace(parts, sha256="0" * 64))
     cache = tmp_path / "cache"
-    assert decoders.main(["--cache", str(cache)]) == 1 and not list(cache.iterdir())
+    assert decoders.main(["--cache", str(cache)]) == 2 and not list(cache.iterdir())
     monkeypatch.setattr(decoders, "SMALLER", parts)
     assert decoders.main(["--cache", str(cache)]) == 0
     assert [path.name for path in cache.iterdir()] == ["qwen2.5_coder_0.5b"]
@@ -166,11 +166,20 @@ def test_a_decoder_in_parts(whole: LightModel, tmp_path: Path, monkeypatch: pyte
     assert model.dtype == torch.bfloat16 and logits(model).equal(logits(load_model(base, CAUSAL_LM).model))
 
 
-def test_data_are_linked_where_grids_read_them(tmp_path: Path) -> None:
+def test_data_are_linked_where_grids_read_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All or none of them, before anything is downloaded; a link to nothing is replaced."""
+    monkeypatch.setattr(decoders, "write_decoder", lambda parts, target: target.mkdir(exist_ok=True))
     source, cache = tmp_path / "data", tmp_path / "cache"
+    words = ["--data", str(source), "--cache", str(cache)]
     for name in decoders.TASKS:
+        assert decoders.main(words) == 2 and not cache.exists()
         (source / name).mkdir(parents=True)
+    assert f"has no folder {decoders.TASKS[-1]};" in caplog.text
     cache.mkdir()
+    (cache / "gsm8k").symlink_to(tmp_path / "nowhere")
     for _ in range(2):
-        decoders.link_data(source, cache)
-    assert {path.name: path.resolve() for path in cache.iterdir()} == {n: source / n for n in decoders.TASKS}
+        assert decoders.main(words) == 0
+    links = {path.name: path.resolve() for path in cache.iterdir() if path.is_symlink()}
+    assert links == {name: source / name for name in decoders.TASKS}

@@ -24,11 +24,13 @@ import pytest
 import torch
 from benchmarking import place, readme_with, short_run
 from lanes import thorough
+from peer_speeds import Speeds
 from tiny import make, relative_difference
 from torch import Tensor
 from workbench import Workbench, checksums, forked, in_this_process, read, stamps
 
 from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.subject import Subject
 from lightpeft.config import RunConfig, load_config
 from lightpeft.errors import LightPeftError
 from lightpeft.models.families.family_table import block_specs
@@ -255,9 +257,6 @@ def test_one_light_run_alone_takes_the_files_own_section(config: Path, tmp_path:
     assert own.light == load_config(config).light
     assert (own.light.estimate.length, other.light.estimate.length) == (0.25, 0.1)
     assert (own.data, own.training, own.model) == (other.data, other.training, other.model)
-    given = configs_of(config, tmp_path, "--light-config", f"paper={config}")
-    assert given["light_paper"].light == own.light
-    assert given["light_default"] == own
 
 
 @pytest.mark.parametrize(("quality", "seconds"), [(0.5, 1.0), (0.6, 2.0), (0.75, 2.0), (0.9, None)])
@@ -407,6 +406,32 @@ def test_peers_go_to_processes_of_their_own(prepared: Any) -> None:
     """Also where processes are not forked, so what makes the model is pickled."""
     for peer in peer_methods.PEERS.values():
         assert len(ForkingPickler.dumps(peer.subject(prepared[2]))) > 0
+
+
+def test_tight_batches_have_no_more_than_their_longest_row(bench: Workbench, prepared: Any) -> None:
+    """Those of a dense model are widened to a multiple of 8 tokens."""
+    widths = {}
+    for name in ("lora", "lora_tight"):
+        config = bench.config(name, method="plain")
+        subject = Subject(peer_methods.PEERS[name].subject(prepared[2]), config, 4)
+        widths[name] = [
+            (batch["input_ids"].shape[1], int(batch["attention_mask"].sum(1).max())) for batch in subject.batches
+        ]
+    assert all(width % 8 == 0 for width, _ in widths["lora"])
+    assert all(width == longest for width, longest in widths["lora_tight"]) and widths["lora_tight"] != widths["lora"]
+
+
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [("lora", ["lora"]), ("lora a b", ["lora a b"]), ("lora a b c", ["lora a b", "lora c"])],
+)
+def test_speeds_are_measured_in_groups(names: str, groups: list[str], tmp_path: Path, prepared: Any) -> None:
+    """Plain LoRA is in each of them, and in none alone unless it is all there is."""
+    measured = []
+    speeds = Speeds(tmp_path, rounds=1, steps=1, together=3, goal=prepared[2])
+    speeds._measure = lambda runs: measured.append(" ".join(runs))  # type: ignore[method-assign]
+    speeds.measure(dict.fromkeys(names.split(), RunConfig()))
+    assert measured == groups
 
 
 def test_grouped_queries_are_refused_by_libraries_that_do_not_know_them(bench: Workbench, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from benchmarking import readme_with
 from matplotlib.text import Text
 from workbench import Workbench, lightpeft, read
 
+from lightpeft.app.cli.verbs import VERBS
 from lightpeft.app.runs.reproduce import Results, Row, read_results
 from lightpeft.app.runs.reproduce.results import SeedSpread
 from lightpeft.errors import LightPeftError
@@ -220,7 +221,10 @@ def test_results_go_to_their_place_in_the_readme(tmp_path: Path, monkeypatch: py
     publishing.publish("a", "new", "a.json", {"a": 1})
     publishing.publish("a", "newer", "a.json", {"a": 2})
     text = readme.read_text()
-    assert text == ("before\n<!-- results: a -->\n\nnewer\n\n<!-- /results: a -->\nafter\n<!-- results: b -->\n")
+    assert text == (
+        "before\n<!-- results: a -->\n\nnewer\n\nEvery number: [a.json](a.json).\n\n<!-- /results: a -->\n"
+        "after\n<!-- results: b -->\n"
+    )
     for missing in ("b", "c"):
         with pytest.raises(LightPeftError, match=f"no place for these results; add .*results: {missing}"):
             publishing.publish(missing, "text", "numbers.json", {})
@@ -234,13 +238,15 @@ PUBLISHED = sorted(path for folder in ("benchmarks", "configs") for path in (ROO
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)
 def test_published_results_say_how_to_make_them_again(path: Path) -> None:
-    """By a command whose files are there, and with a checksum of the log of every run."""
+    """By a command that is understood and whose files are there, and with a checksum of the log of every run."""
     results = read_json(path)
     assert "checksum" in path.read_text()
     words = shlex.split(results["command"], comments=True)
     program = next(index for index, word in enumerate(words) if "=" not in word)
     assert words[program] in ("python", "lightpeft")
     assert all((ROOT / word).is_file() for word in words if word.endswith((".py", ".yaml")))
+    if words[program] == "lightpeft":
+        VERBS[words[program + 1]]._read(words[program + 2 :])
     logs = results.get("logs", {})
     assert all(re.fullmatch("[0-9a-f]{64}", checksum) for checksum in logs.values())
     if "reports" in results:

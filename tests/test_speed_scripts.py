@@ -13,7 +13,6 @@ import pytest
 import serving
 import sft
 import steps
-import synthetic
 import torch
 import vllm_engine
 import vllm_speed
@@ -26,8 +25,6 @@ from workbench import Workbench, forked, read, save_base, tokenizer_of_bytes
 
 from lightpeft.adapters.merging import load_merged
 from lightpeft.app.runs import pipeline
-from lightpeft.config import run_config_from_dict
-from lightpeft.models.families.family_table import block_specs
 
 pytestmark = thorough
 ROOT = Path(__file__).parents[1]
@@ -68,6 +65,9 @@ def test_subjects_of_a_run(
         assert results["samples_per_second"][subject]["median"] > 0
         assert f"| {subject} |" in readme.read_text()
     assert results["time_ratio"][first]["median"] == 1
+    capsys.readouterr()
+    assert steps.main([str(tmp_path / "missing.yaml"), "--steps", "0"]) == 2
+    assert capsys.readouterr().err == "steps: --steps is 0; give at least 1\n"
     assert steps.main([str(tmp_path / "missing.yaml")]) == 2
     assert "steps: config file" in capsys.readouterr().err
 
@@ -210,6 +210,8 @@ def test_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
         assert all(len(values) == 2 and min(values) > 0 for values in found["values"][size].values())
     assert found["bytes"]["ONNX Runtime, f32"]["light"] < found["bytes"]["ONNX Runtime, f32"]["dense"]
     assert "| ONNX Runtime, f32 |" in capsys.readouterr().out
+    assert serving.main([light.output, "--batches", "0"]) == 2
+    assert capsys.readouterr().err == "serving: --batches is 0; give at least 1\n"
     pipeline.run(plain)
     assert serving.main([plain.output]) == 2
     assert "has no light model" in capsys.readouterr().err
@@ -249,19 +251,6 @@ def test_sft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert everywhere == pytest.approx([everywhere[0]] * len(everywhere), rel=2e-3)
     assert elsewhere == pytest.approx([elsewhere[0]] * len(elsewhere), rel=2e-3)
     assert everywhere[0] != pytest.approx(elsewhere[0], rel=1e-4)
-
-
-def test_shapes_count_their_parameters() -> None:
-    for shape in (gpu.SHAPES["roberta-tiny"], gpu.SHAPES["llama-tiny"]):
-        case = synthetic.Case(shape, 1, 8, 1, run_config_from_dict({}).light)
-        model = synthetic.random_model(case)
-        weights = sum(p.numel() for spec in block_specs(model) for p in _weights(model, spec))
-        embeddings = model.get_input_embeddings().weight.numel()
-        assert weights + embeddings == shape.parameters
-
-
-def _weights(model: Any, spec: Any) -> list[Any]:
-    return [model.get_submodule(name).weight for name in spec.projections.values()]
 
 
 # -- gpu.py ------------------------------------------------------------------------------------------------------------

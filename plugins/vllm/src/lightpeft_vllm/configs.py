@@ -1,4 +1,4 @@
-"""What a merged light model's folder says of itself, as the configuration of its family with the widths of every layer.
+"""The configuration of a merged light model: that of its family, with the widths of every layer.
 
 The folder is as lightpeft writes it: `config.json` hides the family's own settings under a type of lightpeft's, and
 `merged.json` says how wide each layer is.
@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 LIGHT_TYPE = "LIGHT_PEFT: layers of unequal widths; load it with lightpeft.load_merged(folder)"
 OWN, MERGED = "pruned_config", "merged.json"
 ARCHITECTURE = "LightForCausalLM"
-"""What vLLM knows the model class by."""
+"""Name of the model class in vLLM."""
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},

@@ -1,4 +1,4 @@
-"""What vLLM asks before it serves a light model: how wide its layers are, and whether all settings go with it."""
+"""Checks of vLLM before it serves a light model: the widths of its layers, and settings that do not go with it."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class NormedAttention(LlamaAttention):
 
 
 class Nothing(nn.Module):
-    """What a sub-layer without units gives: what is left of its last projection, a bias or nothing."""
+    """A sub-layer without units: it gives the bias of its last projection, or nothing."""
 
     def __init__(self, projection: str) -> None:
         super().__init__()

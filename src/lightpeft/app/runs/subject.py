@@ -76,10 +76,10 @@ class Subject:
         set_seed(config.seed)
         self.config = config
         self.work = prepare(config)
-        self.batches = sample_batches(self.work, steps)
         self.build = BUILDS[build] if isinstance(build, str) else build
         self.autocast = self.build.autocast or autocast_dtype(config.training)
         self.model, self.optimizer = self.build.make(self.work)
+        self.batches = sample_batches(self.work, steps)
         self._folder = tempfile.TemporaryDirectory()
         self._cached_rows: CachedRows | None = None
         self._prefix_speed: float | None = None

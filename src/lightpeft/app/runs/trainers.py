@@ -253,7 +253,7 @@ class DenseRun(RunTrainer):
 
 LABEL_SMOOTHING = 0.1
 """Default label smoothing of classification if all weights train after the cut: the model is overconfident without it
-(docs/how-to/train_all.md)."""
+(docs/explanation/results.md#beside-smaller-models-and-full-fine-tuning)."""
 FULL_WIDTH_RATE = 0.3
 """Learning rate of the last steps of a run that keeps its base whole, as a multiple of the run's
 (docs/explanation/decoders.md)."""
