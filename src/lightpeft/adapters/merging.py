@@ -82,6 +82,7 @@ def save_merged(
         model = load_merged("merged")
         ```
     """
+    require(hasattr(model, "light_plan"), f"the model is a {type(model).__name__}, not a light model; load one")
     folder = Path(folder)
     check_vacant(folder, replaceable=(folder / MERGED).is_file(), overwrite=overwrite)
     whole = merged_copy(model)
@@ -112,7 +113,6 @@ def merged_copy(model: Described) -> PreTrainedModel:
     Raises:
         LightPeftError: the PEFT modules cannot be merged, or the base is quantized.
     """
-    require(hasattr(model, "light_plan"), f"the model is a {type(model).__name__}, not a light model; load one")
     light = cast(PeftModel, model)
     check_mergeable(transformers_model(light).config)
     try:
