@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from lights import light_of
-from training import estimate, student
+from training import estimate, inputs, student
 from workbench import Workbench, lightpeft
 
 from lightpeft import LightPeftError
@@ -19,7 +19,8 @@ from lightpeft.app.runs import pipeline, workspace
 from lightpeft.config import TrainingConfig, load_config
 from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.prune import length
-from lightpeft.prune.length import fit_stage, remove_nothing_if_short, stage_of
+from lightpeft.prune.estimation import Estimator
+from lightpeft.prune.length import StageLength, fit_stage, remove_nothing_if_short, stage_of
 from lightpeft.training.schedule import (
     LEAST_EPOCHS,
     LEAST_RATE,
@@ -224,6 +225,23 @@ def test_a_loop_of_few_examples_is_warned(monkeypatch: pytest.MonkeyPatch, caplo
             sum("scores 16 examples, too few for a reliable plan, which needs 17" in line for line in caplog.messages)
             == said
         )
+
+
+def test_a_stage_that_was_fitted_ends_with_what_it_has_seen(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Batches may be smaller than the settings say, and a run does not die of that at its cut."""
+    monkeypatch.setattr(length, "LEAST_EXAMPLES", 17)
+    estimator = Estimator(student(), light_of(length=0.1))
+    estimator.start(40, StageLength(4, 4))
+    for steps in range(1, 5):
+        estimator.model(**inputs()).loss.backward()
+        estimator.step()
+        if steps == 2:
+            with pytest.raises(LightPeftError, match="too few for a reliable plan"):  # in the middle
+                estimator.record()
+    assert estimator.finished and estimator.record()
+    assert "scores 6 examples, too few" in caplog.text
 
 
 @given(st.integers(1, 1000))

@@ -79,19 +79,20 @@ class Estimator:
         self.steps = 0
         self.length = self._first_length = self._longest = 0
         self._windows: list[_Window] = []
-        self._started = self._attached = False
+        self._started = self._attached = self._fitted = False
 
     def start(self, total_steps: int | None, stage: StageLength | None = None) -> None:
         """Attach masks and observers. A stage whose settings remove nothing has no steps, and is finished at once.
 
         Args:
             total_steps: optimizer steps of the whole run, which a fractional length refers to.
-            stage: length of the stage; None: the length in the settings.
+            stage: length of the stage, fitted to the rows of a step; None: the length in the settings.
 
         Raises:
             LightPeftError: the length needs `total_steps`, or is longer than the run.
         """
         require(not self._attached, "the estimation stage has started already; call start once")
+        self._fitted = stage is not None
         stage = stage or stage_of(self.config, total_steps)
         self.length = self._first_length = stage.steps
         self._longest, self._started = stage.longest, True
@@ -201,7 +202,8 @@ class Estimator:
             self._close_window()
         record = self._record()
         examples = record.meta["scored_examples"]
-        check_examples(self.config, examples)
+        if not (self._fitted and self.finished):  # a run whose rows sufficed before training does not end here
+            check_examples(self.config, examples)
         if (line := few_examples(self.config, examples)) is not None:
             _log.warning("%s", line)
         self._check_gradients(record)
