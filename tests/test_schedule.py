@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from lights import light_of
+from tiny import refusal
 from training import estimate, inputs, student
 from workbench import Workbench, lightpeft
 
@@ -21,6 +22,7 @@ from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.prune import length
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.length import StageLength, fit_stage, remove_nothing_if_short, stage_of
+from lightpeft.recipe.pruner import EarlyPruner
 from lightpeft.training.schedule import (
     LEAST_EPOCHS,
     LEAST_RATE,
@@ -242,6 +244,23 @@ def test_a_stage_that_was_fitted_ends_with_what_it_has_seen(
                 estimator.record()
     assert estimator.finished and estimator.record()
     assert "scores 6 examples, too few" in caplog.text
+
+
+@pytest.mark.parametrize("light", ["auto", 0.1])
+def test_the_first_step_of_a_loop_fits_its_length(monkeypatch: pytest.MonkeyPatch, light: Any) -> None:
+    """To 27 examples of three a step; the loop is told at once where that cannot be."""
+    monkeypatch.setattr(length, "LEAST_EXAMPLES", 27)
+    pruner = EarlyPruner(student(), light_of(length=light))
+    pruner.start(40)
+    while not pruner.finished:
+        pruner.model(**inputs()).loss.backward()
+        pruner.step()
+    assert pruner.estimator.steps == 17 and pruner.record().meta["scored_examples"] == 27
+    monkeypatch.setattr(length, "LEAST_EXAMPLES", 256)
+    pruner = EarlyPruner(student(), light_of(length=light))
+    pruner.start(40)
+    pruner.model(**inputs()).loss.backward()
+    assert "too few for a reliable plan" in (said := refusal(pruner.step)) and "longer (total_steps)" in said
 
 
 @given(st.integers(1, 1000))
