@@ -12,7 +12,8 @@ from lanes import telling
 from lights import light_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import batch, without_dropout
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 from training import StopAt, assert_close, assert_equal, chunks, estimate, inputs, student, trainer
 from transformers import BertConfig, BertForMultipleChoice
 
@@ -23,7 +24,7 @@ from lightpeft.prune import length as lengths
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.importance import ModuleObserver
 from lightpeft.prune.length import stage_of
-from lightpeft.prune.masks import UnitMasks
+from lightpeft.prune.masks import UnitMasks, _Batch
 from lightpeft.recipe.pruner import EarlyPruner
 from lightpeft.training.prefix import FrozenPrefix
 
@@ -61,6 +62,39 @@ def test_gradients_of_examples_are_told_apart(name: str, parts: int) -> None:
     torch.testing.assert_close(found.mean, of_rows.mean(0), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.absolute, of_rows.abs().mean(0), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.squares, of_rows.square().mean(0), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mixtral"])
+def test_flattened_rows_score_as_padded_ones(name: str) -> None:
+    """TRL's packing and other padding-free collators put all sequences of a batch into one row."""
+    model, padded = student(name), inputs(name)
+    real, labels = padded["attention_mask"].bool(), padded["labels"].clone()
+    labels[:, 0] = -100  # nothing predicts a first token, also not the sequence before it
+    positions = torch.arange(real.shape[1]).expand_as(real)
+    flat = {"input_ids": padded["input_ids"], "labels": labels, "position_ids": positions}
+    flat = {key: functional.pad(value[real], (0, 3))[None] for key, value in flat.items()}  # to a multiple
+    flat["labels"][:, -3:] = -100
+    masks = started(model, length=2).masks
+    found = []
+    for data in (padded, flat):
+        model(**data, use_cache=False).loss.backward()  # with a cache, the sequences would attend to each other
+        found.append(masks.take_gradients())
+        assert masks.examples == len(real)
+    for what in ("mean", "absolute", "squares"):
+        expected, seen = (getattr(gradients, what) for gradients in found)
+        torch.testing.assert_close(seen, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_bounds_of_sequences_are_as_good_as_positions() -> None:
+    batch = _Batch()
+    for data in (
+        {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 0]])},
+        {"position_ids": torch.tensor([[2, 3, 4, 2, 3, 2, 2]])},
+        {"cu_seq_lens_q": torch.tensor([0, 3, 5, 6, 7])},
+    ):
+        batch(nn.Identity(), (), {"input_ids": torch.ones(1, 7), **data})
+        assert batch.owners(torch.arange(7), 7)[0].tolist() == [0, 0, 0, 1, 1, 1, 1] and batch.examples == 2
+    assert batch.taken() == 6
 
 
 def test_the_options_of_a_question_are_one_example() -> None:

@@ -580,12 +580,32 @@ def test_refused_before_training(builds: Builds, monkeypatch: pytest.MonkeyPatch
     assert "the training dataset is empty" in refusal(
         lambda: LightTrainer(builds.base(), steps, peft_config=lora(), light=LIGHT, **empty)
     )
+    assert "light.remove.blocks 0.99 cannot be reached" in refusal(lambda: builds.trainer(light=0.99))
+    assert "blocks 0.99 cannot be reached" in refusal(lambda: EarlyPruner(get_peft_model(builds.base(), lora()), 0.99))
     short = light_of(**{**BUDGET, "length": 24})
     assert "leaves none of the run's 24" in refusal(lambda: builds.trainer(light=short))
     monkeypatch.setattr("lightpeft.prune.length.LEAST_EXAMPLES", 256)
     said = refusal(lambda: builds.trainer(light=LIGHT))
     assert "estimation scores 32 examples, too few for a reliable plan, which needs 256" in said
     assert "train for longer (num_train_epochs)" in said
+    assert "train for longer (max_steps)" in refusal(lambda: builds.trainer(light=LIGHT, max_steps=24))
+
+
+def test_rows_of_a_stream_are_counted_by_steps(
+    builds: Builds, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With `max_steps`, which such a training needs: estimation is as long as over rows that have a length."""
+    monkeypatch.setattr("lightpeft.prune.length.LEAST_EXAMPLES", 64)
+    builds.rows = {**builds.rows, "train": builds.rows["train"].to_iterable_dataset()}
+    stream = {"max_steps": 30, "train_sampling_strategy": "random"}
+    light = light_of(**{**BUDGET, "length": "auto"})
+    trainer = builds.trainer(light=light, **stream)
+    trainer.train()
+    assert trainer.light_report["estimation_steps"] == 15 and trainer.state.global_step == 30
+    monkeypatch.setattr("lightpeft.prune.length.LEAST_EXAMPLES", 256)
+    assert "train for longer (max_steps)" in refusal(lambda: builds.trainer(light=light, **stream))
+    assert not builds.trainer(light="auto", **stream).light_config.cuts_blocks
+    assert "cuts nothing of the base: estimation scores" in caplog.text
 
 
 # -- `EarlyPruner` -------------------------------------------------------------------------------------------------

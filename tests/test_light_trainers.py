@@ -31,6 +31,7 @@ from transformers import (
 from trl_settings import SETTINGS, WORDS, logits, tokenizer
 
 from lightpeft import BottleneckConfig, LightTrainer, light_trainer, load_light
+from lightpeft.prune import length
 from lightpeft.prune.light_model import LightModel
 
 trl = pytest.importorskip("trl")
@@ -70,14 +71,14 @@ def check(trainer: Any, steps: int = 20, better: bool = True) -> None:
 # -- TRL -----------------------------------------------------------------------------------------------------------
 
 
-def sft(base: PreTrainedModel, folder: Path, rows: list[dict[str, Any]], **changes: Any) -> Any:
+def sft(base: PreTrainedModel, folder: Path, rows: list[dict[str, Any]], light: Any = LIGHT, **changes: Any) -> Any:
     return light_trainer(trl.SFTTrainer)(
         model=base,
         args=trl.SFTConfig(str(folder), **{**ARGUMENTS, **changes}),
         train_dataset=Dataset.from_list(rows),
         processing_class=chat_tokenizer(),
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.05),
-        light=LIGHT,
+        light=light,
     )
 
 
@@ -116,6 +117,19 @@ def test_sft(base: PreTrainedModel, tmp_path: Path, kind: str, changes: dict[str
     trainer.save_model(str(tmp_path / "light"))
     again = load_light(tmp_path / "light", base=tmp_path / "base")
     assert logits(again).equal(logits(trainer.model))
+
+
+def test_packed_rows_are_counted_as_before_training(
+    base: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five steps are scored, whose batches are one flattened row each."""
+    monkeypatch.setattr(length, "LEAST_EXAMPLES", 16)
+    rows = [SFT_ROWS["text"](prompt, good) for prompt, good, _ in rows_of(192)]
+    light = but(LIGHT, length=0.5)
+    trainer = sft(base, tmp_path / "out", rows, light, packing=True, max_length=24, max_steps=20)
+    trainer.train()
+    assert trainer.light_report["estimation_steps"] == 10
+    assert trainer.light_record.meta["scored_examples"] > 40, "each packed row holds several"
 
 
 def dpo(base: Any, folder: Path, **changes: Any) -> Any:

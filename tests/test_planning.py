@@ -13,13 +13,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lights import light_of
 from strategies import half_up, ratios, scopes
-from tiny import plan_of
+from tiny import plan_of, refusal
 from torch import Tensor
 
 from lightpeft.errors import LightPeftError
 from lightpeft.plans.block_plan import block_parameters, removed_in_block
 from lightpeft.plans.estimation_record import EstimationRecord
-from lightpeft.plans.planning import make_plan
+from lightpeft.plans.planning import check_reachable, make_plan
 from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.plans.selection import Layer, weakest_first
 from lightpeft.plans.structure import BlockSpec, SiteSpec
@@ -340,6 +340,22 @@ def test_a_part_of_the_blocks_that_floors_forbid_says_what_can_be_reached() -> N
     record.blocks = [replace(spec, fixed_parameters=400) for spec in record.blocks]
     with pytest.raises(LightPeftError, match=r"blocks 0\.95 cannot be reached: .* at most 0\.\d+ .*lower"):
         plan_of(record, min_neurons=4, blocks=0.95)
+
+
+@given(records, st.floats(0.5, 0.95), st.sampled_from([1, 4]), st.sampled_from(["group", "balanced"]))
+def test_what_cannot_be_reached_is_known_before_estimation(
+    record: EstimationRecord, part: float, multiple: int, unit: str
+) -> None:
+    """By the same line: the scores decide nothing of it."""
+    light = light_of(blocks=part, multiple_of=multiple, head_unit=unit)
+    try:
+        check_reachable(record.blocks, record.left_out, light)
+        known = None
+    except LightPeftError as error:
+        known = str(error)
+    assert known == (refusal(lambda: make_plan(record, light)) if known else None)
+    if known is None:
+        assert part_removed(make_plan(record, light)) >= part
 
 
 def test_a_depth_that_was_not_estimated() -> None:

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from lights import light_of
-from training import estimate, student
+from tiny import refusal
+from training import estimate, inputs, student
 from workbench import Workbench, lightpeft
 
 from lightpeft import LightPeftError
@@ -19,7 +20,9 @@ from lightpeft.app.runs import pipeline, workspace
 from lightpeft.config import TrainingConfig, load_config
 from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.prune import length
-from lightpeft.prune.length import fit_stage, remove_nothing_if_short, stage_of
+from lightpeft.prune.estimation import Estimator
+from lightpeft.prune.length import StageLength, fit_stage, remove_nothing_if_short, stage_of
+from lightpeft.recipe.pruner import EarlyPruner
 from lightpeft.training.schedule import (
     LEAST_EPOCHS,
     LEAST_RATE,
@@ -224,6 +227,40 @@ def test_a_loop_of_few_examples_is_warned(monkeypatch: pytest.MonkeyPatch, caplo
             sum("scores 16 examples, too few for a reliable plan, which needs 17" in line for line in caplog.messages)
             == said
         )
+
+
+def test_a_stage_that_was_fitted_ends_with_what_it_has_seen(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Batches may be smaller than the settings say, and a run does not die of that at its cut."""
+    monkeypatch.setattr(length, "LEAST_EXAMPLES", 17)
+    estimator = Estimator(student(), light_of(length=0.1))
+    estimator.start(40, StageLength(4, 4))
+    for steps in range(1, 5):
+        estimator.model(**inputs()).loss.backward()
+        estimator.step()
+        if steps == 2:
+            with pytest.raises(LightPeftError, match="too few for a reliable plan"):  # in the middle
+                estimator.record()
+    assert estimator.finished and estimator.record()
+    assert "scores 6 examples, too few" in caplog.text
+
+
+@pytest.mark.parametrize("light", ["auto", 0.1])
+def test_the_first_step_of_a_loop_fits_its_length(monkeypatch: pytest.MonkeyPatch, light: Any) -> None:
+    """To 27 examples of three a step; the loop is told at once where that cannot be."""
+    monkeypatch.setattr(length, "LEAST_EXAMPLES", 27)
+    pruner = EarlyPruner(student(), light_of(length=light))
+    pruner.start(40)
+    while not pruner.finished:
+        pruner.model(**inputs()).loss.backward()
+        pruner.step()
+    assert pruner.estimator.steps == 17 and pruner.record().meta["scored_examples"] == 27
+    monkeypatch.setattr(length, "LEAST_EXAMPLES", 256)
+    pruner = EarlyPruner(student(), light_of(length=light))
+    pruner.start(40)
+    pruner.model(**inputs()).loss.backward()
+    assert "too few for a reliable plan" in (said := refusal(pruner.step)) and "longer (total_steps)" in said
 
 
 @given(st.integers(1, 1000))

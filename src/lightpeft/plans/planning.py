@@ -184,6 +184,24 @@ def check_experts(spec: BlockSpec, light: LightConfig) -> None:
     )
 
 
+def check_reachable(blocks: Sequence[BlockSpec], left_out: Sequence[BlockSpec], light: LightConfig) -> None:
+    """Check before estimation that `remove.blocks` can be reached, which the structure of the blocks decides alone.
+
+    Args:
+        blocks: blocks to estimate.
+        left_out: blocks that are dropped whole.
+
+    Raises:
+        LightPeftError: every layer keeps some units, and these are more than the amount leaves.
+    """
+    if light.is_auto:
+        return
+    name = criterion_of(light)
+    scores = {f"{kind}/{name}/{block.index}": torch.zeros(getattr(block, kind)) for kind in MASKED for block in blocks}
+    unscored = EstimationRecord([*blocks], [], scores, 0, "", left_out=[*left_out])
+    _Blocks(unscored, light, weakest_first).check_reachable()
+
+
 def _groups(spec: BlockSpec) -> Tensor:
     """Return the query heads of each KV group, [groups, heads of one]."""
     return torch.arange(spec.heads).view(spec.kv_heads, spec.heads_per_kv)
@@ -285,20 +303,38 @@ class _Blocks:
         """
         layers = [layer for kind in MASKED for layer in self.layers[kind]]
         queue = removal_order(layers, self.order)
-        whole = sum(block_parameters(spec) for spec in (*self.record.blocks, *self.record.left_out))
 
         def plans(count: int) -> list[BlockPlan]:
             kept, blocks = remaining_units(layers, queue[:count]), len(self.record.blocks)
             return self._block_plans({kind: kept[i * blocks : (i + 1) * blocks] for i, kind in enumerate(MASKED)})
 
+        self._require_reachable(part, plans(len(queue)))
         # counted in whole plans, because KV heads go with their last query head, and widths are rounded
-        count = bisect_left(range(len(queue) + 1), part * whole, key=lambda count: self._count_removed(plans(count)))
+        wanted = part * self._parameters
+        return plans(bisect_left(range(len(queue)), wanted, key=lambda count: self._count_removed(plans(count))))
+
+    def check_reachable(self) -> None:
+        """Check that the fraction of the blocks to remove leaves every layer its least units, whatever the scores."""
+        if self.part is not None:
+            fewest = {
+                kind: [list(range(min(layer.floor, len(layer.scores)))) for layer in layers]
+                for kind, layers in self.layers.items()
+            }
+            self._require_reachable(self.part, self._block_plans(fewest))
+
+    def _require_reachable(self, part: float, fewest: Sequence[BlockPlan]) -> None:
+        """Raise `LightPeftError` unless the plans that keep as little as possible remove `part` of the blocks."""
+        most = self._count_removed(fewest)
         require(
-            count <= len(queue),
+            most >= part * self._parameters,
             f"light.remove.blocks {part:g} cannot be reached: every layer keeps some units, so at most "
-            f"{self._count_removed(plans(len(queue))) / whole:.3f} of the blocks' parameters can be removed; lower it",
+            f"{most / self._parameters:.3f} of the blocks' parameters can be removed; lower it",
         )
-        return plans(count)
+
+    @property
+    def _parameters(self) -> int:
+        """Parameters of all blocks, dropped ones included."""
+        return sum(block_parameters(spec) for spec in (*self.record.blocks, *self.record.left_out))
 
     def _block_plans(self, kept: Mapping[MaskedUnit, Sequence[list[int]]]) -> list[BlockPlan]:
         """Make the plans of the blocks from the sets and units to keep; widths are rounded to `multiple_of`."""

@@ -34,9 +34,17 @@ from lightpeft.prune.depth import leave_out
 from lightpeft.prune.fingerprint import fingerprint
 from lightpeft.prune.importance import ModuleObserver, RankObserver, weight_squares
 from lightpeft.prune.learning import LossObserver, learned_of
-from lightpeft.prune.length import ENOUGH_LEARNED, NOTHING_LEARNED, StageLength, check_examples, few_examples, stage_of
+from lightpeft.prune.length import (
+    ENOUGH_LEARNED,
+    NOTHING_LEARNED,
+    StageLength,
+    check_examples,
+    few_examples,
+    fit_stage,
+    stage_of,
+)
 from lightpeft.prune.masks import UnitMasks
-from lightpeft.training.schedule import scored_steps
+from lightpeft.training.schedule import Pace, scored_steps
 
 _log = logging.getLogger(__name__)
 MASK_PENALTY = 1e-4
@@ -79,22 +87,24 @@ class Estimator:
         self.steps = 0
         self.length = self._first_length = self._longest = 0
         self._windows: list[_Window] = []
-        self._started = self._attached = False
+        self._started = self._attached = self._fitted = False
 
-    def start(self, total_steps: int | None, stage: StageLength | None = None) -> None:
+    def start(self, total_steps: int | None, stage: StageLength | None = None, longer: str = "training.epochs") -> None:
         """Attach masks and observers. A stage whose settings remove nothing has no steps, and is finished at once.
 
         Args:
             total_steps: optimizer steps of the whole run, which a fractional length refers to.
-            stage: length of the stage; None: the length in the settings.
+            stage: length of the stage, fitted to the rows of a step; None: the length in the settings, which the first
+                step fits to its rows if it is no number of steps.
+            longer: name of the setting that makes training longer, for error messages.
 
         Raises:
             LightPeftError: the length needs `total_steps`, or is longer than the run.
         """
         require(not self._attached, "the estimation stage has started already; call start once")
-        stage = stage or stage_of(self.config, total_steps)
-        self.length = self._first_length = stage.steps
-        self._longest, self._started = stage.longest, True
+        self._total, self._fitted, self._longer = total_steps, stage is not None, longer
+        self._set_length(stage or stage_of(self.config, total_steps))
+        self._started = True
         device = self.sites[0].device
         if not self.steps:
             self.masks = UnitMasks(self.blocks, device)
@@ -108,6 +118,19 @@ class Estimator:
         self._ranks = RankObserver(self.sites)
         self._modules = ModuleObserver(self.model, self.sites, self.blocks, device, self._ratios_due)
         self._attached = True
+
+    def _set_length(self, stage: StageLength) -> None:
+        self.length = self._first_length = stage.steps
+        self._longest = stage.longest
+
+    def _fit_length(self) -> None:
+        """Fit the length to the rows of the first step, as trainers do before training; a number of steps stays."""
+        if self._fitted or self._total is None or isinstance(self.config.estimate.length, int):
+            return
+        rows = int(_sum_over_processes(self.masks.values.new_full((1,), self.masks.examples)))
+        pace = Pace(max(rows, 1) * self._total, max(rows, 1))
+        self._set_length(fit_stage(self.config, pace, self._total, longer=self._longer))
+        self._fitted = True
 
     def stop(self) -> None:
         """Remove masks and observers from the model, which is then an ordinary PeftModel again."""
@@ -143,11 +166,16 @@ class Estimator:
 
         Args:
             grad_scale: factor that a gradient scaler multiplied the loss with; it is divided out here.
+
+        Raises:
+            LightPeftError: the stage has not started, or the first step shows that the run is too short for it.
         """
         require(self._attached, "the estimation stage has not started; call start(total_steps) first")
         if self.finished:
             return
         taken = self.masks.take_gradients()
+        if not self.steps:
+            self._fit_length()
         examples = taken.mean.new_full((1,), self.masks.examples)  # filled on the device: no copy from the host
         parts = [taken.mean, taken.absolute, taken.squares, self._ranks.take_terms(), examples]
         parts.append(self._losses.take())
@@ -201,7 +229,8 @@ class Estimator:
             self._close_window()
         record = self._record()
         examples = record.meta["scored_examples"]
-        check_examples(self.config, examples)
+        if not (self._fitted and self.finished):  # a run whose rows sufficed before training does not end here
+            check_examples(self.config, examples, self._longer)
         if (line := few_examples(self.config, examples)) is not None:
             _log.warning("%s", line)
         self._check_gradients(record)
@@ -370,6 +399,7 @@ class Estimator:
         state = {
             "steps": self.steps,
             "length": self.length,
+            "fitted": [self._fitted, self._first_length, self._longest],
             "windows": [[window.start, window.end] for window in self._windows],
         }
         write_tensors(Path(folder) / _STATE_FILE, tensors)
@@ -399,6 +429,7 @@ class Estimator:
         self._optimizer.state[self.masks.values] = {
             name: t if name == "step" else t.to(self.masks.values.device) for name, t in adam.items()
         }
+        self._fitted, self._first_length, self._longest = state["fitted"]
         self.steps, self.length = state["steps"], state["length"]
         names = [*self._sums, "modules"]
         self._windows = [

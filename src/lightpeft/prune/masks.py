@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -93,8 +93,8 @@ class UnitMasks:
     def _attach_experts(self, inner: nn.Module, place: int, masks: dict[MaskedUnit, Masked]) -> None:
         block = self.blocks[place]
         layer = ExpertLayer.of(inner, block.expert_modules)
-        counts = (self._batch.masked, self._batch.of_tokens)
-        experts = MaskedExperts(layer, masks["experts"], masks["expert_neurons"], *counts)
+        of_batch = (self._batch.masked, self._batch.owners)
+        experts = MaskedExperts(layer, masks["experts"], masks["expert_neurons"], *of_batch)
         self._handles += [experts, ClosedRouter(layer.router, lambda: self._closed[place])]
 
     def detach(self) -> None:
@@ -124,10 +124,16 @@ class UnitMasks:
 
 
 class _Batch:
-    """Forward pre-hook of the model that counts the examples of the current batch and of the current step."""
+    """Forward pre-hook of the model that counts the examples of the current batch and of the current step.
+
+    The examples of a batch [examples, tokens] are its rows; those of a flattened batch [1, tokens], as padding-free
+    collators make it, are the sequences that follow one another in the row.
+    """
 
     def __init__(self) -> None:
         self.examples, self._of_step = 1, 0
+        self._sequences: Tensor | None = None
+        """Index of the sequence of each token of a flattened batch, [tokens]; None: the batch is not flattened."""
         self.masked: Callable[[], bool] = lambda: True
         """Function that returns whether the current pass is masked; passes of a frozen reference are not."""
         self.checkpointed = False
@@ -135,7 +141,12 @@ class _Batch:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
-        self.examples = len(tensors[0]) if tensors else 1
+        self.examples, self._sequences = len(tensors[0]) if tensors else 1, None
+        positions = _positions(kwargs) if self.examples == 1 else None
+        if positions is not None:
+            owners, count = _find_sequences(positions)
+            if count > 1:
+                self.examples, self._sequences = count, owners
         if torch.is_grad_enabled():
             self.checkpointed = recomputes(module)
             self._of_step += self.examples
@@ -145,18 +156,54 @@ class _Batch:
         count, self._of_step = self._of_step, 0
         return count
 
-    def split(self, products: Tensor) -> Tensor:
-        """Split rows by example: [..., units] -> [examples, rows of one example, units].
+    def sums(self, products: Tensor) -> Tensor:
+        """Sum over the tokens of each example: [..., channels] -> [examples, channels], float32.
 
         Models may flatten examples and tokens (OPT), or examples and options (multiple choice), into one dimension, in
         which the rows of an example are consecutive. If the rows cannot be divided evenly, they count as one example.
         """
         rows = products.flatten(0, -2)
-        return rows.unflatten(0, (self.of_tokens(len(rows)), -1))
+        if self._sequences is None or len(rows) != len(self._sequences):
+            return _sum_of_tokens(rows.unflatten(0, (self._of_equal_length(len(rows)), -1)))
+        sums = torch.zeros(self.examples, rows.shape[1], device=rows.device)
+        return sums.index_add_(0, self._sequences.to(rows.device), rows.float())
 
-    def of_tokens(self, rows: int) -> int:
-        """Return the number of examples that `rows` rows belong to."""
+    def owners(self, rows: Tensor, tokens: int) -> tuple[Tensor, int]:
+        """Return the index of the example of each row, and the number of examples.
+
+        Args:
+            rows: token numbers, [rows].
+            tokens: number of tokens of the batch.
+        """
+        if self._sequences is not None and len(self._sequences) == tokens:
+            return self._sequences.to(rows.device)[rows], self.examples
+        examples = self._of_equal_length(tokens)
+        return rows * examples // tokens, examples
+
+    def _of_equal_length(self, rows: int) -> int:
+        """Return the number of examples that `rows` rows belong to if each has as many."""
         return self.examples if rows % self.examples == 0 else 1
+
+
+def _positions(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Return the positions of a flattened batch's tokens in their sequences, [tokens]; None: the inputs have none."""
+    positions, bounds = inputs.get("position_ids"), inputs.get("cu_seq_lens_q")
+    if isinstance(positions, Tensor) and positions.dim() == 2 and len(positions) == 1:
+        return positions[0]
+    if not isinstance(bounds, Tensor):
+        return None
+    return torch.cat([torch.arange(length, device=bounds.device) for length in bounds.diff().tolist()])
+
+
+def _find_sequences(positions: Tensor) -> tuple[Tensor, int]:
+    """Return the index of the sequence of each token of a flattened batch, [tokens], and the number of sequences.
+
+    A sequence starts where positions stop to rise. A token alone is none: it predicts nothing, and collators pad with
+    position 0; it counts to the sequence before it.
+    """
+    rises, end = positions[1:] > positions[:-1], positions.new_zeros(1, dtype=torch.bool)
+    starts = torch.cat([rises, end]) & ~torch.cat([end, rises])
+    return (starts.cumsum(0) - 1).clamp_min(0), int(starts.sum())
 
 
 class _Scaler:
@@ -232,7 +279,7 @@ class _Scaler:
 
     def gradient_of_mask(self, products: Tensor) -> Tensor:
         """Sum input times gradient over tokens and channels, [units]; add the sums of single examples to the tally."""
-        of_channels = _sum_of_tokens(self.batch.split(products))
+        of_channels = self.batch.sums(products)
         of_examples = of_channels.unflatten(-1, (-1, self.channels)).sum(-1) if self.channels > 1 else of_channels
         self.tally[0] += of_examples.abs().sum(0)
         self.tally[1] += of_examples.square().sum(0)

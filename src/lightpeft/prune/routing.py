@@ -44,16 +44,17 @@ class MaskedExperts:
         experts: Masked,
         neurons: Masked,
         masked: Callable[[], bool],
-        examples: Callable[[int], int],
+        owners: Callable[[Tensor, int], tuple[Tensor, int]],
     ) -> None:
         """Replace the module's forward pass.
 
         Args:
             masked: function that returns whether the current pass is masked.
-            examples: function from a number of tokens to the number of examples that they belong to.
+            owners: function from token numbers [rows], and the number of tokens, to the indices of the examples that
+                they belong to, [rows], and the number of examples.
         """
         self._layer, self._experts, self._neurons = layer, experts, neurons
-        self._masked, self._examples = masked, examples
+        self._masked, self._owners = masked, owners
         self._forward = layer.experts.forward
         vars(layer.experts)["forward"] = self
 
@@ -75,8 +76,7 @@ class MaskedExperts:
         experts, order = index.flatten().sort()
         rows = order // index.shape[1]
         tokens = len(states)
-        examples = self._examples(tokens)
-        owners = _Owners(experts, rows * examples // tokens, examples)
+        owners = _Owners(experts, *self._owners(rows, tokens))
         # one copy of the counts to the host for each layer, as in transformers' own loop over experts
         routed = _RoutedRows(experts, experts.bincount(minlength=self._layer.count).tolist())
         hidden = self._linear("gate_up_proj", states[rows], routed)

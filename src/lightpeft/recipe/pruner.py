@@ -21,7 +21,7 @@ from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary.cutting import vocabulary_of
 from lightpeft.peft_kinds.sites.live_sites import check_peft, leave_experts
 from lightpeft.plans.estimation_record import EstimationRecord
-from lightpeft.plans.planning import check_experts, make_plan
+from lightpeft.plans.planning import check_experts, check_reachable, make_plan
 from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.prune.discovery import ensure_family
 from lightpeft.prune.estimation import Estimator
@@ -31,6 +31,7 @@ from lightpeft.prune.light_model import LightModel, as_light
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.recipe.settings import can_write, peft_config_of, settings_of_loop
 from lightpeft.recipe.wrapping import check_trains, remove_disallowed_modules
+from lightpeft.training.schedule import name_of_length
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class EarlyPruner:
 
         Raises:
             LightPeftError: an unsupported model family, PEFT type, or quantization, unknown settings, an amount that
-                a quantized layer or the model's depth cannot have, or a vocabulary that should have been cut before.
+                cannot be removed from this model, or a vocabulary that should have been cut before.
         """
         self.model = model
         check_stored(model)
@@ -93,6 +94,7 @@ class EarlyPruner:
         _check_vocabulary(model, self.config)
         remove_disallowed_modules(model, self.config)
         self.estimator = estimator(model, self.config)
+        check_reachable(self.estimator.blocks, self.estimator.left_out, self.config)
 
     def advice(self) -> Iterator[str]:
         """Yield one line for each setting that the training loop has to apply itself, such as the learning rate."""
@@ -124,13 +126,14 @@ class EarlyPruner:
         """Begin estimation in your own loop.
 
         Args:
-            total_steps: optimizer steps of the whole run; needed if `light.estimate.length` is a fraction or auto.
+            total_steps: optimizer steps of the whole run; needed if `light.estimate.length` is a fraction or auto. The
+                first step then makes estimation long enough for its scores, by the number of rows that it saw.
 
         Raises:
             LightPeftError: estimation has started already, `light` is auto, or the length needs `total_steps`.
         """
         self._warn_about_loop()
-        self.estimator.start(total_steps)
+        self.estimator.start(total_steps, longer="total_steps")
 
     def _warn_about_loop(self) -> None:
         measured = "light: auto needs LightTrainer, which measures on training rows; pass a number, such as light=0.4"
@@ -149,7 +152,8 @@ class EarlyPruner:
             grad_scale: factor by which a gradient scaler has multiplied the gradients; 1: none, or unscaled already.
 
         Raises:
-            LightPeftError: estimation has not started, or the loss or the gradients are NaN or infinite.
+            LightPeftError: estimation has not started, the first step shows that the run is too short for it, or the
+                loss or the gradients are NaN or infinite.
         """
         self.estimator.step(grad_scale)
 
@@ -236,7 +240,7 @@ class EstimationCallback(TrainerCallback):
     ) -> None:
         """Begin estimation, or resume an interrupted one."""
         keep_loss_undivided()
-        self.estimator.start(state.max_steps)
+        self.estimator.start(state.max_steps, longer=name_of_length(args))
         if self.resume_from is not None:
             self.estimator.load_state(self.resume_from)
 

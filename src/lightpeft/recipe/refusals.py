@@ -11,10 +11,10 @@ from lightpeft.errors import require
 from lightpeft.models.on_disk import has_weights_on_disk
 from lightpeft.models.sharding import is_sharded
 from lightpeft.prune.fingerprint import check_stored
-from lightpeft.prune.length import fit_stage
+from lightpeft.prune.length import StageLength, fit_stage
 from lightpeft.recipe.host import LightHost
 from lightpeft.training.prefix import PrefixCache
-from lightpeft.training.schedule import pace_of, steps_of
+from lightpeft.training.schedule import name_of_length, pace_of_steps, steps_of
 
 
 def check_light(trainer: LightHost, *, sharded: bool) -> None:
@@ -76,7 +76,17 @@ def check_length(trainer: LightHost) -> None:
     """
     steps = steps_of(trainer)
     if trainer.light_plan is None and steps is not None:
-        fit_stage(trainer.light_config, pace_of(trainer), steps, longer=trainer.light_longer)
+        stage_of_trainer(trainer, steps)
+
+
+def stage_of_trainer(trainer: LightHost, steps: int) -> StageLength:
+    """Compute the length of a trainer's estimation in a run of `steps` steps.
+
+    Raises:
+        LightPeftError: the run is too short, naming the setting to raise.
+    """
+    longer = name_of_length(trainer.args, trainer.light_longer)
+    return fit_stage(trainer.light_config, pace_of_steps(trainer), steps, longer=longer)
 
 
 def refuse_parts(model: object) -> None:

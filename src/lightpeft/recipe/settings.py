@@ -23,7 +23,7 @@ from lightpeft.peft_kinds.sites.live_sites import own_adapter
 from lightpeft.prune.length import remove_nothing_if_short
 from lightpeft.prune.light_model import LightModel
 from lightpeft.recipe.depth import with_depth
-from lightpeft.training.schedule import pace_of, steps_of
+from lightpeft.training.schedule import name_of_length, pace_of_steps, steps_of
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def settings_of_trainer(light: Light, peft: PeftConfig, model: nn.Module, option
     steps = steps_of(planned)
     if steps is None:
         return settings
-    settings, unable = remove_nothing_if_short(settings, pace_of(planned), steps, longer="num_train_epochs")
+    settings, unable = remove_nothing_if_short(settings, pace_of_steps(planned), steps, longer=name_of_length(args))
     if unable is not None:
         _log.warning("light: auto cuts nothing of the base: %s", unable)
     return settings

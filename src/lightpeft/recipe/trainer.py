@@ -32,7 +32,6 @@ from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.profiling.sizes import parameter_report
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.learning import unlearned_warning
-from lightpeft.prune.length import fit_stage
 from lightpeft.prune.light_model import LightModel
 from lightpeft.recipe.arguments import trainer_kwargs, with_dense_reference
 from lightpeft.recipe.callback import LightCallback, report_cut
@@ -40,7 +39,7 @@ from lightpeft.recipe.checkpoints import LightCheckpoints
 from lightpeft.recipe.naming import with_loaded_model
 from lightpeft.recipe.parallel import broadcast_from_main
 from lightpeft.recipe.pruner import EarlyPruner, cut
-from lightpeft.recipe.refusals import check_arguments, check_length, check_light, refuse_parts
+from lightpeft.recipe.refusals import check_arguments, check_length, check_light, refuse_parts, stage_of_trainer
 from lightpeft.recipe.schedule import LightSchedule
 from lightpeft.recipe.settings import can_write, gives_classes, peft_config_of, settings_of_trainer
 from lightpeft.recipe.teacher import Teacher, add_teacher_logits
@@ -49,7 +48,6 @@ from lightpeft.training.acceleration import light_steps
 from lightpeft.training.fitting import upcast_trained_weights
 from lightpeft.training.loss_rise import loss_rise
 from lightpeft.training.prefix import PrefixCache
-from lightpeft.training.schedule import pace_of
 from lightpeft.training.step_rows import rows_per_step
 from lightpeft.training.teaching import WEIGHT
 from lightpeft.training.trainer import Training
@@ -208,8 +206,7 @@ class LightTraining(Training):
         assert self._light_pruner is not None
         if can_write(self._peft_model) and (line := cut_of_writer(self.light_config, FULL_WIDTH_CALL)) is not None:
             self._warn(line)
-        stage = fit_stage(self.light_config, pace_of(self), state.max_steps, longer=self.light_longer)
-        self._light_pruner.estimator.start(state.max_steps, stage)
+        self._light_pruner.estimator.start(state.max_steps, stage_of_trainer(self, state.max_steps))
         if self._light_checkpoint is not None:
             self._light_pruner.estimator.load_state(self._light_checkpoint)
         self._light_started = time.perf_counter()

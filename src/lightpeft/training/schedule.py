@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from transformers import TrainingArguments
+
 from lightpeft.config import TrainingConfig
 from lightpeft.errors import require
 from lightpeft.training.host import Host
@@ -99,12 +101,34 @@ def pace_of(trainer: Host) -> Pace | None:
     return Pace(rows, args.train_batch_size * args.world_size, args.gradient_accumulation_steps)
 
 
+def pace_of_steps(trainer: Host) -> Pace | None:
+    """Return the pace of a trainer for the rows of its steps; if its dataset has no length, one epoch is `max_steps`.
+
+    Without a length and without `max_steps` it is None.
+    """
+    args = trainer.args
+    pace = pace_of(trainer)
+    if pace is not None or args.max_steps <= 0:
+        return pace
+    batch = args.train_batch_size * args.world_size
+    return Pace(batch * args.gradient_accumulation_steps * args.max_steps, batch, args.gradient_accumulation_steps)
+
+
 def steps_of(trainer: Host) -> int | None:
     """Return the optimizer steps of a trainer's run; None if it has no `max_steps` and its dataset has no length."""
     if trainer.args.max_steps > 0:
         return int(trainer.args.max_steps)
     pace = pace_of(trainer)
     return None if pace is None else pace.steps(trainer.args.num_train_epochs)
+
+
+def name_of_length(args: TrainingArguments, usual: str = "num_train_epochs") -> str:
+    """Return the name of the argument that makes a trainer's run longer.
+
+    Args:
+        usual: name if `max_steps` is not set.
+    """
+    return "max_steps" if args.max_steps > 0 else usual
 
 
 def scored_steps(length: int) -> int:
