@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,20 @@ def test_into_the_working_directory(light: Path, monkeypatch: pytest.MonkeyPatch
     model.save_pretrained(".")
     assert os.stat(".").st_ino == here and sorted(os.listdir(".")) == sorted([*FILES, "notes.txt"])
     assert logits(load_light(".")).equal(logits(model.eval()))
+
+
+@telling("name", CASES, IN_MAKE_TEST)
+def test_pickle_as_peft_models_do(name: str) -> None:
+    """Other processes get models so: those of sentence-transformers' pools, and of `torch.save` of a whole model."""
+    model = light_over(make(name), **DROPPED)
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):  # noqa: S301 (its own bytes)
+        assert type(again) is type(model) and again.light_plan == model.light_plan
+        assert logits(again.eval()).equal(logits(model.eval()))
+
+
+def test_light_models_of_a_kind_have_one_class() -> None:
+    assert type(light_over(make("bert"))) is type(light_over(make("bert")))
+    assert type(light_over(make("bert"))) is not type(light_over(make("llama-gqa")))
 
 
 def test_asking_for_pickle_is_refused(light: Path, tmp_path: Path) -> None:

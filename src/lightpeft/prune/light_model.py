@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, SupportsIndex, cast
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -16,6 +16,9 @@ from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary.cutting import vocabulary_of
 from lightpeft.peft_kinds.sites.live_sites import own_adapter
 from lightpeft.plans.prune_plan import PrunePlan
+
+_KIND = "_peft_class"
+"""Attribute of a light class that is made at run time: the PEFT class that it was made from."""
 
 
 class LightModel(PeftModel):
@@ -66,6 +69,12 @@ class LightModel(PeftModel):
             if self.light_plan.train == "all":
                 write_kept(self, temporary)
             write_beside(temporary, facts_of(self), self.light_plan, vocabulary)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Reduce the model as PEFT models are, with its class made anew, since no module holds it by name."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        kind = vars(type(self)).get(_KIND)
+        return reduced if kind is None else (_empty_light_model, (kind,), *reduced[2:])
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
@@ -152,6 +161,28 @@ class LightModel(PeftModel):
         return whole
 
 
+_CLASSES: dict[type[PeftModel], type[LightModel]] = {}
+"""PEFT class -> its light class."""
+
+
+def _light_class(kind: type[PeftModel]) -> type[LightModel]:
+    """Return the light class of a PEFT class (for sequence classification, causal LM, ...), one for each.
+
+    It has the methods of `LightModel` before those of the PEFT class, and that one's name, by which transformers'
+    pipelines know what they can take.
+    """
+    if kind not in _CLASSES:
+        made = type(kind.__name__, (LightModel, kind), {"__doc__": kind.__doc__, _KIND: kind})
+        _CLASSES[kind] = cast("type[LightModel]", made)
+    return _CLASSES[kind]
+
+
+def _empty_light_model(kind: type[PeftModel]) -> LightModel:
+    """Return a light model without state, which `pickle` and `copy` fill."""
+    light = _light_class(kind)
+    return light.__new__(light)
+
+
 def _move_up(folder: Path) -> None:
     """Move the files of an adapter with a name other than "default" from its subfolder to the parent folder."""
     if folder.is_dir():
@@ -168,11 +199,8 @@ def as_light(
     intervals: dict[str, Any] | None = None,
 ) -> LightModel:
     """Turn a pruned `PeftModel` into a `LightModel` in place, without changing its weights."""
-    kind = type(model)
-    if not issubclass(kind, LightModel):
-        # the model keeps its own class (for sequence classification, causal LM, ...) with `save_pretrained` before it,
-        # and that one's name, by which transformers' pipelines know what they can take
-        model.__class__ = type(kind.__name__, (LightModel, kind), {"__doc__": kind.__doc__})
+    if not isinstance(model, LightModel):
+        model.__class__ = _light_class(type(model))
     vars(model).pop("save_pretrained", None)  # that of a dense model with fewer tokens
     light = cast(LightModel, model)
     light.light_plan = plan
