@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -261,6 +262,28 @@ def test_the_first_step_of_a_loop_fits_its_length(monkeypatch: pytest.MonkeyPatc
     pruner.start(40)
     pruner.model(**inputs()).loss.backward()
     assert "too few for a reliable plan" in (said := refusal(pruner.step)) and "longer (total_steps)" in said
+
+
+def test_a_fitted_length_is_resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its half, at step 8, lies behind the checkpoint; without it, other steps would be scored."""
+    monkeypatch.setattr(length, "LEAST_EXAMPLES", 27)
+
+    def trained(steps: int, folder: Path | None = None) -> Estimator:
+        estimator = Estimator(student(), light_of(length=0.1))
+        estimator.start(40)
+        if folder is not None:
+            estimator.load_state(folder)
+        while estimator.steps < steps and not estimator.finished:
+            estimator.model.zero_grad()
+            estimator.model(**inputs(seed=estimator.steps)).loss.backward()
+            estimator.step()
+        return estimator
+
+    trained(7).save_state(tmp_path)
+    whole, resumed = trained(40), trained(40, tmp_path)
+    assert resumed.steps == whole.steps == 17
+    one, other = whole.record(), resumed.record()
+    assert other.meta["scored_examples"] == 27 and all(one.scores[key].equal(other.scores[key]) for key in one.scores)
 
 
 @given(st.integers(1, 1000))
