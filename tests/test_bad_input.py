@@ -267,11 +267,12 @@ def test_output_that_is_not_a_run(bench: Workbench, refused: Refused) -> None:
 
 
 def test_amounts_that_cannot_go(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
-    """What can be kept is kept: the estimation stays, and `plan` with a smaller amount goes on from it."""
+    """They are refused before estimation; after one it stays, and `plan` with a smaller amount goes on from it."""
     assert lightpeft("run", "--config", bench.yaml("emptied", **{"light.remove.blocks": 0.999})) == 2
     assert "blocks 0.999 cannot be reached" in capsys.readouterr().err
     folder = bench.folder / "emptied"
-    assert not (folder / "plan.json").exists()
+    assert not folder.exists()
+    assert lightpeft("estimate", "--config", bench.yaml("emptied", **{"light.remove.blocks": 0.4})) == 0
     assert lightpeft("plan", "--run", folder, "--light", "0.998") == 2
     assert "blocks 0.998 cannot be reached" in capsys.readouterr().err
     assert read_budget(folder) is None
