@@ -85,16 +85,15 @@ def test_flattened_rows_score_as_padded_ones(name: str) -> None:
         torch.testing.assert_close(seen, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_bounds_of_sequences_are_as_good_as_positions() -> None:
+def test_sequences_of_a_flattened_row_begin_where_positions_fall() -> None:
     batch = _Batch()
     for data in (
         {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 0]])},
         {"position_ids": torch.tensor([[2, 3, 4, 2, 3, 2, 2]])},
-        {"cu_seq_lens_q": torch.tensor([0, 3, 5, 6, 7])},
     ):
         batch(nn.Identity(), (), {"input_ids": torch.ones(1, 7), **data})
         assert batch.owners(torch.arange(7), 7)[0].tolist() == [0, 0, 0, 1, 1, 1, 1] and batch.examples == 2
-    assert batch.taken() == 6
+    assert batch.taken() == 4
 
 
 def test_the_options_of_a_question_are_one_example() -> None:

@@ -510,7 +510,7 @@ def test_the_cut_may_be_what_freezes_the_first_blocks(builds: Builds, changes: d
 
 def test_a_head_that_does_not_train_is_said(builds: Builds, caplog: pytest.LogCaptureFixture) -> None:
     builds.trainer(peft_config=lora(task_type=None))
-    assert "(classifier) does not train, and an adapter does not hold it: set task_type" in caplog.text
+    assert "(classifier) does not train, and the adapter will not contain it: set task_type" in caplog.text
     caplog.clear()
     builds.trainer(peft_config=lora(task_type=None, modules_to_save=["classifier"]))
     assert "does not train" not in caplog.text

@@ -82,7 +82,7 @@ def save_merged(
         model = load_merged("merged")
         ```
     """
-    require(hasattr(model, "light_plan"), f"the model is a {type(model).__name__}, not a light model; load one")
+    require(hasattr(model, "light_plan"), f"save_merged got a {type(model).__name__}; give it a light model")
     folder = Path(folder)
     check_vacant(folder, replaceable=(folder / MERGED).is_file(), overwrite=overwrite)
     whole = merged_copy(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -127,7 +127,7 @@ class _Batch:
     """Forward pre-hook of the model that counts the examples of the current batch and of the current step.
 
     The examples of a batch [examples, tokens] are its rows; those of a flattened batch [1, tokens], as padding-free
-    collators make it, are the sequences that follow one another in the row.
+    collators make it with `position_ids`, are the sequences that follow one another in the row.
     """
 
     def __init__(self) -> None:
@@ -142,9 +142,9 @@ class _Batch:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
         self.examples, self._sequences = len(tensors[0]) if tensors else 1, None
-        positions = _positions(kwargs) if self.examples == 1 else None
-        if positions is not None:
-            owners, count = _find_sequences(positions)
+        positions = kwargs.get("position_ids")
+        if self.examples == 1 and isinstance(positions, Tensor) and positions.dim() == 2:
+            owners, count = _find_sequences(positions[0])  # one copy of the count to the host for each batch
             if count > 1:
                 self.examples, self._sequences = count, owners
         if torch.is_grad_enabled():
@@ -183,16 +183,6 @@ class _Batch:
     def _of_equal_length(self, rows: int) -> int:
         """Return the number of examples that `rows` rows belong to if each has as many."""
         return self.examples if rows % self.examples == 0 else 1
-
-
-def _positions(inputs: Mapping[str, Any]) -> Tensor | None:
-    """Return the positions of a flattened batch's tokens in their sequences, [tokens]; None: the inputs have none."""
-    positions, bounds = inputs.get("position_ids"), inputs.get("cu_seq_lens_q")
-    if isinstance(positions, Tensor) and positions.dim() == 2 and len(positions) == 1:
-        return positions[0]
-    if not isinstance(bounds, Tensor):
-        return None
-    return torch.cat([torch.arange(length, device=bounds.device) for length in bounds.diff().tolist()])
 
 
 def _find_sequences(positions: Tensor) -> tuple[Tensor, int]:

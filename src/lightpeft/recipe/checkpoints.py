@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,8 @@ class LightCheckpoints(Checkpoints):
             if trainer._light_pruner is not None and trainer.light_plan is None:
                 fingerprint = trainer._light_pruner.estimator.fingerprint
                 trainer.light_plan = _cut_to_saved_plan(trainer._peft_model, fingerprint, Path(folder))
-        if self._wraps_peft_model:
-            _load_inside(trainer.model, trainer._peft_model, Path(folder))
-        else:
-            super().load_weights(folder, usual)
+        inside = partial(_load_inside, trainer.model, trainer._peft_model, Path(folder))
+        super().load_weights(folder, inside if self._wraps_peft_model else usual)
         if (joined := Path(folder) / _JOINED).is_file():
             with explain_content_errors(joined):
                 trainer._base_joined = int(read_json(joined)["step"])

@@ -30,10 +30,12 @@ from lightpeft.prune.learning import unlearned_warning
 from lightpeft.prune.light_model import LightModel, as_light
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.recipe.settings import can_write, peft_config_of, settings_of_loop
-from lightpeft.recipe.wrapping import check_trains, remove_disallowed_modules
+from lightpeft.recipe.wrapping import check_trainable, remove_disallowed_modules
 from lightpeft.training.schedule import name_of_length
 
 _log = logging.getLogger(__name__)
+FULL_WIDTH_CALL = "call lightpeft.full_width(light) after training"
+"""Way to a full-width model in a loop of one's own, in place of `light.after.keep: both`."""
 
 
 class EarlyPruner:
@@ -87,7 +89,7 @@ class EarlyPruner:
         if isinstance(model, PeftModel):
             leave_experts(model, block_specs(transformers_model(model)))
         check_peft(model)
-        check_trains(model)
+        check_trainable(model)
         self.config = settings_of_loop(light, peft_config_of(model), model)
         for spec in block_specs(transformers_model(model)):
             check_experts(spec, self.config)
@@ -107,7 +109,7 @@ class EarlyPruner:
         if dropout is not None:
             yield f"train inside `with lightpeft.accelerated(model, dropout={dropout:g}):`"
         if light.after.keep != "light":
-            yield f"call lightpeft.full_width(light) after training, for keep: {light.after.keep}"
+            yield f"{FULL_WIDTH_CALL}, for keep: {light.after.keep}"
 
     def callback(self, resume_from: str | Path | None = None) -> EstimationCallback:
         """Return a `TrainerCallback` that runs the estimation stage and then stops the trainer.
@@ -141,8 +143,7 @@ class EarlyPruner:
         lines = "; ".join(self.advice())
         if lines:
             _log.warning("EarlyPruner: your loop has to do what LightTrainer does by itself: %s", lines)
-        call = "call lightpeft.full_width(light) after training"
-        if can_write(self.model) and (line := cut_of_writer(self.config, call)) is not None:
+        if can_write(self.model) and (line := cut_of_writer(self.config, FULL_WIDTH_CALL)) is not None:
             _log.warning("%s", line)
 
     def step(self, grad_scale: float = 1.0) -> None:

@@ -43,7 +43,7 @@ from lightpeft.recipe.refusals import check_arguments, check_length, check_light
 from lightpeft.recipe.schedule import LightSchedule
 from lightpeft.recipe.settings import can_write, gives_classes, peft_config_of, settings_of_trainer
 from lightpeft.recipe.teacher import Teacher, add_teacher_logits
-from lightpeft.recipe.wrapping import add_peft_modules, check_trains, inner_peft_model
+from lightpeft.recipe.wrapping import add_peft_modules, check_trainable, inner_peft_model
 from lightpeft.training.acceleration import light_steps
 from lightpeft.training.fitting import upcast_trained_weights
 from lightpeft.training.loss_rise import loss_rise
@@ -55,6 +55,7 @@ from lightpeft.training.trainer import Training
 _log = logging.getLogger(__name__)
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 FULL_WIDTH_CALL = "call lightpeft.full_width(trainer.model) after training"
+"""Way to a full-width model in Python, in place of `light.after.keep: both`."""
 
 
 class LightTraining(Training):
@@ -174,7 +175,7 @@ class LightTraining(Training):
             checkpoint: folder to resume from, written before or after the cut; None: start anew.
         """
         if self._light_pruner is None:
-            check_trains(self._peft_model)
+            check_trainable(self._peft_model)
         self._light_checkpoint = checkpoint
         if checkpoint is None:
             self._estimation_steps = self._base_joined = 0  # a light model that trains once more does so for all of it

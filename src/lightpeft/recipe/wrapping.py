@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 _PLACES = ("target_modules", "exclude_modules", "feedforward_modules")
 """Fields of PEFT's configurations that say where modules go."""
 _HEADS = ("classifier", "score", "qa_outputs")
-"""Names of the heads that transformers' classes for labels and spans add to a base."""
+"""Names of heads for labels and spans; PEFT trains and saves these by itself if the configuration has a `task_type`."""
 
 
 def inner_peft_model(model: nn.Module) -> PeftModel:
@@ -127,8 +127,8 @@ def remove_disallowed_modules(model: PeftModel, light: LightConfig) -> None:
         refresh_config(model)
 
 
-def check_trains(model: PeftModel) -> None:
-    """Refuse a frozen adapter, and warn of a head that neither trains nor is saved.
+def check_trainable(model: PeftModel) -> None:
+    """Refuse a model whose weights are all frozen, and warn of a head that neither trains nor is saved.
 
     Raises:
         LightPeftError: no weight trains.
@@ -141,10 +141,8 @@ def check_trains(model: PeftModel) -> None:
     if head is None or config.task_type is not None or config.modules_to_save:
         return
     if not any(parameter.requires_grad for parameter in getattr(inner, head).parameters()):
-        kind = type(inner).__name__
         _log.warning(
-            "the head of %s (%s) does not train, and an adapter does not hold it: set task_type or modules_to_save "
-            "in the PEFT configuration",
-            kind,
+            "the head (%s) does not train, and the adapter will not contain it: set task_type or modules_to_save in "
+            "the PEFT configuration",
             head,
         )

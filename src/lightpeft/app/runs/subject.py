@@ -79,7 +79,7 @@ class Subject:
         self.build = BUILDS[build] if isinstance(build, str) else build
         self.autocast = self.build.autocast or autocast_dtype(config.training)
         self.model, self.optimizer = self.build.make(self.work)
-        self.batches = sample_batches(self.work, steps)
+        self.batches = sample_batches(self.work, steps)  # the model's maker may have changed how rows are padded
         self._folder = tempfile.TemporaryDirectory()
         self._cached_rows: CachedRows | None = None
         self._prefix_speed: float | None = None
