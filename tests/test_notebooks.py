@@ -47,7 +47,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (cache / "smollm2/chat_template.jinja").write_text(CHAT_TEMPLATE)
     for name in ("movie_reviews", "socialiqa"):
         (cache / name).mkdir()
-    workbench.write_rows(cache / "movie_reviews/train.csv", workbench.labeled(1400))
+    workbench.write_rows(cache / "movie_reviews/train.csv", workbench.labeled(2600))
     for split, count in (("train", 96), ("test", 8)):
         rows = [{**row, "question": row["prompt"]} for row in workbench.completions(count)]
         workbench.write_rows(cache / f"socialiqa/{split}.jsonl", rows)
