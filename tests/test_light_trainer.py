@@ -530,7 +530,7 @@ def test_more_training_of_a_light_model_is_as_its_plan_says(builds: Builds, capl
     assert "so nothing would train" in refusal(builds.trainer(model=first.model, light=None).train)
 
 
-def test_checkpoints_of_another_model_are_not_called_damaged(builds: Builds) -> None:
+def test_checkpoints_of_another_model_are_not_called_damaged(builds: Builds, caplog: pytest.LogCaptureFixture) -> None:
     whole = builds.trainer(save_strategy="steps", save_steps=4)
     whole.train()
     before = str(builds.folder / "checkpoint-4")
@@ -539,6 +539,8 @@ def test_checkpoints_of_another_model_are_not_called_damaged(builds: Builds) -> 
     )
     other = builds.trainer(peft_config=lora(r=2))
     assert "has weights of other sizes" in refusal(lambda: other.train(resume_from_checkpoint=before))
+    builds.trainer(light=but(LIGHT, heads=0.0)).train(resume_from_checkpoint=str(builds.folder / "checkpoint-8"))
+    assert "checkpoint-8 was cut with another light.remove, and stays so" in caplog.text
     nowhere = str(builds.folder / "nowhere")
     assert "there is no such folder" in refusal(lambda: builds.trainer().train(resume_from_checkpoint=nowhere))
 

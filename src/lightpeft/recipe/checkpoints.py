@@ -22,6 +22,7 @@ from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.recipe.host import LightHost
+from lightpeft.recipe.settings import settings_of_cut
 from lightpeft.saving.adapter_files import DESCRIPTION, read_description
 from lightpeft.saving.kept_weights import copy_kept, write_kept
 from lightpeft.training.resuming import Checkpoints
@@ -106,6 +107,9 @@ class LightCheckpoints(Checkpoints):
             if trainer._light_pruner is not None and trainer.light_plan is None:
                 fingerprint = trainer._light_pruner.estimator.fingerprint
                 trainer.light_plan = _cut_to_saved_plan(trainer._peft_model, fingerprint, Path(folder))
+                given, stored = settings_of_cut(trainer.light_config), report.get("light", {})
+                if changed := ", ".join(f"light.{name}" for name in stored if stored[name] != given.get(name)):
+                    trainer._warn(f"{folder} was cut with another {changed}, and stays so; train anew to cut again")
         inside = partial(_load_inside, trainer.model, trainer._peft_model, Path(folder))
         super().load_weights(folder, inside if self._wraps_peft_model else usual)
         if (joined := Path(folder) / _JOINED).is_file():

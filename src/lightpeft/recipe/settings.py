@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,7 +61,13 @@ def _of_light_model(given: LightConfig, model: LightModel) -> LightConfig:
     require(given.train in (None, train), other)
     if given.remove.has_amount:
         _log.warning("the model is cut already, so the amount in light= has no effect")
-    return replace(given, train=train)
+    return dataclasses.replace(given, train=train)
+
+
+def settings_of_cut(light: LightConfig) -> dict[str, Any]:
+    """Return the sections of the settings that decide what is removed, as JSON holds them."""
+    sections = dataclasses.asdict(light)
+    return json.loads(json.dumps({name: sections[name] for name in ("remove", "estimate", "modules", "train")}))
 
 
 def settings_of_trainer(light: Light, peft: PeftConfig, model: nn.Module, options: Mapping[str, Any]) -> LightConfig:

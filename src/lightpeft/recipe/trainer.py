@@ -41,7 +41,7 @@ from lightpeft.recipe.parallel import broadcast_from_main
 from lightpeft.recipe.pruner import EarlyPruner, cut
 from lightpeft.recipe.refusals import check_arguments, check_length, check_light, refuse_parts, stage_of_trainer
 from lightpeft.recipe.schedule import LightSchedule
-from lightpeft.recipe.settings import can_write, gives_classes, peft_config_of, settings_of_trainer
+from lightpeft.recipe.settings import can_write, gives_classes, peft_config_of, settings_of_cut, settings_of_trainer
 from lightpeft.recipe.teacher import Teacher, add_teacher_logits
 from lightpeft.recipe.wrapping import add_peft_modules, check_trainable, inner_peft_model
 from lightpeft.training.acceleration import light_steps
@@ -85,7 +85,7 @@ class LightTraining(Training):
         light_plan: the units of the dense base that were kept; None if training ended before the cut.
         light_record: the scores that the plan was made from; None if training resumed after the cut.
         light_budget: the budget that `light: auto` found, and its expected cost; None for a fixed budget.
-        light_report: steps and seconds of estimation, and parameters before and after the cut.
+        light_report: steps and seconds of estimation, parameters before and after the cut, and the settings of the cut.
 
     Raises:
         LightPeftError: a setting cannot work with a model that is cut during training; raised before training.
@@ -360,6 +360,7 @@ class LightTraining(Training):
             "steps": self.state.max_steps,
             "seconds": dict(self._light_seconds),
             "parameters": {"before": before, "after": after},
+            "light": settings_of_cut(self.light_config),
         }
         report_cut(self, before, after)
 
