@@ -568,6 +568,7 @@ def test_refused_before_training(builds: Builds, monkeypatch: pytest.MonkeyPatch
     assert "task_type CAUSAL_LM may be that of another" in refusal(lambda: builds.trainer(peft_config=other_task))
     assert "give a PEFT configuration" in refusal(lambda: builds.trainer(peft_config={"r": 8}))
     assert "prefix_cache is 'memory'" in refusal(lambda: builds.trainer(prefix_cache="memory"))
+    assert "fast_steps is 'yes'; give True or False" in refusal(lambda: builds.trainer(fast_steps="yes"))
     assert "teacher is a int; give a model" in refusal(lambda: builds.trainer(teacher=5))
     splits = {"train_dataset": DatasetDict(builds.rows), "peft_config": lora()}
     assert "pass one of its splits: train, test" in refusal(lambda: LightTrainer(builds.base(), **splits))

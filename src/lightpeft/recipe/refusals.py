@@ -49,12 +49,13 @@ def check_light(trainer: LightHost, *, sharded: bool) -> None:
     )
 
 
-def check_arguments(rows: object, peft_config: object, prefix_cache: object) -> None:
+def check_arguments(rows: object, peft_config: object, fast_steps: object, prefix_cache: object) -> None:
     """Refuse arguments of a type that fails late, inside a library.
 
     Args:
         rows: training rows.
         peft_config: PEFT modules for a dense model.
+        fast_steps: whether steps are made faster.
         prefix_cache: cache for the outputs of frozen blocks.
 
     Raises:
@@ -64,6 +65,7 @@ def check_arguments(rows: object, peft_config: object, prefix_cache: object) -> 
     require(not isinstance(rows, str | Mapping), f"train_dataset is a {type(rows).__name__}, not rows{splits}")
     config = isinstance(peft_config, PeftConfig | None)
     require(config, f"peft_config is a {type(peft_config).__name__}; give a PEFT configuration such as LoraConfig(r=8)")
+    require(isinstance(fast_steps, bool), f"fast_steps is {fast_steps!r}; give True or False")
     cache = isinstance(prefix_cache, PrefixCache | None)
     require(cache, f"prefix_cache is {prefix_cache!r}; give a PrefixCache, or None for no cache")
 

@@ -118,7 +118,7 @@ class LightTraining(Training):
         **options: Any,
     ) -> None:
         args, options = trainer_kwargs(super().__init__, args, options)
-        check_arguments(options.get("train_dataset"), peft_config, prefix_cache)
+        check_arguments(options.get("train_dataset"), peft_config, fast_steps, prefix_cache)
         self.fast_steps, self.light_report = fast_steps, {}
         model, options = with_loaded_model(model, type(self), options)
         refuse_parts(model)
