@@ -37,11 +37,10 @@ from lightpeft.app.tasks.worth import points_per_nat
 from lightpeft.budget import finding
 from lightpeft.budget import room as searching_room
 from lightpeft.budget.finding import find_budget
-from lightpeft.budget.found import SHORT, FoundBudget
+from lightpeft.budget.found import SHORT, FoundBudget, cost_in_words, tolerance_in_words
 from lightpeft.budget.probes import Probe
 from lightpeft.budget.room import SEARCH_BUDGETS, SearchRoom, sizes_of, why_unmeasured
 from lightpeft.budget.search import BudgetSearch
-from lightpeft.budget.tolerance import cost_in_words, tolerance_in_words
 from lightpeft.config import Tolerance, load_config
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.planning import make_plan

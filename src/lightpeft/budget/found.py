@@ -1,4 +1,4 @@
-"""The budget that a search found, or a fixed one in its place: its expected cost, and a summary in one line."""
+"""The budget that a search found, or a fixed one in its place: its expected cost, in words too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightpeft.budget.search import CONFIDENCE, Expected, Probed
-from lightpeft.budget.tolerance import cost_in_words, tolerance_in_words
 from lightpeft.prune.learning import LEAST_LEARNED
 
 SHORT = 0.4
@@ -33,6 +32,33 @@ def fixed_budget(classes: bool, gone: float = 0.0) -> float:
         gone: part of the blocks that was dropped before estimation.
     """
     return max(SHORT, gone) if classes else 0.0
+
+
+def cost_in_words(nats: float, points_per_nat: float | None) -> str:
+    """Return a rise of the loss as text, in the unit of the tolerance.
+
+    Args:
+        nats: the rise.
+        points_per_nat: points of the task's metric per nat; None: the tolerance is in nats.
+
+    Example:
+        >>> cost_in_words(0.02, 25.0)
+        '0.5 points'
+    """
+    value, unit = (nats, "nat") if points_per_nat is None else (nats * points_per_nat, "point")
+    shown = f"{float(f'{value:.2g}'):g}"
+    return f"{shown} {unit}{'s' * (shown != '1')}"
+
+
+def tolerance_in_words(nats: float, points_per_nat: float | None) -> str:
+    """Return a tolerance as text; for one in points, also the equivalent rise of the loss.
+
+    Example:
+        >>> tolerance_in_words(0.04, 25.0)
+        '1 point (0.04 nats)'
+    """
+    loss = "" if points_per_nat is None else f" ({cost_in_words(nats, None)})"
+    return f"{cost_in_words(nats, points_per_nat)}{loss}"
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from lightpeft.files import (
 )
 from lightpeft.plans.structure import MASKED, BlockSpec, SiteSpec, check_specs
 
+RECORD = "estimation.json"
+"""File of an estimation, with the checksum of its scores."""
 _SCORES = "scores.safetensors"
 
 
@@ -113,10 +115,10 @@ class EstimationRecord:
 
     def save(self, folder: str | Path) -> None:
         """Write `estimation.json` and `scores.safetensors` into `folder`."""
-        with replacing_folder(folder, last="estimation.json") as temporary:
+        with replacing_folder(folder, last=RECORD) as temporary:
             write_tensors(temporary / _SCORES, self.scores)
             write_json(
-                temporary / "estimation.json",
+                temporary / RECORD,
                 {
                     "base_parameters": self.base_parameters,
                     "fingerprint": self.fingerprint,
@@ -136,10 +138,10 @@ class EstimationRecord:
             LightPeftError: a file is missing, damaged, or of a newer schema version.
         """
         folder = Path(folder)
-        data = read_json(folder / "estimation.json")
+        data = read_json(folder / RECORD)
         check_file(folder, _SCORES, data.get("scores"))
         scores = read_tensors(folder / _SCORES)
-        with explain_content_errors(folder / "estimation.json"):
+        with explain_content_errors(folder / RECORD):
             kept = {key: value for key, value in data.items() if key not in ("schema_version", "scores")}
             record = from_dict(cls, {**kept, "scores": scores})
             record.check()

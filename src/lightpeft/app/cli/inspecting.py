@@ -14,11 +14,10 @@ from lightpeft.app.folders.opening import find_folder, find_saved
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.folders.stored_config import is_run
 from lightpeft.errors import LightPeftError, require
-from lightpeft.plans.estimation_record import EstimationRecord
+from lightpeft.plans.estimation_record import RECORD, EstimationRecord
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.prune_plan import PrunePlan
 
-_RECORD = "estimation.json"
 _META_SHOWN = ("steps", "scored_steps", "scored_examples")
 """Entries of an estimation's `meta` that its table shows."""
 
@@ -45,7 +44,7 @@ def inspect(name: str | Path) -> list[Table]:
         return [plan_table(PrunePlan.load(path))]
     if is_run(path):
         return _run(RunFolder.at(path))
-    if (path / _RECORD).is_file():
+    if (path / RECORD).is_file():
         return _estimation(path)
     return _model(find_folder(path))
 

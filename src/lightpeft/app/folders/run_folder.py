@@ -16,6 +16,7 @@ from lightpeft.console.progress import exact_duration, in_bytes, print_line
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import append_line, check_free, clean, is_own_file, lock_folder, read_text, write_text
 from lightpeft.machine import processes
+from lightpeft.plans.estimation_record import RECORD
 from lightpeft.saving.adapter_files import DESCRIPTION
 from lightpeft.saving.peft_adapter import ADAPTER_CONFIG
 from lightpeft.training.checkpoints import last_checkpoint
@@ -270,7 +271,7 @@ class RunFolder:
         result = {
             "teach": self.teacher / "teacher.json",
             "depth": self.depth,
-            "estimate": self.estimation / "estimation.json",
+            "estimate": self.estimation / RECORD,
             "budget": self.budget,
             "plan": self.plan,
             "prune": self.pruned / DESCRIPTION,

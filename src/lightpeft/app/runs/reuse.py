@@ -16,11 +16,8 @@ from lightpeft.config import READ_AFTERWARDS, READ_BY_PLANS, SWITCHES, RunConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import CHECKSUMS, append_line, read_json, replacing_folder, write_json
 from lightpeft.machine import processes
-from lightpeft.plans.estimation_record import EstimationRecord
+from lightpeft.plans.estimation_record import RECORD, EstimationRecord
 from lightpeft.plans.planning import make_plan
-
-_RECORD = "estimation.json"
-"""File of an estimation with the checksum of its scores."""
 
 
 def estimation_settings(config: RunConfig) -> dict[str, Any]:
@@ -73,7 +70,7 @@ def take_estimation(run: RunFolder, donor: RunFolder) -> None:
     if not run.has("estimate"):
         copy_estimation(donor, run, str(donor.path))
         return
-    same = read_json(run.estimation / _RECORD) == read_json(donor.estimation / _RECORD)
+    same = read_json(run.estimation / RECORD) == read_json(donor.estimation / RECORD)
     require(same, f"{run.path} has an estimation of its own; set another output, or leave --estimation out")
 
 
@@ -93,7 +90,7 @@ def copy_estimation(donor: RunFolder, run: RunFolder, name: str) -> None:
     with run.held():
         if donor.has("depth") and processes().is_main_process:
             write_json(run.depth, read_json(donor.depth))
-        _copy_stages(donor, run, name, donor.estimation, _RECORD, ("depth", "estimate"))
+        _copy_stages(donor, run, name, donor.estimation, RECORD, ("depth", "estimate"))
 
 
 def copy_teacher_logits(donor: RunFolder, run: RunFolder, name: str) -> None:
