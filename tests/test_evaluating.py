@@ -212,6 +212,15 @@ def test_a_model_that_counts_its_classes_otherwise(bench: Workbench, tmp_path: P
 # -- two models --------------------------------------------------------------------------------------------------
 
 
+def test_rows_of_the_training_are_no_test(bench: Workbench) -> None:
+    """Both models are measured on rows that they have seen, and it is said of both."""
+    report = evaluate_model(
+        bench.folder / "full", {"data": {"test": str(bench.train)}}, other=str(bench.folder / "plain")
+    )
+    for name in ("model", "other"):
+        assert any("test rows are training rows, too" in line for line in report[name]["warnings"])
+
+
 def test_comparison_is_of_the_same_examples(bench: Workbench, tmp_path: Path) -> None:
     report = evaluate_model(bench.folder / "full", other=str(bench.folder / "plain"))
     right = {}
@@ -219,6 +228,7 @@ def test_comparison_is_of_the_same_examples(bench: Workbench, tmp_path: Path) ->
         evaluate_model(bench.folder / name, predictions=tmp_path / f"{name}.csv")
         with (tmp_path / f"{name}.csv").open(encoding="utf-8", newline="") as file:
             right[name] = [row["prediction"] == row["reference"] for row in csv.DictReader(file)]
+    assert not any("training rows" in line for name in ("model", "other") for line in report[name]["warnings"])
     entry = report["comparison"]["accuracy"]
     assert entry["first"] == pytest.approx(np.mean(right["full"]))
     assert entry["second"] == pytest.approx(np.mean(right["plain"]))
@@ -367,12 +377,12 @@ def test_refusals(bench: Workbench, llama: Path, tmp_path: Path) -> None:
         (light, choice(tmp_path), {}, "was trained for classification and cannot answer multiple-choice"),
         (bench.folder / "plain" / "adapter", choice(tmp_path), {}, "PEFT's task type SEQ_CLS"),
         (base, rows_of(bench), {}, "no weights for classifier, so its answers to classification would be random"),
-        (tmp_path / "nothing", rows_of(bench), {}, "does not exist, and a model of that name"),
+        (tmp_path / "nothing", rows_of(bench), {}, "nothing does not exist"),
         (
             Path("runs/nothing"),
             rows_of(bench),
             {},
-            "folder runs/nothing does not exist, and a model of that name cannot be loaded",
+            "there is no folder runs/nothing, and model runs/nothing cannot be loaded",
         ),
         (bench.folder, rows_of(bench), {}, "give a folder with a run, a light adapter"),
         (bench.test, rows_of(bench), {}, "is a file"),

@@ -174,10 +174,12 @@ def test_states_that_are_no_numbers_are_refused(bench: Workbench) -> None:
 # -- what is said and fitted -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("own", "run", "said"), [(0.8, 0.8, True), (0.81, 0.8, True), (0.79, 0.8, False)])
+@pytest.mark.parametrize(
+    ("own", "run", "said"), [(0.8, 0.8, True), (0.81, 0.8, True), (0.79, 0.8, False), (0.5, 0.5, False)]
+)
 def test_the_line_is_said_of_probes_that_are_as_good(own: float, run: float, said: bool) -> None:
     probe = linear_probe.LinearProbe(Scores({"accuracy": own}, {}), 1.0, 64)
-    lines = list(probe.doubts(Scores({"accuracy": run}, {}), task_of(ClassificationTask, 64)))
+    lines = list(probe.doubts(Scores({"accuracy": run}, {}), task_of(ClassificationTask, 64), {"accuracy": 0.5}))
     assert len(lines) == said
 
 

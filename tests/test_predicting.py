@@ -70,7 +70,7 @@ def test_text_lines_to_standard_output(
     bench: Workbench, expected: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "texts.txt"
-    source.write_text("\n".join([TEXTS[0], "", *TEXTS[1:]]) + "\n", encoding="utf-8")
+    source.write_text("\n".join(TEXTS) + "\n\n", encoding="utf-8")
     assert lightpeft("predict", bench.folder / "run", source) == 0
     rows = table(capsys.readouterr().out)
     assert [row["text"] for row in rows] == TEXTS
@@ -85,6 +85,9 @@ def test_standard_input(
     written = capsys.readouterr()
     assert written.err == ""
     check(table(written.out), expected)
+    assert lightpeft("predict", bench.folder / "run", "--example", json.dumps({"text": TEXTS[0]})) == 0
+    (row,) = table(capsys.readouterr().out)
+    assert row["label"] == LABELS[expected[0].argmax()] and row["text"] == TEXTS[0]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])

@@ -382,6 +382,7 @@ def test_where_the_page_goes(light: Path, bench: Workbench, tmp_path: Path, caps
     other = tmp_path / "new" / "both.html"
     assert said(capsys, light, bench.folder / "plain", "--output", other)[0] == 0
     assert other.read_text() == html(light, bench.folder / "plain")
+    assert said(capsys, light, bench.folder / "plain")[1] == f"wrote the report to {light}/comparison.html\n"
     assert write_report([light, light]) == light / "report.html" and (light / "report.html").read_text() == first
 
 

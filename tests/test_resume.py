@@ -78,7 +78,7 @@ def test_killed_run_goes_on_to_the_same_end(bench: Workbench, undisturbed: dict[
     assert not (folder / "checkpoints").exists()
 
 
-def test_resumed_run_does_not_start_over(bench: Workbench) -> None:
+def test_resumed_run_does_not_start_over(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
     file = bench.yaml("resumed", **SETTINGS)
     assert run_disturbed(file, at_step(18, KILL)) == -signal.SIGKILL
     kept = ("estimation", "plan.json", "pruned")
@@ -91,6 +91,10 @@ def test_resumed_run_does_not_start_over(bench: Workbench) -> None:
 
     pipeline.run(load_config(file), callbacks=[Watch()])
     assert steps == list(range(15, 24))
+    said = capsys.readouterr().err
+    assert "train: from step 15 on\n" in said and "has no effect" not in said
+    pipeline.run(load_config(file))
+    assert "is finished already; these are its results" in capsys.readouterr().err
     assert {name: stamps(bench.folder / "resumed" / name) for name in kept} == before
 
 
@@ -189,7 +193,7 @@ def test_a_checkpoint_that_was_sealed_damaged(
     before = checksums(run)
     capsys.readouterr()
     assert lightpeft("run", "--config", stopped) == 2
-    line = capsys.readouterr().err
+    line = capsys.readouterr().err.removeprefix(f"train: from step {checkpoint.name.removeprefix('checkpoint-')} on\n")
     assert line.count("\n") == 1 and says in line and "resume from an older one" in line and str(checkpoint) in line
     (run / ".lock").unlink()
     assert checksums(run) == before

@@ -50,6 +50,7 @@ def parse_yaml(text: str, path: str | Path) -> Any:
         loader: Any = (yaml.CSafeLoader if in_c else yaml.SafeLoader)(text)
         node = loader.get_single_node()
         _check_size(node, path)
+        _check_keys(node, path)
         return None if node is None else loader.construct_document(node)
     except LightPeftError:
         raise
@@ -71,6 +72,22 @@ def _check_size(root: yaml.Node | None, path: str | Path) -> None:
 
     total = 0 if root is None else size(root)
     require(total < _MOST_NODES, f"{path} expands to more than {_MOST_NODES:,} values; remove nested aliases")
+
+
+def _check_keys(node: yaml.Node | None, path: str | Path) -> None:
+    """Refuse a mapping with the same key twice, of which YAML's loader would keep the last."""
+    if isinstance(node, yaml.MappingNode):
+        keys = set()
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            require(
+                key.value not in keys or key.value == "<<", f"{path}, line {line}: {key.value} is set twice; keep one"
+            )
+            keys |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+            _check_keys(value, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check_keys(value, path)
 
 
 def short_repr(value: Any) -> str:

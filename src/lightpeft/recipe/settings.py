@@ -59,8 +59,6 @@ def _of_light_model(given: LightConfig, model: LightModel) -> LightConfig:
     train = model.light_plan.train
     other = f"light.train is {given.train}, and this model was cut with {train}; leave it out"
     require(given.train in (None, train), other)
-    if given.remove.has_amount:
-        _log.warning("the model is cut already, so the amount in light= has no effect")
     return dataclasses.replace(given, train=train)
 
 

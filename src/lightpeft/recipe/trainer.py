@@ -23,7 +23,7 @@ from lightpeft.budget.found import FoundBudget
 from lightpeft.budget.trainer import budget_in
 from lightpeft.budget.worth import points_per_nat
 from lightpeft.compat.accelerate import without_autocast
-from lightpeft.config import Light, LightConfig, Tolerance, cut_of_writer, tolerance_of
+from lightpeft.config import Light, LightConfig, Tolerance, cut_of_writer, light_config, tolerance_of
 from lightpeft.errors import require
 from lightpeft.models.all_weights import too_few_digits, train_all
 from lightpeft.plans.estimation_record import EstimationRecord
@@ -147,6 +147,8 @@ class LightTraining(Training):
         self._light_checkpoint: str | None = None
         self._prefix.model, self._prefix.cache = self._peft_model, prefix_cache
         if isinstance(self._peft_model, LightModel):
+            if light_config(light).remove.has_amount:
+                self._warn("the model is cut already, so the amount in light= has no effect")
             self._light_pruner: EarlyPruner | None = None
             self.light_plan = self._peft_model.light_plan
         else:

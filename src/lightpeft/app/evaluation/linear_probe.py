@@ -50,9 +50,17 @@ class LinearProbe:
         """Return the entry `linear_probe` of metrics.json."""
         return {"metrics": self.scores.metrics, "intervals": self.scores.intervals, "seconds": round(self.seconds, 3)}
 
-    def doubts(self, run: Scores, task: Task) -> Iterator[str]:
-        """Yield a warning if the run's main metric is no better than the probe's."""
+    def doubts(self, run: Scores, task: Task, majority: Mapping[str, float]) -> Iterator[str]:
+        """Yield a warning if the run's main metric is no better than the probe's, and the probe learned something.
+
+        Args:
+            run: scores of the run.
+            task: the task.
+            majority: main metric of the majority baseline; empty: not known.
+        """
         name = task.main_metric
+        if name in majority and self.scores.metrics[name] <= majority[name]:
+            return
         own, trained = self.scores.metrics[name], run.metrics[name]
         if own <= trained if name in LOWER_IS_BETTER else own >= trained:
             what = f"a linear probe of the base model is as good: {name} {own:.4f}, the run {trained:.4f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -154,10 +155,18 @@ def _precision(found: Found, bf16: bool | None) -> torch.dtype | None:
     return torch.bfloat16 if bf16 else None
 
 
+def _is_object(example: str | None) -> bool:
+    """True for a row as a JSON object, which no text of a task looks like."""
+    try:
+        return isinstance(json.loads(example or ""), dict)
+    except ValueError:
+        return False
+
+
 def _read_rows(task: Task, source: str | Path | None, example: str | None) -> tuple[Dataset, str]:
     """Return the rows as read, and their name for error messages."""
     columns = input_columns(task)
-    column = columns[0] if len(columns) == 1 else None
+    column = columns[0] if len(columns) == 1 and not _is_object(example) else None
     opened: Path | TextIO
     if example is not None:
         require(

@@ -69,9 +69,7 @@ def find_model(name: str | Path, base: str | None = None, settings: Mapping[str,
     try:
         return WholeModel.find(name, base, settings).checked()
     except LightPeftError as error:
-        raise LightPeftError(
-            f"folder {name} does not exist, and a model of that name cannot be loaded: {error}"
-        ) from error
+        raise LightPeftError(f"there is no folder {name}, and {error}") from error
 
 
 def find_saved(name: str | Path, base: str | None = None, settings: Mapping[str, Any] | None = None) -> Found | None:

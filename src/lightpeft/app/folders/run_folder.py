@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightpeft.app.folders.stored_config import CONFIG, differences, signed_yaml, stored_config
-from lightpeft.config import RunConfig
+from lightpeft.config import READ_BY_PLANS, RunConfig
 from lightpeft.console.progress import exact_duration, in_bytes, print_line
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import append_line, check_free, clean, is_own_file, lock_folder, read_text, write_text
@@ -38,6 +38,7 @@ _RESULTS = (
     "checkpoints",
     "log.jsonl",
     "report.html",
+    "comparison.html",
     "tensorboard",
 )
 """All files and folders of a run except its config; later results first."""
@@ -119,10 +120,12 @@ class RunFolder:
     def _check_same(self) -> None:
         """Raise `LightPeftError` if the folder contains other files, or the run of another config."""
         differing = self._changed_settings()
+        scores = f" (with --estimation {self.path}, which keeps its scores)"
+        reuse = scores if set(differing) <= {f"light.{name}" for name in READ_BY_PLANS} else ""
         require(
             not differing,
             f"output {self.path} holds a run with other settings (it differs in {', '.join(differing)}); give another "
-            "output, the same settings to resume, or --overwrite to start again",
+            f"output{reuse}, the same settings to resume, or --overwrite to start again",
         )
 
     @property

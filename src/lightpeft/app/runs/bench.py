@@ -58,7 +58,8 @@ def bench(
         LightPeftError: bad input, or a measurement failed.
         Stopped: by Ctrl-C; rounds that were over are kept.
     """
-    require(rounds >= 1 and steps >= 1, f"--rounds {rounds} and --steps {steps} must be at least 1")
+    for name, value in (("rounds", rounds), ("steps", steps)):
+        require(value >= 1, f"--{name} is {value}; it must be at least 1")
     require(max(rounds, steps) <= _LIMIT, f"--rounds {rounds} and --steps {steps} must be at most {_LIMIT:,}")
     check_no_folder(json, "json")
     in_memory = "bench supports models in memory only; set model.low_memory to false"

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 from lightpeft.adapters.full_width import load_full_width
 from lightpeft.adapters.light_adapter import load_light, save_metrics
 from lightpeft.app.evaluation.linear_probe import LinearProbe, doubts_by_depth, is_probed, linear_probe
-from lightpeft.app.evaluation.milestones import Watcher, notices
+from lightpeft.app.evaluation.milestones import Watcher, majority_score, notices
+from lightpeft.app.evaluation.overlap import seen_rows
 from lightpeft.app.evaluation.scores import Scores, scores_of
 from lightpeft.app.folders.forms import to_device
 from lightpeft.app.folders.metrics_file import read_report
@@ -45,6 +46,7 @@ from lightpeft.app.runs.workspace import Workspace, prepare
 from lightpeft.app.tasks.answers import Outcome
 from lightpeft.app.tasks.loading import task_facts
 from lightpeft.config import SWITCHES, RunConfig
+from lightpeft.console.progress import print_line
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json
 from lightpeft.machine import sharding_launched
@@ -104,6 +106,8 @@ def run(
         work.run.start_anew()
     if donor is not None:
         take_estimation(work.run, donor)
+    if work.run.has("evaluate"):
+        print_line(f"{config.output} is finished already; these are its results")
     if config.method_spec.prunes and not work.run.has("estimate"):
         _train_light(work, callbacks)
     elif config.method_spec.prunes:
@@ -351,8 +355,10 @@ def evaluate(work: Workspace) -> dict[str, Any]:
     besides = _measure_full_width(work) if isinstance(model, LightModel) and run.keeps_full else {}
     if probe is not None:
         besides["linear_probe"] = probe.facts()
-        noticed["warnings"] += probe.doubts(scores, work.task)
+        noticed["warnings"] += probe.doubts(scores, work.task, majority_score(outcomes[""].answers, work.task))
     noticed["warnings"] += doubts_by_depth(found_depth(run) or {}, scores)
+    if (line := seen_rows(work.task, work.task.train)) is not None:
+        noticed["warnings"].append(line)
 
     def save() -> None:
         if isinstance(model, LightModel):

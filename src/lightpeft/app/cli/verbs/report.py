@@ -24,6 +24,9 @@ REPORT = Verb(
             list[str],
             count="+",
         ),
-        Option("--output", "HTML file to write (default: report.html in the first folder)."),
+        Option(
+            "--output",
+            "HTML file to write (default: report.html in the folder; of several, comparison.html in the first).",
+        ),
     ),
 )

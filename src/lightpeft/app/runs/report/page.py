@@ -34,7 +34,8 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
 
     Args:
         folders: folders of runs, finished or not.
-        output: HTML file to write; None: `report.html` in the first folder. An earlier page is replaced.
+        output: HTML file to write; None: `report.html` in the folder or, of several runs, `comparison.html` in the
+            first. An earlier page is replaced.
 
     Returns:
         Path of the file.
@@ -44,7 +45,8 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     """
     require(folders, "report: no run was given; give one or more run folders")
     paths = list(dict.fromkeys(Path(folder) for folder in folders))
-    file = paths[0] / "report.html" if output is None else Path(output)
+    usual = paths[0] / ("report.html" if len(paths) == 1 else "comparison.html")
+    file = usual if output is None else Path(output)
     _check_replaceable(file)
     text = page([read_run(path) for path in paths])
     write_text(file, text)
