@@ -75,6 +75,12 @@ def method_name(method: str) -> str:
     return slug(method).replace("_", " ")
 
 
+def in_figure(point: Mapping[str, Any]) -> bool:
+    """True for the arms that the figure has a line for; single trials are in latency.json alone."""
+    each = frontier.Point(point["task"], point["model"], point["method"])
+    return each.part > 0 and each.kind in frontier.KIND_NAMES if each.cut else each.method in frontier.NAMES
+
+
 def published(grids: Sequence[Path], tasks: Sequence[str], out: Path) -> Iterator[Published]:
     """All rows of the grids' results on these tasks."""
     for file in grids:
@@ -152,7 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
         command = publishing.command("latency", arguments)
         write_json(given.out / "latency.json", {"points": points, "hardware": hardware(), "command": command}, 2)
         write_text(given.out / "latency.md", markdown(known) + "\n")
-        frontier.draw(frontier.shown_by_task(points, given.way), given, given.out / "latency")
+        drawn = [point for point in points if in_figure(point)]
+        frontier.draw(frontier.shown_by_task(drawn, given.way), given, given.out / "latency")
     except LightPeftError as error:
         publishing.say(f"latency: {error}")
         return 2
