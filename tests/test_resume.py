@@ -94,7 +94,7 @@ def test_resumed_run_does_not_start_over(bench: Workbench, capsys: pytest.Captur
     said = capsys.readouterr().err
     assert "train: from step 15 on\n" in said and "has no effect" not in said
     pipeline.run(load_config(file))
-    assert "is finished already; these are its results" in capsys.readouterr().err
+    assert "was finished already; these are its results" in capsys.readouterr().err
     assert {name: stamps(bench.folder / "resumed" / name) for name in kept} == before
 
 

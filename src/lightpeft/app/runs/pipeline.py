@@ -106,14 +106,16 @@ def run(
         work.run.start_anew()
     if donor is not None:
         take_estimation(work.run, donor)
-    if work.run.has("evaluate"):
-        print_line(f"{config.output} is finished already; these are its results")
+    finished = work.run.has("evaluate")
     if config.method_spec.prunes and not work.run.has("estimate"):
         _train_light(work, callbacks)
     elif config.method_spec.prunes:
         plan(work)
     train(work, callbacks, prune(work) if config.method_spec.prunes else None)
-    return evaluate(work)
+    metrics = evaluate(work)
+    if finished:
+        print_line(f"{config.output} was finished already; these are its results")
+    return metrics
 
 
 def estimate(work: Workspace) -> EstimationRecord:
