@@ -78,7 +78,9 @@ def method_name(method: str) -> str:
 def in_figure(point: Mapping[str, Any]) -> bool:
     """True for the arms that the figure has a line for; single trials are in latency.json alone."""
     each = frontier.Point(point["task"], point["model"], point["method"])
-    return each.part > 0 and each.kind in frontier.KIND_NAMES if each.cut else each.method in frontier.NAMES
+    if each.cut:
+        return each.part > 0 and each.kind in frontier.KIND_NAMES
+    return each.method in frontier.NAMES
 
 
 def published(grids: Sequence[Path], tasks: Sequence[str], out: Path) -> Iterator[Published]:

@@ -335,6 +335,9 @@ def test_bad_predictions(bench: Workbench, adapter: Path, refused: Refused) -> N
     blank = bench.folder / "blank.txt"
     blank.write_text("\n \n", encoding="utf-8")
     assert "only blank lines" in refused("predict", adapter, blank)
+    blank.write_text("word1\n\nword2\n", encoding="utf-8")
+    assert "the text is blank; fill it in or drop the row" in refused("predict", adapter, blank)
+    assert "the example" in refused("predict", adapter, "--example", '{"words": "word1"}')
     odd = bench.folder / "binary.txt"
     odd.write_bytes(b"\xff\xfe\x00")
     assert "is not UTF-8" in refused("predict", adapter, odd)

@@ -155,6 +155,7 @@ def test_numbers_as_people_write_them(tmp_path: Path) -> None:
         (b"- 1\n- 2\n", "must hold a mapping of settings, not a list"),
         (b"heads: 0.5", "unknown key heads"),
         (b"seed: 1\ntraining: {epochs: 1, batch_size: 2,\n  epochs: 2}", ", line 3: epochs is set twice; keep one"),
+        (b"? [a, b]\n: 1\n? [a, b]\n: 2\n", "is not YAML"),
         (b"\xff\xfe\x00light", "is not UTF-8 text (byte 0)"),
         (b"a: !!python/object/apply:os.getcwd []", "is not YAML"),
     ],

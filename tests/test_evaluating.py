@@ -218,7 +218,10 @@ def test_rows_of_the_training_are_no_test(bench: Workbench) -> None:
         bench.folder / "full", {"data": {"test": str(bench.train)}}, other=str(bench.folder / "plain")
     )
     for name in ("model", "other"):
-        assert any("test rows are training rows, too" in line for line in report[name]["warnings"])
+        assert any("test rows are also training rows" in line for line in report[name]["warnings"])
+    metrics = pipeline.run(bench.config("seen", method="plain", **{"data.test": str(bench.train)}))
+    assert any("test rows are also training rows" in line for line in metrics["warnings"])
+    assert not any("training rows" in line for line in read(bench.folder / "full" / "metrics.json")["warnings"])
 
 
 def test_comparison_is_of_the_same_examples(bench: Workbench, tmp_path: Path) -> None:

@@ -21,11 +21,8 @@ class TestInputs:
     def test_text_lines(self, tmp_path: Path) -> None:
         path = tmp_path / "in.txt"
         path.write_text("first\r\n\n  \nsecond, with comma\n", encoding="utf-8")
-        expected = {"t": ["first", "second, with comma"]}
-        assert read_inputs(path, "t", skip_blank=True).to_dict() == expected
-        with pytest.raises(LightPeftError, match="line 2 of input is blank; fill it in or remove it"):
-            read_inputs(path, "t")
-        assert read_inputs(io.StringIO("first\nsecond, with comma\n\n"), "t").to_dict() == expected
+        assert read_inputs(path, "t").to_dict() == {"t": ["first", "", "  ", "second, with comma"]}
+        assert read_inputs(io.StringIO("first\nsecond\n\n"), "t").to_dict() == {"t": ["first", "second"]}
 
     def test_table(self, tmp_path: Path) -> None:
         path = tmp_path / "in.csv"

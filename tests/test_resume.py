@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from lanes import telling
+from tiny import refusal
 from transformers import Trainer, TrainerCallback
 from workbench import (
     Disturb,
@@ -92,9 +93,11 @@ def test_resumed_run_does_not_start_over(bench: Workbench, capsys: pytest.Captur
     pipeline.run(load_config(file), callbacks=[Watch()])
     assert steps == list(range(15, 24))
     said = capsys.readouterr().err
-    assert "train: from step 15 on\n" in said and "has no effect" not in said
+    assert "train: continues from step 15\n" in said and "has no effect" not in said
     pipeline.run(load_config(file))
     assert "was finished already; these are its results" in capsys.readouterr().err
+    other = refusal(lambda: pipeline.run(bench.config("resumed", **SETTINGS, **{"light.remove.heads": 0.1})))
+    assert f"give another output (with --estimation {bench.folder / 'resumed'} to use its scores)" in other
     assert {name: stamps(bench.folder / "resumed" / name) for name in kept} == before
 
 
@@ -193,7 +196,8 @@ def test_a_checkpoint_that_was_sealed_damaged(
     before = checksums(run)
     capsys.readouterr()
     assert lightpeft("run", "--config", stopped) == 2
-    line = capsys.readouterr().err.removeprefix(f"train: from step {checkpoint.name.removeprefix('checkpoint-')} on\n")
+    step = checkpoint.name.removeprefix("checkpoint-")
+    line = capsys.readouterr().err.removeprefix(f"train: continues from step {step}\n")
     assert line.count("\n") == 1 and says in line and "resume from an older one" in line and str(checkpoint) in line
     (run / ".lock").unlink()
     assert checksums(run) == before

@@ -77,13 +77,12 @@ def _check_size(root: yaml.Node | None, path: str | Path) -> None:
 def _check_keys(node: yaml.Node | None, path: str | Path) -> None:
     """Refuse a mapping with the same key twice, of which YAML's loader would keep the last."""
     if isinstance(node, yaml.MappingNode):
-        keys = set()
+        keys: set[str] = set()
         for key, value in node.value:
-            line = key.start_mark.line + 1
-            require(
-                key.value not in keys or key.value == "<<", f"{path}, line {line}: {key.value} is set twice; keep one"
-            )
-            keys |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+            if isinstance(key, yaml.ScalarNode):
+                twice = f"{path}, line {key.start_mark.line + 1}: {key.value} is set twice; keep one"
+                require(key.value not in keys, twice)
+                keys.add(key.value)
             _check_keys(value, path)
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:

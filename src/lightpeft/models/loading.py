@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -262,7 +263,8 @@ def _top_module(model: PreTrainedModel, key: str) -> str:
 def explain_errors(config: ModelConfig) -> Iterator[None]:
     """Turn errors of loading a model into one line, which names the switch that may be missing."""
     try:
-        with parsing(f"model {config.name} cannot be loaded"):
+        missing = "" if os.path.isdir(config.name) else f"there is no folder {config.name}, and "
+        with parsing(f"{missing}model {config.name} cannot be loaded"):
             yield
     except LightPeftError as error:
         if error.__cause__ is None:

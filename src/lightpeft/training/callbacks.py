@@ -79,7 +79,7 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero:
             if state.global_step:
-                print_line(f"train: from step {state.global_step} on")
+                print_line(f"train: continues from step {state.global_step}")
             self.progress.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

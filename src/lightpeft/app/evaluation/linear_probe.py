@@ -59,10 +59,10 @@ class LinearProbe:
             majority: main metric of the majority baseline; empty: not known.
         """
         name = task.main_metric
-        if name in majority and self.scores.metrics[name] <= majority[name]:
-            return
         own, trained = self.scores.metrics[name], run.metrics[name]
-        if own <= trained if name in LOWER_IS_BETTER else own >= trained:
+        sign = -1 if name in LOWER_IS_BETTER else 1
+        learned = name not in majority or sign * own > sign * majority[name]
+        if learned and sign * own >= sign * trained:
             what = f"a linear probe of the base model is as good: {name} {own:.4f}, the run {trained:.4f}"
             yield f"{what}, from {self.rows} rows in {exact_duration(self.seconds)}; use it, or label more rows"
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
-
 from datasets import Dataset
 
 from lightpeft.app.tasks.kinds.base import Task
 
 NOTABLE = 0.05
-"""Part of the test rows from which on a shared row is no accident; data sets with a few duplicates stay below."""
+"""Least fraction of test rows among the training rows for a warning; most data sets have a few duplicates."""
 
 
 def seen_rows(task: Task, training: Dataset) -> str | None:
-    """Return a warning if many test rows of a task occur in training rows, with any reference; None: few or none do.
+    """Return a warning if many test rows of a task are also training rows; None: few or none are.
+
+    Rows are compared by their inputs, whatever their labels are.
 
     Args:
         task: the task, with its test rows.
@@ -24,10 +24,11 @@ def seen_rows(task: Task, training: Dataset) -> str | None:
         return None
 
     def keys(rows: Dataset) -> list[str]:
-        return [json.dumps(row, sort_keys=True, default=str) for row in rows.select_columns(columns)]
+        table = rows.select_columns(columns)[:]
+        return [repr(row) for row in zip(*(table[name] for name in columns), strict=True)]
 
     known = set(keys(training))
     seen = sum(key in known for key in keys(task.test))
-    if seen < NOTABLE * len(task.test) or not seen:
+    if not seen or seen < NOTABLE * len(task.test):
         return None
-    return f"{seen:,} of the {len(task.test):,} test rows are training rows, too, which makes scores too good"
+    return f"{seen:,} of the {len(task.test):,} test rows are also training rows, so the scores are too high"

@@ -156,10 +156,10 @@ def _precision(found: Found, bf16: bool | None) -> torch.dtype | None:
 
 
 def _is_object(example: str | None) -> bool:
-    """True for a row as a JSON object, which no text of a task looks like."""
+    """True if an example is a row as a JSON object, not a text."""
     try:
         return isinstance(json.loads(example or ""), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

@@ -93,9 +93,7 @@ def trim(name: str, folder: str | Path, data: str, column: str | None = None, *,
 
 def _rows(data: str, column: str | None) -> Dataset:
     is_lines = Path(data).suffix.lower() == ".txt"
-    rows = (
-        read_inputs(Path(data), column or "text", "--data", skip_blank=True) if is_lines else read_rows(data, "--data")
-    )
+    rows = read_inputs(Path(data), column or "text", "--data") if is_lines else read_rows(data, "--data")
     missing = f'--data: {data} has no column "{column}"; its columns are {", ".join(rows.column_names)}'
     require(column is None or column in rows.column_names, missing)
     return rows

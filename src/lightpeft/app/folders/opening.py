@@ -66,10 +66,7 @@ def find_model(name: str | Path, base: str | None = None, settings: Mapping[str,
     repository, settings = Repository.named(name), dict(settings or {})
     if repository is not None and repository.revision is not None:
         name, settings["revision"] = repository.name, repository.revision
-    try:
-        return WholeModel.find(name, base, settings).checked()
-    except LightPeftError as error:
-        raise LightPeftError(f"there is no folder {name}, and {error}") from error
+    return WholeModel.find(name, base, settings).checked()
 
 
 def find_saved(name: str | Path, base: str | None = None, settings: Mapping[str, Any] | None = None) -> Found | None:

@@ -120,8 +120,9 @@ class RunFolder:
     def _check_same(self) -> None:
         """Raise `LightPeftError` if the folder contains other files, or the run of another config."""
         differing = self._changed_settings()
-        scores = f" (with --estimation {self.path}, which keeps its scores)"
-        reuse = scores if set(differing) <= {f"light.{name}" for name in READ_BY_PLANS} else ""
+        planned = {f"light.{name}" for name in READ_BY_PLANS}
+        reusable = self.has("estimate") and planned.issuperset(differing)
+        reuse = f" (with --estimation {self.path} to use its scores)" if reusable else ""
         require(
             not differing,
             f"output {self.path} holds a run with other settings (it differs in {', '.join(differing)}); give another "

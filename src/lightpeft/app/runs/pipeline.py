@@ -49,7 +49,7 @@ from lightpeft.config import SWITCHES, RunConfig
 from lightpeft.console.progress import print_line
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json
-from lightpeft.machine import sharding_launched
+from lightpeft.machine import processes, sharding_launched
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary.cutting import cut_parameters
 from lightpeft.peft_kinds.placing import add_peft
@@ -113,7 +113,7 @@ def run(
         plan(work)
     train(work, callbacks, prune(work) if config.method_spec.prunes else None)
     metrics = evaluate(work)
-    if finished:
+    if finished and processes().is_main_process:
         print_line(f"{config.output} was finished already; these are its results")
     return metrics
 

@@ -37,7 +37,7 @@ PREDICT = Verb(
             "row needs several columns, JSON lines.",
             count="?",
         ),
-        Option("--example", "One row instead of a file: its text, or a JSON object if it needs several columns."),
+        Option("--example", "One row instead of a file: its text, or a JSON object with its columns."),
         Option("--output", "File for the predictions, .csv or .jsonl (default: stdout, as CSV)."),
         BASE,
         Option(

@@ -11,7 +11,7 @@ from lightpeft.app.tasks.rows.reading import read_file, read_json_text
 from lightpeft.errors import LightPeftError, require
 
 
-def read_inputs(source: Path | TextIO, column: str | None, what: str = "input", skip_blank: bool = False) -> Dataset:
+def read_inputs(source: Path | TextIO, column: str | None, what: str = "input") -> Dataset:
     """Read rows to predict on.
 
     Args:
@@ -19,7 +19,6 @@ def read_inputs(source: Path | TextIO, column: str | None, what: str = "input", 
             stream of texts (if `column` is given) or JSON objects.
         column: name of the column for lines of text; None: a row needs several columns, so a table is required.
         what: names the source in error messages.
-        skip_blank: leave out blank lines between lines of text; they are refused otherwise, since each has an answer.
 
     Raises:
         LightPeftError: the source is missing, empty or malformed, or has lines of text where a table is required.
@@ -34,12 +33,9 @@ def read_inputs(source: Path | TextIO, column: str | None, what: str = "input", 
         )
         return read_json_text(_read_content(source, what), what)
     lines = [line.rstrip("\r") for line in _read_content(source, what).split("\n")]
-    while lines and not lines[-1].strip():
+    while lines and not lines[-1].strip():  # a blank line between others stays, so that each line has its answer
         lines.pop()
     require(lines, f"{what} has no text, only blank lines; give one text per line")
-    blank = next((number for number, line in enumerate(lines, 1) if not line.strip()), None)
-    require(skip_blank or blank is None, f"line {blank} of {what} is blank; fill it in or remove it")
-    lines = [line for line in lines if line.strip()]
     return Dataset.from_dict({column: lines})
 
 
