@@ -263,7 +263,7 @@ def _top_module(model: PreTrainedModel, key: str) -> str:
 def explain_errors(config: ModelConfig) -> Iterator[None]:
     """Turn errors of loading a model into one line, which names the switch that may be missing."""
     try:
-        missing = "" if os.path.isdir(config.name) else f"there is no folder {config.name}, and "
+        missing = "" if os.path.isdir(config.name) else f"there is no folder {config.name}, and "  # noqa: PTH112 (never raises)
         with parsing(f"{missing}model {config.name} cannot be loaded"):
             yield
     except LightPeftError as error:
