@@ -78,6 +78,7 @@ VALUES = {
     "peft": ('{"type": "bottleneck", "size": 0}', "peft.size is"),
     "data.columns": ('{"txt": "text"}', "rows of kind classification have text, label"),
     "trainer.max_grad_norm": ("soft", "trainer.max_grad_norm is"),
+    "trainer.optim": ("adamm", "trainer.optim: adamm is not a valid OptimizerNames"),
     "seed": ("18446744073709551616", "seed is"),
 }
 """Setting -> a bad value, and what its line says; tests/test_config.py has the others."""
@@ -88,7 +89,8 @@ def test_bad_values(bench: Workbench, refused: Refused, key: str) -> None:
     value, says = VALUES[key]
     line = refused("run", "--config", bench.yaml("plain"), f"--{key}", value)
     assert says in line
-    assert line == refused("run", "--config", bench.yaml("value", **{key: _plain(value)}))
+    file = bench.yaml("value", **{key: _plain(value)})
+    assert line == refused("run", "--config", file) == refused("check", "--config", file)
 
 
 def _plain(value: str) -> Any:

@@ -397,6 +397,13 @@ def test_a_run_warns_of_a_teacher_that_gives_one_class(bench: Workbench) -> None
     assert any('gives all 64 training rows the same class ("' in line for line in warnings)
 
 
+def test_a_run_warns_of_a_teacher_that_has_seen_the_test_rows(bench: Workbench) -> None:
+    told = yaml.safe_load((bench.folder / "teacher/config.yaml").read_text())
+    seen = {"method": "plain", "training.epochs": 1, "data.test": told["data"]["train"]}
+    warnings = pipeline.run(taught(bench, "leaky_teacher", **seen))["warnings"]
+    assert any("training.teacher: 64 of the 64 test rows are also training rows of the teacher" in w for w in warnings)
+
+
 def test_the_run_folder_has_what_the_teacher_predicts(bench: Workbench) -> None:
     """Row by row; rows that are set aside to stop by have none."""
     changes = {"training.epochs": "auto", "training.batch_size": 16, "method": "plain"}

@@ -116,7 +116,8 @@ def test_evaluation_on_the_way(bench: Workbench) -> None:
         ("num_train_epochs", 3, "trainer.num_train_epochs is determined by training.epochs"),
         ("output_dir", "elsewhere", "trainer.output_dir is set by the run itself"),
         ("lr_schedule_type", "cosine", "unknown key trainer.lr_schedule_type; did you mean trainer.lr_scheduler_type?"),
-        ("lr_scheduler_type", "zigzag", "trainer: zigzag is not a valid SchedulerType"),
+        ("lr_scheduler_type", "zigzag", "trainer.lr_scheduler_type: zigzag is not a valid SchedulerType"),
+        ("load_best_model_at_end", True, "trainer.load_best_model_at_end: --load_best_model_at_end requires the save"),
         ("torch_compile", True, "torch.compile does not work with a model that is cut"),
     ],
 )

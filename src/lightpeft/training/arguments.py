@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 """Defaults of a run for fields of `TrainingArguments`, which `trainer:` overrides."""
 _RANGES = {"weight_decay": Within(least=0), "max_grad_norm": Within(least=0)}
 """Ranges of fields that transformers does not check."""
+_REFUSALS = (TypeError, ValueError, KeyError, ImportError, RuntimeError)
+"""Errors of `TrainingArguments` and of trackers about a value."""
 _RESERVED = (
     "output_dir",
     "use_cpu",
@@ -101,18 +104,16 @@ def training_arguments(
         LightPeftError: a field does not exist, has a setting of its own, or is set by every run; or transformers
             refuses a value.
     """
-    check_trainer_fields(given or {})
-    refuse_deepspeed((given or {}).get("deepspeed"))
+    given = given or {}
+    check_trainer_fields(given)
+    refuse_deepspeed(given.get("deepspeed"))
     autocast = autocast_dtype(config)
     fields: dict[str, Any] = {
-        **TRAINER_DEFAULTS,
         **{name: getattr(config, setting) for name, setting in _SAME_VALUE.items()},
-        "output_dir": str(folder),
         "max_steps": steps,
         "learning_rate": float(config.learning_rate),
         "bf16": autocast is torch.bfloat16,
         "fp16": autocast is torch.float16,
-        "use_cpu": accelerator() is None,
         "length_column_name": "length",
         "remove_unused_columns": False,
         "save_strategy": "steps",
@@ -123,15 +124,29 @@ def training_arguments(
         "data_seed": seed,
     }
     try:
-        arguments = TrainingArguments(**{**fields, **(given or {})})
-        if arguments.report_to:
-            with needed_for("trainer.report_to"):
-                from transformers.integrations import get_reporting_integration_callbacks
-            for make_callback in get_reporting_integration_callbacks(arguments.report_to):
-                make_callback()  # raises if the integration is not installed
-        return arguments
-    except (TypeError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise LightPeftError(f"trainer: {one_line(error, 300)}") from error
+        return _make_arguments(folder, {**TRAINER_DEFAULTS, **fields, **given})
+    except _REFUSALS as error:
+        alone = (name for name, value in given.items() if _is_refused(folder, name, value))
+        where = ".".join(["trainer", *itertools.islice(alone, 1)])
+        raise LightPeftError(f"{where}: {one_line(error, 300)}") from error
+
+
+def _make_arguments(folder: Path, fields: Mapping[str, Any]) -> TrainingArguments:
+    arguments = TrainingArguments(str(folder), use_cpu=accelerator() is None, **fields)
+    if arguments.report_to:
+        with needed_for("trainer.report_to"):
+            from transformers.integrations import get_reporting_integration_callbacks
+        for make_callback in get_reporting_integration_callbacks(arguments.report_to):
+            make_callback()  # raises if the integration is not installed
+    return arguments
+
+
+def _is_refused(folder: Path, name: str, value: Any) -> bool:
+    try:
+        _make_arguments(folder, {**TRAINER_DEFAULTS, name: value})
+    except _REFUSALS:
+        return True
+    return False
 
 
 def half_precision(args: TrainingArguments) -> torch.dtype | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from sklearn.metrics import classification_report
 from lightpeft.app.evaluation.batching import check_batch_size
 from lightpeft.app.evaluation.class_names import class_order, renumber_classes
 from lightpeft.app.evaluation.milestones import doubts, majority_score
-from lightpeft.app.evaluation.overlap import seen_rows
+from lightpeft.app.evaluation.overlap import rows_seen_by
 from lightpeft.app.evaluation.prediction_files import check_predictions_path, write_predictions
 from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.evaluation.scores import add_prefix, scores_of
@@ -26,7 +26,7 @@ from lightpeft.app.tasks.kinds.task_kinds import task_class
 from lightpeft.app.tasks.loading import load_task, run_settings
 from lightpeft.app.tasks.tokens import check_max_length, check_tokens
 from lightpeft.config import RunConfig, merge_settings, run_config_from_dict
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import require
 from lightpeft.files import check_no_folder, write_json
 from lightpeft.machine import autocast_dtype
 from lightpeft.models.families.family_table import max_positions
@@ -187,26 +187,14 @@ def _report(measured: Sequence[MeasuredModel], per_class: bool) -> dict[str, Any
 def _model_report(measured: MeasuredModel) -> dict[str, Any]:
     scores = scores_of(measured.outcomes, measured.task)
     interval = scores.intervals.get(measured.task.main_metric)
+    seen = rows_seen_by(measured.found, measured.task)
     return {
         "name": measured.found.name,
         "kind": measured.found.kind,
         **asdict(scores),
-        "warnings": [*doubts(measured.answers(), measured.task, interval), *_seen(measured)],
+        "warnings": [*doubts(measured.answers(), measured.task, interval), *([seen] if seen else [])],
         "parameters": measured.parameters,
     }
-
-
-def _seen(measured: MeasuredModel) -> Iterator[str]:
-    """Yield a warning if the run that made the model has trained on many of the rows that it is measured on."""
-    run = measured.found.run
-    if run is None:
-        return
-    try:
-        training = load_task(run.data, measured.found.config, run.tasks).train
-    except LightPeftError:  # the rows that it was trained on are not there any more
-        return
-    if (line := seen_rows(measured.task, training)) is not None:
-        yield line
 
 
 def _comparison(first: MeasuredModel, second: MeasuredModel) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from lightpeft.app.evaluation.class_names import class_order, join_names
+from lightpeft.app.evaluation.overlap import rows_seen_by
 from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.folders.forms import Found, Wanted, WholeModel
 from lightpeft.app.folders.opening import find_model
@@ -113,7 +114,7 @@ class RunTeacher:
         def save() -> None:
             _write_logits(run, fingerprint, logits)
 
-        warnings = [line for line in [self._warning(logits)] if line is not None]
+        warnings = list(self._warnings(logits))
         with run.held():
             for line in warnings:
                 run.announce("teach", f"warning: {line}")
@@ -141,11 +142,13 @@ class RunTeacher:
 
         return split_over_processes(len(encoded), answer)
 
-    def _warning(self, logits: Sequence[Tensor]) -> str | None:
-        """Return a warning if the teacher has learned nothing."""
+    def _warnings(self, logits: Sequence[Tensor]) -> Iterator[str]:
+        """Yield a warning if the teacher has learned nothing, or knows test rows by heart."""
         kinds: dict[TaskHead, OutputKind] = {REGRESSION: "numbers", MULTIPLE_CHOICE: "options"}
-        line = one_class_warning(logits, kinds.get(self.task.head, "classes"), self.task.labels)
-        return line and f"training.teacher: {line}"
+        nothing = one_class_warning(logits, kinds.get(self.task.head, "classes"), self.task.labels)
+        for line in (nothing, rows_seen_by(self.found, self.task, "training rows of the teacher")):
+            if line is not None:
+                yield f"training.teacher: {line}"
 
     def _fingerprint(self) -> str:
         """Return the SHA-256 of the teacher's files (or name), its `max_length` and the texts it reads."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +37,7 @@ from lightpeft.models.vocabulary.tokenizer import cut_tokenizer
 from lightpeft.peft_kinds.kinds import check_peft_settings
 from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.prune.length import StageLength, few_examples, fit_stage, remove_nothing_if_short
-from lightpeft.training.arguments import TRAINER_DEFAULTS, check_trainer_fields
+from lightpeft.training.arguments import TRAINER_DEFAULTS, check_trainer_fields, training_arguments
 from lightpeft.training.prefix import PrefixCache
 from lightpeft.training.schedule import Pace, resolve_auto, rows_held, scored_steps
 
@@ -284,6 +286,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
         config.training, len(train_rows), width, processes().num_processes, has_peft=config.method_spec.has_peft
     )
     config = replace(config, training=training)
+    training_arguments(training, Path(tempfile.gettempdir()), 1, config.seed, config.trainer)  # raises for bad values
     if run.has("depth") and run.has_same_config:
         config = with_found_depth(config, run)
     # once trained, a run does not need its teacher any more, which may be deleted
