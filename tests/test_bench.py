@@ -151,6 +151,10 @@ def test_table_shows_the_measurements(report: dict[str, Any], capsys: pytest.Cap
     assert f"{report['ratios']['training_flops']:.2f}" in text
     assert "6 steps of estimation" in text
     assert "MiB" in text
+    spread = [f"{report['ratios']['inference_throughput'][end]:.2f}" for end in ("low", "high")]
+    assert " - ".join(spread) in text
+    Console(width=140).print(bench_table({**report, "rounds": 1}))
+    assert " - " not in capsys.readouterr().out, "one round has no quartiles"
 
 
 def test_batches_are_the_same_for_all_and_spread_over_the_epoch(bench: Workbench) -> None:

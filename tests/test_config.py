@@ -50,7 +50,7 @@ def message(error: pytest.ExceptionInfo[LightPeftError]) -> str:
         (TrainingConfig, {"save_steps": 0}, "training.save_steps is 0; it must be at least 1"),
         (TrainingConfig, {"precision": "half"}, "training.precision is 'half'; it must be one of float32, bf16"),
         (RunConfig, {"seed": "a"}, "seed is 'a'; it must be a whole number"),
-        (Remove, {"blocks": [1]}, "light.remove.blocks is [1]; it must be a number or unset or one of auto"),
+        (Remove, {"blocks": [1]}, "light.remove.blocks is [1]; it must be a number or unset or auto"),
         (Remove, {"vocabulary": "x"}, "light.remove.vocabulary is 'x'; it must be one of keep, task"),
         (Rates, {"scale": "fast"}, "light.rates.scale is 'fast'; it must be a number or unset"),
         (LightConfig, {"preset": 3}, "light.preset is 3; it must be unset or one of fast, accurate, paper"),

@@ -112,7 +112,7 @@ def test_each_is_settled_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["epochs", "learning_rate"])
 def test_other_words_are_refused(name: str) -> None:
-    with pytest.raises(LightPeftError, match=f"{name} is 'many'; it must be a number or one of auto"):
+    with pytest.raises(LightPeftError, match=f"{name} is 'many'; it must be a number or auto"):
         TrainingConfig(**{name: "many"})
 
 

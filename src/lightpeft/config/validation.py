@@ -291,7 +291,8 @@ def convert(value: Any, hint: Any, where: str) -> Any:
             return convert(float(value), hint, where)
     choices = _literals(hint)
     kinds = [_TYPE_NAMES.get(typing.get_origin(option) or option) for option in options]
-    wanted = " or ".join([kind for kind in kinds if kind] + ([f"one of {', '.join(choices)}"] if choices else []))
+    known = [f"{'one of ' if len(choices) > 1 else ''}{', '.join(choices)}"] if choices else []
+    wanted = " or ".join([*filter(None, kinds), *known])
     # YAML 1.1 reads words such as no, on and 1 as other things than text
     quotes = " (in quotes)" if str in options and isinstance(value, (bool, int, float)) else ""
     raise LightPeftError(f"{where} is {short_repr(value)}; it must be {wanted}{quotes}")

@@ -155,7 +155,7 @@ def bench_table(report: Mapping[str, Any]) -> Table:
     for name in ("measure", kind, "light", "light /\nplain", "quartiles\nof the ratio"):
         table.add_column(name, justify="left" if name == "measure" else "right")
     for row in speed_rows(report):
-        spread = " - ".join(f"{end:.2f}" for end in row.get("quartiles", ()))
+        spread = " - ".join(f"{end:.2f}" for end in row.get("quartiles", ()) if report["rounds"] > 1)
         table.add_row(row["name"], row["plain"], row["light"], f"{row['ratio']:.2f}", spread)
     if "estimation_throughput" in report["ratios"]:
         slowdown = report["ratios"]["estimation_throughput"]["median"]
