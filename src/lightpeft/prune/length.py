@@ -118,7 +118,7 @@ def check_examples(light: LightConfig, examples: int, longer: str = "training.ep
     """
     line = few_examples(light, examples)
     asked = isinstance(light.estimate.length, int)
-    require(line is None or asked, f"{line}; raise light.estimate.length, or train for longer ({longer})")
+    require(line is None or asked, f"{line}, or train for longer ({longer})")
 
 
 def few_examples(light: LightConfig, examples: int) -> str | None:
@@ -128,7 +128,8 @@ def few_examples(light: LightConfig, examples: int) -> str | None:
     """
     if examples >= LEAST_EXAMPLES or not light.uses_scores:
         return None
-    return f"estimation scores {examples} examples, too few for a reliable plan, which needs {LEAST_EXAMPLES}"
+    few = f"estimation scores {examples} examples, too few for a reliable plan, which needs {LEAST_EXAMPLES}"
+    return f"{few}; raise light.estimate.length"
 
 
 def _part_of_steps(fraction: float, total_steps: int) -> int:
