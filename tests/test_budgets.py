@@ -532,6 +532,20 @@ def test_another_tolerance_is_another_search(bench: Workbench) -> None:
     assert read(bench.folder / "again" / "budget.json")["blocks"] == 0
 
 
+def test_a_tolerance_does_not_guard_a_fixed_amount(
+    bench: Workbench, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    idle = "light.remove.tolerance has no effect on a fixed amount"
+    trainer_of(tmp_path, but(LIGHT, tolerance="2 nats"))
+    pipeline.prepare(short(bench, "guarded", **{"light.remove.tolerance": "2 nats"})).announce_settings()
+    assert idle not in caplog.text + capsys.readouterr().err
+    trainer_of(tmp_path, but(LIGHT, blocks=0.4, tolerance="2 nats"))
+    assert idle in caplog.text
+    (bench.folder / "idle").mkdir()
+    pipeline.prepare(bench.config("idle", **{"light.remove.tolerance": "2 nats"})).announce_settings()
+    assert idle in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_task_without_classes_has_no_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench = Workbench(tmp_path, "llama", "causal-lm")
     write_rows(bench.train, completions(600))

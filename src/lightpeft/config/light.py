@@ -375,3 +375,10 @@ class LightConfig:
     def unused(self) -> tuple[str, ...]:
         """Names of settings that have no effect here: the tolerance, where the amount to remove is given."""
         return () if self.is_auto else ("light.remove.tolerance",)
+
+    @property
+    def idle_tolerance(self) -> str | None:
+        """Warning about a tolerance that guards nothing, because the amount to remove is given; None: no such."""
+        if self.is_auto or self.remove.tolerance is None:
+            return None
+        return "light.remove.tolerance has no effect on a fixed amount; set light.remove.blocks: auto"

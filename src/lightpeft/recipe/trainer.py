@@ -138,6 +138,8 @@ class LightTraining(Training):
         self.args: TrainingArguments = copy.copy(self.args)  # the user's own stay as they are
         if self.args.fp16:
             upcast_trained_weights(self.model)
+        if self.light_config.idle_tolerance is not None:
+            self._warn(self.light_config.idle_tolerance)
         if self.light_config.after.keep != "light":
             self._warn_about_full_width()
         self.light_plain_rate = self.args.learning_rate

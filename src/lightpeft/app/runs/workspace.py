@@ -212,6 +212,8 @@ class Workspace:
             self.run.announce(stage, f"{nothing}; give a number, such as light: 0.2, to cut it all the same")
         elif writes and (line := cut_of_writer(light)) is not None:
             self.run.announce(stage, line)
+        if self.config.method_spec.prunes and self.unable is None and light.idle_tolerance is not None:
+            self.run.announce(stage, f"warning: {light.idle_tolerance}")
         scored = self.pace.least_examples(scored_steps(self.stage.steps))
         if self.config.method_spec.prunes and (few := few_examples(light, scored)) is not None:
             self.run.announce(stage, f"warning: {few}")
