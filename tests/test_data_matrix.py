@@ -281,4 +281,4 @@ def test_sft(data: str, collator: Any, tmp_path: Path, caplog: Any) -> None:
     slow = sft(tmp_path / "slow", made(), **changes, **SLOWLY)
     slow.train()
     assert fast.light_plan is not None
-    assert losses(fast) == pytest.approx(losses(slow), abs=1e-6)
+    assert losses(fast) == pytest.approx(losses(slow), rel=1e-6)
