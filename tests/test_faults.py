@@ -326,6 +326,8 @@ ONCE_TRACEBACKS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str, str]
         "predict",
         "the model has 2 classes",
     ),
+    "no plan": ("adapter/lightpeft.json", lambda d: d.update(plan=None), "inspect", "the plan is None, not a mapping"),
+    "numbers as labels": ("adapter/lightpeft.json", lambda d: d["task"].update(labels=[3, 4]), "evaluate", "(3, 4)"),
     "metrics as text": ("adapter/lightpeft.json", lambda d: d.update(metrics="x"), "inspect", "metrics is 'x'"),
     "no metrics": ("metrics.json", lambda d: d.pop("metrics"), "run", "metrics is missing"),
     "half an interval": ("metrics.json", lambda d: d["intervals"].update(accuracy=[0.5]), "run", "must be a list"),
@@ -346,6 +348,15 @@ ONCE_TRACEBACKS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str, str]
 }
 
 
+def test_metrics_without_warnings_and_milestones_are_shown(
+    bench: Workbench, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(finished, bench.folder / "lean")
+    edit(copy / "metrics.json", lambda report: (report.pop("warnings"), report.pop("milestones")))
+    assert lightpeft("run", "--run", copy) == 0
+    assert "accuracy" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ONCE_TRACEBACKS)
 def test_what_a_file_says_against_itself(
     bench: Workbench, finished: Path, name: str, capsys: pytest.CaptureFixture[str]
@@ -358,6 +369,7 @@ def test_what_a_file_says_against_itself(
         shutil.rmtree(copy / "pruned")
     edit(copy / file, change)
     arguments = {"predict": (copy, bench.test), "inspect": (copy,), "run": ("--run", copy), "plan": ("--run", copy)}
+    arguments |= {"evaluate": (copy / "adapter", "--data.test", bench.test)}
     capsys.readouterr()
     assert lightpeft(verb, *arguments[verb]) == 2
     written = capsys.readouterr().err

@@ -121,7 +121,7 @@ class Found(ABC):
     @property
     def class_names(self) -> list[str] | None:
         """Names of its classes in order; None if unknown."""
-        return list(self.facts.get("labels", ())) or None
+        return [str(name) for name in self.facts.get("labels", ())] or None
 
     @property
     def precision(self) -> torch.dtype | None:
@@ -211,7 +211,7 @@ class WholeModel(Found):
     def class_names(self) -> list[str] | None:
         """Class names in its config, if it is a sequence classifier; else None."""
         classifies = any("SequenceClassification" in name for name in self.config.architectures or ())
-        return list(self.config.id2label.values()) if classifies else None
+        return [str(name) for name in self.config.id2label.values()] if classifies else None
 
     def load(self, wanted: Wanted, base: PreTrainedModel | None = None) -> PreTrainedModel:
         """Load the model with transformers; an untrained head is an error."""

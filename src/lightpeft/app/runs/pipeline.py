@@ -48,7 +48,7 @@ from lightpeft.app.tasks.loading import task_facts
 from lightpeft.config import SWITCHES, RunConfig
 from lightpeft.console.progress import print_line
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import write_json
+from lightpeft.files import explain_content_errors, write_json
 from lightpeft.machine import processes, sharding_launched
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary.cutting import cut_parameters
@@ -441,7 +441,8 @@ def report(work: Workspace, model: Model, scores: Scores) -> dict[str, Any]:
 def _estimation_report(run: RunFolder) -> dict[str, Any]:
     """Return the steps of estimation, and how much the model learned in it."""
     entry = run.finished_stages().get("estimate")
-    return {"estimation": {name: entry[name] for name in LEARNING}} if entry is not None else {}
+    with explain_content_errors(run.log):
+        return {"estimation": {name: entry[name] for name in LEARNING}} if entry is not None else {}
 
 
 def _stopped_report(run: RunFolder) -> dict[str, Any]:

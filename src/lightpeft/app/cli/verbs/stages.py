@@ -50,9 +50,10 @@ def show_metrics(report: dict[str, Any]) -> None:
                 **report["full_width"], title="method light at full width: what was learned, over the whole base"
             )
         )
-    screen.print(milestones_table(report["milestones"]))
+    if "milestones" in report:
+        screen.print(milestones_table(report["milestones"]))
     screen.print(parameters_table(report["parameters"]))
-    screen.warn(report["warnings"])
+    screen.warn(report.get("warnings", []))
 
 
 def _estimate(given: dict[str, Any]) -> None:
