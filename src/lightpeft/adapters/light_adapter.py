@@ -16,7 +16,7 @@ from lightpeft.adapters.over_base import over_base, stream_of
 from lightpeft.adapters.streaming import Stream
 from lightpeft.config import ModelConfig
 from lightpeft.errors import require
-from lightpeft.files import read_json, write_json, write_text
+from lightpeft.files import explain_content_errors, read_json, write_json, write_text
 from lightpeft.models.repositories import Token
 from lightpeft.models.tensors import SharedTensors
 from lightpeft.prune.light_model import LightModel, as_light
@@ -159,7 +159,8 @@ def _make_light(
         options: `is_trainable` and `fits` of `over_base`.
     """
     model = over_base(saved, dense, lacking, stream, **options)
-    metrics, task, intervals = (dict(saved.description.get(name, {})) for name in ("metrics", "task", "intervals"))
+    with explain_content_errors(DESCRIPTION):
+        metrics, task, intervals = (dict(saved.description.get(name, {})) for name in ("metrics", "task", "intervals"))
     return as_light(model if device is None else model.to(device), saved.plan, metrics, task, intervals)
 
 

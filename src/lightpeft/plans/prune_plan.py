@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightpeft.config.light import Train
-from lightpeft.config.validation import from_dict, short_repr
+from lightpeft.config.validation import from_dict
 from lightpeft.errors import require
 from lightpeft.files import explain_content_errors, read_json, write_json
 from lightpeft.plans.block_plan import BlockPlan, block_parameters, removed_in_block, removed_parameters
@@ -167,7 +167,6 @@ class PrunePlan:
         Raises:
             LightPeftError: a part is missing or has another type, or the parts do not match (see `check_fit`).
         """
-        require(isinstance(data, dict), f"the plan is {short_repr(data)}, not a mapping")
         facts = from_dict(_PlanFacts, {key: value for key, value in data.items() if key != "schema_version"}, "plan.")
         check_specs(facts.specs, facts.dense_sites)
         require(

@@ -23,6 +23,9 @@ MaskedUnit = Literal["heads", "neurons", "experts", "expert_neurons"]
 MASKED: tuple[MaskedUnit, ...] = get_args(MaskedUnit)
 """Kinds of masked units in the order of the fields of `BlockSpec` and `BlockPlan` with these names."""
 
+Quantity = Literal["heads", "kv_heads", "heads_per_kv", "width"]
+"""Quantities that an attribute of an attention module may hold: counts of heads, and their channels together."""
+
 OUTPUT_SLOTS = ("o", "ffn_out")
 """Projections that are cut along their inputs; all others are cut along their outputs."""
 
@@ -92,8 +95,8 @@ class BlockSpec:
     """True: fused qkv rows come KV group by KV group (query heads, key, value); False: all q, then all k, all v."""
     activation: str | None = None
     """Name of the FFN's activation in transformers' `ACT2FN`, if known."""
-    head_attributes: dict[str, str] = field(default_factory=dict)
-    """Attribute of the attention module -> the quantity it holds: "heads", "kv_heads", "heads_per_kv", "width"."""
+    head_attributes: dict[str, Quantity] = field(default_factory=dict)
+    """Attribute of the attention module -> the quantity it holds."""
     wide_norms: dict[str, str] = field(default_factory=dict)
     """"q" or "k" -> name of the norm over all its heads together, before which its rows cannot be cut."""
     position_bias: str | None = None

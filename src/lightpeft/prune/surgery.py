@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from peft import PeftModel
@@ -25,7 +25,7 @@ from lightpeft.peft_kinds.sites.live_sites import drop_reference, find_sites, me
 from lightpeft.plans.block_plan import BlockPlan
 from lightpeft.plans.layout import cut_dim, head_channels, kept_channels, kept_experts
 from lightpeft.plans.prune_plan import PrunePlan, check_fit
-from lightpeft.plans.structure import FFN_SLOTS, BlockSpec
+from lightpeft.plans.structure import FFN_SLOTS, BlockSpec, Quantity
 from lightpeft.profiling.live import device_of
 from lightpeft.prune.adapting import (
     KeptEntries,
@@ -39,13 +39,13 @@ from lightpeft.prune.adapting import (
 )
 from lightpeft.prune.depth import leave_out
 
-_QUANTITY_VALUES = {
+_QUANTITY_VALUES: dict[Quantity, Callable[[BlockSpec, BlockPlan], int]] = {
     "heads": lambda spec, kept: len(kept.heads),
     "kv_heads": lambda spec, kept: len(kept.kv_heads),
     "heads_per_kv": lambda spec, kept: len(kept.heads) // len(kept.kv_heads),
     "width": lambda spec, kept: len(kept.heads) * spec.head_dim,
 }
-"""Quantity that a family's `head_attributes` may name -> its value after the cut."""
+"""Quantity -> its value after the cut."""
 
 
 def apply_plan(model: nn.Module, plan: PrunePlan, family: Family | None = None) -> None:

@@ -14,6 +14,7 @@ from lightpeft.app.folders.opening import find_folder, find_saved
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.folders.stored_config import is_run
 from lightpeft.errors import LightPeftError, require
+from lightpeft.files import explain_content_errors
 from lightpeft.plans.estimation_record import RECORD, EstimationRecord
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.prune_plan import PrunePlan
@@ -79,7 +80,9 @@ def _model(found: Found) -> list[Table]:
     )
     measured = {"test rows" if name == "examples" else name: value for name, value in metrics.items()}
     facts = facts_table({**base, **_tokens(found), **measured}, f"{found.kind} {found.name}")
-    return [facts, plan_table(PrunePlan.from_dict(description["plan"]))]
+    with explain_content_errors(found.name):
+        plan = PrunePlan.from_dict(description["plan"])
+    return [facts, plan_table(plan)]
 
 
 def _tokens(found: Found) -> dict[str, str]:

@@ -121,7 +121,7 @@ class Found(ABC):
     @property
     def class_names(self) -> list[str] | None:
         """Names of its classes in order; None if unknown."""
-        return [str(name) for name in self.facts.get("labels", ())] or None
+        return list(self.facts.get("labels", ())) or None
 
     @property
     def precision(self) -> torch.dtype | None:
@@ -385,7 +385,7 @@ def read_task_facts(description: Mapping[str, Any], path: Path) -> dict[str, Any
         LightPeftError: the facts are invalid.
     """
     with explain_content_errors(path):
-        facts: dict[str, Any] = description["task"]
+        facts: dict[str, Any] = description["task"] or {}
         if facts:
             restore_task(facts)
     return facts

@@ -17,7 +17,8 @@ from lightpeft.app.tasks.kinds.task_kinds import TASK_KINDS, task_class
 from lightpeft.app.tasks.rows.sources import Split, hub_rows, read_splits
 from lightpeft.app.tasks.rows.splitting import limit_rows, split_rows
 from lightpeft.config import DataConfig, TaskEntry
-from lightpeft.config.validation import from_dict
+from lightpeft.config.validation import from_dict, short_repr
+from lightpeft.errors import require
 
 READING = ("max_length", "null_threshold", "answer_tokens")
 """Settings of `data` that an adapter stores: they change how rows are encoded and answered."""
@@ -132,8 +133,11 @@ def restore_task(facts: Mapping[str, Any]) -> Task:
         likelihood=facts["likelihood"],
         **{name: facts[name] for name in READING if name in facts},
     )
+    labels = facts["labels"]
+    named = isinstance(labels, list) and all(isinstance(each, str) for each in labels)
+    require(named, f"task.labels is {short_repr(labels)}; it must be a list of names")
     none = Dataset.from_dict({})
-    return task_class(entry.kind, config.answer, None)(config, none, none, list(facts["labels"]), entry)
+    return task_class(entry.kind, config.answer, None)(config, none, none, labels, entry)
 
 
 def _checked_entry(facts: Mapping[str, Any]) -> TaskEntry:

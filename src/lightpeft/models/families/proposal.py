@@ -19,7 +19,7 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.models.families.skeleton import random_inputs, run
 from lightpeft.models.families.spec import Family, Stack
 from lightpeft.models.linears.linear_kinds import features, is_linear
-from lightpeft.plans.structure import SLOTS, role_named
+from lightpeft.plans.structure import SLOTS, Quantity, role_named
 
 _HEAD_KEYS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "attention_heads")
 _HEAD_DIM_KEYS = ("head_dim", "d_kv", "kv_channels", "attention_head_dim", "attention_head_size")
@@ -31,7 +31,7 @@ _SLOT_NAMES = {
     "v": ("v", "v_proj", "v_lin", "value", "value_proj"),
     "qkv": ("qkv", "qkv_proj", "query_key_value", "c_attn", "Wqkv"),
 }
-_COUNT_NAMES = {
+_COUNT_NAMES: dict[str, Quantity] = {
     "num_heads": "heads",
     "num_attention_heads": "heads",
     "n_heads": "heads",
@@ -60,7 +60,7 @@ class _FoundAttention:
     """Slot -> linear layer, relative to the block."""
     heads_key: str
     head_dim_key: str
-    counts: dict[str, str]
+    counts: dict[str, Quantity]
     """Attribute of the attention module, or of its config -> the quantity that it holds."""
     outputs: int
     wide_norms: dict[str, str]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
-from lightpeft.plans.structure import FFN_SLOTS, SLOTS, Role
+from lightpeft.plans.structure import FFN_SLOTS, SLOTS, Quantity, Role
 
-_QUANTITY_NAMES = {"heads", "kv_heads", "heads_per_kv", "width"}
 _ATTENTION = ({"q", "k", "v", "o"}, {"q", "kv", "o"}, {"qkv", "o"})
 _FFN: tuple[set[str], ...] = (
     set(),
@@ -59,7 +58,7 @@ class Stack:
     projections: dict[str, str] | Sequence[dict[str, str]]
     """Slot (see `SLOTS`) -> linear layer, relative to a block; or several such tables, of which the first that fits a
     block is used (for families whose FFN may have a gate, or experts in its place)."""
-    head_attributes: dict[str, str] = field(default_factory=dict)
+    head_attributes: dict[str, Quantity] = field(default_factory=dict)
     """Attribute of the attention module -> its quantity: "heads", "kv_heads", "heads_per_kv" or "width". An attribute
     of the shared config, such as "config.num_attention_heads", is set in a view of the config for the module."""
     heads_key: str = "num_attention_heads"
@@ -151,6 +150,6 @@ class Family:
                     )
                 if "kv" in table and "kv" not in stack.head_sizes:
                     raise ValueError(f"family {self.model_type}: kv rows of a head are unknown; set head_sizes")
-            unknown = set(stack.head_attributes.values()) - _QUANTITY_NAMES
+            unknown = set(stack.head_attributes.values()) - {*get_args(Quantity)}
             if unknown:
                 raise ValueError(f"family {self.model_type}: unknown quantities {sorted(unknown)} in head_attributes")

@@ -67,11 +67,12 @@ def page(runs: Sequence[RunFacts]) -> str:
     for number, run in enumerate(runs, start=1):
         with explain_content_errors(run.folder):  # values of the right type may still be too large to draw
             views.append(_run_values(run, number))
-    return template.render(
-        runs=views,
-        beside=_comparison(runs) if len(runs) > 1 else None,
-        version=versions()["lightpeft"],
-    )
+    with explain_content_errors(", ".join(str(run.folder) for run in runs)):
+        return template.render(
+            runs=views,
+            beside=_comparison(runs) if len(runs) > 1 else None,
+            version=versions()["lightpeft"],
+        )
 
 
 @cache
