@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightpeft.config.validation import from_dict
+from lightpeft.errors import require
 from lightpeft.files import explain_content_errors, read_json
 
 
@@ -71,5 +72,6 @@ def read_report(path: Path) -> dict[str, Any]:
     """
     report = read_json(path)
     with explain_content_errors(path):
-        RunReport.of(report)
+        lacking = {"base_dense", "base", "base_removed_ratio"} - RunReport.of(report).parameters.keys()
+        require(not lacking, f"parameters has no {', '.join(sorted(lacking))}")
     return report
