@@ -744,7 +744,7 @@ def test_parts_that_found_settings(tmp_path: Path) -> None:
 
 def fake_report(config: RunConfig, accuracy: float) -> None:
     """Leave metrics.json of a run that measured no training."""
-    sizes = {"base": 10, "base_removed_ratio": 0.5, "trained": 3}
+    sizes = {"base_dense": 20, "base": 10, "base_removed_ratio": 0.5, "trained": 3}
     report = {
         "method": config.method,
         "main_metric": "accuracy",
