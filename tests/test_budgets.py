@@ -542,6 +542,9 @@ def test_a_tolerance_does_not_guard_a_fixed_amount(
     trainer_of(tmp_path, but(LIGHT, blocks=0.4, tolerance="2 nats"))
     assert idle in caplog.text
     (bench.folder / "idle").mkdir()
+    caplog.clear()
+    EarlyPruner(with_lora(make("bert")), but(LIGHT, blocks=0.4, tolerance="2 nats")).start(60)
+    assert idle in caplog.text
     pipeline.prepare(bench.config("idle", **{"light.remove.tolerance": "2 nats"})).announce_settings()
     assert idle in " ".join(capsys.readouterr().err.split())
 

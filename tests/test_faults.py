@@ -335,7 +335,7 @@ ONCE_TRACEBACKS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str, str]
     "numbers as labels": ("adapter/lightpeft.json", lambda d: d["task"].update(labels=[3, 4]), "evaluate", "of names"),
     "metrics as text": ("adapter/lightpeft.json", lambda d: d.update(metrics="x"), "inspect", "metrics is 'x'"),
     "no metrics": ("metrics.json", lambda d: d.pop("metrics"), "run", "metrics is missing"),
-    "no base": ("metrics.json", lambda d: d["parameters"].pop("base"), "run", "parameters has no base"),
+    "no base": ("metrics.json", lambda d: d["parameters"].pop("base"), "run", "parameters.base is missing"),
     "half an interval": ("metrics.json", lambda d: d["intervals"].update(accuracy=[0.5]), "run", "must be a list"),
     "milestones of nothing": ("metrics.json", lambda d: d["milestones"].pop("metrics"), "run", "metrics is missing"),
     "a site in no block": (

@@ -259,7 +259,7 @@ class TestBeside:
         found = Reader(html(*folders))
         assert "Comparison of 4 runs" in found.text
         for run in (read_run(folder) for folder in folders[:2]):
-            assert run.report and f"{run.report.parameters['trained']:,}" in found.text
+            assert run.report and f"{run.report.parameters.trained:,}" in found.text
             low, high = run.report.intervals["accuracy"] or (0, 0)
             assert f"{100 * run.report.metrics['accuracy']:.1f}% ({100 * low:.1f} to {100 * high:.1f})" in found.text
         links = [str(attributes["href"])[1:] for attributes in found.all("a")]

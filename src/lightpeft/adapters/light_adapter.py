@@ -159,7 +159,7 @@ def _make_light(
         options: `is_trainable` and `fits` of `over_base`.
     """
     model = over_base(saved, dense, lacking, stream, **options)
-    with explain_content_errors(DESCRIPTION):
+    with explain_content_errors(saved.folder / DESCRIPTION):
         metrics, task, intervals = (dict(saved.description.get(name, {})) for name in ("metrics", "task", "intervals"))
     return as_light(model if device is None else model.to(device), saved.plan, metrics, task, intervals)
 

@@ -381,4 +381,4 @@ class LightConfig:
         """Warning about a tolerance that guards nothing, because the amount to remove is given; None: no such."""
         if self.is_auto or self.remove.tolerance is None:
             return None
-        return "light.remove.tolerance has no effect on a fixed amount; set light.remove.blocks: auto"
+        return "light.remove.tolerance has no effect on a fixed amount; it limits the cost of light.remove.blocks: auto"

@@ -143,6 +143,8 @@ class EarlyPruner:
         lines = "; ".join(self.advice())
         if lines:
             _log.warning("EarlyPruner: your loop has to do what LightTrainer does by itself: %s", lines)
+        if self.config.idle_tolerance is not None:
+            _log.warning("%s", self.config.idle_tolerance)
         if can_write(self.model) and (line := cut_of_writer(self.config, FULL_WIDTH_CALL)) is not None:
             _log.warning("%s", line)
 

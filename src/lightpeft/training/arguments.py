@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -126,9 +125,8 @@ def training_arguments(
     try:
         return _make_arguments(folder, {**TRAINER_DEFAULTS, **fields, **given})
     except _REFUSALS as error:
-        alone = (name for name, value in given.items() if _is_refused(folder, name, value))
-        where = ".".join(["trainer", *itertools.islice(alone, 1)])
-        raise LightPeftError(f"{where}: {one_line(error, 300)}") from error
+        refused = (f"trainer.{name}" for name, value in given.items() if _is_refused(folder, name, value))
+        raise LightPeftError(f"{next(refused, 'trainer')}: {one_line(error, 300)}") from error
 
 
 def _make_arguments(folder: Path, fields: Mapping[str, Any]) -> TrainingArguments:

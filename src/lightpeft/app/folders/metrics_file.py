@@ -35,12 +35,27 @@ class Milestones:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Parameter counts of a run's model (`parameter_report`)."""
+
+    base_dense: int
+    """Of the base before the cut."""
+    base: int
+    """Of the base after the cut."""
+    base_removed_ratio: float
+    peft: int = 0
+    head: int = 0
+    trained: int | None = None
+    """All that were trained; None: unknown, because the weights are merged."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunReport:
     """Content of metrics.json that tables and reports read."""
 
     method: str
     metrics: dict[str, float]
-    parameters: dict[str, int | float]
+    parameters: Parameters
     intervals: dict[str, tuple[float, float] | None]
     main_metric: str
     seconds: dict[str, float]
@@ -52,6 +67,11 @@ class RunReport:
     milestones: Milestones | None = None
     """None in the results of a grid, which leave out milestones and warnings."""
     warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        probe = self.metrics if self.linear_probe is None else self.linear_probe.metrics
+        there = self.main_metric in self.metrics and self.main_metric in probe
+        require(there, f"metrics has no {self.main_metric}, the main metric")
 
     @classmethod
     def of(cls, report: dict[str, Any]) -> RunReport:
@@ -72,6 +92,5 @@ def read_report(path: Path) -> dict[str, Any]:
     """
     report = read_json(path)
     with explain_content_errors(path):
-        lacking = {"base_dense", "base", "base_removed_ratio"} - RunReport.of(report).parameters.keys()
-        require(not lacking, f"parameters has no {', '.join(sorted(lacking))}")
+        RunReport.of(report)
     return report

@@ -146,7 +146,11 @@ class RunTeacher:
         """Yield a warning if the teacher has learned nothing, or knows test rows by heart."""
         kinds: dict[TaskHead, OutputKind] = {REGRESSION: "numbers", MULTIPLE_CHOICE: "options"}
         nothing = one_class_warning(logits, kinds.get(self.task.head, "classes"), self.task.labels)
-        for line in (nothing, rows_seen_by(self.found, self.task, "training rows of the teacher")):
+        run, own = self.found.run, self.task.config
+        # of a teacher with the run's own rows, the run's warning about its own training rows says the same
+        same = run is not None and replace(run.data, max_length=own.max_length) == own
+        seen = None if same else rows_seen_by(self.found, self.task, "training rows of the teacher")
+        for line in (nothing, seen):
             if line is not None:
                 yield f"training.teacher: {line}"
 

@@ -21,7 +21,7 @@ def _evaluate(given: dict[str, Any], model: str | None = None, **options: Any) -
         config = run_config(given)
         report = pipeline.evaluate(pipeline.prepare(config))
         if not options:
-            show_metrics(report, config.output)
+            show_metrics(report)
             return
         model, settings = config.output, {"model": {name: getattr(config.model, name) for name in SWITCHES}}
     else:

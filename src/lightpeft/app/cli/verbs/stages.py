@@ -11,7 +11,6 @@ from lightpeft.app.cli.screen import screen
 from lightpeft.app.cli.settings import run_config
 from lightpeft.app.cli.verbs.verb import Verb
 from lightpeft.errors import require
-from lightpeft.files import explain_content_errors
 
 if TYPE_CHECKING:
     from lightpeft.config import RunConfig
@@ -25,7 +24,7 @@ def _run(given: dict[str, Any], **options: Any) -> None:
     from lightpeft.app.runs import pipeline
 
     config = run_config(given)
-    show_metrics(pipeline.run(config, **options), config.output)
+    show_metrics(pipeline.run(config, **options))
     folder = shlex.quote(config.output)
     screen.say("next:")
     screen.say(f"  lightpeft predict {folder} new_rows.csv --output answers.csv")
@@ -35,20 +34,15 @@ def _run(given: dict[str, Any], **options: Any) -> None:
         screen.say(f"  lightpeft export {folder} exported --form onnx  # or merged, peft, gguf, openvino")
 
 
-def show_metrics(report: dict[str, Any], folder: str) -> None:
+def show_metrics(report: dict[str, Any]) -> None:
     """Print the metrics, milestones and parameters of a run's metrics.json as tables, and its warnings on stderr."""
-    with explain_content_errors(Path(folder) / "metrics.json"):  # the run may have been finished already
-        _show(report)
-
-
-def _show(report: dict[str, Any]) -> None:
     from lightpeft.app.cli.tables import metrics_table, milestones_table, parameters_table
 
     metrics, intervals = dict(report["metrics"]), dict(report["intervals"])
     if "linear_probe" in report:
         name, probe = report["main_metric"], report["linear_probe"]
         row = f"linear probe, {name}"
-        metrics[row], intervals[row] = probe["metrics"][name], probe["intervals"][name]
+        metrics[row], intervals[row] = probe["metrics"][name], probe["intervals"].get(name)
     screen.print(metrics_table(metrics, intervals, f"on the test rows, method {report['method']}"))
     if "full_width" in report:
         screen.print(

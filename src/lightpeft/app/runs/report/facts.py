@@ -151,15 +151,10 @@ def _read_stages(run: RunFolder, report: RunReport | None) -> Iterable[StageFact
         told: dict[str, Any] = logged.get(name, {})
         if report is not None:
             told = {**told, "seconds": report.seconds.get(name, told.get("seconds")), **report.training.get(name, {})}
-        yield StageFacts(
-            name=name,
-            done=run.has(name),
-            seconds=told.get("seconds"),
-            peak_memory_bytes=told.get("peak_memory_bytes"),
-            steps=told.get("steps"),
-            resumed_at=told.get("resumed_at") or 0,
-            taken_from=told.get("taken_from"),
-        )
+        known = ("seconds", "peak_memory_bytes", "steps", "resumed_at", "taken_from")
+        there = {key: told[key] for key in known if told.get(key) is not None}
+        with explain_content_errors(run.log):
+            yield from_dict(StageFacts, {"name": name, "done": run.has(name), **there}, f"{name}.")
 
 
 MOST_POINTS = 400
@@ -195,15 +190,16 @@ def _average(points: Sequence[tuple[float, float]], each: int) -> list[tuple[flo
 
 def _count_parameters(plan: PrunePlan | None, report: RunReport | None) -> Iterable[Size]:
     """Yield the parameters before the cut, by the plan, and after it, measured on the result if there is one."""
-    measured = report.parameters if report is not None else {}
+    measured = report.parameters if report is not None else None
     if plan is not None:
         blocks = sum(map(block_parameters, plan.specs))
-        yield "base model", plan.base_parameters, measured.get("base", plan.base_parameters - plan.removed_parameters)
+        left = plan.base_parameters - plan.removed_parameters if measured is None else measured.base
+        yield "base model", plan.base_parameters, left
         yield "blocks of the base", blocks, blocks - plan.removed_parameters
-    elif "base" in measured:
-        yield "base model", None, measured["base"]
-    if "trained" in measured:
-        yield "trained parameters", None, measured["trained"]
+    elif measured is not None:
+        yield "base model", None, measured.base
+    if measured is not None and measured.trained is not None:
+        yield "trained parameters", None, measured.trained
 
 
 def _read_budget(report: Mapping[str, Any], path: Path) -> FoundBudget | None:

@@ -67,12 +67,11 @@ def page(runs: Sequence[RunFacts]) -> str:
     for number, run in enumerate(runs, start=1):
         with explain_content_errors(run.folder):  # values of the right type may still be too large to draw
             views.append(_run_values(run, number))
-    with explain_content_errors(", ".join(str(run.folder) for run in runs)):
-        return template.render(
-            runs=views,
-            beside=_comparison(runs) if len(runs) > 1 else None,
-            version=versions()["lightpeft"],
-        )
+    return template.render(
+        runs=views,
+        beside=_comparison(runs) if len(runs) > 1 else None,
+        version=versions()["lightpeft"],
+    )
 
 
 @cache
@@ -155,8 +154,8 @@ def _comparison(runs: Sequence[RunFacts]) -> dict[str, Any]:
     names = dict.fromkeys(name for run in runs for name in _metrics(run))
     rows = {metric_name(name): [_quality(run, name) for run in runs] for name in names}
     measures: dict[str, tuple[Callable[[RunFacts], float | None], Callable[[float], str]]] = {
-        "base parameters": (lambda run: run.report.parameters.get("base") if run.report else None, count),
-        "trained parameters": (lambda run: run.report.parameters.get("trained") if run.report else None, count),
+        "base parameters": (lambda run: run.report.parameters.base if run.report else None, count),
+        "trained parameters": (lambda run: run.report.parameters.trained if run.report else None, count),
         "saved result": (lambda run: run.report.adapter_bytes if run.report else None, size),
         "training time": (lambda run: run.training_seconds, duration),
         "peak memory of training": (lambda run: run.peak_memory_bytes, size),
