@@ -98,7 +98,12 @@ FALCON = Family(
                 "ffn_in": "mlp.dense_h_to_4h",
                 "ffn_out": "mlp.dense_4h_to_h",
             },
-            head_attributes={"num_heads": "heads", "num_kv_heads": "kv_heads"},
+            # num_key_value_groups since transformers 5.25
+            head_attributes={
+                "num_heads": "heads",
+                "num_kv_heads": "kv_heads",
+                "num_key_value_groups": "heads_per_kv",
+            },
             width_key="ffn_hidden_size",
             activation_key="activation",
             interleaved=True,
