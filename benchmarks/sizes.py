@@ -139,10 +139,10 @@ class Trend:
 
 
 def trend(points: Sequence[Cost]) -> Trend | None:
-    """By least squares; None: of fewer than two sizes."""
-    if len({point.parameters for point in points}) < 2:
-        return None
+    """By least squares; None: of fewer than two sizes, or three where a cost is not above 0: noise gives the slope."""
     logarithmic = all(point.cost > 0 for point in points)
+    if len({point.parameters for point in points}) < (2 if logarithmic else 3):
+        return None
     x = np.log([point.parameters for point in points])
     y = np.array([point.cost for point in points])
     slope, start = np.polyfit(x, np.log(y) if logarithmic else y, 1)
