@@ -6,9 +6,9 @@
 Reads results of `lightpeft reproduce` whose methods are "no cut" or "lora", and cuts such as "20% of the blocks", and
 run folders with a loss curve (`lightpeft plan --curve`), or the curves of an earlier sizes.json; nothing is run. Costs
 are in nats a token against "no cut", or in points of the task's metric against "lora". A straight line through the
-sizes, in logarithms of parameters and costs (of the parameters alone where a cost is below 0), is extrapolated to 7
-billion, and drawn dotted there. The paper's claim is no cost at 40% from 1.3 billion parameters on. Writes sizes.json,
-sizes.md, sizes.png and sizes.svg into --out.
+sizes, in logarithms of parameters and costs, is extrapolated to 7 billion, and drawn dotted there. Where a cost is not
+above 0, the line is in logarithms of the parameters alone, and needs three sizes. The paper's claim is no cost at 40%
+from 1.3 billion parameters on. Writes sizes.json, sizes.md, sizes.png and sizes.svg into --out.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Trend:
 
 
 def trend(points: Sequence[Cost]) -> Trend | None:
-    """By least squares; None: of fewer than two sizes, or three where a cost is not above 0: noise gives the slope."""
+    """By least squares; None: too few sizes, which are two, or three where a cost is not above 0 (noise)."""
     logarithmic = all(point.cost > 0 for point in points)
     if len({point.parameters for point in points}) < (2 if logarithmic else 3):
         return None
