@@ -268,7 +268,7 @@ def _compared(cut: Point, other: Point) -> dict[str, Any]:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """One row for each way of training a model, one a point, and one a comparison."""
+    """One row a point, and one a comparison."""
     header = ["task", "model, method", "seeds", "quality", "in int8", *(f"ms a row, {way}" for way in WAYS)]
     header += [f"MiB, {dtype}" for dtype in DTYPES] + ["removed, %", "trained", "training, s", "peak, MiB"]
     rows = []
@@ -279,7 +279,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         row += [f"{point['ms'][way]:.2f}" for way in WAYS] + [f"{point['mib'][dtype]:.0f}" for dtype in DTYPES]
         row += [f"{100 * of['removed']:.0f}", f"{of['trained']:,.0f}"]
         rows.append([*row, f"{of['seconds']:.0f}", f"{of['peak_memory_bytes'] / 2**20:.0f}"])
-    text = f"{overview(results['points'])}\n\n{publishing.markdown_table(header, rows)}"
+    text = publishing.markdown_table(header, rows)
     header = ["task", "cut", "beside", "of its latency", "points", "95% interval", "p", "seeds"]
     rows = []
     for each in results["comparisons"]:
@@ -290,35 +290,10 @@ def markdown(results: Mapping[str, Any]) -> str:
     return f"{text}\n\n{publishing.markdown_table(header, rows)}"
 
 
-def overview(points: Sequence[Mapping[str, Any]]) -> str:
-    """One row for each way of training a model: quality by task in per cent, and time as a mean over its tasks."""
-    tasks = list(dict.fromkeys(point["task"] for point in points))
-    ways: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = defaultdict(dict)
-    for point in points:
-        ways[point["model"], point["method"]][point["task"]] = point
-    header = ["", *(TITLES.get(task, task) for task in tasks), f"mean of {len(tasks)}", "of the time of all weights"]
-    rows = []
-    for (model, method), of_task in ways.items():
-        dense = ways.get((model, "full"), {})
-        times = [_time_beside(point, dense[task]) for task, point in of_task.items() if task in dense]
-        row = [_cell(of_task[task]) if task in of_task else "" for task in tasks]
-        whole = len(of_task) == len(tasks)
-        row.append(f"{100 * statistics.fmean(point['quality'] for point in of_task.values()):.1f}" if whole else "")
-        row.append(f"{statistics.fmean(times):.2f}" if times else "")
-        rows.append([f"{named(model)}, {named(method)}", *row])
-    return publishing.markdown_table(header, rows)
-
-
 def _cell(point: Mapping[str, Any]) -> str:
     seeds = point["by_seed"]
     spread = f" ± {100 * statistics.stdev(seeds):.1f}" if len(seeds) > 1 else " (1)"
     return f"{100 * point['quality']:.1f}{spread}"
-
-
-def _time_beside(point: Mapping[str, Any], dense: Mapping[str, Any]) -> float:
-    """Median seconds of the run against those of all weights of the whole model."""
-    own, its = (statistics.median(each["measures"]["seconds"]) for each in (point, dense))
-    return own / its
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import finegates
 import frontier
+import frontier_table
 import latency
 import numpy as np
 import peer_cells
@@ -265,27 +266,39 @@ def test_names_of_models_and_methods(name: str, shown: str) -> None:
     assert frontier.named(name) == shown
 
 
-def test_an_overview_has_one_row_for_each_way_of_training() -> None:
-    """Qualities with their spread, the mean of what was run on all tasks, and medians of time."""
+def test_the_documented_tables_are_the_published_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever publishes other scores writes the tables of docs/explanation/results.md anew."""
+    assert frontier_table.main() == 0
+    page = (ROOT / "docs/explanation/results.md").read_text()
+    for row in filter(None, capsys.readouterr().out.splitlines()):
+        assert row in page
 
-    def entry(task: str, method: str, qualities: list[float], seconds: list[float]) -> dict[str, Any]:
-        of_seeds = {"by_seed": qualities, "seeds": [*range(len(qualities))], "measures": {"seconds": seconds}}
-        return {
-            "task": task,
-            "model": "minilm",
-            "method": method,
-            "quality": sum(qualities) / len(qualities),
-        } | of_seeds
 
-    points = [
-        entry("sst2", "full", [0.8, 0.9], [10.0, 30.0]),
-        entry("rte", "full", [0.6], [10.0]),
-        entry("sst2", "60 all", [0.8], [4.0]),
+def test_a_table_of_scores_gives_means_of_what_was_run_on_all_tasks() -> None:
+    scores = {
+        ("minilm", "60% cut, all weights"): {"sst2": [80.0, 82.0], "rte": [60.0]},
+        ("minilm", "all weights"): {"sst2": [85.0]},
+        ("other", "all weights"): {"sst2": [1.0]},
+    }
+    assert frontier_table.table(scores, ["minilm"], ["sst2", "rte"]).splitlines()[2:] == [
+        "| MiniLM-L6, all weights | 85.0 |  |  |",
+        "| MiniLM-L6, 60% cut, all weights | 81.0±1.4 | 60.0 | 70.5 |",
     ]
-    assert frontier.overview(points).splitlines()[2:] == [
-        "| MiniLM-L6, all weights | 85.0 ± 7.1 | 60.0 (1) | 72.5 | 1.00 |",
-        "| MiniLM-L6, 60% cut, all weights | 80.0 (1) |  |  | 0.20 |",
-    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "way"),
+    [
+        ("full", "all weights"),
+        ("full, smoothed", "all weights, smoothed"),
+        ("lora on all projections", "LoRA on all projections"),
+        ("60%", "60% cut, LoRA"),
+        ("60%, all, tokens of the task", "60% cut, all weights, tokens of the task"),
+        ("FineGates, 60%", "FineGates, 60%"),
+    ],
+)
+def test_ways_of_training_have_names(method: str, way: str) -> None:
+    assert frontier_table.named(method) == way
 
 
 def test_the_figure_begins_with_the_mean_of_what_was_run_on_all_tasks() -> None:
