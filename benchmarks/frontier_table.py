@@ -34,55 +34,56 @@ TABLES = (
 """Models and tasks of each table."""
 
 Scores = Mapping[tuple[str, str], Mapping[str, Sequence[float]]]
-"""Per cent for each seed, by model and way of training, and by task."""
+"""Per cent for each seed, by model and method of a grid, and by task."""
 
 
 def published() -> Scores:
     """Scores of everything that was run."""
     scores: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(dict)
-    for model, way, task, values in (*_of_grids(), *_of_wnut17()):
-        scores[model, way].setdefault(task, []).extend(100 * value for value in values)
+    for model, method, task, values in (*_of_grids(), *_of_wnut17()):
+        scores[model, method].setdefault(task, []).extend(100 * value for value in values)
     return scores
 
 
 def _of_grids() -> Iterator[tuple[str, str, str, list[float]]]:
     for grid in GRIDS:
+        taught = ", taught" if grid.endswith(TAUGHT) else ""
         for row in read_results(ROOT / "configs" / "frontier" / f"{grid}.results.json").rows:
-            yield row.model, named(row.method) + (", taught" if grid.endswith(TAUGHT) else ""), row.task, row.quality
+            yield row.model, row.method + taught, row.task, row.quality
 
 
 def _of_wnut17() -> Iterator[tuple[str, str, str, list[float]]]:
     for name, cell in read_json(ROOT / "benchmarks" / "minilm.wnut17.json")["cells"].items():
         model, method, _ = name.split("/")
-        yield model, named(method), "wnut17", [cell["metrics"]["entity_f1"]]
+        yield model, method, "wnut17", [cell["metrics"]["entity_f1"]]
 
 
 def named(method: str) -> str:
     """A grid's method as the tables have it."""
-    removed, cut, after = method.partition("%")
-    if cut and removed.isdigit():
-        return f"{removed}% cut, {after.removeprefix(', ').replace('all', 'all weights', 1) or 'LoRA'}"
+    part, _, after = method.partition("%")
+    if part.isdigit():
+        return f"{part}% cut, {after.removeprefix(', ').replace('all', 'all weights', 1) or 'LoRA'}"
     return method.replace("full", "all weights").replace("lora", "LoRA")
 
 
-def removed(way: str) -> float:
-    """Per cent of the blocks that a way of training removes; whole models come before, FineGates behind all cuts."""
-    if way.startswith("FineGates"):
-        return 100
-    part, cut, _ = way.partition("% cut")
-    return float(part) if cut else -1
+def place(method: str) -> int:
+    """Where a method has its row: by the per cent that a cut removes; whole models before all cuts, FineGates last."""
+    part = method.partition("%")[0]
+    if part.isdigit():
+        return int(part)
+    return 100 if method.startswith("FineGates") else -1
 
 
 def table(scores: Scores, models: Sequence[str], tasks: Sequence[str]) -> str:
-    """One row for each way of training a model, smaller cuts first."""
+    """One row for each model and method, smaller cuts first."""
     header = ["test score, %", *(frontier.TITLES[task] for task in tasks)]
     means = [chosen for chosen in (CLASSIFICATION, tasks) if set(chosen) <= set(tasks)]
     header += [f"mean of {len(chosen)}" for chosen in means]
     rows = []
-    ways = [key for key in scores if key[0] in models]
-    for model, way in sorted(ways, key=lambda key: (models.index(key[0]), removed(key[1]))):
-        of_task = scores[model, way]
-        row = [f"{frontier.named(model)}, {way}", *(cell(of_task.get(task, ())) for task in tasks)]
+    shown = [key for key in scores if key[0] in models]
+    for model, method in sorted(shown, key=lambda key: (models.index(key[0]), place(key[1]))):
+        of_task = scores[model, method]
+        row = [f"{frontier.named(model)}, {named(method)}", *(cell(of_task.get(task, ())) for task in tasks)]
         for chosen in means:
             known = [statistics.fmean(of_task[task]) for task in chosen if task in of_task]
             row.append(f"{statistics.fmean(known):.1f}" if len(known) == len(chosen) else "")

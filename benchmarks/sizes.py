@@ -139,7 +139,7 @@ class Trend:
 
 
 def trend(points: Sequence[Cost]) -> Trend | None:
-    """By least squares; None: too few sizes, which are two, or three where a cost is not above 0 (noise)."""
+    """By least squares; None: fewer than two sizes, or fewer than three where a cost is not above 0."""
     logarithmic = all(point.cost > 0 for point in points)
     if len({point.parameters for point in points}) < (2 if logarithmic else 3):
         return None

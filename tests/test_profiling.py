@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +21,11 @@ from lightpeft.errors import LightPeftError
 from lightpeft.models.families.family_table import block_specs
 from lightpeft.plans.block_plan import BlockPlan
 from lightpeft.plans.prune_plan import PrunePlan
+from lightpeft.profiling import other_work
 from lightpeft.profiling.comparing import Spread, alternate, ratio, summarize
 from lightpeft.profiling.flops import Flops, count_flops, kv_cache_bytes
 from lightpeft.profiling.memory import PeakMemory
+from lightpeft.profiling.other_work import OtherWork
 from lightpeft.profiling.sizes import count_parameters
 from lightpeft.profiling.speed import measure_inference, measure_training, time_steps
 from lightpeft.prune.surgery import apply_plan
@@ -339,3 +342,31 @@ def test_ratio_pairs_rounds() -> None:
         ratio([1, 2], [1])
     with pytest.raises(LightPeftError, match="ratio to 0"):
         ratio([1], [0])
+
+
+# -- other programs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("busy", "own", "others"),
+    [
+        (19.8, 10.0, pytest.approx(0.49)),  # one of two cores is taken
+        (19.8, 19.0, None),  # all is our own work
+        (15.0, 10.0, None),  # a quarter is free, so nobody waits
+    ],
+)
+def test_other_programs_disturb_if_no_core_is_free(
+    monkeypatch: pytest.MonkeyPatch, busy: float, own: float, others: Any
+) -> None:
+    clocks = iter([(100.0, 50.0, 5.0), (110.0, 50.0 + busy, 5.0 + own)])
+    monkeypatch.setattr(other_work, "_clocks", lambda: next(clocks))
+    monkeypatch.setattr(other_work.os, "cpu_count", lambda: 2)
+    assert OtherWork().disturbing() == others
+
+
+def test_own_work_does_not_count_as_that_of_others() -> None:
+    began = other_work._clocks()
+    while other_work._clocks()[2] < began[2] + 0.2:
+        pass
+    seconds, busy, own = (now - then for now, then in zip(other_work._clocks(), began, strict=True))
+    assert seconds > 0 and 0.1 < own <= busy + 0.1
