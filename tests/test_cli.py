@@ -19,6 +19,7 @@ from workbench import Workbench, lightpeft
 from lightpeft import __version__
 from lightpeft.app.cli.settings import COMMON_SETTINGS
 from lightpeft.app.cli.verbs import VERBS
+from lightpeft.app.cli.waiting import SPINS, WAITING
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
 from lightpeft.config import Estimate, Remove, RunConfig, TrainingConfig, load_config
@@ -174,6 +175,23 @@ def test_what_needs_no_model_does_not_wait_for_torch(arguments: list[str], code:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == code
     assert said in done.stderr if said else not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("wish", "found"),
+    [({}, str(SPINS)), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    ids=["no wish", "a number", "a policy"],
+)
+def test_threads_wait_briefly_unless_the_environment_says_how(wish: dict[str, str], found: str) -> None:
+    program = (
+        "import os, sys; from lightpeft.app.cli import main; main(['--version'])\n"
+        "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in WAITING} | wish
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines()[-1] == f"{found} False"
 
 
 def completions(line: str, folder: Path) -> list[str]:

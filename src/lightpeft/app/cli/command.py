@@ -15,6 +15,7 @@ from lightpeft.app.cli.hints import unknown_verb
 from lightpeft.app.cli.options import Parser
 from lightpeft.app.cli.screen import screen
 from lightpeft.app.cli.verbs import VERBS
+from lightpeft.app.cli.waiting import share_cores
 from lightpeft.config.validation import short_repr
 from lightpeft.console import bars, streams
 from lightpeft.console.progress import print_line
@@ -27,6 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
         completing.complete(overview)
     streams.use_utf8()
     streams.silence_imports()
+    share_cores()
     try:
         with _sigterm_as_interrupt():
             _dispatch(sys.argv[1:] if arguments is None else arguments)
