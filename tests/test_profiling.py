@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -370,3 +372,14 @@ def test_own_work_does_not_count_as_that_of_others() -> None:
         pass
     seconds, busy, own = (now - then for now, then in zip(other_work._clocks(), began, strict=True))
     assert seconds > 0 and 0.1 < own <= busy + 0.1
+
+
+def test_work_of_started_processes_is_own_work() -> None:
+    began = other_work._clocks()[2]
+    spin = "import sys, time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\nsys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", spin], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None and child.stdin is not None
+        child.stdout.readline()
+        assert other_work._clocks()[2] - began >= 0.4, "a child that still runs"
+        child.stdin.close()
+    assert other_work._clocks()[2] - began >= 0.4, "a child that has ended"

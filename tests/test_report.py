@@ -269,6 +269,7 @@ class TestBeside:
         warning = "on different machines"
         assert warning not in html(bench.folder / "light", bench.folder / "plain")
         edit(light / "metrics.json", lambda report: report["hardware"].update(cpu="another"))
+        edit(light / "metrics.json", lambda report: report["training"]["train"].update(others=0.995))
         other = read_run(light)
         other = dataclasses.replace(
             other,
@@ -276,6 +277,8 @@ class TestBeside:
         )
         text = page([read_run(bench.folder / "plain"), other])
         assert "not all measured on the same test rows" in text and warning in text
+        assert "Other programs took 99.5% of the processor during a stage" in text
+        assert "other programs took 99.5% of the processor" in text
 
 
 # -- an automatic budget -------------------------------------------------------------------------------------------
@@ -404,6 +407,7 @@ def test_damaged_files_are_refused(light: Path, name: str, capsys: pytest.Captur
 EDITS: dict[str, tuple[str, Any]] = {
     "no points": ("curve.json", lambda content: content.update(points={"a": 1})),
     "points of text": ("curve.json", lambda content: content["points"][0].update(rise="high")),
+    "other programs of text": ("metrics.json", lambda content: content["training"]["train"].update(others="many")),
 }
 """Files as who wrote them could have written them."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -42,8 +43,11 @@ class OtherWork:
 
 
 def _clocks() -> tuple[float, float, float]:
-    """Seconds: of the clock, of all cores that were busy, and of them for this process and its finished children."""
+    """Seconds: of the clock, of all cores that were busy, and of them for this process and those that it started."""
     all_: Any = psutil.cpu_times()
-    own = os.times()
+    own = os.times()  # of its children, those that have ended
     used = own.user + own.system + own.children_user + own.children_system
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            used += sum(child.cpu_times()[:2])
     return time.perf_counter(), sum(getattr(all_, kind, 0.0) for kind in BUSY), used

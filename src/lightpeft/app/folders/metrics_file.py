@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,13 @@ def read_report(path: Path) -> dict[str, Any]:
     with explain_content_errors(path):
         RunReport.of(report)
     return report
+
+
+def other_work(*reports: Mapping[str, Any]) -> float | None:
+    """Return the largest part of all cores that other programs took during a stage of runs; None: none disturbed.
+
+    Args:
+        reports: each the content of a metrics.json.
+    """
+    costs = [cost for report in reports for cost in report.get("training", {}).values()]
+    return max((cost["others"] for cost in costs if cost.get("others")), default=None)

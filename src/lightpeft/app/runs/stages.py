@@ -43,6 +43,8 @@ class StageCost:
     peak_memory_method: MemoryMethod
     resumed_at: int
     """Step of the run at which the last part of the stage began; 0 for a stage that was not interrupted."""
+    others: float | None = None
+    """Part of all cores that other programs took meanwhile; None: too little to disturb, or unknown."""
 
 
 def write_estimation(work: Workspace, model: PeftModel, record: EstimationRecord, cost: StageCost) -> None:

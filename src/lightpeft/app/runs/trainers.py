@@ -23,9 +23,11 @@ from lightpeft.app.tasks.answers import Answers
 from lightpeft.app.tasks.worth import points_per_nat
 from lightpeft.config import Tolerance
 from lightpeft.errors import LightPeftError, one_line
+from lightpeft.machine import processes
 from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.profiling.memory import PeakMemory
+from lightpeft.profiling.other_work import OtherWork
 from lightpeft.prune.light_model import LightModel
 from lightpeft.recipe.trainer import light_trainer
 from lightpeft.training.acceleration import light_steps
@@ -49,16 +51,18 @@ class Meter:
         self._work, self._begun, self._resumed, self._before = work, step, resumed, before
         self._stack = ExitStack()
         self._memory = self._stack.enter_context(PeakMemory(model))
-        self._started = time.perf_counter()
+        self._others, self._started = OtherWork(), time.perf_counter()
 
     def stop(self, step: int) -> StageCost:
         """End the part at a step of the run, and return its cost."""
-        seconds = time.perf_counter() - self._started
+        seconds, others = time.perf_counter() - self._started, self._others.disturbing()
         self._stack.close()
         rows_per_step = self._work.pace.rows / self._work.pace.steps_per_epoch
         speed = rows_per_step * (step - self._begun) / seconds
         begun = self._begun if self._resumed else 0
-        return StageCost(self._before + seconds, speed, self._memory.bytes, self._memory.method, begun)
+        alone = processes().num_processes == 1  # else the others are processes of this run
+        cost = StageCost(self._before + seconds, speed, self._memory.bytes, self._memory.method, begun)
+        return replace(cost, others=others if alone else None)
 
 
 class RunTrainer(Training, Trainer):

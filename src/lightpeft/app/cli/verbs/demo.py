@@ -13,15 +13,14 @@ def _demo(output: str = "runs/demo", cache: str | None = None) -> None:
     from pathlib import Path
 
     from lightpeft.app.cli.tables import demo_table
+    from lightpeft.app.folders.metrics_file import other_work
     from lightpeft.app.runs.demo.comparing import demo
     from lightpeft.app.runs.demo.fetching import usual_cache
-    from lightpeft.profiling.other_work import OtherWork
 
-    others = OtherWork()
     reports = demo(usual_cache() if cache is None else Path(cache), Path(output))
     screen.print(demo_table(reports["plain"], reports["light"]))
     plain, light = (shlex.quote(str(Path(output) / method)) for method in ("plain", "light"))
-    if (taken := others.disturbing()) is not None:
+    if (taken := other_work(*reports.values())) is not None:
         line = f"other programs took {taken:.0%} of the processor, so these times do not compare; use lightpeft bench"
         screen.warn([line])
     for line in (

@@ -50,6 +50,8 @@ class StageFacts:
     """Optimizer steps."""
     resumed_at: int = 0
     """Step at which the last part of the stage began; time and memory are those of that part. 0: of all of it."""
+    others: float | None = None
+    """Part of all cores that other programs took meanwhile; None: too little to disturb, or unknown."""
     taken_from: str | None = None
     """Name of another run whose result is reused; None: the stage was run here."""
 
@@ -151,7 +153,7 @@ def _read_stages(run: RunFolder, report: RunReport | None) -> Iterable[StageFact
         told: dict[str, Any] = logged.get(name, {})
         if report is not None:
             told = {**told, "seconds": report.seconds.get(name, told.get("seconds")), **report.training.get(name, {})}
-        known = ("seconds", "peak_memory_bytes", "steps", "resumed_at", "taken_from")
+        known = ("seconds", "peak_memory_bytes", "steps", "resumed_at", "others", "taken_from")
         there = {key: told[key] for key in known if told.get(key) is not None}
         with explain_content_errors(run.log):
             yield from_dict(StageFacts, {"name": name, "done": run.has(name), **there}, f"{name}.")

@@ -184,3 +184,6 @@ def _cautions(runs: Sequence[RunFacts]) -> Iterator[str]:
     machines = [run.report.hardware for run in runs if run.report]
     if len({tuple(str(each.get(key)) for key in ("cpu", "gpu", "torch_threads")) for each in machines}) > 1:
         yield "The runs were made on different machines or numbers of threads: their times cannot be compared."
+    taken = max((stage.others or 0.0 for run in runs for stage in run.stages), default=0.0)
+    if taken:
+        yield f"Other programs took {share(taken)} of the processor during a stage: the times cannot be compared."

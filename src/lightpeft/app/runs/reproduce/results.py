@@ -183,7 +183,7 @@ def main_value(report: CellReport) -> str:
 
 _LEFT_OUT_OF_RECORDS = ("schema_version", "milestones", "warnings")
 """Entries of a report that results leave out."""
-_STAGE_NAMES = ("samples_per_second", "peak_memory_bytes", "resumed_at")
+_STAGE_NAMES = ("samples_per_second", "peak_memory_bytes", "resumed_at", "others")
 _MACHINE_NAMES = ("cpu", "gpu", "torch_threads", "torch", "transformers", "peft", "lightpeft")
 
 

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightpeft.app.evaluation.scores import LOWER_IS_BETTER
+from lightpeft.app.folders.metrics_file import other_work
 from lightpeft.app.runs.reproduce.results import Results, Row, SeedSpread, spread
 
 _MIB = 2**20
@@ -93,7 +94,9 @@ def _display_table(results: Results) -> tuple[DataFrame, list[str]]:
     table = DataFrame([_cells(row) for row in results.rows], columns=None if results.rows else list(nothing))
     same = [name for name in FOLDED if name in table and table[name].nunique() == 1]
     told = [f"{name} {table[name][0]}" for name in same if table[name][0] != "-"]
-    done = f"{len(results.reports)} of {results.cells} cells are done; mean ± standard deviation over seeds"
+    disturbed = sum(other_work(report) is not None for report in results.reports.values())
+    beside = f" ({disturbed} beside other programs: their times do not compare)" if disturbed else ""
+    done = f"{len(results.reports)} of {results.cells} cells are done{beside}; mean ± standard deviation over seeds"
     return table.drop(columns=same), [*told, done]
 
 
