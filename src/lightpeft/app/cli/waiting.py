@@ -7,7 +7,7 @@ import os
 WAITING = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
 """Variables of the environment with which a user says how threads wait."""
 SPINS = 10_000
-"""Rounds in which a thread of GNU OpenMP, which PyTorch uses on Linux, asks whether the others are ready; about 0.5 ms.
+"""Rounds in which a thread of GNU OpenMP, which PyTorch uses on Linux, asks whether the others are ready.
 
 Its default of 300,000 suits a machine of its own: where another program takes one of two cores, each thread waits for
 one that is not running, and a step takes 16 times as long. With this number it takes 2.3 times as long.
