@@ -49,5 +49,5 @@ def _clocks() -> tuple[float, float, float]:
     used = own.user + own.system + own.children_user + own.children_system
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            used += sum(child.cpu_times()[:2])
+            used += sum(child.cpu_times()[:4])  # with those of its own children that have ended
     return time.perf_counter(), sum(getattr(all_, kind, 0.0) for kind in BUSY), used

@@ -60,9 +60,9 @@ class Meter:
         rows_per_step = self._work.pace.rows / self._work.pace.steps_per_epoch
         speed = rows_per_step * (step - self._begun) / seconds
         begun = self._begun if self._resumed else 0
-        alone = processes().num_processes == 1  # else the others are processes of this run
-        cost = StageCost(self._before + seconds, speed, self._memory.bytes, self._memory.method, begun)
-        return replace(cost, others=others if alone else None)
+        if processes().num_processes > 1:  # the other programs are processes of this run
+            others = None
+        return StageCost(self._before + seconds, speed, self._memory.bytes, self._memory.method, begun, others)
 
 
 class RunTrainer(Training, Trainer):
