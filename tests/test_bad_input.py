@@ -330,7 +330,7 @@ def test_bad_predictions(bench: Workbench, adapter: Path, refused: Refused) -> N
     assert "does not exist" in refused("predict", bench.folder / "none", bench.test)
     assert "that does not name its task" in refused("predict", bench.base, bench.test)
     assert "does not exist" in refused("predict", adapter, bench.folder / "none.csv")
-    assert "cannot be read" in refused("predict", adapter, bench.folder / "none.txt")
+    assert "does not exist" in refused("predict", adapter, bench.folder / "none.txt")
     assert 'data.columns.text is "words"' in refused("predict", adapter, bench.test, "--text", "words")
     assert "it must be at least 1" in refused("predict", adapter, bench.test, "--batch_size", "0")
     assert "the example is not UTF-8 text" in refused("predict", adapter, "--example", "\udcff")

@@ -161,8 +161,16 @@ def test_verbose_goes_with_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
-    [(["run", "--help"], 0, ""), (["run", "--light.remove.blocks", "2"], 2, "light.remove.blocks")],
-    ids=["help", "a wrong setting"],
+    [
+        (["run", "--help"], 0, ""),
+        (["run", "--light.remove.blocks", "2"], 2, "light.remove.blocks"),
+        (["run", "--model.name", "org/tiny", "--data.train", "no.csv"], 2, "data.train: file no.csv does not exist"),
+        (["check", "--model.name", "./no"], 2, "model folder ./no does not exist"),
+        (["report", "no"], 2, "no is not the folder of a run"),
+        (["reproduce", "no.yaml"], 2, "config file no.yaml does not exist"),
+        (["predict", "org/tiny", "no.txt"], 2, "input: file no.txt does not exist"),
+    ],
+    ids=["help", "a wrong setting", "missing rows", "a missing model", "no run", "no grid", "no input"],
 )
 def test_what_needs_no_model_does_not_wait_for_torch(arguments: list[str], code: int, said: str) -> None:
     program = (

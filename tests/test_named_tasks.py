@@ -30,8 +30,8 @@ from lightpeft.app.tasks.kinds.likelihood import LikelihoodTask
 from lightpeft.app.tasks.kinds.task_kinds import BY_LIKELIHOOD, TASK_KINDS, task_class
 from lightpeft.app.tasks.loading import convert, load_task, restore_task, task_facts
 from lightpeft.app.tasks.metrics import METRICS
-from lightpeft.app.tasks.rows.reading import HUB_NAME
 from lightpeft.config import DataConfig, TaskEntry, load_config, run_config_from_dict
+from lightpeft.config.places import HUB_NAME
 from lightpeft.errors import LightPeftError
 
 

@@ -18,9 +18,10 @@ from transformers import AutoTokenizer, BertConfig, LlamaConfig, OPTConfig, PreT
 from lightpeft.app.tasks.kinds.causal import CausalLMTask
 from lightpeft.app.tasks.kinds.classification import ClassificationTask
 from lightpeft.app.tasks.loading import load_task
-from lightpeft.app.tasks.rows.reading import is_local, read_rows
+from lightpeft.app.tasks.rows.reading import read_rows
 from lightpeft.app.tasks.tokens import check_max_length
 from lightpeft.config import DataConfig, TaskEntry
+from lightpeft.config.places import is_local
 from lightpeft.errors import LightPeftError
 from lightpeft.models.families.family_table import max_positions
 from lightpeft.models.tokenizers import ensure_pad_token

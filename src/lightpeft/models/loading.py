@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from lightpeft.compat.transformers import forget_quantization, forget_renaming, has_adapter, unpacking_gguf
 from lightpeft.config import ModelConfig
+from lightpeft.config.places import check_model_folder
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import check_config, check_weights, parsing
 from lightpeft.machine import processes
@@ -233,8 +234,7 @@ def check_checkpoint(config: ModelConfig, weights: bool = False, token: Token = 
     """
     require(config.name, "model.name is empty; give a hub name or a local folder")
     folder = Path(config.name).expanduser()
-    looks_local = config.name.startswith((".", "/", "~")) or config.name.count("/") > 1
-    require(folder.is_dir() or not looks_local, f"model folder {config.name} does not exist")
+    check_model_folder(config.name)
     hub.go_offline_if_unreachable(config.name)
     place: dict[str, Any] = {"revision": config.revision or "main", "token": token}
     if config.gguf_file is None:

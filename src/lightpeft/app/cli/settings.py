@@ -52,12 +52,9 @@ def run_settings(given: dict[str, Any]) -> dict[str, Any]:
     )
     below: dict[str, Any] = {}
     if folder is not None:
-        from lightpeft.app.folders.stored_config import stored_settings
+        from lightpeft.app.folders.stored_config import check_run, stored_settings
 
-        require(
-            (Path(folder) / "config.yaml").is_file(),
-            f"{folder} is not a run folder: it has no config.yaml; give the --output of a run",
-        )
+        check_run(Path(folder))
         below = {**stored_settings(Path(folder)), "output": str(folder)}
     elif file is not None:
         below = load_yaml(file)

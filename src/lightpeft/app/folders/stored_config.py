@@ -24,6 +24,11 @@ def is_run(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
+def check_run(folder: Path) -> None:
+    """Raise `LightPeftError` if a folder contains no run."""
+    require(is_run(folder), f"{folder} is not the folder of a run: it has no {CONFIG}; give the --output of a run")
+
+
 def stored_settings(folder: Path) -> dict[str, Any]:
     """Return the nested settings in a run folder's config.yaml, without those that allow foreign code (`SWITCHES`).
 

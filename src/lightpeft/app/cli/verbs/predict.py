@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightpeft.app.cli.options import Option
 from lightpeft.app.cli.verbs.verb import Verb
+from lightpeft.config.places import check_file
 from lightpeft.errors import require
 
 BASE = Option("--base", "Name or folder of the base model, if it moved since the adapter was saved.")
@@ -17,10 +19,15 @@ SWITCH_OPTIONS = (
 """Options of verbs on results that allow code of other people to run."""
 
 
+def _check(input: str | None = None, no_bf16: bool = False, **options: Any) -> None:
+    require(not (no_bf16 and "bf16" in options), "--bf16 and --no_bf16 exclude each other; give one of them")
+    if input is not None and input != "-":
+        check_file(Path(input), "input")
+
+
 def _predict(model: str, input: str | None = None, no_bf16: bool = False, **options: Any) -> None:
     from lightpeft.app.evaluation.predicting import predict
 
-    require(not (no_bf16 and "bf16" in options), "--bf16 and --no_bf16 exclude each other; give one of them")
     options |= {"bf16": False} if no_bf16 else {}
     predict(model, input, **options)
 
@@ -56,4 +63,5 @@ PREDICT = Verb(
         Option("--no_bf16", "Compute in the precision of the weights.", flag=True),
         *SWITCH_OPTIONS,
     ),
+    check=_check,
 )

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lightpeft.app.cli.options import Option
 from lightpeft.app.cli.screen import screen
 from lightpeft.app.cli.verbs.verb import Verb
+from lightpeft.app.folders.stored_config import check_run
+
+
+def _check(runs: list[str], output: str | None = None) -> None:
+    for run in runs:
+        check_run(Path(run))
 
 
 def _report(runs: list[str], output: str | None = None) -> None:
@@ -29,4 +37,5 @@ REPORT = Verb(
             "HTML file to write (default: report.html in the folder; of several, comparison.html in the first).",
         ),
     ),
+    check=_check,
 )

@@ -8,7 +8,12 @@ from typing import Any
 from lightpeft.app.cli.options import Option
 from lightpeft.app.cli.screen import screen
 from lightpeft.app.cli.verbs.verb import Verb
+from lightpeft.config.validation import load_yaml
 from lightpeft.errors import require
+
+
+def _check(grid: str, **options: Any) -> None:
+    load_yaml(grid)
 
 
 def _reproduce(grid: str, join: list[str] | None = None, out: str | None = None, **options: Any) -> None:
@@ -48,4 +53,5 @@ REPRODUCE = Verb(
             type=int,
         ),
     ),
+    check=_check,
 )

@@ -6,10 +6,13 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from lightpeft.app.cli.options import Help, Option, Parser, nested
 from lightpeft.app.cli.settings import COMMON_SETTINGS, SOURCES, Section, print_config, run_config, sections
+from lightpeft.app.folders.stored_config import is_run
+from lightpeft.config.places import check_places
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class Verb:
     """Function of the verb: takes its options as keywords and, if `on_runs`, the nested settings first."""
     options: Sequence[Option] = ()
     """Options and positional arguments of this verb alone."""
+    check: Callable[..., None] | None = None
+    """Function that checks these options before PyTorch loads, which takes seconds."""
     on_runs: bool = False
     """True: the verb takes the settings of a run as well (--config, --run, and an option for every setting)."""
     without: Sequence[str] = ()
@@ -43,7 +48,11 @@ class Verb:
             print_config(settings)
             return
         if self.on_runs:
-            run_config(settings)  # a wrong setting is reported before PyTorch loads, which takes seconds
+            config = run_config(settings)
+            if not is_run(Path(config.output)):  # one that goes on may need its files no more
+                check_places(config)
+        if self.check is not None:
+            self.check(**own)
         begin()
         self.do(*([settings] if self.on_runs else []), **own)
 

@@ -11,11 +11,10 @@ from typing import Any
 
 from lightpeft.app.folders.metrics_file import RunReport, read_report
 from lightpeft.app.folders.run_folder import RunFolder
-from lightpeft.app.folders.stored_config import is_run
+from lightpeft.app.folders.stored_config import check_run
 from lightpeft.budget.found import FoundBudget
 from lightpeft.config import RunConfig
 from lightpeft.config.validation import from_dict
-from lightpeft.errors import require
 from lightpeft.files import explain_content_errors, read_json
 from lightpeft.plans.block_plan import block_parameters
 from lightpeft.plans.prune_plan import PrunePlan
@@ -120,7 +119,7 @@ def read_run(folder: Path) -> RunFacts:
     Raises:
         LightPeftError: the folder is not that of a run, or a file in it is damaged.
     """
-    require(is_run(folder), f"{folder} is not the folder of a run: it has no config.yaml; give the --output of a run")
+    check_run(folder)
     run = RunFolder.at(folder)
     raw = read_report(run.metrics) if run.has("evaluate") else None
     report = None if raw is None else RunReport.of(raw)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +14,11 @@ import pyarrow  # type: ignore[import-untyped,unused-ignore]
 import pyarrow.parquet  # type: ignore[import-untyped,unused-ignore]
 from datasets import Dataset
 
+from lightpeft.config.places import HUB_NAME, check_file, is_local, local_path
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files.foreign import parsing
 from lightpeft.models import hub
 
-HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%:+-]+))?")
-FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w{0,7}")
 LONGEST_FIELD = 2**30
 """Most characters of a CSV field; the csv module's default (131,072) is less than a long document."""
 
@@ -45,21 +42,9 @@ def read_rows(source: str, what: str) -> Dataset:
     return read_file(path, what) if is_local(source) else read_hub(source, what)
 
 
-def local_path(source: str) -> Path:
-    """Return a path, with the home folder for `~`; `~name` of an unknown user stays, and names no file."""
-    return Path(os.path.expanduser(source))  # noqa: PTH111 (Path.expanduser raises for an unknown user)
-
-
-def is_local(source: str) -> bool:
-    """Return True if `source` is the path of a file (existing or not), not the name of a hub data set."""
-    path = local_path(source)
-    looks_like_file = path.is_absolute() or source.startswith((".", "~")) or FILE_SUFFIX.fullmatch(path.suffix)
-    return path.exists() or bool(looks_like_file) or HUB_NAME.fullmatch(source) is None
-
-
 def read_file(path: Path, what: str) -> Dataset:
     """Read a local file by its suffix, into memory; errors name the setting `what`."""
-    require(path.exists(), f"{what}: file {path} does not exist")
+    check_file(path, what)
     kind = "a folder" if path.is_dir() else "not a regular file"
     require(path.is_file(), f"{what}: {path} is {kind}; give one {_suffixes()} file")
     reader = READERS.get(path.suffix.lower())

@@ -12,14 +12,13 @@ from datasets import Dataset, concatenate_datasets
 from lightpeft.app.tasks.rows.reading import (
     READERS,
     HubNotReachedError,
-    is_local,
-    local_path,
     read_file,
     read_hub,
     read_rows,
     with_suffix,
 )
 from lightpeft.config import DataConfig, TaskEntry
+from lightpeft.config.places import check_folder, is_local, local_path
 from lightpeft.errors import LightPeftError, require
 
 DATA_FOLDER = "data"
@@ -93,7 +92,7 @@ def _read_setting(source: str, setting: str) -> Split:
 
 
 def _read_folder(folder: Path, entry: TaskEntry, train: bool) -> Splits:
-    require(folder.is_dir(), f"data.path: folder {folder} does not exist")
+    check_folder(folder, "data.path")
     test = _split_files(folder, entry, entry.test) if entry.test is not None else []
     # files of a kind are the user's own and need no test split; a named task needs its own one
     needed = bool(entry.name) and entry.test is not None
