@@ -7,6 +7,9 @@ the grid's first seed is, one estimation for all budgets, and cut; nothing is tr
 models are written for ONNX Runtime in float32 and int8, and all of a task answer the same test rows on one thread, one
 and 32 at a time, in alternating rounds. Quality is that of the grids' results files. Writes latency.json, latency.md,
 latency.png and latency.svg into --out, where a second call finds what was estimated and measured.
+
+With new seeds, `--known benchmarks/latency.json` measures nothing: quality is that of the grids now, latencies are
+those of the file, and shapes that it lacks are named and left out.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +39,7 @@ from lightpeft.app.runs.reuse import estimation_settings
 from lightpeft.app.runs.stages import estimated_model
 from lightpeft.app.runs.workspace import Workspace
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import write_json, write_text
+from lightpeft.files import read_json, write_json, write_text
 from lightpeft.models.loading import quiet_libraries
 from lightpeft.plans.planning import make_plan
 from lightpeft.profiling.comparing import summarize
@@ -55,14 +59,16 @@ class Published:
         """Name of the shapes, on which its latency depends; whole models are alike, however they were trained."""
         return f"{self.row.model}, {self.row.method}" if is_cut(self.cell) else self.row.model
 
+    def is_in(self, known: Mapping[str, Any]) -> bool:
+        """True if its shape was measured on its task."""
+        return self.shape in known.get(self.row.task, {})
+
     def point(self, known: Mapping[str, Any]) -> dict[str, Any]:
         """A point as `frontier.written`: quality and, of its shape, MiB, and ms a row with the quartiles of rounds."""
-        row, found = self.row, known[self.row.task][self.shape]
+        row = self.row
         point = {name: getattr(row, name) for name in ("task", "model", "metric", "seeds")}
         point |= {"method": method_name(row.method), "quality": statistics.fmean(row.quality), "by_seed": row.quality}
-        spreads = {way: summarize(values) for way, values in found["values"].items()}
-        quartiles = {way: [spread.low, spread.high] for way, spread in spreads.items()}
-        return point | {"ms": found["ms"], "quartiles": quartiles, "mib": found["mib"]}
+        return point | {"shape": self.shape} | known[row.task][self.shape]
 
 
 def is_cut(cell: Cell) -> bool:
@@ -115,7 +121,23 @@ def measured(found: Sequence[Published], given: argparse.Namespace) -> dict[str,
     for task in given.task:
         estimated: dict[str, Workspace] = {}
         openers = {each.shape: partial(opened, each.cell, estimated) for each in found if each.row.task == task}
-        known[task] = frontier.latencies(task, openers, given)
+        timed = frontier.latencies(task, openers, given)
+        known[task] = {shape: summary(values) for shape, values in timed.items()}
+    return known
+
+
+def summary(timed: Mapping[str, Any]) -> dict[str, Any]:
+    """Medians and quartiles of a shape's rounds in ms a row, and its MiB."""
+    spreads = {way: summarize(values) for way, values in timed["values"].items()}
+    quartiles = {way: [spread.low, spread.high] for way, spread in spreads.items()}
+    return {"ms": timed["ms"], "quartiles": quartiles, "mib": timed["mib"]}
+
+
+def remembered(points: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By task and shape, as `measured`, from the points of an earlier latency.json."""
+    known: dict[str, dict[str, Any]] = defaultdict(dict)
+    for point in points:
+        known[point["task"]][point["shape"]] = {name: point[name] for name in ("ms", "quartiles", "mib")}
     return known
 
 
@@ -144,6 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("grids", nargs="+", type=Path, help="YAML files of grids, with results files beside them")
     parser.add_argument("--task", nargs="+", required=True, help="tasks of the grids")
     frontier.add_options(parser)
+    parser.add_argument("--known", type=Path, help="latency.json of an earlier call, to measure nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/frontier/latency"))
     given = parser.parse_args(arguments)
     quiet_libraries()
@@ -155,10 +178,22 @@ def main(arguments: list[str] | None = None) -> int:
         lacking = ", ".join(task for task in given.task if task not in {each.row.task for each in found})
         require(not lacking, f"no results of {lacking} beside {', '.join(map(str, given.grids))}")
         frontier.check_figure(given, [*dict.fromkeys(each.row.task for each in found)])
-        known = measured(found, given)
-        points = [each.point(known) for each in found]
         command = publishing.command("latency", arguments)
-        write_json(given.out / "latency.json", {"points": points, "hardware": hardware(), "command": command}, 2)
+        if given.known is None:
+            known, source = measured(found, given), {"hardware": hardware(), "measured_by": command}
+        else:
+            earlier = read_json(given.known)
+            known = remembered(earlier["points"])
+            source = {name: earlier[name] for name in ("hardware", "measured_by")}
+        points = [each.point(known) for each in found if each.shape in known.get(each.row.task, {})]
+        left_out = [
+            f"{each.row.task}, {each.shape}" for each in found if each.shape not in known.get(each.row.task, {})
+        ]
+        lack = f"{given.known} has no latency of {'; '.join(dict.fromkeys(left_out))}"
+        require(points, lack)
+        if left_out:
+            publishing.say(f"latency: {lack}; they are left out")
+        write_json(given.out / "latency.json", {"points": points, **source, "command": command}, 2)
         write_text(given.out / "latency.md", markdown(known) + "\n")
         drawn = [point for point in points if in_figure(point)]
         frontier.draw(frontier.shown_by_task(drawn, given.way), given, given.out / "latency")

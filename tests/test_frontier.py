@@ -36,6 +36,7 @@ from lightpeft.app.runs.reproduce import load_grid, reproduce
 from lightpeft.app.tasks.answers import Answers
 from lightpeft.app.tasks.metrics import accuracy, matthews
 from lightpeft.config import run_config_from_dict
+from lightpeft.files import read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -144,7 +145,9 @@ class InPyTorch:
 
 
 @thorough
-def test_frontier_and_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frontier_and_latency(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(frontier, "exported", InPyTorch)
     bench, out = Workbench(tmp_path / "bench"), tmp_path / "out"
     file = grid_of_methods(bench, GRID)
@@ -200,6 +203,18 @@ def test_frontier_and_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert estimated == {"60", "60_all"} and not [*cells.glob("*/0/pruned")], "nothing else is trained"
     monkeypatch.setattr(latency, "opened", pytest.fail)
     assert latency.main([*words, "--figure", "words"]) == 0, "nothing is measured again"
+    # more seeds need no new measurement; what was not measured is named, and left out
+    file, known = tmp_path / "latency/latency.json", tmp_path / "known.json"
+    earlier = read_json(file)
+    part = [point for point in earlier["points"] if point["method"] != "60 all"]
+    write_json(known, {**earlier, "points": part})
+    again = [*words[:-1], str(tmp_path / "again"), "--known", str(known)]
+    assert latency.main(again) == 0
+    assert "has no latency of words, large, 60%, all; they are left out" in capsys.readouterr().err
+    assert read(tmp_path / "again/latency.json")["points"] == part
+    assert read(tmp_path / "again/latency.json")["measured_by"] == earlier["command"]
+    write_json(known, {**earlier, "points": []})
+    assert latency.main(again) == 2
     assert latency.main([*words, "--task", "other"]) == 2 and latency.main([*words, "--figure", "other"]) == 2
     monkeypatch.setattr(frontier, "timed", lambda openers, rounds, rows: pytest.fail(f"{rounds} of {rows}"))
     with pytest.raises(pytest.fail.Exception, match="3 of 8"):
