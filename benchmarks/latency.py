@@ -183,12 +183,11 @@ def main(arguments: list[str] | None = None) -> int:
             known, source = measured(found, given), {"hardware": hardware(), "measured_by": command}
         else:
             earlier = read_json(given.known)
+            require("measured_by" in earlier, f"{given.known} is no latency.json of this script")
             known = remembered(earlier["points"])
             source = {name: earlier[name] for name in ("hardware", "measured_by")}
-        points = [each.point(known) for each in found if each.shape in known.get(each.row.task, {})]
-        left_out = [
-            f"{each.row.task}, {each.shape}" for each in found if each.shape not in known.get(each.row.task, {})
-        ]
+        points = [each.point(known) for each in found if each.is_in(known)]
+        left_out = [f"{each.row.task}, {each.shape}" for each in found if not each.is_in(known)]
         lack = f"{given.known} has no latency of {'; '.join(dict.fromkeys(left_out))}"
         require(points, lack)
         if left_out:

@@ -213,8 +213,9 @@ def test_frontier_and_latency(
     assert "has no latency of words, large, 60%, all; they are left out" in capsys.readouterr().err
     assert read(tmp_path / "again/latency.json")["points"] == part
     assert read(tmp_path / "again/latency.json")["measured_by"] == earlier["command"]
-    write_json(known, {**earlier, "points": []})
-    assert latency.main(again) == 2
+    for wrong in ({**earlier, "points": []}, {"points": part}):
+        write_json(known, wrong)
+        assert latency.main(again) == 2
     assert latency.main([*words, "--task", "other"]) == 2 and latency.main([*words, "--figure", "other"]) == 2
     monkeypatch.setattr(frontier, "timed", lambda openers, rounds, rows: pytest.fail(f"{rounds} of {rows}"))
     with pytest.raises(pytest.fail.Exception, match="3 of 8"):
