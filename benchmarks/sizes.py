@@ -73,7 +73,7 @@ class Cost:
     """Mean over seeds; below 0: the cut was better."""
     low: float
     high: float
-    """Of a loss curve or of one seed's points the 95% interval; else over the seeds."""
+    """Of a loss curve the 95% interval; else all seeds, in points also the 95% interval by test rows."""
     seeds: int
 
 
@@ -90,21 +90,25 @@ def costs_of(results: Results) -> Iterator[Cost]:
 def _cost(row: Row, base: Row, blocks: float, results: Results) -> Iterator[Cost]:
     nats = row.metric == "perplexity"
     own, dense = (dict(zip(r.seeds, map(math.log, r.quality) if nats else r.quality, strict=True)) for r in (row, base))
-    found = [own[s] - dense[s] if nats else 100 * (dense[s] - own[s]) for s in sorted(own.keys() & dense.keys())]
+    seeds = sorted(own.keys() & dense.keys())
+    found = [own[s] - dense[s] if nats else 100 * (dense[s] - own[s]) for s in seeds]
     if not found:
         return
-    low, high = min(found), max(found)
-    if len(found) == 1 and not nats:
-        ends = [results.reports["/".join((r.model, r.task, r.method, str(r.seeds[0])))] for r in (row, base)]
-        (a, b), (c, d) = (report["intervals"][row.metric] for report in ends)
-        half = 100 * math.hypot((b - a) / 2, (d - c) / 2)
-        low, high = found[0] - half, found[0] + half
+    mean = statistics.fmean(found)
+    # all seeds answer the same test rows, so more of them do not make the rows' error smaller
+    half = 0.0 if nats else statistics.fmean(_half(row, base, seed, results) for seed in seeds)
+    low, high = min(*found, mean - half), max(*found, mean + half)
     size = base.measures["parameters"]
     if size is not None:
         task, model = TASKS.get(row.task, row.task), MODELS.get(row.model, row.model)
-        yield Cost(
-            task, "nats" if nats else "points", model, size.mean, blocks, statistics.fmean(found), low, high, len(found)
-        )
+        yield Cost(task, "nats" if nats else "points", model, size.mean, blocks, mean, low, high, len(found))
+
+
+def _half(row: Row, base: Row, seed: int, results: Results) -> float:
+    """Half of the 95% interval of the cost by test rows, in points."""
+    ends = [results.reports["/".join((r.model, r.task, r.method, str(seed)))] for r in (row, base)]
+    (a, b), (c, d) = (report["intervals"][row.metric] for report in ends)
+    return 100 * math.hypot((b - a) / 2, (d - c) / 2)
 
 
 def curve_of(folder: Path) -> Iterator[Cost]:

@@ -111,11 +111,15 @@ def test_costs_of_a_tolerance_in_nats_are_those_of_the_loss(tmp_path: Path) -> N
 # -- sizes.py ----------------------------------------------------------------------------------------------------------
 
 
-def of_size(model: str, parameters: float, qualities: dict[str, float], metric: str = "accuracy") -> Results:
-    """One seed of each method on one task; every interval is two points to each side."""
+def of_size(
+    model: str, parameters: float, qualities: dict[str, float], metric: str = "accuracy", seeds: int = 1
+) -> Results:
+    """Seeds of each method on one task, all alike; every interval is two points to each side."""
     size = {"parameters": SeedSpread(parameters, None)}
-    rows = [Row(model, "t", method, metric, [0], [value], None, None, size) for method, value in qualities.items()]
-    reports = {f"{model}/t/{n}/0": {"intervals": {metric: [v - 0.02, v + 0.02]}} for n, v in qualities.items()}
+    numbers = [*range(seeds)]
+    rows = [Row(model, "t", name, metric, numbers, [v] * seeds, None, None, size) for name, v in qualities.items()]
+    of = {name: {"intervals": {metric: [v - 0.02, v + 0.02]}} for name, v in qualities.items()}
+    reports = {f"{model}/t/{name}/{seed}": report for name, report in of.items() for seed in numbers}
     return Results(rows, "lora", len(rows), "", reports)
 
 
@@ -124,6 +128,8 @@ def test_costs_by_size_fall_on_their_line() -> None:
     (cost,) = sizes.costs_of(points)
     assert (cost.unit, cost.blocks, cost.cost) == ("points", 0.2, pytest.approx(3.0)), "against lora, not no cut"
     assert cost.high - cost.cost == pytest.approx(100 * 0.02 * 2**0.5)
+    (of_three,) = sizes.costs_of(of_size("m", 1e8, {"lora": 0.8, "20% of the blocks": 0.77}, seeds=3))
+    assert (of_three.low, of_three.high) == pytest.approx((cost.low, cost.high)), "the test rows are the same"
     nats = [
         next(sizes.costs_of(of_size("m", 1e8 * 4**k, {"no cut": math.e, "20% of the blocks": rise}, "perplexity")))
         for k, rise in enumerate((math.exp(1.4), math.exp(1.2)))
