@@ -172,7 +172,7 @@ REFUSED: list[tuple[Any, str]] = [
 def test_refused_before_anything_is_read(
     bench: Workbench, capsys: pytest.CaptureFixture[str], peft: Any, says: str
 ) -> None:
-    file = bench.yaml("bad", **{"peft": peft, "model.name": "nowhere", "data.train": "nothing.csv"})
+    file = bench.yaml("bad", **{"peft": peft, "model.name": "nowhere", "data.train": "no/rows"})
     assert lightpeft("run", "--config", file) == 2
     line = capsys.readouterr().err
     assert says in line and line.count("\n") == 1
