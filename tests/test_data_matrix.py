@@ -222,7 +222,7 @@ def test_any_schedule_of_changed_rows(
                 name: torch.nn.functional.pad(value, (0, more)) if value.dim() == 2 else value
                 for name, value in batch.items()
             }
-            assert float(model(**batch).loss) == pytest.approx(float(plain(**batch).loss), abs=1e-6)
+            assert float(model(**batch).loss) == pytest.approx(float(plain(**batch).loss), abs=1e-5)
 
 
 def test_states_are_of_the_call_and_not_of_the_batch(tmp_path: Path) -> None:
