@@ -133,12 +133,18 @@ def summary(timed: Mapping[str, Any]) -> dict[str, Any]:
     return {"ms": timed["ms"], "quartiles": quartiles, "mib": timed["mib"]}
 
 
-def remembered(points: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By task and shape, as `measured`, from the points of an earlier latency.json."""
-    known: dict[str, dict[str, Any]] = defaultdict(dict)
-    for point in points:
-        known[point["task"]][point["shape"]] = {name: point[name] for name in ("ms", "quartiles", "mib")}
-    return known
+def remembered(file: Path, tasks: Sequence[str]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """What an earlier latency.json has: latencies by task and shape, as `measured`; its hardware and command.
+
+    Raises:
+        LightPeftError: the file is missing or damaged, or is not from this script.
+    """
+    earlier, known = read_json(file), defaultdict[str, dict[str, Any]](dict)
+    require("measured_by" in earlier, f"{file} is no latency.json of this script")
+    for point in earlier["points"]:
+        if point["task"] in tasks:
+            known[point["task"]][point["shape"]] = {name: point[name] for name in ("ms", "quartiles", "mib")}
+    return known, {name: earlier[name] for name in ("hardware", "measured_by")}
 
 
 def markdown(known: Mapping[str, Mapping[str, Any]]) -> str:
@@ -172,20 +178,17 @@ def main(arguments: list[str] | None = None) -> int:
     quiet_libraries()
     try:
         publishing.check_counts(given, "rounds", "rows")
-        serving.check(RUNTIMES["onnx"])
-        torch.set_num_threads(1)
         found = [*published(given.grids, given.task, given.out)]
         lacking = ", ".join(task for task in given.task if task not in {each.row.task for each in found})
         require(not lacking, f"no results of {lacking} beside {', '.join(map(str, given.grids))}")
         frontier.check_figure(given, [*dict.fromkeys(each.row.task for each in found)])
         command = publishing.command("latency", arguments)
         if given.known is None:
+            serving.check(RUNTIMES["onnx"])
+            torch.set_num_threads(1)
             known, source = measured(found, given), {"hardware": hardware(), "measured_by": command}
         else:
-            earlier = read_json(given.known)
-            require("measured_by" in earlier, f"{given.known} is no latency.json of this script")
-            known = remembered(earlier["points"])
-            source = {name: earlier[name] for name in ("hardware", "measured_by")}
+            known, source = remembered(given.known, given.task)
         points = [each.point(known) for each in found if each.is_in(known)]
         left_out = [f"{each.row.task}, {each.shape}" for each in found if not each.is_in(known)]
         lack = f"{given.known} has no latency of {'; '.join(dict.fromkeys(left_out))}"

@@ -73,7 +73,7 @@ class Cost:
     """Mean over seeds; below 0: the cut was better."""
     low: float
     high: float
-    """Of a loss curve the 95% interval; else all seeds, in points also the 95% interval by test rows."""
+    """Loss curves: 95% interval. Nats: range of the seeds. Points: that range, and the 95% interval by test rows."""
     seeds: int
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that settings name: told from names on the hub, and missed before anything else is loaded."""
+"""Tells local files and folders in settings from names on the hub, and checks that they exist."""
 
 from __future__ import annotations
 

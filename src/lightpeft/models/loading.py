@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -25,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from lightpeft.compat.transformers import forget_quantization, forget_renaming, has_adapter, unpacking_gguf
 from lightpeft.config import ModelConfig
-from lightpeft.config.places import check_model_folder
+from lightpeft.config.places import check_model_folder, local_path
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import check_config, check_weights, parsing
 from lightpeft.machine import processes
@@ -233,8 +232,8 @@ def check_checkpoint(config: ModelConfig, weights: bool = False, token: Token = 
         Exception: transformers cannot read the configuration.
     """
     require(config.name, "model.name is empty; give a hub name or a local folder")
-    folder = Path(config.name).expanduser()
     check_model_folder(config.name)
+    folder = local_path(config.name)
     hub.go_offline_if_unreachable(config.name)
     place: dict[str, Any] = {"revision": config.revision or "main", "token": token}
     if config.gguf_file is None:
