@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as some
 from single_steps import Watched, applied, gradients
 from tiny import LAYOUTS, inputs_for, make, relative_difference, with_lora
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
@@ -94,6 +96,24 @@ def test_which_norms_are_llamas() -> None:
     patched = LlamaRMSNorm(4)
     vars(patched)["forward"] = lambda x: x
     assert not is_rms_norm(patched)
+
+
+def test_a_loaded_model_keeps_them_in_all_modes(tmp_path: Path, taken: list[torch.Size]) -> None:
+    """transformers chooses kernels for the layers of loaded models, from 5.25 on again at each change of mode."""
+    make("llama-gqa").save_pretrained(tmp_path)
+    model = with_lora(AutoModelForCausalLM.from_pretrained(tmp_path))
+    count = sum(isinstance(module, LlamaRMSNorm) for module in model.modules())
+    batch = inputs_for(model, labels=True)
+    with fused_norms(model.train()):
+        for _ in range(2):
+            model.eval()(**batch)
+            model.train()
+            taken.clear()
+            model(**batch)
+            assert len(taken) == count - 1, "what enters the first has no graph"
+    model.eval().train()
+    model(**batch)
+    assert len(taken) == count - 1 and not any("forward" in vars(module) for module in model.modules())
 
 
 def test_what_is_not_float32_or_does_not_train_is_left_alone(taken: list[torch.Size]) -> None:

@@ -281,6 +281,33 @@ def is_rms_norm(module: Any) -> bool:
     return same and "forward" not in vars(module)
 
 
+@contextmanager
+def keep_kernels(model: nn.Module) -> Iterator[None]:
+    """Keep the kernels of a model's layers inside the block, those for training, whenever its mode changes.
+
+    From 5.25 on, transformers chooses kernels from the hub again when a model enters train or eval mode, which removes
+    every forward that was set on a layer it has kernels for.
+    """
+    chosen: list[Any] = [module for module in model.modules() if getattr(module, "_use_kernels", False)]
+    for module in chosen:
+        _choose_kernels(module, training=True)
+        module._use_kernels = False
+    try:
+        yield
+    finally:
+        for module in chosen:
+            module._use_kernels = True
+            _choose_kernels(module, training=module.training)
+
+
+def _choose_kernels(model: Any, *, training: bool) -> None:
+    """Let transformers set the kernels of a mode on the layers of a model that uses kernels."""
+    if hasattr(type(model), "kernels_mode"):
+        from kernels import Mode
+
+        model.kernels_mode = Mode.TRAINING if training else Mode.INFERENCE
+
+
 def causal_loss(logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **kwargs: Any) -> Tensor:
     """Compute transformers' loss of causal language models.
 

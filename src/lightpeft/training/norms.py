@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightpeft.compat.torch import layer_norm_backward
-from lightpeft.compat.transformers import is_rms_norm
+from lightpeft.compat.transformers import is_rms_norm, keep_kernels
 from lightpeft.models.patching import override_forward
 
 
@@ -29,7 +29,7 @@ def fused_norms(model: nn.Module) -> Iterator[None]:
     Args:
         model: a transformers model, or a PeftModel around one.
     """
-    with ExitStack() as stack:
+    with keep_kernels(model), ExitStack() as stack:
         for module in model.modules():
             if is_rms_norm(module) and module.weight.device.type == "cpu":
                 stack.enter_context(override_forward(module, partial(_norm_forward, module, module.forward)))
