@@ -75,7 +75,8 @@ def with_teacher_logits(rows: Dataset, logits: Sequence[Tensor]) -> Dataset:
     """
     bad = [str(number) for number, of_row in enumerate(logits, 1) if not of_row.isfinite().all()]
     named = ", ".join(bad[:_SHOWN_ROWS]) + (", ..." if bad[_SHOWN_ROWS:] else "")
-    require(not bad, f"the teacher's logits of {len(bad)} of {len(logits)} rows are NaN or infinite (row {named})")
+    wrong = f"the teacher's logits of {len(bad)} of {len(logits)} rows are NaN or infinite (row {named})"
+    require(not bad, f"{wrong}; give a teacher whose logits are finite")
     shown = rows.format
     made = "the training rows have a transform, to which the teacher's logits cannot be added; use map instead"
     require(shown["type"] != "custom", made)
