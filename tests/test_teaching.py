@@ -614,6 +614,7 @@ def test_a_trainer_refuses_other_names_and_answers_that_are_none(tmp_path: Path)
     broken = make("bert", 7)
     broken.classifier.bias.data[0] = torch.inf
     assert "the teacher's logits of 24 of 24 rows are NaN or infinite (row 1, " in said(make("bert"), broken)
+    assert said(make("bert"), broken).endswith("; give a teacher whose logits are finite")
     several = rows_of("classes").remove_columns("labels").add_column("labels", [[0.0, 1.0]] * ROWS)
     assert "distillation needs a model with one class" in said(make("bert"), make("bert", 7), several)
     assert "teacher: LlamaForCausalLM is not supported" in said(make("llama-gqa"), make("llama-gqa", 7))
