@@ -121,7 +121,7 @@ class Workspace:
     def held_batches(self) -> list[dict[str, Tensor]]:
         """Make batches of the held-out rows, each of rows of similar length."""
         assert self.held_rows is not None
-        return self._batches(self.held_rows, self.config.training.eval_batch_size)
+        return self.batches(self.held_rows)
 
     def taught_rows(self) -> Dataset:
         """Return the training rows, with the logits of the teacher if there is one; compute missing logits.
@@ -179,9 +179,16 @@ class Workspace:
         """
         generator = torch.Generator().manual_seed(self.config.seed)
         drawn = torch.randperm(len(self.train_rows), generator=generator)[:rows].tolist()
-        return self._batches(self.train_rows.select(drawn), size or self.config.training.eval_batch_size)
+        return self.batches(self.train_rows.select(drawn), size)
 
-    def _batches(self, rows: Dataset, size: int) -> list[dict[str, Tensor]]:
+    def batches(self, rows: Dataset, size: int | None = None) -> list[dict[str, Tensor]]:
+        """Make batches of rows of similar length.
+
+        Args:
+            rows: encoded rows of the task.
+            size: rows per batch; None: the evaluation batch size.
+        """
+        size = size or self.config.training.eval_batch_size
         lengths = rows["length"][:]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         starts = range(0, len(order), size)
