@@ -16,8 +16,10 @@ import peers
 import plots
 import publishing
 import pytest
+import ridge
 import sizes
 import solving
+import yaml
 from benchmarking import readme_with
 from matplotlib.text import Text
 from workbench import Workbench, lightpeft, read
@@ -27,6 +29,7 @@ from lightpeft.app.runs.reproduce import Results, Row, read_results
 from lightpeft.app.runs.reproduce.results import SeedSpread
 from lightpeft.errors import LightPeftError
 from lightpeft.files import read_json
+from lightpeft.prune.depth_probes import read_out
 
 ROOT = Path(__file__).parents[1]
 
@@ -288,3 +291,39 @@ def test_solving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert (tmp_path / "own" / "train.jsonl").read_text() == '{"question": "good1 word1", "answer": "I say 70"}\n'
     questions.write_text('{"prompt": "one"}\n')
     assert solving.main([str(bench.base), *given]) == 2
+
+
+# -- ridge.py ----------------------------------------------------------------------------------------------------------
+
+
+def test_ridge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training rows choose the block, with the errors that `depth: auto` finds, and test rows measure it."""
+    bench, out = Workbench(tmp_path, "llama"), tmp_path / "out.json"
+    settings = bench.settings()
+    grid = {
+        "run": {"training": settings["training"]},
+        "models": {"tiny": {"model": settings["model"]}},
+        "tasks": {"words": {"data": settings["data"]}},
+        "methods": ["lora"],
+        "seeds": [3],
+    }
+    file = tmp_path / "grid.yaml"
+    file.write_text(yaml.safe_dump(grid))
+    assert ridge.main([str(file), "--task", "words", "--out", str(out)]) == 0
+    (found,) = read(out)["results"].values()
+    assert (found["training_rows"], found["test_rows"]) == (64, 40)
+    (states, labels), _ = ridge.states_and_labels(ridge.configs_of(file, "words", None)["tiny"])
+    expected = [2 * float(read_out(of_block, labels).errors.mean()) for of_block in states]
+    assert [block["left_out_error"] for block in found["blocks"]] == pytest.approx(expected, rel=0.02)
+    chosen = found["blocks"][found["block"] - 1]
+    assert chosen["left_out_error"] == min(block["left_out_error"] for block in found["blocks"])
+    assert found["accuracy"] == chosen["right"] / 40 > 0.8
+    assert found["interval"][0] < found["accuracy"] < found["interval"][1]
+    assert f"{found['block']} of 2" in capsys.readouterr().out
+    assert ridge.main([str(file), "--task", "sst2"]) == 2
+    assert ridge.main([str(file), "--task", "words", "--models", "large"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert errors == [
+        f"ridge: {file} has no task sst2; give one of words",
+        f"ridge: {file} has no model large; give some of tiny",
+    ]
