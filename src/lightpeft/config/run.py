@@ -201,6 +201,9 @@ class TrainingConfig:
     """Cache of the blocks below the lowest PEFT module, whose outputs for a row are the same in every epoch. file,
     memory: compute them once, without dropout, and keep them there if they need at most 16 GiB; off: compute them every
     time, with dropout."""
+    padding_free: bool = False
+    """Join the rows of a training batch to one sequence without padding, with attention inside each row; for tasks with
+    a language-modeling head. Meant for `model.attn_implementation: flash_attention_2`; a CPU takes longer."""
     teacher: str | None = None
     """Teacher for distillation: a trained model with the same labels, as the folder of a run, of an adapter or of a
     model, or a hub name. After the cut, the student learns its logits beside the labels. The teacher reads the training

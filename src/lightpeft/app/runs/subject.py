@@ -65,7 +65,7 @@ class Build:
 
 
 class Subject:
-    """The model of one subject, and the batches that all subjects share."""
+    """The model of one subject, and the batches that all subjects share: padded, and as the run trains on them."""
 
     def __init__(self, build: str | Build, config: RunConfig, steps: int) -> None:
         """
@@ -80,6 +80,7 @@ class Subject:
         self.autocast = self.build.autocast or autocast_dtype(config.training)
         self.model, self.optimizer = self.build.make(self.work)
         self.batches = sample_batches(self.work, steps)  # the model's maker may have changed how rows are padded
+        self.training_batches = [self.work.training_collator(rows.to_list()) for rows in sample_rows(self.work, steps)]
         self._folder = tempfile.TemporaryDirectory()
         self._cached_rows: CachedRows | None = None
         self._prefix_speed: float | None = None
@@ -89,7 +90,7 @@ class Subject:
         """Measure once: peak memory of training, FLOPs of the largest batch, and KV cache bytes per token."""
         with self._training_as_a_run():
             with PeakMemory(self.model) as memory:
-                seconds = self._train(self.batches[:_MEASURED_STEPS])
+                seconds = self._train(self.training_batches[:_MEASURED_STEPS])
             self._add_seconds(self.batches[:_MEASURED_STEPS], seconds)
             flops = count_flops(self.model, max(self.batches, key=lambda batch: batch["input_ids"].numel()))
         return {
@@ -124,7 +125,7 @@ class Subject:
     def training(self) -> float:
         """Measure training samples/s: forward, backward, clipping and optimizer step."""
         with self._training_as_a_run():
-            return _samples(self.batches) / sum(self._train(self.batches))
+            return _samples(self.batches) / sum(self._train(self.training_batches))
 
     def inference(self, batch_size: int | None = None, peft: Literal["merged", "beside", "fused"] = "merged") -> float:
         """Measure inference samples/s.

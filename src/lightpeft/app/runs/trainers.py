@@ -22,8 +22,8 @@ from lightpeft.app.runs.workspace import Workspace
 from lightpeft.app.tasks.answers import Answers
 from lightpeft.app.tasks.worth import points_per_nat
 from lightpeft.config import Tolerance
-from lightpeft.errors import LightPeftError, one_line
-from lightpeft.machine import processes
+from lightpeft.errors import LightPeftError, one_line, require
+from lightpeft.machine import processes, sharding_launched
 from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.profiling.memory import PeakMemory
@@ -34,6 +34,7 @@ from lightpeft.training.acceleration import light_steps
 from lightpeft.training.arguments import half_precision, training_arguments
 from lightpeft.training.callbacks import LogLines, ProgressBar, SealCheckpoint
 from lightpeft.training.fitting import reporting_lost_processes, upcast_trained_weights
+from lightpeft.training.packing import keeps_rows_apart
 from lightpeft.training.step_rows import write_step
 from lightpeft.training.trainer import Training
 
@@ -77,6 +78,10 @@ class RunTrainer(Training, Trainer):
         super().__init__(*args, **options)
         for unwanted in (PrinterCallback, ProgressCallback):
             self.remove_callback(unwanted)
+        config = self.work.config
+        if config.training.padding_free and not sharding_launched():  # a sharded model cannot compute yet
+            reads_others = f"training.padding_free: rows of {config.model.name} would attend to each other"
+            require(keeps_rows_apart(self.model), f"{reads_others} without padding; set it to false")
 
     def settle(self) -> None:
         """Write checkpoints and TensorBoard files into the run folder, which exists and is locked by now."""
@@ -331,7 +336,7 @@ def _trainer_kwargs(
         "args": arguments,
         "train_dataset": work.taught_rows(),
         "eval_dataset": work.test_rows,
-        "data_collator": work.collator,
+        "data_collator": work.training_collator,
         "callbacks": [
             *callbacks,
             *(stopping_callbacks(work) if stops else ()),

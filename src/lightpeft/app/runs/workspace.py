@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import DataCollatorWithFlattening, PretrainedConfig, PreTrainedTokenizerBase
 
 from lightpeft.app.evaluation.milestones import Watcher, sample
 from lightpeft.app.evaluation.respondent import BatchedModel
@@ -29,6 +30,7 @@ from lightpeft.files import explain_content_errors, read_json
 from lightpeft.machine import autocast_dtype, check_precision, has_bf16, processes, sharding_launched
 from lightpeft.models.families.family_table import max_positions
 from lightpeft.models.loading import LoadedModel, load_model_config, supports_checkpointing
+from lightpeft.models.task_heads import CAUSAL_LM
 from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token, load_tokenizer
 from lightpeft.models.vocabulary.closure import kept_tokens
 from lightpeft.models.vocabulary.cutting import config_tokens, cut_config
@@ -76,6 +78,11 @@ class Workspace:
     def collator(self) -> Collator:
         """The collator, which pads rows to batches."""
         return self.task.collator(self.tokenizer, padding_within(self.config.data.max_length, self.positions))
+
+    @property
+    def training_collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """The collator of training batches: that of all batches, or one without padding."""
+        return DataCollatorWithFlattening() if self.config.training.padding_free else self.collator
 
     @property
     def pace(self) -> Pace:
@@ -146,8 +153,8 @@ class Workspace:
     @property
     def prefix_cache(self) -> PrefixCache | None:
         """How to store the outputs of frozen blocks; None: not at all."""
-        place = self.config.training.prefix_cache
-        return None if place == "off" else PrefixCache(place)
+        training = self.config.training
+        return None if training.prefix_cache == "off" or training.padding_free else PrefixCache(training.prefix_cache)
 
     @property
     def step_options(self) -> dict[str, Any]:
@@ -269,6 +276,9 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     model_config = load_model_config(config.model)
     task = load_task(config.data, model_config, config.tasks)
     check_teachable(config, task)
+    headed = not config.training.padding_free or task.head == CAUSAL_LM
+    no_writer = f"training.padding_free: task {config.data.task} has head {task.head}"
+    require(headed, f"{no_writer}; leave it out, or give a task with a language-modeling head, such as generation")
     if config.training.gradient_checkpointing:
         supported = supports_checkpointing(config.model, task.head, task.labels, to_prune=config.method_spec.prunes)
         cannot = f"{config.model.name} ({model_config.model_type}) has no gradient checkpointing in transformers"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -25,7 +26,7 @@ from lightpeft.compat.stand_ins import StorageWatch
 from lightpeft.machine import autocast_dtype
 from lightpeft.models.all_weights import train_all
 from lightpeft.models.head import lone_head, skip_head
-from lightpeft.profiling.rehearsal import BatchShapes, Holding, rehearse_inference, rehearse_training, rehearsing
+from lightpeft.profiling.rehearsal import Holding, rehearse_inference, rehearse_training, rehearsing
 from lightpeft.profiling.speed import OptimizerFactory
 from lightpeft.training.prefix import STATES, FrozenPrefix
 
@@ -35,7 +36,8 @@ class Rehearsal:
 
     def __init__(self, work: Workspace) -> None:
         self.work = work
-        self.shapes, self._labeled = longest_batch(work)
+        batch = longest_batch(work, work.training_collator)
+        self.shapes, self._labeled = shapes_of(batch), _labeled(batch)
         self._options = {"lengths": lengths_of(work), **work.step_options}
 
     def plain(self) -> Holding:
@@ -74,7 +76,8 @@ class Rehearsal:
                 around, shapes = accelerating(work, model), {**self.shapes, **stored}
                 training = rehearse_training(model, watch, shapes, adamw(work), around, **self._options)
             rows = min(work.config.training.eval_batch_size, len(work.test_rows))
-            given = {name: ((rows, *shape[1:]), dtype) for name, (shape, dtype) in self.shapes.items()}
+            padded = shapes_of(longest_batch(work, work.collator))
+            given = {name: ((rows, *shape[1:]), dtype) for name, (shape, dtype) in padded.items()}
             autocast = autocast_dtype(work.config.training)
             head = lone_head(model)
             with skip_head(head):
@@ -90,11 +93,14 @@ def lengths_of(work: Workspace) -> int:
     return len({-(-length // PADDED_TO) for length in work.train_rows["length"][:]})
 
 
-def longest_batch(work: Workspace) -> tuple[BatchShapes, float]:
-    """Return the shapes of a batch of the longest training rows, and the part of its tokens with a label."""
+def longest_batch(work: Workspace, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> dict[str, Any]:
+    """Make a batch of the longest training rows with a collator."""
     lengths = work.train_rows["length"][:]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    batch = work.collator(work.train_rows.select(order[: work.config.training.batch_size]).to_list())
+    return collator(work.train_rows.select(order[: work.config.training.batch_size]).to_list())
+
+
+def _labeled(batch: Mapping[str, Any]) -> float:
+    """Return the fraction of a batch's tokens that have a label; 1 where a row has one label."""
     labels = batch["labels"]
-    share = float((labels != -100).double().mean()) if labels.dim() > 1 else 1.0
-    return shapes_of(batch), share
+    return float((labels != -100).double().mean()) if labels.dim() > 1 else 1.0
