@@ -78,10 +78,6 @@ class RunTrainer(Training, Trainer):
         super().__init__(*args, **options)
         for unwanted in (PrinterCallback, ProgressCallback):
             self.remove_callback(unwanted)
-        config = self.work.config
-        if config.training.padding_free and not sharding_launched():  # a sharded model cannot compute yet
-            reads_others = f"training.padding_free: rows of {config.model.name} would attend to each other"
-            require(keeps_rows_apart(self.model), f"{reads_others} without padding; set it to false")
 
     def settle(self) -> None:
         """Write checkpoints and TensorBoard files into the run folder, which exists and is locked by now."""
@@ -168,6 +164,7 @@ class LightRun(light_trainer(RunTrainer)):  # type: ignore[misc]
         super().__init__(
             model, **_trainer_kwargs(work, [*callbacks, _StopAtStep(self, work.steps - work.last_steps)]), **options
         )
+        _require_rows_apart(work, model)
         self._keep_prefix()
         self._schedule.last_steps = work.last_steps
 
@@ -245,6 +242,7 @@ class DenseRun(RunTrainer):
         """
         self.work = work
         super().__init__(model, **_trainer_kwargs(work, callbacks, steps, rate))
+        _require_rows_apart(work, model)
         self._teaching.weight = work.config.training.teacher_weight
         self._keep_prefix()
         if self.args.fp16:
@@ -308,6 +306,14 @@ class _BeginDenseRun(TrainerCallback):
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             write_step(Path(args.output_dir) / f"checkpoint-{state.global_step}", args)
+
+
+def _require_rows_apart(work: Workspace, model: nn.Module) -> None:
+    """Refuse to train without padding if the model, on its device by now, would mix rows of a batch."""
+    config = work.config
+    if config.training.padding_free and not sharding_launched():  # a sharded model cannot compute yet
+        reads_others = f"training.padding_free: rows of {config.model.name} would attend to each other"
+        require(keeps_rows_apart(model), f"{reads_others} without padding; set it to false")
 
 
 def _trainer_kwargs(
