@@ -23,7 +23,7 @@ from lightpeft.app.tasks.answers import Answers
 from lightpeft.app.tasks.worth import points_per_nat
 from lightpeft.config import Tolerance
 from lightpeft.errors import LightPeftError, one_line, require
-from lightpeft.machine import processes, sharding_launched
+from lightpeft.machine import autocast_dtype, processes, sharding_launched
 from lightpeft.plans.estimation_record import EstimationRecord
 from lightpeft.plans.prune_plan import PrunePlan
 from lightpeft.profiling.memory import PeakMemory
@@ -313,7 +313,8 @@ def _require_rows_apart(work: Workspace, model: nn.Module) -> None:
     config = work.config
     if config.training.padding_free and not sharding_launched():  # a sharded model cannot compute yet
         reads_others = f"training.padding_free: rows of {config.model.name} would attend to each other"
-        require(keeps_rows_apart(model), f"{reads_others} without padding; set it to false")
+        apart = keeps_rows_apart(model, autocast_dtype(config.training))
+        require(apart, f"{reads_others} without padding; set it to false")
 
 
 def _trainer_kwargs(
